@@ -1,0 +1,199 @@
+"""The options of every optimizer: one place for name, type, default, range and help.
+
+The dataclasses below are read by four users: the constructors (validation and signature), `--optim_args` (text to typed
+values), the command line's listing, and checkpoints (what a run was made with). A field added here reaches all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+class OptionError(ValueError):
+    """A bad option: its message names the option, the value, what is allowed and the nearest valid name."""
+
+
+def option(default: Any, help: str, *, allowed: str = "", check=None, choices: tuple = ()) -> Any:
+    """A dataclass field with its help text and its range.
+
+    Args:
+        default: the class default.
+        help: one line, used by `--help`, by the listing and by the docs.
+        allowed: the range in words, for the error message.
+        check: predicate on the typed value; None values are not checked.
+        choices: the allowed values, instead of `check`.
+    """
+    if choices:
+        allowed = " or ".join(repr(c) for c in choices)
+        check = choices.__contains__
+    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed, "check": check})
+
+
+def positive(x) -> bool:
+    """x > 0 and finite."""
+    return 0 < x < math.inf
+
+
+def non_negative(x) -> bool:
+    """x >= 0 and finite."""
+    return 0 <= x < math.inf
+
+
+def fraction(x) -> bool:
+    """0 <= x < 1."""
+    return 0 <= x < 1
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupOptions:
+    """What may differ between parameter groups."""
+
+    lr: float = option(1e-4, "learning rate", allowed="a finite number >= 0", check=non_negative)
+    weight_decay: float = option(
+        0.0, "weight decay; decoupled: p <- (1 - lr*wd) p", allowed="a finite number >= 0", check=non_negative
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowOptions:
+    """Options of every method that keeps a window of gradients."""
+
+    window_size: int = option(1024, "number m of gradients in the window", allowed="an integer >= 1", check=positive)
+    window_momentum: float = option(
+        0.0,
+        "momentum before preconditioning, in the window's span: e_j becomes w_i = (1-beta) beta^age(i)",
+        allowed="a number in [0, 1)",
+        check=fraction,
+    )
+    scope: str = option(
+        "model", "one Gram matrix over all tensors, or one per tensor", choices=("model", "layer")
+    )
+    update_rms: float | None = option(
+        None,
+        "rescale the whole update to this root mean square per coordinate; none: the raw update",
+        allowed="a number > 0, or none",
+        check=positive,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MFACOptions:
+    """Options of F = damping*I + (1/m) G^T G."""
+
+    damping: float = option(1e-6, "damping of the empirical Fisher", allowed="a number > 0", check=positive)
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankOptions:
+    """Options of the low-rank compressor."""
+
+    rank: int = option(
+        4, "rank of the compressed gradients, clamped to min(rows, cols)", allowed="an integer >= 1", check=positive
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseOptions:
+    """Options of the block top-k compressor."""
+
+    density: float = option(
+        0.01, "fraction of each block that is kept", allowed="a number in (0, 1]", check=lambda x: 0 < x <= 1
+    )
+    block_size: int = option(
+        1024,
+        "length of a top-k block, a run inside one row of a tensor",
+        allowed="an integer in [1, 32768] (indices are int16)",
+        check=lambda x: 1 <= x <= 32768,
+    )
+
+
+def typed(name: str, value: Any, annotation: Any) -> Any:
+    """`value` as the annotated type, from Python or from text; raises OptionError where it does not fit.
+
+    Text: `none` for None, `true`/`false`/`1`/`0` for booleans, `1e-3` for floats, `bf16` or `bfloat16` for dtypes.
+    """
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+        if type(None) in kinds:
+            return None
+        raise OptionError(f"{name}={value!r}: a value is needed")
+    kind = next(k for k in kinds if k is not type(None))
+    text = value.strip() if isinstance(value, str) else None
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is torch.dtype:
+            return value if isinstance(value, torch.dtype) else _DTYPES[text.lower().removeprefix("torch.")]
+        if kind is str:
+            if text is None:
+                raise TypeError
+            return text
+        if isinstance(value, bool):
+            raise TypeError
+        if kind is int:
+            if text is None and (not hasattr(value, "__index__")):
+                raise TypeError
+            return int(value if text is None else text)
+        if kind is float:
+            return float(value)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass
+    wanted = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(kind)
+    wanted = wanted or "one of " + ", ".join(_DTYPES)
+    raise OptionError(f"{name}={value!r}: expected {wanted}" + (" or none" if type(None) in kinds else ""))
+
+
+def unknown_name(kind: str, name: str, valid: typing.Iterable[str], owner: str = "") -> str:
+    """The message for an unknown name: what was given, the nearest valid name, all valid names."""
+    valid = list(valid)
+    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    where = f" for {owner}" if owner else ""
+    return f"unknown {kind} {name!r}{where}: {hint}valid: {', '.join(valid)}"
+
+
+def annotations(options_type: type) -> dict[str, Any]:
+    """Field name -> resolved annotation."""
+    hints = typing.get_type_hints(options_type)
+    return {f.name: hints[f.name] for f in dataclasses.fields(options_type)}
+
+
+def build(options_type: type, given: Mapping[str, Any], owner: str) -> Any:
+    """An instance of `options_type` from Python or text values, every one checked.
+
+    Raises:
+        OptionError: unknown name, wrong type or value out of range.
+    """
+    hints = annotations(options_type)
+    values = {}
+    for name, value in given.items():
+        if name not in hints:
+            raise OptionError(unknown_name("option", name, hints, owner))
+        values[name] = typed(name, value, hints[name])
+    result = options_type(**values)
+    for field in dataclasses.fields(options_type):
+        value, check = getattr(result, field.name), field.metadata["check"]
+        if check is not None and value is not None and not check(value):
+            raise OptionError(f"{field.name}={value!r}: must be {field.metadata['allowed']}")
+    return result

@@ -1,0 +1,130 @@
+"""The names users type: `efcp_lowrank_mfac` and its relatives, each with its class, a line of description and `--optim` defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from .optim import DenseMFAC, LowRankMFAC, SparseMFAC
+from .optim.options import GroupOptions, OptionError, annotations, build, unknown_name
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerInfo:
+    """One registered optimizer.
+
+    Attributes:
+        name: what `--optim` and `create_optimizer` take.
+        cls: the `torch.optim.Optimizer` class.
+        description: one line.
+        hf_defaults: option values that `--optim NAME` starts from, where they differ from the class defaults: they make
+            AdamW's learning rates work unchanged.
+    """
+
+    name: str
+    cls: type[torch.optim.Optimizer]
+    description: str
+    hf_defaults: Mapping[str, Any]
+
+    def options(self) -> dict[str, Any]:
+        """Option name -> type annotation, the group options (lr, weight_decay) included."""
+        return {**annotations(GroupOptions), **annotations(self.cls.options_type)}
+
+    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """`given` with every value typed and checked; raises OptionError for a bad one."""
+        groups = annotations(GroupOptions)
+        typed = build(self.cls.options_type, {k: v for k, v in given.items() if k not in groups}, self.name)
+        group = build(GroupOptions, {k: v for k, v in given.items() if k in groups}, self.name)
+        return {k: getattr(group if k in groups else typed, k) for k in given}
+
+
+_MFAC_DEFAULTS = MappingProxyType({"window_size": 32, "update_rms": 0.5})
+
+_REGISTRY = {
+    info.name: info
+    for info in (
+        OptimizerInfo(
+            "efcp_lowrank_mfac",
+            LowRankMFAC,
+            "M-FAC on low-rank gradients with error feedback: the smallest window",
+            _MFAC_DEFAULTS,
+        ),
+        OptimizerInfo(
+            "efcp_sparse_mfac",
+            SparseMFAC,
+            "M-FAC on block top-k gradients with error feedback",
+            _MFAC_DEFAULTS,
+        ),
+        OptimizerInfo(
+            "efcp_dense_mfac",
+            DenseMFAC,
+            "M-FAC on uncompressed gradients: the reference, 4*window_size bytes per parameter",
+            _MFAC_DEFAULTS,
+        ),
+    )
+}
+
+
+def list_optimizers(pattern: str = "*", with_description: bool = False) -> list:
+    """Registered names that match a shell pattern, in order; as (name, description) pairs if `with_description`."""
+    found = [i for n, i in _REGISTRY.items() if fnmatch.fnmatch(n, pattern)]
+    return [(i.name, i.description) if with_description else i.name for i in found]
+
+
+def get_optimizer_info(name: str) -> OptimizerInfo:
+    """The registry entry of `name`; raises OptionError, with the nearest name, if there is none."""
+    if name not in _REGISTRY:
+        raise OptionError(unknown_name("optimizer", name, _REGISTRY))
+    return _REGISTRY[name]
+
+
+def create_optimizer(
+    name: str, model_or_params: torch.nn.Module | Iterable, **options: Any
+) -> torch.optim.Optimizer:
+    """Build an optimizer by name.
+
+    Args:
+        name: one of `list_optimizers()`.
+        model_or_params: a module (its trainable parameters are taken, by name), or anything that a torch optimizer takes:
+            tensors, groups, or (name, tensor) pairs.
+        **options: `lr` and the options of the class; class defaults apply, not those of `--optim`.
+
+    Raises:
+        OptionError: unknown name or option, wrong type, value out of range.
+    """
+    info = get_optimizer_info(name)
+    if isinstance(model_or_params, torch.nn.Module):
+        model_or_params = [(n, p) for n, p in model_or_params.named_parameters() if p.requires_grad]
+    return info.cls(model_or_params, **info.check(options))
+
+
+def parse_optim_args(text: str | Mapping[str, Any] | None, owner: str = "") -> dict[str, Any]:
+    """`--optim_args` as a dict: `"rank=4,window_size=32"`, a JSON object, a dict, or nothing.
+
+    Raises:
+        OptionError: a piece without "=", a repeated name, or JSON that is no object.
+    """
+    if text is None:
+        return {}
+    if isinstance(text, Mapping):
+        return dict(text)
+    if text.strip().startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise OptionError(f"optim_args={text!r}: not valid JSON ({error})") from None
+    parsed: dict[str, Any] = {}
+    for piece in filter(None, (piece.strip() for piece in text.split(","))):
+        name, equals, value = (part.strip() for part in piece.partition("="))
+        if not equals or not name or not value:
+            raise OptionError(f"optim_args: {piece!r} is not of the form name=value (example: rank=4,window_size=32)")
+        if name in parsed:
+            raise OptionError(f"optim_args: {name!r} is given twice")
+        parsed[name] = value
+    return parsed
