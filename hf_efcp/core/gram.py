@@ -1,0 +1,44 @@
+"""The Gram matrix K = G G^T of the window, kept up to date by one row and column a step. It never drifts: eviction replaces both."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class GramMatrix:
+    """K and the position in the ring, for `groups` independent windows (1: the whole model; or one per tensor).
+
+    Args:
+        groups: number of Gram matrices.
+        window_size: m.
+        device: where the m x m work happens.
+
+    Attributes:
+        matrix: (groups, m, m) fp64.
+        step: 0-D int64, the number of rows written so far.
+    """
+
+    def __init__(self, groups: int, window_size: int, device: torch.device):
+        self.matrix = torch.zeros(groups, window_size, window_size, dtype=torch.float64, device=device)
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def window_size(self) -> int:
+        """m, the number of slots."""
+        return self.matrix.shape[-1]
+
+    def next_slot(self) -> Tensor:
+        """(1,) int64: the slot that the next row goes into, the oldest row's."""
+        return (self.step % self.window_size).view(1)
+
+    def update(self, j: Tensor, k_j: Tensor) -> Tensor:
+        """Put k_j (groups, m), the dots of the new row, into row and column j; returns K."""
+        self.matrix.index_copy_(1, j, k_j[:, None, :])
+        self.matrix.index_copy_(2, j, k_j[:, :, None])
+        self.step += 1
+        return self.matrix
+
+    def ages(self, j: Tensor) -> Tensor:
+        """(m,) int64: how many steps ago each slot was written; slots never written have the ages still to come."""
+        return (j - torch.arange(self.window_size, device=j.device)) % self.window_size

@@ -1,0 +1,105 @@
+"""Small linear algebra that the windows and compressors share: exact inner products, IEEE matrix products, counted random numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Bytes that one temporary may take. A step holds at most three of them at a time.
+CHUNK_BYTES = 32 * 2**20
+
+
+def chunks(total: int, bytes_each: int, limit: int = CHUNK_BYTES) -> Iterator[slice]:
+    """Slices of range(total) whose temporaries of `bytes_each` bytes an item stay under `limit` (at least one item each)."""
+    size = max(1, limit // max(1, bytes_each))
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+@contextlib.contextmanager
+def ieee_matmul(device: torch.device) -> Iterator[None]:
+    """fp32 matrix products in full fp32 inside (no TF32, no bf16, no autocast), whatever the user chose outside."""
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    new_api = [b for b in backends if hasattr(b, "fp32_precision")]
+    if new_api:  # torch >= 2.9
+        before = [b.fp32_precision for b in new_api]
+        for b in new_api:
+            b.fp32_precision = "ieee"
+    else:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if new_api:
+            for b, value in zip(new_api, before, strict=True):
+                b.fp32_precision = value
+        else:
+            torch.set_float32_matmul_precision(before)
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of rows, formed and summed in fp64: exact for rows stored in fp32 or less.
+
+    An fp32 product would put noise of 1e-7 * max(K) into K, more than the eigenvalues that dependent rows leave there.
+
+    Args:
+        a: (n, M, L), any float dtype.
+        b: (n, N, L), any float dtype.
+
+    Returns:
+        (n, M, N) fp64.
+    """
+    n, m, length = a.shape
+    out = a.new_zeros(n, m, b.shape[1], dtype=torch.float64)
+    # Columns are cut so that a converted piece stays in the cache, rows so that it stays small.
+    for cols in chunks(length, n * m * 8, 2**22 if a.device.type == "cpu" else CHUNK_BYTES):
+        b_cols = b[..., cols].double()
+        for rows in chunks(m, n * (cols.stop - cols.start) * 8):
+            out[:, rows] += torch.bmm(a[:, rows, cols].double(), b_cols.mT)
+    return out
+
+
+def orthonormalize(a: Tensor) -> Tensor:
+    """Orthonormal basis of the columns of each matrix, by Householder QR.
+
+    Args:
+        a: (n, rows, r) with r <= rows. Dependent columns are completed to an orthonormal set.
+
+    Returns:
+        (n, rows, r), same dtype.
+    """
+    return torch.linalg.qr(a, mode="reduced").Q
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit integer hash (in int64 arithmetic): every input bit moves every output bit."""
+    mask = 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x045D9F3B) & mask
+    x = ((x ^ (x >> 16)) * 0x045D9F3B) & mask
+    return x ^ (x >> 16)
+
+
+def counted_noise(counter: Tensor, salt: Tensor, rows: int, cols: int) -> Tensor:
+    """Uniform numbers in (-1, 1) that depend on (counter, salt, row, column) only.
+
+    No generator: nothing global is drawn from, the value of an entry does not depend on how the work is divided, and nothing
+    has to be read back from the device.
+
+    Args:
+        counter: 0-D int64, the step.
+        salt: (n,) int64, one number per tensor.
+
+    Returns:
+        (n, rows, cols) fp32.
+    """
+    device = counter.device
+    key = _mix(_mix(counter & 0x7FFFFFFF) ^ _mix(salt + 0x9E3779B9))
+    row = _mix(key[:, None] ^ torch.arange(rows, device=device))
+    col = _mix(torch.arange(cols, device=device) + 0x51ED270B)
+    bits = _mix(row[:, :, None] ^ col)
+    return (bits.float() + 0.5) * 2.0**-31 - 1.0

@@ -1,0 +1,205 @@
+"""Windows: the last m compressed gradients of a stack of n tensors, as a ring buffer.
+
+Data flow of a step: `stage(parts)` takes the new row in storage precision, `dots(j)` gives its inner products with the
+window as it will be, `commit(j)` writes it into slot j, `combine(c)` gives G^T c. Until `commit` the state is untouched, so a
+step can still be skipped. K is always computed from rows as stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .linalg import chunks, inner
+
+
+class Window:
+    """What the three formats share: staging and the ring.
+
+    Args:
+        state: name -> buffer of zeros, (n, m, ...) with the slot in dimension `slot_dim`.
+        compute_dtype: dtype of gradients, errors and updates.
+    """
+
+    slot_dim = 1
+
+    def __init__(self, state: dict[str, Tensor], compute_dtype: torch.dtype):
+        self.state = state
+        self.compute_dtype = compute_dtype
+        self._row: tuple[Tensor, ...] | None = None
+
+    def stage(self, parts: tuple[Tensor, ...]) -> None:
+        """Take the new row (the compressor's parts), rounded as the window stores it."""
+        self._row = tuple(p.to(b.dtype) for p, b in zip(parts, self.state.values(), strict=True))
+
+    def dots(self, j: Tensor) -> Tensor:
+        """(n, m) fp64: inner products of the staged row with every row, slot j counted as the staged row itself."""
+        dots = self._dots_with_window()
+        return dots.index_copy_(1, j, self._staged_square()[:, None])
+
+    def commit(self, j: Tensor) -> None:
+        """Write the staged row into slot j, a (1,) int64 tensor."""
+        for buffer, part in zip(self.state.values(), self._row, strict=True):
+            buffer.index_copy_(self.slot_dim, j, part.unsqueeze(self.slot_dim))
+
+    def release(self) -> None:
+        """Forget the staged row."""
+        self._row = None
+
+    def subtract_row_(self, a: Tensor) -> Tensor:
+        """a <- a - c with c the staged row, (n, rows, cols), in place."""
+        raise NotImplementedError
+
+    def combine(self, c: Tensor) -> Tensor:
+        """G^T c: (n, rows, cols) in the compute dtype, for coefficients c (n, m) fp64."""
+        raise NotImplementedError
+
+    def _dots_with_window(self) -> Tensor:
+        raise NotImplementedError
+
+    def _staged_square(self) -> Tensor:
+        raise NotImplementedError
+
+
+class DenseWindow(Window):
+    """Rows as they are: (n, m, numel)."""
+
+    def __init__(self, n: int, m: int, rows: int, cols: int, *, dtype, compute_dtype, device):
+        super().__init__({"window_rows": torch.zeros(n, m, rows * cols, dtype=dtype, device=device)}, compute_dtype)
+        self.shape = (rows, cols)
+
+    def stage(self, parts: tuple[Tensor, ...]) -> None:
+        """Take the gradient (n, rows, cols)."""
+        super().stage((parts[0].flatten(1),))
+
+    def subtract_row_(self, a: Tensor) -> Tensor:
+        """See Window."""
+        return a.sub_(self._row[0].view_as(a))
+
+    def combine(self, c: Tensor) -> Tensor:
+        """See Window."""
+        (g,) = self.state.values()
+        n, m, length = g.shape
+        out = torch.zeros(n, 1, length, dtype=self.compute_dtype, device=g.device)
+        c = c.to(self.compute_dtype)[:, None]
+        for rows in chunks(m, 0 if g.dtype == self.compute_dtype else n * length * out.element_size()):
+            out = torch.baddbmm(out, c[..., rows], g[:, rows].to(self.compute_dtype))
+        return out.view(n, *self.shape)
+
+    def _dots_with_window(self) -> Tensor:
+        return inner(self.state["window_rows"], self._row[0][:, None]).squeeze(2)
+
+    def _staged_square(self) -> Tensor:
+        row = self._row[0][:, None]
+        return inner(row, row)[:, 0, 0]
+
+
+class LowRankWindow(Window):
+    """Rows P Q^T: P (n, m, r, rows), Q (n, m, r, cols).
+
+    <P_i Q_i^T, P_j Q_j^T> = sum of (P_i^T P_j) o (Q_i^T Q_j): nothing of size rows x cols is formed.
+    """
+
+    def __init__(self, n: int, m: int, rows: int, cols: int, rank: int, *, dtype, compute_dtype, device):
+        new = {"dtype": dtype, "device": device}
+        state = {"window_p": torch.zeros(n, m, rank, rows, **new), "window_q": torch.zeros(n, m, rank, cols, **new)}
+        super().__init__(state, compute_dtype)
+
+    def stage(self, parts: tuple[Tensor, ...]) -> None:
+        """Take P (n, rows, r) and Q (n, cols, r)."""
+        super().stage(tuple(part.mT.contiguous() for part in parts))
+
+    def subtract_row_(self, a: Tensor) -> Tensor:
+        """See Window."""
+        p, q = (part.to(a.dtype) for part in self._row)
+        return a.baddbmm_(p.mT, q, alpha=-1)
+
+    def combine(self, c: Tensor) -> Tensor:
+        """See Window. c scales the shorter factor, a few slots at a time."""
+        p, q = self.state.values()
+        n, m, rank, rows = p.shape
+        cols = q.shape[3]
+        out = torch.zeros(n, rows, cols, dtype=self.compute_dtype, device=p.device)
+        c = c.to(self.compute_dtype)[:, :, None, None]
+        converted = rows + cols if p.dtype != self.compute_dtype else min(rows, cols)
+        for slots in chunks(m, n * rank * converted * out.element_size()):
+            left, right = p[:, slots].to(out.dtype), q[:, slots].to(out.dtype)
+            left, right = (left * c[:, slots], right) if rows <= cols else (left, right * c[:, slots])
+            out.baddbmm_(left.flatten(1, 2).mT, right.flatten(1, 2))
+        return out
+
+    def _dots_with_window(self) -> Tensor:
+        p, q = self.state.values()
+        return self._factor_dots(p, q)
+
+    def _staged_square(self) -> Tensor:
+        return self._factor_dots(*(part[:, None] for part in self._row))[:, 0]
+
+    def _factor_dots(self, p: Tensor, q: Tensor) -> Tensor:
+        gram_p = inner(p.flatten(1, 2), self._row[0])
+        gram_q = inner(q.flatten(1, 2), self._row[1])
+        return gram_p.mul_(gram_q).unflatten(1, p.shape[1:3]).sum((2, 3))
+
+
+class SparseWindow(Window):
+    """Rows as kept entries: block-relative indices and values, both (n, rows, m, k), so that one row's window is one run.
+
+    Args:
+        offsets: (k,) int64, first column of the block of each entry.
+    """
+
+    slot_dim = 2
+
+    def __init__(self, n: int, m: int, rows: int, cols: int, offsets: Tensor, *, dtype, compute_dtype, device):
+        shape = (n, rows, m, len(offsets))
+        state = {
+            "window_indices": torch.zeros(shape, dtype=torch.int16, device=device),
+            "window_values": torch.zeros(shape, dtype=dtype, device=device),
+        }
+        super().__init__(state, compute_dtype)
+        self.cols = cols
+        self.offsets = offsets
+
+    def subtract_row_(self, a: Tensor) -> Tensor:
+        """See Window."""
+        indices, values = self._row
+        return a.scatter_add_(2, self._columns(indices), -values.to(a.dtype))
+
+    def combine(self, c: Tensor) -> Tensor:
+        """See Window."""
+        out = torch.zeros(*self._rows_shape(), self.cols, dtype=self.compute_dtype, device=c.device)
+        c = c.to(self.compute_dtype)[:, None, :, None]
+        for tensors, rows, indices, values in self._pieces():
+            weighted = values.to(self.compute_dtype) * c[tensors]
+            out[tensors, rows].scatter_add_(2, indices.flatten(2), weighted.flatten(2))
+        return out
+
+    def _dots_with_window(self) -> Tensor:
+        indices, values = self._row
+        n, rows, m, _ = self.state["window_values"].shape
+        dots = torch.zeros(n, m, dtype=torch.float64, device=values.device)
+        for tensors, part, window_indices, window_values in self._pieces():
+            shape = (*window_values.shape[:2], self.cols)
+            row = torch.zeros(shape, dtype=values.dtype, device=values.device)
+            row.scatter_(2, self._columns(indices[tensors, part]), values[tensors, part])
+            met = row.gather(2, window_indices.flatten(2)).view_as(window_values)
+            dots[tensors] += (met.double() * window_values).sum((1, 3))
+        return dots
+
+    def _staged_square(self) -> Tensor:
+        return self._row[1].double().square().sum((1, 2))
+
+    def _columns(self, indices: Tensor) -> Tensor:
+        return indices.long() + self.offsets
+
+    def _rows_shape(self) -> tuple[int, int]:
+        return tuple(self.state["window_values"].shape[:2])
+
+    def _pieces(self):
+        """The window cut by tensors, then rows: (tensor slice, row slice, int64 columns, values) under the chunk limit."""
+        indices, values = self.state.values()
+        n, rows, m, k = values.shape
+        row_bytes = m * k * 16 + self.cols * 8
+        for tensors in chunks(n, rows * row_bytes):
+            for part in chunks(rows, (tensors.stop - tensors.start) * row_bytes):
+                yield tensors, part, self._columns(indices[tensors, part]), values[tensors, part]

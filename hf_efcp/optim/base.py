@@ -1,0 +1,195 @@
+"""THE step: what every windowed full-matrix optimizer does, whatever its compressor and its spectral function."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.coefficients import quadratic
+from ..core.gram import GramMatrix
+from ..core.linalg import ieee_matmul
+from ..core.windows import Window
+from .options import GroupOptions, OptionError, annotations, build
+from .stacks import Stack, build_stacks, compute_dtype
+from .state import StateDictMixin
+
+
+class WindowedOptimizer(StateDictMixin, torch.optim.Optimizer):
+    """A preconditioner phi(K) on a window of compressed gradients: u = G^T c, c = phi(K) w.
+
+    Subclasses give `options_type`, `row_format` (compressor and window of a stack) and `coefficients` (phi).
+
+    Args:
+        params: tensors, parameter groups, or (name, tensor) pairs. Groups may set `lr` and `weight_decay`.
+        lr: learning rate.
+        weight_decay: decoupled, p <- (1 - lr*wd) p.
+        **options: the fields of `options_type`.
+
+    Raises:
+        OptionError: unknown option, wrong type, value out of range, or a parameter that cannot be optimized.
+    """
+
+    options_type: ClassVar[type]
+
+    def __init__(self, params, lr: float, *, weight_decay: float = 0.0, **options: Any):
+        name = type(self).__name__
+        group = build(GroupOptions, {"lr": lr, "weight_decay": weight_decay}, name)
+        self.options = build(self.options_type, options, name)
+        self._stacks: list[Stack] | None = None
+        self._gram: GramMatrix | None = None
+        self._skipped = 0
+        super().__init__(params, {"lr": group.lr, "weight_decay": group.weight_decay})
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "options_type" in vars(cls):
+            cls.__signature__ = _signature(cls)
+
+    def row_format(self, n: int, rows: int, cols: int, first: Tensor, salt: Tensor) -> tuple[Any, Window] | None:
+        """Compressor and window for n tensors of rows x cols; None where a plain row is no larger (and exact)."""
+        raise NotImplementedError
+
+    def coefficients(self, gram: Tensor, ages: Tensor, row_dtype: torch.dtype) -> Tensor:
+        """c = phi(K) w, (groups, m), from K (groups, m, m) and the ages (m,) of its rows."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step. A non-finite gradient skips it: nothing changes, and the skip is counted.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        stacks = self._prepare()
+        if stacks:
+            with ieee_matmul(self._gram.matrix.device):
+                self._step(stacks, self._gram)
+        return loss
+
+    def _step(self, stacks: list[Stack], gram: GramMatrix) -> None:
+        j = gram.next_slot()
+        for s in stacks:
+            a = s.feedback.accumulate(s.gradient())                 # a = e + g
+            s.window.stage(s.compressor.compress(a, gram.step))     # c = C(a), as the window stores it
+        k_j = self._reduce([s.window.dots(j.to(s.device)) for s in stacks])
+        accepted = self._accepts(k_j, j)
+        for s in stacks:
+            if accepted:
+                s.window.commit(j.to(s.device))
+                s.compressor.commit()
+                s.feedback.keep(s.gradient(), s.window)             # e = a - c
+            s.window.release()
+        if not accepted:
+            return
+        c = self._rescale(self.coefficients(gram.update(j, k_j), gram.ages(j), self._row_dtype))
+        for s, c_s in zip(stacks, self._share(c), strict=True):
+            group = self.param_groups[s.group]
+            s.apply(s.window.combine(c_s.to(s.device)), float(group["lr"]), group["weight_decay"])  # u = G^T c
+
+    def _reduce(self, dots: list[Tensor]) -> Tensor:
+        """The new row of K, (groups, m): summed over all tensors, or one per tensor."""
+        device = self._gram.matrix.device
+        if self.options.scope == "layer":
+            return torch.cat([d.to(device) for d in dots])
+        return torch.stack([d.sum(0).to(device) for d in dots]).sum(0, keepdim=True)
+
+    def _share(self, c: Tensor) -> list[Tensor]:
+        """Each stack's coefficients, (n, m)."""
+        sizes = [len(s.params) for s in self._stacks]
+        return [c.expand(n, -1) for n in sizes] if self.options.scope == "model" else list(c.split(sizes))
+
+    def _rescale(self, c: Tensor) -> Tensor:
+        """c times update_rms * sqrt(d) / |u|: |u|^2 = c^T K c is free, so no pass over the parameters is needed."""
+        if self.options.update_rms is None:
+            return c
+        norm = quadratic(self._gram.matrix, c).sum().sqrt()
+        return c * torch.where(norm > 0, self.options.update_rms * math.sqrt(self._coordinates) / norm, 0.0)
+
+    def _accepts(self, k_j: Tensor, j: Tensor) -> bool:
+        """Whether the staged row may enter: it is finite, and not a zero gradient on empty state (which only allocates)."""
+        if not k_j.isfinite().all():
+            self._skipped += 1
+            if self._skipped & (self._skipped - 1) == 0:  # the 1st, 2nd, 4th, 8th, ... time
+                warnings.warn(
+                    f"{type(self).__name__}: gradient with NaN, infinity or a square out of range: step skipped, state "
+                    f"unchanged ({self._skipped} skipped so far)",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+            return False
+        return bool(self._gram.step > 0) or bool((k_j != 0).any())
+
+    # Parameters and state -------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its tensors join the running window with zero rows.
+
+        Raises:
+            OptionError: a bad lr or weight_decay, an option of the whole optimizer, or a complex parameter.
+        """
+        name = type(self).__name__
+        valid = annotations(GroupOptions)
+        for key in param_group:
+            if key in annotations(self.options_type):
+                raise OptionError(f"{key} is an option of the whole optimizer {name}, not of a parameter group")
+            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.8)
+            if key not in valid and near:
+                raise OptionError(f"unknown key {key!r} in a parameter group of {name}: did you mean {near[0]!r}?")
+        given = {k: v for k, v in param_group.items() if k in valid}
+        checked = build(GroupOptions, given, name)
+        super().add_param_group({**param_group, **{k: getattr(checked, k) for k in given}})
+        for p in self.param_groups[-1]["params"]:
+            if p.requires_grad and p.is_complex():
+                self.param_groups.pop()
+                raise OptionError(f"{name} has no complex arithmetic: pass torch.view_as_real(p) of {tuple(p.shape)}")
+
+    def _trainable(self) -> list[list[Tensor]]:
+        """The parameters with state in each group: a parameter that is frozen later keeps its rows, which K counts."""
+        return [[p for p in g["params"] if p.requires_grad or p in self.state] for g in self.param_groups]
+
+    def _prepare(self) -> list[Stack]:
+        """The stacks of the current parameters, built at the first step and again when the parameters changed."""
+        groups = self._trainable()
+        key = [(id(p), p.shape, p.dtype, p.device) for params in groups for p in params]
+        if self._stacks is None or key != self._stacks_key:
+            stacks = build_stacks(groups, self.options.window_size, self.row_format)
+            self._adopt(stacks)
+            self._stacks_key = key
+        return self._stacks
+
+    @property
+    def _coordinates(self) -> int:
+        """d, the number of coordinates of all groups that are trained."""
+        return sum(p.numel() for s in self._stacks for p in s.params)
+
+    @property
+    def _row_dtype(self) -> torch.dtype:
+        dtypes = {compute_dtype(s.params[0]) for s in self._stacks}
+        return torch.float32 if torch.float32 in dtypes else torch.float64
+
+
+def _signature(cls: type) -> inspect.Signature:
+    """The constructor's signature with the options spelled out, for help() and editors."""
+    kinds = inspect.Parameter
+    parameters = [
+        kinds("params", kinds.POSITIONAL_OR_KEYWORD),
+        kinds("lr", kinds.POSITIONAL_OR_KEYWORD, annotation=float),
+        kinds("weight_decay", kinds.KEYWORD_ONLY, default=0.0, annotation=float),
+    ]
+    defaults = cls.options_type()
+    for name, annotation in annotations(cls.options_type).items():
+        parameters.append(kinds(name, kinds.KEYWORD_ONLY, default=getattr(defaults, name), annotation=annotation))
+    return inspect.Signature(parameters)

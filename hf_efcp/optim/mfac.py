@@ -1,0 +1,63 @@
+"""M-FAC: natural gradient with the empirical Fisher of the last m gradients, F = damping*I + (1/m) G^T G (arXiv 2107.03356).
+
+    u = F^-1 c_j = G^T [ m (K + m*damping*I)^-1 ] e_j
+
+Low-rank and sparse windows with error feedback are EFCP (arXiv 2306.06098).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..core.coefficients import mfac, weights
+from .base import WindowedOptimizer
+from .formats import DenseRows, LowRankRows, SparseRows
+from .options import LowRankOptions, MFACOptions, SparseOptions, WindowOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseMFACOptions(WindowOptions, MFACOptions):
+    """Options of DenseMFAC."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseMFACOptions(WindowOptions, SparseOptions, MFACOptions):
+    """Options of SparseMFAC."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankMFACOptions(WindowOptions, LowRankOptions, MFACOptions):
+    """Options of LowRankMFAC."""
+
+
+class _MFAC(WindowedOptimizer):
+    def coefficients(self, gram: Tensor, ages: Tensor, row_dtype: torch.dtype) -> Tensor:
+        o = self.options
+        return mfac(gram, weights(gram, ages, o.window_momentum), o.damping, o.window_size, row_dtype)
+
+
+class DenseMFAC(DenseRows, _MFAC):
+    """M-FAC on uncompressed gradients: 4*m bytes per parameter. The reference that the compressed ones are measured by.
+
+    Args:
+        params: tensors, parameter groups, or (name, tensor) pairs.
+        lr: learning rate.
+        **options: see the signature; meaning and range of each: `hf-efcp list --options`.
+    """
+
+    options_type = DenseMFACOptions
+
+
+class SparseMFAC(SparseRows, _MFAC):
+    """M-FAC on block top-k gradients with error feedback (EFCP). Arguments as DenseMFAC, with `density` and `block_size`."""
+
+    options_type = SparseMFACOptions
+
+
+class LowRankMFAC(LowRankRows, _MFAC):
+    """M-FAC on rank-r gradients with error feedback (EFCP). Arguments as DenseMFAC, with `rank`."""
+
+    options_type = LowRankMFACOptions
