@@ -1,4 +1,4 @@
-"""The names users type: `efcp_lowrank_mfac` and its relatives, each with its class, a line of description and `--optim` defaults."""
+"""The names users type: `efcp_lowrank_mfac` and its relatives, each with class, description and `--optim` defaults."""
 
 from __future__ import annotations
 
@@ -84,9 +84,7 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
     return _REGISTRY[name]
 
 
-def create_optimizer(
-    name: str, model_or_params: torch.nn.Module | Iterable, **options: Any
-) -> torch.optim.Optimizer:
+def create_optimizer(name: str, model_or_params: torch.nn.Module | Iterable, **options: Any) -> torch.optim.Optimizer:
     """Build an optimizer by name.
 
     Args:

@@ -176,7 +176,7 @@ class SparseWindow(Window):
 
     def _dots_with_window(self) -> Tensor:
         indices, values = self._row
-        n, rows, m, _ = self.state["window_values"].shape
+        n, _, m, _ = self.state["window_values"].shape
         dots = torch.zeros(n, m, dtype=torch.float64, device=values.device)
         for tensors, part, window_indices, window_values in self._pieces():
             shape = (*window_values.shape[:2], self.cols)

@@ -79,6 +79,7 @@ class WindowedOptimizer(StateDictMixin, torch.optim.Optimizer):
                 self._step(stacks, self._gram)
         return loss
 
+    # fmt: off
     def _step(self, stacks: list[Stack], gram: GramMatrix) -> None:
         j = gram.next_slot()
         for s in stacks:
@@ -98,6 +99,7 @@ class WindowedOptimizer(StateDictMixin, torch.optim.Optimizer):
         for s, c_s in zip(stacks, self._share(c), strict=True):
             group = self.param_groups[s.group]
             s.apply(s.window.combine(c_s.to(s.device)), float(group["lr"]), group["weight_decay"])  # u = G^T c
+    # fmt: on
 
     def _reduce(self, dots: list[Tensor]) -> Tensor:
         """The new row of K, (groups, m): summed over all tensors, or one per tensor."""

@@ -84,9 +84,7 @@ class WindowOptions:
         allowed="a number in [0, 1)",
         check=fraction,
     )
-    scope: str = option(
-        "model", "one Gram matrix over all tensors, or one per tensor", choices=("model", "layer")
-    )
+    scope: str = option("model", "one Gram matrix over all tensors, or one per tensor", choices=("model", "layer"))
     update_rms: float | None = option(
         None,
         "rescale the whole update to this root mean square per coordinate; none: the raw update",
@@ -115,9 +113,7 @@ class LowRankOptions:
 class SparseOptions:
     """Options of the block top-k compressor."""
 
-    density: float = option(
-        0.01, "fraction of each block that is kept", allowed="a number in (0, 1]", check=lambda x: 0 < x <= 1
-    )
+    density: float = option(0.01, "fraction of each block that is kept", allowed="a number in (0, 1]", check=lambda x: 0 < x <= 1)
     block_size: int = option(
         1024,
         "length of a top-k block, a run inside one row of a tensor",

@@ -1,0 +1,85 @@
+"""The slow references that the fast code is tested against: dense rows, fp64, brute force."""
+
+import torch
+
+import hf_efcp
+from hf_efcp.registry import get_optimizer_info
+
+NAMES = hf_efcp.list_optimizers()
+# 1-D, 2-D wide, tall, twice the same (a batch of two), 4-D, too thin to compress, 0-D.
+SHAPES = ((7,), (12, 30), (12, 30), (40, 11), (8, 3, 3, 3), (3, 4), ())
+# Options that make every compressor drop something on SHAPES.
+LOSSY = {"lowrank": {"rank": 2}, "sparse": {"density": 0.2, "block_size": 16}, "dense": {}}
+
+
+def lossy_options(name):
+    return LOSSY[name.split("_")[1]]
+
+
+def make(name, params, **options):
+    """The optimizer `name` with lossy compression, unless the options say otherwise."""
+    return get_optimizer_info(name).cls(params, **{"lr": 1.0, **lossy_options(name), **options})
+
+
+def parameters(shapes=SHAPES, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+
+
+def set_gradients(params, generator, norm=1.0):
+    """Random gradients whose norm over all parameters is `norm`; returns clones."""
+    total = sum(p.numel() for p in params) ** 0.5
+    for p in params:
+        p.grad = (torch.randn(p.shape, generator=generator, dtype=torch.float64) * (norm / total)).to(p.dtype)
+    return [p.grad.clone() for p in params]
+
+
+def stack_of(optimizer, p):
+    return next(s for s in optimizer._stacks if any(q is p for q in s.params))
+
+
+def row(optimizer, p, slot):
+    """Row `slot` of p's window as a flat fp64 vector, from the public state."""
+    state = {name: value.double() if value.is_floating_point() else value for name, value in optimizer.state[p].items()}
+    if "window_p" in state:
+        return (state["window_p"][slot].mT @ state["window_q"][slot]).flatten()
+    if "window_indices" in state:
+        indices, values = state["window_indices"][:, slot].long(), state["window_values"][:, slot]
+        dense = torch.zeros(p.shape[0], p[0].numel(), dtype=torch.float64)
+        return dense.scatter(1, indices + stack_of(optimizer, p).window.offsets, values).flatten()
+    return state["window_rows"][slot]
+
+
+def window(optimizer, params):
+    """G, (m, d) fp64: all parameters' rows side by side."""
+    m = optimizer.options.window_size
+    return torch.stack([torch.cat([row(optimizer, p, i) for p in params]) for i in range(m)])
+
+
+def error(optimizer, p):
+    """e as a flat fp64 vector (zeros where rows are exact)."""
+    e = optimizer.state[p].get("error")
+    return torch.zeros(p.numel(), dtype=torch.float64) if e is None else e.double().flatten()
+
+
+def update_of(optimizer, params):
+    """Take a step at lr 1 without weight decay; returns u, the flat fp64 update, and puts the parameters back."""
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.data.zero_()
+    optimizer.step()
+    u = torch.cat([-p.detach().double().flatten() for p in params])
+    for p, b in zip(params, before, strict=True):
+        p.data.copy_(b)
+    return u
+
+
+def mfac_oracle(g, x, damping, divisor, row_dtype):
+    """(damping I + G^T G / N)^-1 x for x in the span of the rows, by a thin SVD of G (m, d)."""
+    u, s, _ = torch.linalg.svd(g.T, full_matrices=False)
+    u, s = (t[..., s > s.max() * (1e-9 if row_dtype == torch.float64 else 1e-7)] for t in (u, s))
+    return u @ ((u.T @ x) / (damping + s**2 / divisor))
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
