@@ -6,7 +6,7 @@ Importing this package registers its names with transformers, when that is insta
 import importlib.util
 
 from ._version import __version__
-from .optim import DenseMFAC, LowRankMFAC, SparseMFAC
+from .optim import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
 from .optim.options import OptionError
 from .registry import create_optimizer, list_optimizers
 
@@ -26,9 +26,12 @@ if importlib.util.find_spec("transformers") is not None:
     register()
 
 __all__ = [
+    "DenseGGT",
     "DenseMFAC",
+    "LowRankGGT",
     "LowRankMFAC",
     "OptionError",
+    "SparseGGT",
     "SparseMFAC",
     "__version__",
     "create_optimizer",

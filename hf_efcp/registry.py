@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .optim import DenseMFAC, LowRankMFAC, SparseMFAC
+from .optim import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
 from .optim.options import GroupOptions, OptionError, annotations, build, unknown_name
 
 
@@ -45,6 +45,7 @@ class OptimizerInfo:
 
 
 _MFAC_DEFAULTS = MappingProxyType({"window_size": 32, "update_rms": 0.5})
+_GGT_DEFAULTS = MappingProxyType({"update_rms": 0.5})
 
 _REGISTRY = {
     info.name: info
@@ -66,6 +67,24 @@ _REGISTRY = {
             DenseMFAC,
             "M-FAC on uncompressed gradients: the reference, 4*window_size bytes per parameter",
             _MFAC_DEFAULTS,
+        ),
+        OptimizerInfo(
+            "efcp_lowrank_ggt",
+            LowRankGGT,
+            "full-matrix Adagrad (GGT) on low-rank gradients with error feedback",
+            _GGT_DEFAULTS,
+        ),
+        OptimizerInfo(
+            "efcp_sparse_ggt",
+            SparseGGT,
+            "full-matrix Adagrad (GGT) on block top-k gradients with error feedback",
+            _GGT_DEFAULTS,
+        ),
+        OptimizerInfo(
+            "efcp_dense_ggt",
+            DenseGGT,
+            "full-matrix Adagrad (GGT) on uncompressed gradients: the reference, 4*window_size bytes per parameter",
+            _GGT_DEFAULTS,
         ),
     )
 }

@@ -81,5 +81,12 @@ def mfac_oracle(g, x, damping, divisor, row_dtype):
     return u @ ((u.T @ x) / (damping + s**2 / divisor))
 
 
+def ggt_oracle(rows, x, eps, row_dtype):
+    """((A^T A)^1/2 + eps I)^-1 x for x in the span of A's rows (m, d), by a thin SVD of A."""
+    u, s, _ = torch.linalg.svd(rows.T, full_matrices=False)
+    u, s = (t[..., s > s.max() * (3e-7 if row_dtype == torch.float64 else 1e-5)] for t in (u, s))
+    return u @ ((u.T @ x) / (s + eps))
+
+
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()

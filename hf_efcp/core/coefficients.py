@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Above this times 1/eps of the row dtype, the sum G^T c cancels and the null space of K has to be cut away.
+# By row dtype. Above _CANCELLATION / eps, the sum G^T c cancels and the null space of K has to be cut away.
 _CANCELLATION = {torch.float32: 1e-5, torch.float64: 1e-10}
 # Eigenvalues of K below this fraction of the largest are rounding noise, not directions.
-_NULL_SPACE = 1e-10
+_NULL_SPACE = {torch.float32: 1e-10, torch.float64: 1e-13}
+# GGT's decay: rows with a smaller D_ii are as good as forgotten, and D^-1 would blow them up.
+_FORGOTTEN = 1e-8
 
 
 def weights(gram: Tensor, ages: Tensor, momentum: float) -> Tensor:
@@ -50,8 +52,31 @@ def mfac(gram: Tensor, w: Tensor, damping: Tensor | float, divisor: Tensor | flo
     limit = _CANCELLATION[row_dtype] / torch.finfo(row_dtype).eps
     bad = (failed != 0) | ~(cancellation(gram, c) <= limit)
     if bad.any():
-        c[bad] = spectral(gram[bad], w[bad], lambda s: divisor / (s + shift[bad, None]))
+        c[bad] = spectral(gram[bad], w[bad], lambda s: divisor / (s + shift[bad, None]), row_dtype)
     return c
+
+
+def ggt(gram: Tensor, w: Tensor, decay: Tensor, eps: float, row_dtype: torch.dtype) -> Tensor:
+    """c = D phi(D K D) D^-1 w with phi(s) = 1 / (sqrt(s) + eps), so that G^T c = ((A^T A)^1/2 + eps*I)^-1 G^T w, A = D G.
+
+    Full-matrix Adagrad on the window (GGT, arXiv 1806.02958). Both sides see the decayed rows A: with the eigenvectors of
+    D K D and undecayed rows the update would be off by tens of percent.
+
+    Args:
+        gram: K, (groups, m, m) fp64.
+        w: (groups, m) fp64.
+        decay: the diagonal of D, (m,): beta2^age.
+        eps: a number in units of the gradient's norm.
+        row_dtype: the dtype in which G^T c will be summed.
+
+    Returns:
+        (groups, m) fp64.
+    """
+    known = decay >= _FORGOTTEN
+    decay = torch.where(known, decay, 0.0)
+    inner_w = torch.where(known, w / decay, 0.0)
+    decayed = gram * decay * decay[:, None]
+    return decay * spectral(decayed, inner_w, lambda s: 1 / (s.sqrt() + eps), row_dtype)
 
 
 def cancellation(gram: Tensor, c: Tensor) -> Tensor:
@@ -66,15 +91,16 @@ def quadratic(gram: Tensor, c: Tensor) -> Tensor:
     return (c * (gram @ c[..., None]).squeeze(-1)).sum(-1).clamp_min(0)
 
 
-def spectral(gram: Tensor, w: Tensor, function) -> Tensor:
+def spectral(gram: Tensor, w: Tensor, function, row_dtype: torch.dtype) -> Tensor:
     """function(K) w over the eigenvalues of K that are not noise: dependent rows give no null-space part.
 
     Args:
         gram: (groups, m, m) fp64.
         w: (groups, m).
         function: eigenvalues (groups, m) -> values (groups, m).
+        row_dtype: the dtype in which G^T c will be summed.
     """
     eigenvalues, vectors = torch.linalg.eigh(gram)
-    kept = eigenvalues > _NULL_SPACE * eigenvalues[..., -1:]
+    kept = eigenvalues > _NULL_SPACE[row_dtype] * eigenvalues[..., -1:]
     values = torch.where(kept, function(eigenvalues.clamp_min(0)), 0.0)
     return (vectors @ (values * (vectors.mT @ w[..., None]).squeeze(-1))[..., None]).squeeze(-1)

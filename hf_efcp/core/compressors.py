@@ -109,8 +109,9 @@ class PowerIteration:
         return p, q
 
     def commit(self) -> None:
-        """Q becomes the next step's warm start."""
-        self.q.copy_(self._next)
+        """Q becomes the next step's warm start; a tensor whose Q is all zero (no gradient) keeps the one it has."""
+        alive = self._next.ne(0).any(dim=(1, 2), keepdim=True)
+        self.q.copy_(torch.where(alive, self._next, self.q))
         self._next = None
 
     def _start(self, step: Tensor) -> Tensor:
@@ -118,5 +119,5 @@ class PowerIteration:
         norms = self.q.norm(dim=1, keepdim=True)
         dead = norms <= torch.finfo(self.q.dtype).eps * norms.amax(dim=-1, keepdim=True)
         warm = self.q / norms
-        fresh = counted_noise(step.to(self.q.device), self.salt, self.q.shape[2], self.q.shape[1]).mT.to(self.q.dtype)
+        fresh = counted_noise(step, self.salt, self.q.shape[2], self.q.shape[1]).mT.to(self.q.dtype)
         return torch.where(dead, fresh, warm)

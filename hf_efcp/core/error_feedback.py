@@ -9,22 +9,32 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .linalg import stochastic_round
+
 
 class ErrorFeedback:
     """The error e of a stack of tensors.
 
     Args:
-        error: (n, rows, cols), zeros at the start; None where rows are stored exactly, so that e is always 0.
+        error: (n, rows, cols), zeros at the start; None where rows are stored exactly, so that e is always 0. In bf16 it is
+            rounded stochastically, by numbers counted by step and tensor.
+        salt: (n,) int64, a number per tensor.
     """
 
-    def __init__(self, error: Tensor | None):
+    def __init__(self, error: Tensor | None, salt: Tensor | None = None):
         self.error = error
+        self.salt = salt
 
     def accumulate(self, gradient: Tensor) -> Tensor:
         """a = e + g, (n, rows, cols); leaves the state as it is."""
         return gradient if self.error is None else self.error + gradient
 
-    def keep(self, gradient: Tensor, window) -> None:
-        """e <- (e + g) - c, where c is the row that `window` holds in its newest slot."""
-        if self.error is not None:
+    def keep(self, gradient: Tensor, window, step: Tensor) -> None:
+        """e <- (e + g) - c, where c is the row that `window` has staged."""
+        if self.error is None:
+            return
+        if self.error.dtype == gradient.dtype:
             window.subtract_row_(self.error.add_(gradient))
+        else:
+            a = window.subtract_row_(self.accumulate(gradient))
+            self.error.copy_(stochastic_round(a, self.error.dtype, step, self.salt))

@@ -17,16 +17,23 @@ class GramMatrix:
     Attributes:
         matrix: (groups, m, m) fp64.
         step: 0-D int64, the number of rows written so far.
+        skipped: 0-D int64, the number of steps that were refused for a gradient that is not finite.
     """
 
     def __init__(self, groups: int, window_size: int, device: torch.device):
         self.matrix = torch.zeros(groups, window_size, window_size, dtype=torch.float64, device=device)
         self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
     def window_size(self) -> int:
         """m, the number of slots."""
         return self.matrix.shape[-1]
+
+    @property
+    def filled(self) -> Tensor:
+        """0-D int64: min(t, m), the number of slots written."""
+        return self.step.clamp_max(self.window_size)
 
     def next_slot(self) -> Tensor:
         """(1,) int64: the slot that the next row goes into, the oldest row's."""

@@ -84,22 +84,39 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def counted_noise(counter: Tensor, salt: Tensor, rows: int, cols: int) -> Tensor:
-    """Uniform numbers in (-1, 1) that depend on (counter, salt, row, column) only.
+def counted_bits(counter: Tensor, salt: Tensor, rows: int, cols: int) -> Tensor:
+    """Pseudo-random numbers that depend on (counter, salt, row, column) only; their upper 16 bits are uniform.
 
-    No generator: nothing global is drawn from, the value of an entry does not depend on how the work is divided, and nothing
-    has to be read back from the device.
+    No generator: nothing global is drawn from, an entry does not depend on how the work is divided, and nothing has to be read
+    back from the device. The product of two odd hashes keeps the entries of a matrix free of low-rank structure, which a
+    compressor would take for a gradient.
 
     Args:
         counter: 0-D int64, the step.
         salt: (n,) int64, one number per tensor.
 
     Returns:
-        (n, rows, cols) fp32.
+        (n, rows, cols) int32.
     """
-    device = counter.device
-    key = _mix(_mix(counter & 0x7FFFFFFF) ^ _mix(salt + 0x9E3779B9))
-    row = _mix(key[:, None] ^ torch.arange(rows, device=device))
-    col = _mix(torch.arange(cols, device=device) + 0x51ED270B)
-    bits = _mix(row[:, :, None] ^ col)
-    return (bits.float() + 0.5) * 2.0**-31 - 1.0
+    device = salt.device
+    key = _mix(_mix(counter.to(device) & 0x7FFFFFFF) ^ _mix(salt + 0x9E3779B9))
+    row = _mix(key[:, None] ^ torch.arange(rows, device=device)) | 1
+    col = _mix(_mix(key[:, None]) ^ torch.arange(cols, device=device)) | 1
+    return row.to(torch.int32)[:, :, None] * col.to(torch.int32)[:, None, :]
+
+
+def counted_noise(counter: Tensor, salt: Tensor, rows: int, cols: int) -> Tensor:
+    """`counted_bits` as uniform numbers in (-1, 1), (n, rows, cols) fp32."""
+    return (counted_bits(counter, salt, rows, cols) >> 16).float().add_(0.5).mul_(2.0**-15)
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, counter: Tensor, salt: Tensor) -> Tensor:
+    """x (n, rows, cols) in `dtype`; from fp32 to bf16 stochastically, so that small additions survive in the mean.
+
+    Round to nearest would lose every addition below 1/256 of a number. Elsewhere: round to nearest.
+    """
+    if (x.dtype, dtype) != (torch.float32, torch.bfloat16):
+        return x.to(dtype)
+    noise = counted_bits(counter, salt, *x.shape[1:]).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    # Adding up to one unit of bf16 less one and cutting rounds up with the probability of the part that is cut off.
+    return noise.add_(x.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32).to(dtype)

@@ -17,10 +17,11 @@ from ..core.linalg import ieee_matmul
 from ..core.windows import Window
 from .options import GroupOptions, OptionError, annotations, build
 from .stacks import Stack, build_stacks, compute_dtype
+from .diagnostics import DiagnosticsMixin
 from .state import StateDictMixin
 
 
-class WindowedOptimizer(StateDictMixin, torch.optim.Optimizer):
+class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer):
     """A preconditioner phi(K) on a window of compressed gradients: u = G^T c, c = phi(K) w.
 
     Subclasses give `options_type`, `row_format` (compressor and window of a stack) and `coefficients` (phi).
@@ -41,9 +42,7 @@ class WindowedOptimizer(StateDictMixin, torch.optim.Optimizer):
         name = type(self).__name__
         group = build(GroupOptions, {"lr": lr, "weight_decay": weight_decay}, name)
         self.options = build(self.options_type, options, name)
-        self._stacks: list[Stack] | None = None
-        self._gram: GramMatrix | None = None
-        self._skipped = 0
+        self._forget()
         super().__init__(params, {"lr": group.lr, "weight_decay": group.weight_decay})
 
     def __init_subclass__(cls, **kwargs):
@@ -55,8 +54,8 @@ class WindowedOptimizer(StateDictMixin, torch.optim.Optimizer):
         """Compressor and window for n tensors of rows x cols; None where a plain row is no larger (and exact)."""
         raise NotImplementedError
 
-    def coefficients(self, gram: Tensor, ages: Tensor, row_dtype: torch.dtype) -> Tensor:
-        """c = phi(K) w, (groups, m), from K (groups, m, m) and the ages (m,) of its rows."""
+    def coefficients(self, gram: GramMatrix, j: Tensor, row_dtype: torch.dtype) -> Tensor:
+        """c = phi(K) w, (groups, m), for the newest slot j; `row_dtype` is that in which G^T c will be summed."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -82,24 +81,30 @@ class WindowedOptimizer(StateDictMixin, torch.optim.Optimizer):
     # fmt: off
     def _step(self, stacks: list[Stack], gram: GramMatrix) -> None:
         j = gram.next_slot()
+        l2 = self._l2()
         for s in stacks:
-            a = s.feedback.accumulate(s.gradient())                 # a = e + g
+            a = s.accumulated(l2[s.group])                          # a = e + g
             s.window.stage(s.compressor.compress(a, gram.step))     # c = C(a), as the window stores it
         k_j = self._reduce([s.window.dots(j.to(s.device)) for s in stacks])
-        accepted = self._accepts(k_j, j)
-        for s in stacks:
-            if accepted:
-                s.window.commit(j.to(s.device))
-                s.compressor.commit()
-                s.feedback.keep(s.gradient(), s.window)             # e = a - c
-            s.window.release()
-        if not accepted:
+        if not self._accepts(k_j):
             return
-        c = self._rescale(self.coefficients(gram.update(j, k_j), gram.ages(j), self._row_dtype))
+        for s in stacks:
+            s.window.commit(j.to(s.device))
+            s.compressor.commit()
+            s.feedback.keep(s.gradient(l2[s.group]), s.window, gram.step)   # e = a - c
+        gram.update(j, k_j)
+        c = self._rescale(self.coefficients(gram, j, self._row_dtype))
         for s, c_s in zip(stacks, self._share(c), strict=True):
             group = self.param_groups[s.group]
-            s.apply(s.window.combine(c_s.to(s.device)), float(group["lr"]), group["weight_decay"])  # u = G^T c
+            decay = 0.0 if l2[s.group] else group["weight_decay"]
+            u = s.window.combine(c_s.to(s.device))                  # u = G^T c
+            s.apply(u, float(group["lr"]), decay, self.options.momentum)
+        self._last = (c, j)
     # fmt: on
+
+    def _l2(self) -> list[float]:
+        """The weight decay that enters the gradient, by group."""
+        return [g["weight_decay"] if self.options.weight_decay_mode == "l2" else 0.0 for g in self.param_groups]
 
     def _reduce(self, dots: list[Tensor]) -> Tensor:
         """The new row of K, (groups, m): summed over all tensors, or one per tensor."""
@@ -120,19 +125,20 @@ class WindowedOptimizer(StateDictMixin, torch.optim.Optimizer):
         norm = quadratic(self._gram.matrix, c).sum().sqrt()
         return c * torch.where(norm > 0, self.options.update_rms * math.sqrt(self._coordinates) / norm, 0.0)
 
-    def _accepts(self, k_j: Tensor, j: Tensor) -> bool:
+    def _accepts(self, k_j: Tensor) -> bool:
         """Whether the staged row may enter: it is finite, and not a zero gradient on empty state (which only allocates)."""
-        if not k_j.isfinite().all():
-            self._skipped += 1
-            if self._skipped & (self._skipped - 1) == 0:  # the 1st, 2nd, 4th, 8th, ... time
-                warnings.warn(
-                    f"{type(self).__name__}: gradient with NaN, infinity or a square out of range: step skipped, state "
-                    f"unchanged ({self._skipped} skipped so far)",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
-            return False
-        return bool(self._gram.step > 0) or bool((k_j != 0).any())
+        if k_j.isfinite().all():
+            return bool(self._gram.step > 0) or bool((k_j != 0).any())
+        self._gram.skipped += 1
+        skipped = int(self._gram.skipped)
+        if skipped & (skipped - 1) == 0:  # the 1st, 2nd, 4th, 8th, ... time
+            warnings.warn(
+                f"{type(self).__name__}: a gradient is not finite, or its square is out of range: step skipped, state "
+                f"unchanged ({skipped} skipped so far)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return False
 
     # Parameters and state -------------------------------------------------------------------------------------------------
 
@@ -140,7 +146,8 @@ class WindowedOptimizer(StateDictMixin, torch.optim.Optimizer):
         """Add a group; its tensors join the running window with zero rows.
 
         Raises:
-            OptionError: a bad lr or weight_decay, an option of the whole optimizer, or a complex parameter.
+            OptionError: a bad lr or weight_decay, an option of the whole optimizer, or a parameter of a kind that cannot be
+                optimized (complex; a flat FSDP1 shard; a DTensor).
         """
         name = type(self).__name__
         valid = annotations(GroupOptions)
@@ -152,11 +159,12 @@ class WindowedOptimizer(StateDictMixin, torch.optim.Optimizer):
                 raise OptionError(f"unknown key {key!r} in a parameter group of {name}: did you mean {near[0]!r}?")
         given = {k: v for k, v in param_group.items() if k in valid}
         checked = build(GroupOptions, given, name)
-        super().add_param_group({**param_group, **{k: getattr(checked, k) for k in given}})
-        for p in self.param_groups[-1]["params"]:
-            if p.requires_grad and p.is_complex():
-                self.param_groups.pop()
-                raise OptionError(f"{name} has no complex arithmetic: pass torch.view_as_real(p) of {tuple(p.shape)}")
+        params = param_group["params"]
+        if not isinstance(params, Tensor | set):  # torch refuses a set, with a good message
+            params = list({id(_tensor(entry)): entry for entry in params}.values())  # tied weights once
+            for entry in params:
+                _check_parameter(_tensor(entry), name)
+        super().add_param_group({**param_group, **{k: getattr(checked, k) for k in given}, "params": params})
 
     def _trainable(self) -> list[list[Tensor]]:
         """The parameters with state in each group: a parameter that is frozen later keeps its rows, which K counts."""
@@ -167,10 +175,15 @@ class WindowedOptimizer(StateDictMixin, torch.optim.Optimizer):
         groups = self._trainable()
         key = [(id(p), p.shape, p.dtype, p.device) for params in groups for p in params]
         if self._stacks is None or key != self._stacks_key:
-            stacks = build_stacks(groups, self.options.window_size, self.row_format)
-            self._adopt(stacks)
+            self._adopt(build_stacks(groups, self.options, self.row_format))
             self._stacks_key = key
         return self._stacks
+
+    def _forget(self) -> None:
+        """No stacks: the next step builds them from `state`."""
+        self._stacks: list[Stack] | None = None
+        self._gram: GramMatrix | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
 
     @property
     def _coordinates(self) -> int:
@@ -181,6 +194,22 @@ class WindowedOptimizer(StateDictMixin, torch.optim.Optimizer):
     def _row_dtype(self) -> torch.dtype:
         dtypes = {compute_dtype(s.params[0]) for s in self._stacks}
         return torch.float32 if torch.float32 in dtypes else torch.float64
+
+
+def _tensor(entry: Any) -> Any:
+    return entry[1] if isinstance(entry, tuple) else entry
+
+
+def _check_parameter(p: Any, name: str) -> None:
+    """Refuse what would go wrong silently or late; what is no tensor is torch's to refuse."""
+    if not isinstance(p, Tensor) or not p.requires_grad:
+        return
+    if p.is_complex():
+        raise OptionError(f"{name} has no complex arithmetic: pass torch.view_as_real(p) instead of the {p.dtype} parameter")
+    if hasattr(p, "_is_flat_param") or hasattr(p, "_is_fsdp_flattened"):
+        raise OptionError(f"{name} needs whole matrices, and FSDP1 hands it flat pieces: use FSDP2 (fully_shard) or DDP")
+    if hasattr(p, "device_mesh"):
+        raise OptionError(f"{name} does not yet train sharded parameters (DTensor: FSDP2, tensor parallel): use DDP")
 
 
 def _signature(cls: type) -> inspect.Signature:

@@ -10,7 +10,15 @@ from ..core.windows import LowRankWindow, SparseWindow, Window
 from .stacks import compute_dtype
 
 
-class DenseRows:
+class RowFormat:
+    """What the formats share."""
+
+    def _dtypes(self, first: Tensor) -> dict:
+        dtype = compute_dtype(first)
+        return {"dtype": self.options.window_dtype or dtype, "compute_dtype": dtype, "device": first.device}
+
+
+class DenseRows(RowFormat):
     """Rows as they are."""
 
     def row_format(self, n: int, rows: int, cols: int, first: Tensor, salt: Tensor) -> None:
@@ -18,25 +26,23 @@ class DenseRows:
         return
 
 
-class SparseRows:
+class SparseRows(RowFormat):
     """Block top-k rows."""
 
     def row_format(self, n: int, rows: int, cols: int, first: Tensor, salt: Tensor) -> tuple[BlockTopK, Window] | None:
         """Block top-k, unless indices and values take as much as the plain row."""
         if rows * cols == 0:
             return None
-        dtype = compute_dtype(first)
+        itemsize = (self.options.window_dtype or compute_dtype(first)).itemsize
         compressor = BlockTopK(cols, self.options.density, self.options.block_size)
-        if compressor.per_row * (dtype.itemsize + torch.int16.itemsize) >= cols * dtype.itemsize:
+        if compressor.per_row * (itemsize + torch.int16.itemsize) >= cols * itemsize:
             return None
-        window = SparseWindow(
-            n, self.options.window_size, rows, cols, compressor.offsets(first.device),
-            dtype=dtype, compute_dtype=dtype, device=first.device,
-        )  # fmt: skip
+        offsets = compressor.offsets(first.device)
+        window = SparseWindow(n, self.options.window_size, rows, cols, offsets, **self._dtypes(first))
         return compressor, window
 
 
-class LowRankRows:
+class LowRankRows(RowFormat):
     """Rank-r rows P Q^T."""
 
     def row_format(self, n: int, rows: int, cols: int, first: Tensor, salt: Tensor) -> tuple[PowerIteration, Window] | None:
@@ -44,9 +50,6 @@ class LowRankRows:
         rank = min(self.options.rank, rows, cols)
         if rank * (rows + cols) >= rows * cols:
             return None
-        dtype = compute_dtype(first)
-        q = torch.zeros(n, cols, rank, dtype=dtype, device=first.device)
-        window = LowRankWindow(
-            n, self.options.window_size, rows, cols, rank, dtype=dtype, compute_dtype=dtype, device=first.device
-        )
-        return PowerIteration(q, salt), window
+        q = torch.zeros(n, cols, rank, dtype=compute_dtype(first), device=first.device)
+        window = LowRankWindow(n, self.options.window_size, rows, cols, rank, **self._dtypes(first))
+        return PowerIteration(q, salt, self.options.power_iterations), window

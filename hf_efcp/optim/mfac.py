@@ -13,30 +13,35 @@ import torch
 from torch import Tensor
 
 from ..core.coefficients import mfac, weights
+from ..core.gram import GramMatrix
 from .base import WindowedOptimizer
 from .formats import DenseRows, LowRankRows, SparseRows
 from .options import LowRankOptions, MFACOptions, SparseOptions, WindowOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseMFACOptions(WindowOptions, MFACOptions):
+class DenseMFACOptions(MFACOptions, WindowOptions):
     """Options of DenseMFAC."""
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseMFACOptions(WindowOptions, SparseOptions, MFACOptions):
+class SparseMFACOptions(SparseOptions, MFACOptions, WindowOptions):
     """Options of SparseMFAC."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRankMFACOptions(WindowOptions, LowRankOptions, MFACOptions):
+class LowRankMFACOptions(LowRankOptions, MFACOptions, WindowOptions):
     """Options of LowRankMFAC."""
 
 
 class _MFAC(WindowedOptimizer):
-    def coefficients(self, gram: Tensor, ages: Tensor, row_dtype: torch.dtype) -> Tensor:
-        o = self.options
-        return mfac(gram, weights(gram, ages, o.window_momentum), o.damping, o.window_size, row_dtype)
+    def coefficients(self, gram: GramMatrix, j: Tensor, row_dtype: torch.dtype) -> Tensor:
+        o, k = self.options, gram.matrix
+        damping = torch.as_tensor(o.damping, dtype=k.dtype, device=k.device)
+        if o.damping_mode == "relative":
+            damping = o.damping * k.diagonal(dim1=-2, dim2=-1).sum(-1) / gram.filled
+        divisor = o.window_size if o.divisor == "window" else gram.filled
+        return mfac(k, weights(k, gram.ages(j), o.window_momentum), damping, divisor, row_dtype)
 
 
 class DenseMFAC(DenseRows, _MFAC):

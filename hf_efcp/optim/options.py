@@ -28,6 +28,10 @@ _DTYPES = {
 }
 
 
+# fp16 is left out: squares of gradients leave its range.
+_STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
 class OptionError(ValueError):
     """A bad option: its message names the option, the value, what is allowed and the nearest valid name."""
 
@@ -43,7 +47,7 @@ def option(default: Any, help: str, *, allowed: str = "", check=None, choices: t
         choices: the allowed values, instead of `check`.
     """
     if choices:
-        allowed = " or ".join(repr(c) for c in choices)
+        allowed = " or ".join(str(c).removeprefix("torch.") for c in choices)
         check = choices.__contains__
     return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed, "check": check})
 
@@ -80,9 +84,12 @@ class WindowOptions:
     window_size: int = option(1024, "number m of gradients in the window", allowed="an integer >= 1", check=positive)
     window_momentum: float = option(
         0.0,
-        "momentum before preconditioning, in the window's span: e_j becomes w_i = (1-beta) beta^age(i)",
+        "momentum before preconditioning, in the window's span: e_j becomes w_i = (1-beta) beta^age(i); takes no memory",
         allowed="a number in [0, 1)",
         check=fraction,
+    )
+    momentum: float = option(
+        0.0, "momentum after preconditioning: v <- mu v + (1-mu) u", allowed="a number in [0, 1)", check=fraction
     )
     scope: str = option("model", "one Gram matrix over all tensors, or one per tensor", choices=("model", "layer"))
     update_rms: float | None = option(
@@ -91,13 +98,45 @@ class WindowOptions:
         allowed="a number > 0, or none",
         check=positive,
     )
+    weight_decay_mode: str = option(
+        "decoupled", "p <- (1 - lr*wd) p, or l2: g += wd*p before compression", choices=("decoupled", "l2")
+    )
+    window_dtype: torch.dtype | None = option(
+        None, "dtype of the window's numbers; none: fp64 for fp64 parameters, else fp32", choices=_STATE_DTYPES
+    )
+    error_dtype: torch.dtype | None = option(
+        None, "dtype of the error feedback; bf16 is rounded stochastically; none: as window_dtype", choices=_STATE_DTYPES
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class MFACOptions:
-    """Options of F = damping*I + (1/m) G^T G."""
+    """Options of F = damping*I + (1/N) G^T G."""
 
-    damping: float = option(1e-6, "damping of the empirical Fisher", allowed="a number > 0", check=positive)
+    damping: float = option(1e-6, "damping of the empirical Fisher", allowed="a finite number > 0", check=positive)
+    damping_mode: str = option(
+        "absolute", "relative: damping times the mean squared norm of the rows", choices=("absolute", "relative")
+    )
+    divisor: str = option(
+        "window", "N: the window size m, or filled: the number of rows so far, min(t, m)", choices=("window", "filled")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class GGTOptions:
+    """Options of (A^T A)^1/2 + eps*I, A = diag(beta2^age) G."""
+
+    window_size: int = option(100, "number m of gradients in the window", allowed="an integer >= 1", check=positive)
+    eps: float = option(
+        1e-5, "added to the square root, in units of the gradient's norm", allowed="a finite number > 0", check=positive
+    )
+    beta1: float = option(
+        0.0,
+        "momentum before preconditioning, as window_momentum (give one of them)",
+        allowed="a number in [0, 1)",
+        check=fraction,
+    )
+    beta2: float = option(1.0, "decay of the window's rows by age", allowed="a number in (0, 1]", check=lambda x: 0 < x <= 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +145,9 @@ class LowRankOptions:
 
     rank: int = option(
         4, "rank of the compressed gradients, clamped to min(rows, cols)", allowed="an integer >= 1", check=positive
+    )
+    power_iterations: int = option(
+        1, "rounds of subspace iteration per step, each two products with the gradient", allowed="an integer >= 1", check=positive
     )
 
 

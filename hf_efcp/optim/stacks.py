@@ -36,6 +36,7 @@ class Stack:
         params: the n parameters.
         group: index of their parameter group.
         compressor, feedback, window: the row's way from gradient to update.
+        momentum: v, (n, rows, cols), or None.
     """
 
     params: list[Tensor]
@@ -43,26 +44,48 @@ class Stack:
     compressor: object
     feedback: ErrorFeedback
     window: Window
+    momentum: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.params[0].device
 
-    def gradient(self) -> Tensor:
-        """g, (n, rows, cols) in the compute dtype; zeros where a parameter has no gradient. May share memory with `p.grad`."""
-        first = self.params[0]
-        shape, dtype = matrix_shape(first), compute_dtype(first)
-        grads = [_dense(p).reshape(shape) for p in self.params]
-        return (torch.stack(grads) if len(grads) > 1 else grads[0][None]).to(dtype)
+    def gradient(self, l2: float = 0.0) -> Tensor:
+        """g + l2 * p, (n, rows, cols) in the compute dtype; zeros where a parameter has no gradient.
+
+        May share memory with `p.grad`, which is never written to.
+        """
+        shape, dtype = matrix_shape(self.params[0]), compute_dtype(self.params[0])
+        grads = [_gradient(p).reshape(shape).to(dtype) for p in self.params]
+        if l2:
+            grads = [
+                g if p.grad is None else g + l2 * p.reshape(shape).to(dtype) for g, p in zip(grads, self.params, strict=True)
+            ]
+        return torch.stack(grads) if len(grads) > 1 else grads[0][None]
+
+    def accumulated(self, l2: float = 0.0) -> Tensor:
+        """a = e + g, (n, rows, cols); zeros where a parameter has no gradient: its row is zero and its error stays."""
+        a = self.feedback.accumulate(self.gradient(l2))
+        for i, p in enumerate(self.params):
+            if p.grad is None:
+                a[i] = 0
+        return a
 
     def buffers(self) -> dict[str, Tensor]:
         """State name -> buffer (n, ...)."""
-        found = {"error": self.feedback.error, "warm_start": getattr(self.compressor, "q", None), **self.window.state}
+        found = {
+            "error": self.feedback.error,
+            "warm_start": getattr(self.compressor, "q", None),
+            **self.window.state,
+            "momentum": self.momentum,
+        }
         return {name: buffer for name, buffer in found.items() if buffer is not None}
 
-    def apply(self, update: Tensor, lr: float, weight_decay: float) -> None:
-        """p <- (1 - lr*wd) p - lr * u for every p; low-precision parameters are rounded once."""
+    def apply(self, update: Tensor, lr: float, weight_decay: float, momentum: float) -> None:
+        """v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v. Low-precision parameters are rounded once."""
+        if self.momentum is not None:
+            update = self.momentum.lerp_(update, 1 - momentum)
         for p, u in zip(self.params, update, strict=True):
             u = u.view(p.shape)
             new = p if p.dtype == u.dtype else p.to(u.dtype)
@@ -73,22 +96,22 @@ class Stack:
                 p.copy_(new)
 
 
-def _dense(p: Tensor) -> Tensor:
+def _gradient(p: Tensor) -> Tensor:
     if p.grad is None:
         return torch.zeros_like(p)
     return p.grad.to_dense() if p.grad.is_sparse else p.grad
 
 
-# (n, rows, cols, first parameter, salt) -> (compressor, window), or None where a plain row is smaller and exact.
+# (n, rows, cols, first parameter, salt) -> (compressor, window), or None where a plain row is smaller.
 RowFormat = Callable[[int, int, int, Tensor, Tensor], tuple[object, Window] | None]
 
 
-def build_stacks(groups: Iterable[list[Tensor]], window_size: int, row_format: RowFormat) -> list[Stack]:
+def build_stacks(groups: Iterable[list[Tensor]], options, row_format: RowFormat) -> list[Stack]:
     """Group parameters into stacks and allocate their state, all zeros.
 
     Args:
         groups: the trainable parameters of each parameter group.
-        window_size: m, for plain rows.
+        options: WindowOptions.
         row_format: the method's compressor and window for tensors of two or more dimensions.
     """
     alike: dict[tuple, list[tuple[int, Tensor]]] = {}
@@ -99,11 +122,11 @@ def build_stacks(groups: Iterable[list[Tensor]], window_size: int, row_format: R
             alike.setdefault(key, []).append((number, p))
             number += 1
     stacks = []
-    for (index, (rows, cols), plain, _, _), members in alike.items():
+    for (index, _, plain, _, _), members in alike.items():
         for part in _parts(members):
             params = [p for _, p in part]
             salt = torch.tensor([number for number, _ in part], device=params[0].device)
-            stacks.append(_allocate(params, index, rows, cols, salt, window_size, None if plain else row_format))
+            stacks.append(_allocate(params, index, salt, options, None if plain else row_format))
     return stacks
 
 
@@ -115,12 +138,17 @@ def _parts(members: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor
         yield members[start : start + size]
 
 
-def _allocate(params, index, rows, cols, salt, window_size, row_format) -> Stack:
-    n, first = len(params), params[0]
-    dtype = compute_dtype(first)
+def _allocate(params: list[Tensor], index: int, salt: Tensor, options, row_format: RowFormat | None) -> Stack:
+    n, first, (rows, cols) = len(params), params[0], matrix_shape(params[0])
+    dtype, device = compute_dtype(first), first.device
+    window_dtype = options.window_dtype or dtype
     compressed = row_format(n, rows, cols, first, salt) if row_format else None
     if compressed is None:
-        window = DenseWindow(n, window_size, rows, cols, dtype=dtype, compute_dtype=dtype, device=first.device)
-        return Stack(params, index, Identity(), ErrorFeedback(None), window)
-    error = torch.zeros(n, rows, cols, dtype=dtype, device=first.device)
-    return Stack(params, index, compressed[0], ErrorFeedback(error), compressed[1])
+        window = DenseWindow(n, options.window_size, rows, cols, dtype=window_dtype, compute_dtype=dtype, device=device)
+        compressed = Identity(), window
+        exact = window_dtype.itemsize >= dtype.itemsize
+    else:
+        exact = False
+    error = None if exact else torch.zeros(n, rows, cols, dtype=options.error_dtype or dtype, device=device)
+    momentum = torch.zeros(n, rows, cols, dtype=dtype, device=device) if options.momentum else None
+    return Stack(params, index, compressed[0], ErrorFeedback(error, salt), compressed[1], momentum)

@@ -6,6 +6,7 @@ fp64 K into nonsense on a bf16 model.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import Any
 
@@ -16,8 +17,8 @@ from ..core.gram import GramMatrix
 from .options import OptionError
 from .stacks import Stack
 
-# What one parameter's entry says for the whole optimizer (the first parameter's, or with scope="layer" every one's own K).
-GRAM, STEP = "gram", "step"
+# What the first parameter's entry holds for the whole optimizer; with scope="layer" every parameter has its own K.
+SHARED = ("gram", "step", "skipped")
 FORMAT = 1
 
 
@@ -30,20 +31,14 @@ class StateDictMixin:
         device = params[0].device if params else torch.device("cpu")
         if device.type == "mps":  # has no fp64
             device = torch.device("cpu")
-        layered = self.options.scope == "layer"
-        gram = GramMatrix(len(params) if layered else 1, self.options.window_size, device)
+        gram = GramMatrix(len(params) if self.options.scope == "layer" else 1, self.options.window_size, device)
         old = {p: dict(self.state[p]) for p in params if p in self.state}
-        if not layered:
-            shared = next((entry for entry in self.state.values() if GRAM in entry), None)
-            if shared is not None and params:
-                old.setdefault(params[0], {})
-                for entry in old.values():
-                    entry.pop(GRAM, None)
-                    entry.pop(STEP, None)
-                old[params[0]] |= {GRAM: shared[GRAM], STEP: shared[STEP]}
+        if old:
+            shared = next(entry for entry in old.values() if "step" in entry)
+            names = SHARED if self.options.scope == "model" else SHARED[1:]
+            old[params[0]] = old.get(params[0], {}) | {name: shared[name] for name in names}
         self.state.clear()
-        views = self._views(stacks, gram)
-        for p, entry in views.items():
+        for p, entry in self._views(stacks, gram).items():
             for name, view in entry.items():
                 if name in old.get(p, ()):
                     view.copy_(old[p][name])
@@ -52,16 +47,24 @@ class StateDictMixin:
 
     def _views(self, stacks: list[Stack], gram: GramMatrix) -> dict[Tensor, dict[str, Tensor]]:
         """parameter -> name -> view of its state."""
-        views: dict[Tensor, dict[str, Tensor]] = {}
-        for s in stacks:
-            for i, p in enumerate(s.params):
-                views[p] = {name: buffer[i] for name, buffer in s.buffers().items()}
-        for i, p in enumerate(views):
+        views = {p: {name: b[i] for name, b in s.buffers().items()} for s in stacks for i, p in enumerate(s.params)}
+        for i, (p, k) in enumerate(zip(views, gram.matrix.expand(len(views), -1, -1), strict=True)):
             if i == 0 or self.options.scope == "layer":
-                views[p][GRAM] = gram.matrix[i]
+                views[p]["gram"] = k
             if i == 0:
-                views[p][STEP] = gram.step
+                views[p] |= {"step": gram.step, "skipped": gram.skipped}
         return views
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: tensors are copied out of the stacks, which are built again from them."""
+        state = super().__getstate__()
+        copies = {p: {name: t.clone() for name, t in entry.items()} for p, entry in self.state.items()}
+        return {**state, "state": collections.defaultdict(dict, copies), "options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See torch.optim.Optimizer."""
+        super().__setstate__(state)
+        self._forget()
 
     def memory_footprint(self) -> dict[str, int]:
         """Bytes of state by kind, measured on the tensors that are held (allocated now if no step was taken yet)."""
@@ -90,6 +93,9 @@ class StateDictMixin:
         Raises:
             OptionError: the checkpoint is of another optimizer, of other options or of other parameters.
         """
+        missing = [key for key in ("state", "param_groups") if key not in state_dict]
+        if missing:
+            raise OptionError(f"not the checkpoint of an optimizer: {' and '.join(missing)} missing; it has {list(state_dict)}")
         self._check_options(state_dict.get("efcp"))
         groups, saved = state_dict["param_groups"], state_dict["state"]
         sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
@@ -102,13 +108,11 @@ class StateDictMixin:
             super().load_state_dict({"state": {}, "param_groups": groups})
             return
         self._prepare()
-        for number, (p, entry) in enumerate(entries.items()):
-            self._check_entry(number, self.state.get(p, {}), entry)
-        missing = [n for n, p in enumerate(params) if p in self.state and p not in entries]
-        if missing:
-            raise OptionError(f"checkpoint has no state for the trainable parameters number {missing}")
-        state = dict(self.state)
-        super().load_state_dict({"state": {}, "param_groups": groups})
+        for number, p in enumerate(params):
+            self._check_entry(number, self.state.get(p, {}), entries.get(p, {}))
+        kept = dict(self.state), self._stacks, self._gram
+        super().load_state_dict({"state": {}, "param_groups": groups})  # groups and hooks; it would cast the state
+        state, self._stacks, self._gram = kept
         self.state.update(state)
         for p, entry in entries.items():
             for name, view in self.state[p].items():
@@ -119,8 +123,7 @@ class StateDictMixin:
             return
         if saved["class"] != type(self).__name__:
             raise OptionError(f"checkpoint is of {saved['class']}, this optimizer is {type(self).__name__}")
-        fixed = ("window_size", "rank", "density", "block_size", "scope")
-        for name in fixed:
+        for name in ("window_size", "rank", "density", "block_size", "scope", "window_dtype", "error_dtype"):
             ours, theirs = getattr(self.options, name, None), saved["options"].get(name)
             if ours != theirs:
                 raise OptionError(f"checkpoint was made with {name}={theirs!r}, this optimizer has {name}={ours!r}")
@@ -128,7 +131,12 @@ class StateDictMixin:
     @staticmethod
     def _check_entry(number: int, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         if ours.keys() != theirs.keys():
-            raise OptionError(f"parameter {number}: checkpoint holds {sorted(theirs)}, this optimizer {sorted(ours)}")
+            missing, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+            raise OptionError(
+                f"parameter {number}: the checkpoint's state does not fit this optimizer's parameters and options"
+                + (f"; missing: {', '.join(missing)}" if missing else "")
+                + (f"; unexpected: {', '.join(extra)}" if extra else "")
+            )
         for name, tensor in ours.items():
             if theirs[name].shape != tensor.shape or theirs[name].dtype != tensor.dtype:
                 raise OptionError(
