@@ -1,0 +1,208 @@
+"""Everything that hf_efcp needs of transformers' private parts, in this one file.
+
+transformers has no plug-in mechanism for optimizers. Three things are changed, each as soon as its module is imported
+(at once, if it already was), so that `import hf_efcp` itself does not pay for importing transformers:
+
+- `training_args.OptimizerNames` gains our names, in place: argparse and `TrainingArguments(optim=...)` accept them;
+- `TrainingArguments.__post_init__` ends with a check of our options: a bad `--optim_args` fails there, before any data
+  or model is loaded, and in `Trainer.create_optimizer` if the arguments were changed in between;
+- `Trainer.get_optimizer_cls_and_kwargs` (and 5.x's `_OPTIMIZER_HANDLERS`) answers for our names. It does so before
+  transformers parses `optim_args`, because that parser fails on JSON and on a trailing comma. Any other name goes to
+  the original, untouched.
+
+Where a future transformers lacks these, one warning names the public way, which needs none of them:
+`optimizer_cls_and_kwargs`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..optim.options import OptionError
+from ..registry import get_optimizer_info, list_optimizers, parse_optim_args
+
+# Options that are also arguments of their own: name in optim_args -> field of TrainingArguments.
+_OWN_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+
+_warned = False
+
+
+def register_with_transformers() -> None:
+    """Make our names valid for `--optim`, `TrainingArguments` and the stock Trainer. Idempotent; survives reloads."""
+    sys.meta_path[:] = [f for f in sys.meta_path if not _is_ours(f)]
+    sys.meta_path.insert(0, _PatchOnImport())
+    for name in _PATCHES:
+        if name in sys.modules:
+            _patch(sys.modules[name])
+
+
+def optimizer_cls_and_kwargs(args: Any, name: str | None = None) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """What `Trainer(optimizer_cls_and_kwargs=...)` takes: the class and its keyword arguments, every option checked.
+
+    The Trainer calls this by itself for a registered name. By hand it needs nothing private of transformers.
+
+    Args:
+        args: the TrainingArguments, of which only what concerns the optimizer is read.
+        name: one of `hf_efcp.list_optimizers()`; None: `args.optim`.
+
+    Raises:
+        OptionError: unknown name or option, wrong type, value out of range, or an option that contradicts `args`.
+    """
+    info = get_optimizer_info(name or _name(args))
+    if getattr(args, "optim_target_modules", None) is not None:
+        raise OptionError(
+            f"optim_target_modules={args.optim_target_modules!r}: {info.name} trains all parameters that require "
+            "gradients; leave optim_target_modules out and freeze what should not be trained (requires_grad=False)"
+        )
+    if not isinstance(args.optim_args, str | Mapping | None):
+        raise OptionError(f"optim_args={args.optim_args!r}: expected text (rank=4,window_size=32), JSON or a dict")
+    options = info.check(parse_optim_args(args.optim_args))
+    for option, field in _OWN_ARGUMENTS.items():
+        if option in options and options[option] != getattr(args, field):
+            raise OptionError(
+                f"optim_args: {option}={options[option]!r} contradicts {field}={getattr(args, field)!r}; use --{field}"
+            )
+    return info.cls, {"lr": args.learning_rate, **info.hf_defaults, **options}
+
+
+def _name(args: Any) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _is_ours(finder: Any) -> bool:
+    # By name: after a reload of this module the class of an installed finder is another one.
+    return (type(finder).__module__, type(finder).__name__) == (__name__, "_PatchOnImport")
+
+
+class _PatchOnImport(importlib.abc.MetaPathFinder):
+    """Finds the modules of `_PATCHES` as the other finders do, and patches them when they have been executed."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in _PATCHES:
+            return None
+        others = (f for f in sys.meta_path if hasattr(f, "find_spec") and not _is_ours(f))
+        spec = next((s for f in others if (s := f.find_spec(fullname, path, target)) is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_patch(module):
+                execute(module)
+                _patch(module)
+
+            spec.loader.exec_module = execute_and_patch
+        return spec
+
+
+def _patch(module: Any) -> None:
+    try:
+        _PATCHES[module.__name__](module)
+    except (AttributeError, KeyError, TypeError) as error:
+        _warn_unsupported(f"{module.__name__}: {error}")
+
+
+def _warn_unsupported(reason: str) -> None:
+    global _warned
+    if _warned:
+        return
+    _warned = True
+    warnings.warn(
+        f"hf_efcp cannot register its optimizers with this version of transformers ({reason}): `--optim efcp_...` may "
+        "not work. Use Trainer(optimizer_cls_and_kwargs=hf_efcp.integrations.names.optimizer_cls_and_kwargs(args)), "
+        "with the name as a second argument where TrainingArguments refuses it.",
+        stacklevel=2,
+    )
+
+
+def _patch_training_args(module: Any) -> None:
+    names = module.OptimizerNames
+    maps = names._member_map_, names._value2member_map_, names._member_names_
+    for value in list_optimizers():
+        member = names._value2member_map_.get(value)
+        if member is None:
+            member = _add_member(names, value, *maps)
+        # On the member, not the class: the built-in names keep their own pickling.
+        member.__reduce_ex__ = functools.partial(_reduce, value)
+
+    _replace(module.TrainingArguments, "__post_init__", _checked_post_init)
+
+
+def _add_member(names: Any, value: str, by_name: dict, by_value: dict, order: list) -> Any:
+    """A new member of the str enum `names`, entered wherever Python's enum module (3.10 to 3.13) looks for members."""
+    name = value.upper()
+    member = str.__new__(names, value)
+    member._name_, member._value_, member._sort_order_ = name, value, len(order)
+    member.__objclass__ = names
+    setattr(names, name, member)  # 3.12+ has no lookup in _member_map_; once it is there, setting it is refused
+    by_name[name] = by_value[value] = member
+    order.append(name)
+    if hasattr(names, "_hashable_values_"):
+        names._hashable_values_.append(value)
+    return member
+
+
+def _reduce(value: str, protocol: int) -> tuple:
+    return _restore, (value,)
+
+
+def _restore(value: str) -> Any:
+    """Unpickle one of our names: finding this function imports hf_efcp, which registers it."""
+    from transformers.training_args import OptimizerNames
+
+    return OptimizerNames(value)
+
+
+def _replace(owner: type, name: str, make: Any, kind: Any = lambda function: function) -> None:
+    """`owner.name = kind(make(original))`; a version of ours that is already there is replaced, not wrapped again."""
+    current = getattr(owner, name)
+    original = getattr(current, "_hf_efcp_original", current)
+    new = functools.wraps(original)(make(original))
+    new._hf_efcp_original = original
+    setattr(owner, name, kind(new))
+
+
+def _checked_post_init(original: Any) -> Any:
+    def __post_init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if _name(self) in list_optimizers():
+            optimizer_cls_and_kwargs(self)
+
+    return __post_init__
+
+
+def _patch_trainer(module: Any) -> None:
+    name = "get_optimizer_cls_and_kwargs"
+    if not isinstance(vars(module.Trainer)[name], staticmethod):
+        raise TypeError(f"Trainer.{name} is no static method")
+    _replace(module.Trainer, name, _dispatch, staticmethod)
+
+
+def _dispatch(original: Any) -> Any:
+    def get_optimizer_cls_and_kwargs(args, *rest, **kwargs):
+        if _name(args) in list_optimizers():
+            return optimizer_cls_and_kwargs(args)
+        return original(args, *rest, **kwargs)
+
+    return get_optimizer_cls_and_kwargs
+
+
+def _patch_trainer_optimizer(module: Any) -> None:
+    # Only for code that looks here: the Trainer itself is dispatched above.
+    getattr(module, "_OPTIMIZER_HANDLERS", {}).update(dict.fromkeys(list_optimizers(), _handler))
+
+
+def _handler(context: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    return optimizer_cls_and_kwargs(context.args)
+
+
+_PATCHES = {
+    "transformers.training_args": _patch_training_args,
+    "transformers.trainer": _patch_trainer,
+    "transformers.trainer_optimizer": _patch_trainer_optimizer,  # 5.x only
+}
