@@ -31,6 +31,8 @@ from ..registry import get_optimizer_info, list_optimizers, parse_optim_args
 # Options that are also arguments of their own: name in optim_args -> field of TrainingArguments.
 _OWN_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 
+_warned = False
+
 
 def register_with_transformers() -> None:
     """Make our names valid for `--optim`, `TrainingArguments` and the stock Trainer. Idempotent; survives reloads."""
@@ -116,9 +118,6 @@ def _warn_unsupported(reason: str) -> None:
         "with the name as a second argument where TrainingArguments refuses it.",
         stacklevel=2,
     )
-
-
-_warned = False
 
 
 def _patch_training_args(module: Any) -> None:

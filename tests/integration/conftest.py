@@ -1,0 +1,79 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Before transformers or datasets is imported, here and in the processes that the tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+import hf_efcp
+
+CHECKOUT = Path(hf_efcp.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are so small that threads only wait for each other; ten times slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_args(tmp_path):
+    """TrainingArguments on the CPU that write below tmp_path and report nowhere."""
+
+    def make(**given):
+        return TrainingArguments(**{"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": [], **given})
+
+    return make
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Run python in a fresh process in tmp_path, with this checkout importable; returns the finished process."""
+
+    def run(*argv):
+        path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+        return subprocess.run(
+            [sys.executable, *map(str, argv)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture
+def tiny_bert():
+    """A BERT of two small layers with random weights, always the same ones."""
+    config = BertConfig(
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BertForSequenceClassification(config)
+
+
+@pytest.fixture
+def token_data():
+    """128 sequences of 8 tokens; the label says from which half of the vocabulary the tokens come."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(128) % 2
+    tokens = torch.randint(0, 16, (128, 8), generator=generator) + 16 * labels[:, None]
+    return [{"input_ids": t, "labels": y} for t, y in zip(tokens, labels, strict=True)]

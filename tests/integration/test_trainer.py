@@ -1,0 +1,45 @@
+"""The stock Trainer trains with every registered name."""
+
+import math
+
+import pytest
+from transformers import Trainer
+
+import hf_efcp
+from hf_efcp.registry import get_optimizer_info
+
+by_name = pytest.mark.parametrize("name", hf_efcp.list_optimizers())
+
+
+@by_name
+def test_training_lowers_the_loss(name, make_args, tiny_bert, token_data):
+    def run(learning_rate):
+        args = make_args(
+            optim=name,
+            optim_args="window_size=8,damping=1e-5",
+            learning_rate=learning_rate,
+            weight_decay=0.01,
+            max_steps=40,
+            per_device_train_batch_size=16,
+            per_device_eval_batch_size=128,
+            logging_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(tiny_bert, args, train_dataset=token_data, eval_dataset=token_data)
+        trainer.train()
+        return trainer, trainer.evaluate()["eval_loss"]
+
+    # lr = 0 first: it must leave the model as it is, and shows that the bound below can be missed.
+    _, untrained = run(0.0)
+    trainer, trained = run(5e-3)
+    assert untrained == pytest.approx(math.log(2), abs=0.1)
+    assert trained < 0.2 * untrained
+
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is get_optimizer_info(name).cls
+    assert (optimizer.options.window_size, optimizer.options.damping) == (8, 1e-5)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert logged[0] == pytest.approx(5e-3, rel=0.05)
+    assert logged == sorted(logged, reverse=True)
