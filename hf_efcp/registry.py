@@ -125,12 +125,14 @@ def parse_optim_args(text: str | Mapping[str, Any] | None, owner: str = "") -> d
     """`--optim_args` as a dict: `"rank=4,window_size=32"`, a JSON object, a dict, or nothing.
 
     Raises:
-        OptionError: a piece without "=", a repeated name, or JSON that is no object.
+        OptionError: no text, JSON or dict; a piece without "=", a repeated name, or JSON that is no object.
     """
     if text is None:
         return {}
     if isinstance(text, Mapping):
         return dict(text)
+    if not isinstance(text, str):
+        raise OptionError(f"optim_args={text!r}: expected text (rank=4,window_size=32), JSON or a dict")
     if text.strip().startswith("{"):
         try:
             return json.loads(text)

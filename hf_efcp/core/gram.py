@@ -1,4 +1,4 @@
-"""The Gram matrix K = G G^T of the window, kept up to date by one row and column a step. It never drifts: eviction replaces both."""
+"""The Gram matrix K = G G^T of the window. One row and column change a step, by replacement, so that K never drifts."""
 
 from __future__ import annotations
 

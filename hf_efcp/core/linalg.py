@@ -1,4 +1,4 @@
-"""Small linear algebra that the windows and compressors share: exact inner products, IEEE matrix products, counted random numbers."""
+"""What windows and compressors share: exact inner products, IEEE matrix products, counted random numbers."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ import functools
 import importlib.abc
 import sys
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -61,8 +60,6 @@ def optimizer_cls_and_kwargs(args: Any, name: str | None = None) -> tuple[type[t
             f"optim_target_modules={args.optim_target_modules!r}: {info.name} trains all parameters that require "
             "gradients; leave optim_target_modules out and freeze what should not be trained (requires_grad=False)"
         )
-    if not isinstance(args.optim_args, str | Mapping | None):
-        raise OptionError(f"optim_args={args.optim_args!r}: expected text (rank=4,window_size=32), JSON or a dict")
     options = info.check(parse_optim_args(args.optim_args))
     for option, field in _OWN_ARGUMENTS.items():
         if option in options and options[option] != getattr(args, field):

@@ -15,9 +15,9 @@ from ..core.coefficients import quadratic
 from ..core.gram import GramMatrix
 from ..core.linalg import ieee_matmul
 from ..core.windows import Window
+from .diagnostics import DiagnosticsMixin
 from .options import GroupOptions, OptionError, annotations, build
 from .stacks import Stack, build_stacks, compute_dtype
-from .diagnostics import DiagnosticsMixin
 from .state import StateDictMixin
 
 
@@ -120,10 +120,11 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
 
     def _rescale(self, c: Tensor) -> Tensor:
         """c times update_rms * sqrt(d) / |u|: |u|^2 = c^T K c is free, so no pass over the parameters is needed."""
-        if self.options.update_rms is None:
-            return c
-        norm = quadratic(self._gram.matrix, c).sum().sqrt()
-        return c * torch.where(norm > 0, self.options.update_rms * math.sqrt(self._coordinates) / norm, 0.0)
+        if self.options.update_rms is not None:
+            norm = quadratic(self._gram.matrix, c).sum().sqrt()
+            c = c * torch.where(norm > 0, self.options.update_rms * math.sqrt(self._coordinates) / norm, 0.0)
+        # Gradients near the smallest fp32 number ask for coefficients beyond the largest: they are zeros.
+        return torch.where(c.abs().amax() < torch.finfo(self._row_dtype).max / 2**20, c, 0.0)
 
     def _accepts(self, k_j: Tensor) -> bool:
         """Whether the staged row may enter: it is finite, and not a zero gradient on empty state (which only allocates)."""
