@@ -44,8 +44,8 @@ class OptimizerInfo:
         return {k: getattr(group if k in groups else typed, k) for k in given}
 
 
-_MFAC_DEFAULTS = MappingProxyType({"window_size": 32, "update_rms": 0.5})
-_GGT_DEFAULTS = MappingProxyType({"update_rms": 0.5})
+_MFAC_DEFAULTS = MappingProxyType({"window_size": 32, "update_rms": 0.5, "error_dtype": torch.bfloat16})
+_GGT_DEFAULTS = MappingProxyType({"update_rms": 0.5, "error_dtype": torch.bfloat16})
 
 _REGISTRY = {
     info.name: info
