@@ -3,11 +3,13 @@
     python recipes/optimizer_comparison.py --optim adamw_torch efcp_lowrank_mfac "efcp_lowrank_mfac:damping=1e6"
 
 An entry is an `--optim` name, or name:optim_args. Everything else is Trainer's default (linear decay, clipping at 1.0).
-Writes OUTPUT.json (every run) and OUTPUT.md (mean, standard error over seeds, and the difference to the first entry).
+Writes OUTPUT.json (every run) and OUTPUT.md (mean, standard error over seeds, and the difference to the first entry of the
+same learning rate). Runs that OUTPUT.json has already are not repeated.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -94,6 +96,11 @@ def run(entry: str, learning_rate: float, seed: int, data, tokenizer, options: a
             "train_seconds": seconds, "eval_samples": len(data["test"])}  # fmt: skip
 
 
+def key(r: dict) -> tuple:
+    """What tells runs apart."""
+    return r["optim"], r["learning_rate"], r["seed"]
+
+
 def table(runs: list[dict], options: argparse.Namespace) -> str:
     """The runs as a markdown table, with what is needed to repeat them."""
     cases: dict[tuple, list[dict]] = {}
@@ -102,31 +109,32 @@ def table(runs: list[dict], options: argparse.Namespace) -> str:
     lines = [
         f"`{' '.join(['python', 'recipes/optimizer_comparison.py', *(repr(a) if ':' in a else a for a in sys.argv[1:])])}`",
         "",
-        f"Pretrained MiniLM-L6 (22.7M parameters), BBC sentences, 5 topics, {options.max_steps} steps at batch {options.batch_size}, "
-        f"{runs[0]['eval_samples']} evaluation sentences a seed, seeds {options.seeds}. {torch.get_num_threads()} CPU cores "
-        f"({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, hf_efcp {hf_efcp.__version__}.",
+        f"Pretrained MiniLM-L6 (22.7M parameters), BBC sentences, 5 topics, {options.max_steps} steps at batch "
+        f"{options.batch_size}, {runs[0]['eval_samples']} evaluation sentences a seed, seeds {options.seeds}. "
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} thread(s), Python "
+        f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, hf_efcp "
+        f"{hf_efcp.__version__}.",
         "",
         "| optimizer | lr | accuracy, % | +- s.e. | to first row | by seed | last training loss | s per run |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    first = None
+    first: dict[float, float] = {}
     for (optim, lr), group in cases.items():
         accuracies = [100 * r["accuracy"] for r in group]
         mean = statistics.mean(accuracies)
-        first = mean if first is None else first
+        first.setdefault(lr, mean)
         error = statistics.stdev(accuracies) / len(group) ** 0.5 if len(group) > 1 else float("nan")
         loss = statistics.mean(r["losses"][-1] if r["losses"] else float("nan") for r in group)
         seconds = statistics.median(r["train_seconds"] for r in group)
         by_seed = ", ".join(f"{a:.2f}" for a in accuracies)
         lines.append(
-            f"| `{optim}` | {lr:g} | {mean:.2f} | {error:.2f} | {mean - first:+.2f} | {by_seed} | {loss:.3f} | {seconds:.0f} |"
+            f"| `{optim}` | {lr:g} | {mean:.2f} | {error:.2f} | {mean - first[lr]:+.2f} | {by_seed} | {loss:.3f} | {seconds:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Run every case on every seed; results are written after each, so that an interrupted comparison keeps its runs."""
+    """Run every case on every seed; an interrupted comparison goes on where it was."""
     options = parse_arguments()
     known = {*hf_efcp.list_optimizers(), *(member.value for member in transformers.training_args.OptimizerNames)}
     unknown = [entry for entry in options.optim if entry.partition(":")[0] not in known]
@@ -135,15 +143,19 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(default_model_path())
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    runs = []
-    for seed in options.seeds:
-        data = tokenized(seed, options, tokenizer)
-        for learning_rate in options.learning_rate:
-            for entry in options.optim:
-                runs.append(run(entry, learning_rate, seed, data, tokenizer, options))
-                print({k: runs[-1][k] for k in ("optim", "learning_rate", "seed", "accuracy", "train_seconds")}, flush=True)
-                options.output.with_suffix(".json").write_text(json.dumps(runs, indent=1))
-                options.output.with_suffix(".md").write_text(table(runs, options))
+    results = options.output.with_suffix(".json")
+    done = {key(r): r for r in (json.loads(results.read_text()) if results.exists() else [])}
+    wanted = [(entry, lr, seed) for seed in options.seeds for lr in options.learning_rate for entry in options.optim]
+    data, data_seed = None, None
+    for case in wanted:
+        if case not in done:
+            if data_seed != case[2]:
+                data, data_seed = tokenized(case[2], options, tokenizer), case[2]
+            done[case] = run(*case, data, tokenizer, options)
+            print({k: done[case][k] for k in ("optim", "learning_rate", "seed", "accuracy", "train_seconds")}, flush=True)
+            results.write_text(json.dumps(list(done.values()), indent=1))
+        options.output.with_suffix(".md").write_text(table([done[c] for c in wanted if c in done], options))
+    runs = [done[case] for case in wanted]
     print(table(runs, options))
 
 

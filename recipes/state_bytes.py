@@ -1,6 +1,6 @@
 """Bytes of optimizer state per parameter at the `--optim` defaults, measured on the pretrained MiniLM-L6 BERT, as a table.
 
-    python recipes/state_bytes.py
+python recipes/state_bytes.py
 """
 
 import torch

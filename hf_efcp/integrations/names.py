@@ -66,7 +66,8 @@ def optimizer_cls_and_kwargs(args: Any, name: str | None = None) -> tuple[type[t
             raise OptionError(
                 f"optim_args: {option}={options[option]!r} contradicts {field}={getattr(args, field)!r}; use --{field}"
             )
-    return info.cls, {"lr": args.learning_rate, **info.hf_defaults, **options}
+    own = info.check({option: getattr(args, field) for option, field in _OWN_ARGUMENTS.items()})
+    return info.cls, {"lr": own["lr"], **info.hf_defaults, **options}
 
 
 def _name(args: Any) -> str:
