@@ -135,7 +135,7 @@ def parse_optim_args(text: str | Mapping[str, Any] | None, owner: str = "") -> d
         raise OptionError(f"optim_args={text!r}: expected text (rank=4,window_size=32), JSON or a dict")
     if text.strip().startswith("{"):
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=_once)
         except json.JSONDecodeError as error:
             raise OptionError(f"optim_args={text!r}: not valid JSON ({error})") from None
     parsed: dict[str, Any] = {}
@@ -143,7 +143,14 @@ def parse_optim_args(text: str | Mapping[str, Any] | None, owner: str = "") -> d
         name, equals, value = (part.strip() for part in piece.partition("="))
         if not equals or not name or not value:
             raise OptionError(f"optim_args: {piece!r} is not of the form name=value (example: rank=4,window_size=32)")
-        if name in parsed:
-            raise OptionError(f"optim_args: {name!r} is given twice")
+        _once([*parsed.items(), (name, value)])
         parsed[name] = value
     return parsed
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise OptionError(f"optim_args: {twice!r} is given twice")
+    return dict(pairs)

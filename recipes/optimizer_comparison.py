@@ -128,7 +128,8 @@ def table(runs: list[dict], options: argparse.Namespace) -> str:
         seconds = statistics.median(r["train_seconds"] for r in group)
         by_seed = ", ".join(f"{a:.2f}" for a in accuracies)
         lines.append(
-            f"| `{optim}` | {lr:g} | {mean:.2f} | {error:.2f} | {mean - first[lr]:+.2f} | {by_seed} | {loss:.3f} | {seconds:.0f} |"
+            f"| `{optim}` | {lr:g} | {mean:.2f} | {error:.2f} | {mean - first[lr]:+.2f} | {by_seed} | {loss:.3f} "
+            f"| {seconds:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

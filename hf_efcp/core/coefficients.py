@@ -7,7 +7,7 @@ from torch import Tensor
 
 # By row dtype. Above _CANCELLATION / eps, the sum G^T c cancels and the null space of K has to be cut away.
 _CANCELLATION = {torch.float32: 1e-5, torch.float64: 1e-10}
-# Eigenvalues of K below this fraction of the largest are rounding noise, not directions.
+# Eigenvalues of the rows' correlation matrix below this fraction of the largest are rounding noise, not directions.
 _NULL_SPACE = {torch.float32: 1e-10, torch.float64: 1e-13}
 # GGT's decay: rows with a smaller D_ii are as good as forgotten, and D^-1 would blow them up.
 _FORGOTTEN = 1e-8
@@ -80,27 +80,43 @@ def ggt(gram: Tensor, w: Tensor, decay: Tensor, eps: float, row_dtype: torch.dty
 
 
 def cancellation(gram: Tensor, c: Tensor) -> Tensor:
-    """kappa = |c| sqrt(max K_ii) / |G^T c| per Gram matrix: about 1 to 3 when healthy; 0 for a zero update of zero rows."""
-    update = quadratic(gram, c).sqrt()
-    scale = c.norm(dim=-1) * gram.diagonal(dim1=-2, dim2=-1).amax(-1).sqrt()
-    return torch.where(scale > 0, scale / update, 0.0)
+    """kappa = (sum c_i^2 |row_i|^2)^1/2 / |G^T c| per Gram matrix: 1 to 3 when healthy; 0 for a zero update of zero rows."""
+    terms = (c.square() * gram.diagonal(dim1=-2, dim2=-1)).sum(-1).sqrt()
+    return torch.where(terms > 0, terms / quadratic(gram, c).sqrt(), 0.0)
 
 
 def quadratic(gram: Tensor, c: Tensor) -> Tensor:
     """|G^T c|^2 = c^T K c, (groups,), not below 0."""
-    return (c * (gram @ c[..., None]).squeeze(-1)).sum(-1).clamp_min(0)
+    return (c * _apply(gram, c)).sum(-1).clamp_min(0)
 
 
 def spectral(gram: Tensor, w: Tensor, function, row_dtype: torch.dtype) -> Tensor:
-    """function(K) w over the eigenvalues of K that are not noise: dependent rows give no null-space part.
+    """function(K) w, up to the null space of dependent rows, which is cut away.
+
+    Which rows depend on each other is read from their correlations, K = S R S with S_ii = |row_i|: one huge gradient would
+    otherwise make all others look like noise. With R = V L V^T over the eigenvalues kept, M = L^1/2 V^T S^2 V L^1/2 is G G^T in
+    an orthonormal basis of the span, and function(K) = S^-1 V L^-1/2 function(M) L^1/2 V^T S.
 
     Args:
-        gram: (groups, m, m) fp64.
+        gram: K, (groups, m, m) fp64.
         w: (groups, m).
         function: eigenvalues (groups, m) -> values (groups, m).
         row_dtype: the dtype in which G^T c will be summed.
     """
-    eigenvalues, vectors = torch.linalg.eigh(gram)
+    norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    eigenvalues, v = torch.linalg.eigh(inverse[..., None] * gram * inverse[..., None, :])
     kept = eigenvalues > _NULL_SPACE[row_dtype] * eigenvalues[..., -1:]
-    values = torch.where(kept, function(eigenvalues.clamp_min(0)), 0.0)
-    return (vectors @ (values * (vectors.mT @ w[..., None]).squeeze(-1))[..., None]).squeeze(-1)
+    root = torch.where(kept, eigenvalues, 0.0).sqrt()
+    scaled = norms[..., None] * v * root[..., None, :]  # S V L^1/2
+    s, q = torch.linalg.eigh(scaled.mT @ scaled)
+    # Beside a huge eigenvalue the small ones carry its rounding error: they are not taken for less than that.
+    s = s.maximum(torch.finfo(s.dtype).eps * s[..., -1:])
+    values = torch.where(s > 0, function(s.clamp_min(0)), 0.0)
+    x = values * _apply(q.mT, _apply(scaled.mT, w))
+    x = torch.where(kept, 1 / root, 0.0) * _apply(q, x)
+    return inverse * _apply(v, x)
+
+
+def _apply(matrix: Tensor, x: Tensor) -> Tensor:
+    return (matrix @ x[..., None]).squeeze(-1)

@@ -38,12 +38,13 @@ class Window:
         return dots.index_copy_(1, j, self._staged_square()[:, None])
 
     def commit(self, j: Tensor) -> None:
-        """Write the staged row into slot j, a (1,) int64 tensor."""
+        """Write the staged row into slot j, a (1,) int64 tensor, and forget it."""
         for buffer, part in zip(self.state.values(), self._row, strict=True):
             buffer.index_copy_(self.slot_dim, j, part.unsqueeze(self.slot_dim))
+        self.release()
 
     def release(self) -> None:
-        """Forget the staged row."""
+        """Forget the staged row: it may share memory with a gradient."""
         self._row = None
 
     def subtract_row_(self, a: Tensor) -> Tensor:

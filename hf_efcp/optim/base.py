@@ -73,7 +73,7 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
             with torch.enable_grad():
                 loss = closure()
         stacks = self._prepare()
-        if stacks:
+        if stacks and not self._only_allocates():
             with ieee_matmul(self._gram.matrix.device):
                 self._step(stacks, self._gram)
         return loss
@@ -83,22 +83,24 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
         j = gram.next_slot()
         l2 = self._l2()
         for s in stacks:
-            a = s.accumulated(l2[s.group])                          # a = e + g
-            s.window.stage(s.compressor.compress(a, gram.step))     # c = C(a), as the window stores it
+            a = s.accumulated(l2[s.group])                                  # a = e + g
+            s.window.stage(s.compressor.compress(a, gram.step))             # c = C(a), as the window stores it
         k_j = self._reduce([s.window.dots(j.to(s.device)) for s in stacks])
-        if not self._accepts(k_j):
+        if not self._is_finite(k_j):
+            for s in stacks:
+                s.window.release()
             return
         for s in stacks:
+            s.feedback.keep(s.gradient(l2[s.group]), s.window, gram.step)   # e = a - c
             s.window.commit(j.to(s.device))
             s.compressor.commit()
-            s.feedback.keep(s.gradient(l2[s.group]), s.window, gram.step)   # e = a - c
         gram.update(j, k_j)
         c = self._rescale(self.coefficients(gram, j, self._row_dtype))
         for s, c_s in zip(stacks, self._share(c), strict=True):
             group = self.param_groups[s.group]
             decay = 0.0 if l2[s.group] else group["weight_decay"]
-            u = s.window.combine(c_s.to(s.device))                  # u = G^T c
-            s.apply(u, float(group["lr"]), decay, self.options.momentum)
+            u = s.window.combine(c_s.to(s.device))                          # u = G^T c
+            s.apply(u, float(group["lr"]), decay, self.options.momentum)    # p <- (1 - lr*wd) p - lr u
         self._last = (c, j)
     # fmt: on
 
@@ -126,10 +128,18 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
         # Gradients near the smallest fp32 number ask for coefficients beyond the largest: they are zeros.
         return torch.where(c.abs().amax() < torch.finfo(self._row_dtype).max / 2**20, c, 0.0)
 
-    def _accepts(self, k_j: Tensor) -> bool:
-        """Whether the staged row may enter: it is finite, and not a zero gradient on empty state (which only allocates)."""
+    def _only_allocates(self) -> bool:
+        """Zero gradients on empty state: torch.distributed.checkpoint takes such a step to have state allocated."""
+        if self._started:
+            return False
+        grads = (p.grad for s in self._stacks for p in s.params if p.grad is not None)
+        self._started = bool(self._gram.step > 0) or any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
+        return not self._started
+
+    def _is_finite(self, k_j: Tensor) -> bool:
+        """Whether the staged row may enter. A gradient with NaN or infinity leaves its mark in the row's own norm."""
         if k_j.isfinite().all():
-            return bool(self._gram.step > 0) or bool((k_j != 0).any())
+            return True
         self._gram.skipped += 1
         skipped = int(self._gram.skipped)
         if skipped & (skipped - 1) == 0:  # the 1st, 2nd, 4th, 8th, ... time
@@ -151,6 +161,8 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
                 optimized (complex; a flat FSDP1 shard; a DTensor).
         """
         name = type(self).__name__
+        if not isinstance(param_group, dict):
+            raise TypeError(f"{name}: a parameter group must be a dict, got {type(param_group).__name__}")
         valid = annotations(GroupOptions)
         for key in param_group:
             if key in annotations(self.options_type):
@@ -176,6 +188,9 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
         groups = self._trainable()
         key = [(id(p), p.shape, p.dtype, p.device) for params in groups for p in params]
         if self._stacks is None or key != self._stacks_key:
+            for params in groups:
+                for p in params:
+                    _check_parameter(p, type(self).__name__)
             self._adopt(build_stacks(groups, self.options, self.row_format))
             self._stacks_key = key
         return self._stacks
@@ -185,6 +200,7 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
         self._stacks: list[Stack] | None = None
         self._gram: GramMatrix | None = None
         self._last: tuple[Tensor, Tensor] | None = None
+        self._started = False
 
     @property
     def _coordinates(self) -> int:

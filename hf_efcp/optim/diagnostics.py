@@ -23,7 +23,7 @@ class DiagnosticsMixin:
             row_norm: |c_j|, the newest row. update_norm: |u|, rescaled and before lr, momentum and weight decay.
             update_rms: |u| / sqrt(d).
             cosine_update_row: between u and the newest row. cosine_rows: mean |cosine| of the newest row to the others.
-            kappa: |c| sqrt(max K_ii) / |u|, the cancellation in G^T c; 1 to 3 is healthy.
+            kappa: (sum c_i^2 |row_i|^2)^1/2 / |u|, the cancellation in G^T c; 1 to 3 is healthy.
             weight_newest: share of the newest row in sum_i |c_i| |row_i|. weight_age: mean age under these shares, in steps.
             error_norm: |e|. error_share: |e|^2 / (|e|^2 + |c_j|^2), what compression holds back.
         """
@@ -40,7 +40,7 @@ class DiagnosticsMixin:
         others = newest.sum(0).abs() / (squares.sum(0).sqrt() * row)
         others = others[others.isfinite() & (self._gram.ages(j) > 0)]
         errors = [s.feedback.error for s in self._stacks if s.feedback.error is not None]
-        error = sum(float(e.square().sum(dtype=torch.float64)) for e in errors) ** 0.5
+        error = sum(float(torch.linalg.vector_norm(e, dtype=torch.float64)) ** 2 for e in errors) ** 0.5
         values = {
             "step": self._gram.step,
             "skipped_steps": self._gram.skipped,

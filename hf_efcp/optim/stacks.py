@@ -87,6 +87,8 @@ class Stack:
         if self.momentum is not None:
             update = self.momentum.lerp_(update, 1 - momentum)
         for p, u in zip(self.params, update, strict=True):
+            if not p.requires_grad:  # frozen since; its rows stay in the window, which K counts
+                continue
             u = u.view(p.shape)
             new = p if p.dtype == u.dtype else p.to(u.dtype)
             if weight_decay:

@@ -7,14 +7,16 @@ fp64 K into nonsense on a bf16 model.
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.gram import GramMatrix
-from .options import OptionError
+from .options import GroupOptions, OptionError, build
 from .stacks import Stack
 
 # What the first parameter's entry holds for the whole optimizer; with scope="layer" every parameter has its own K.
@@ -33,17 +35,27 @@ class StateDictMixin:
             device = torch.device("cpu")
         gram = GramMatrix(len(params) if self.options.scope == "layer" else 1, self.options.window_size, device)
         old = {p: dict(self.state[p]) for p in params if p in self.state}
-        if old:
-            shared = next(entry for entry in old.values() if "step" in entry)
+        shared = next((entry for entry in old.values() if "step" in entry), None)
+        if shared is not None:
             names = SHARED if self.options.scope == "model" else SHARED[1:]
-            old[params[0]] = old.get(params[0], {}) | {name: shared[name] for name in names}
+            shared = {name: shared[name] for name in names}
+            old = {p: {k: v for k, v in entry.items() if k not in shared} for p, entry in old.items()}
+            old[params[0]] = old.get(params[0], {}) | shared
+        views = self._views(stacks, gram)
+        for p, entry in old.items():
+            kept = {name: value for name, value in entry.items() if name in views[p]}
+            if len(kept) < len(entry) or any(value.shape != views[p][name].shape for name, value in kept.items()):
+                raise OptionError(
+                    f"a parameter is now {tuple(p.shape)} {p.dtype}, and its state of {sorted(entry)} does not fit it any more: "
+                    "make a new optimizer"
+                )
+            for name, value in kept.items():
+                views[p][name].copy_(value)
         self.state.clear()
-        for p, entry in self._views(stacks, gram).items():
-            for name, view in entry.items():
-                if name in old.get(p, ()):
-                    view.copy_(old[p][name])
-            self.state[p] = entry
+        self.state.update(views)
         self._stacks, self._gram = stacks, gram
+        if self.options.scope == "layer":  # the last coefficients are numbered by tensor
+            self._last = None
 
     def _views(self, stacks: list[Stack], gram: GramMatrix) -> dict[Tensor, dict[str, Tensor]]:
         """parameter -> name -> view of its state."""
@@ -91,36 +103,56 @@ class StateDictMixin:
         """Restore a state; everything is checked before anything is changed.
 
         Raises:
-            OptionError: the checkpoint is of another optimizer, of other options or of other parameters.
+            OptionError: not a checkpoint, or one of another optimizer, of other options or of other parameters.
         """
-        missing = [key for key in ("state", "param_groups") if key not in state_dict]
-        if missing:
-            raise OptionError(f"not the checkpoint of an optimizer: {' and '.join(missing)} missing; it has {list(state_dict)}")
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        _check_container(state_dict)
         self._check_options(state_dict.get("efcp"))
         groups, saved = state_dict["param_groups"], state_dict["state"]
         sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
         if sizes[0] != sizes[1]:
             raise OptionError(f"checkpoint has parameter groups of {sizes[0]} tensors, this optimizer of {sizes[1]}")
+        for number, group in enumerate(groups):
+            _check_keys(group, ("lr", "weight_decay"), f"its parameter group {number}")
+        checked = [build(GroupOptions, {k: g[k] for k in ("lr", "weight_decay")}, "a group of the checkpoint") for g in groups]
         params = [p for g in self.param_groups for p in g["params"]]
         index = [i for g in groups for i in g["params"]]
         entries = {p: saved[i] for i, p in zip(index, params, strict=True) if i in saved}
-        if not entries:  # a fresh optimizer's
-            super().load_state_dict({"state": {}, "param_groups": groups})
-            return
-        self._prepare()
-        for number, p in enumerate(params):
-            self._check_entry(number, self.state.get(p, {}), entries.get(p, {}))
-        kept = dict(self.state), self._stacks, self._gram
-        super().load_state_dict({"state": {}, "param_groups": groups})  # groups and hooks; it would cast the state
-        state, self._stacks, self._gram = kept
-        self.state.update(state)
+        if entries:
+            self._load_entries(params, entries)
+        else:  # a fresh optimizer's
+            self.state.clear()
+            self._forget()
+        self._last = None
+        for ours, theirs, values in zip(self.param_groups, groups, checked, strict=True):
+            kept = {k: ours[k] for k in ("params", "param_names") if k in ours}
+            ours |= {**copy.deepcopy({k: v for k, v in theirs.items() if k not in kept}), **dataclasses.asdict(values)}
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _load_entries(self, params: list[Tensor], entries: dict[Tensor, dict[str, Tensor]]) -> None:
+        # A parameter that was frozen after it had been trained has state too.
+        frozen = [p for p in entries if p not in self.state and not p.requires_grad]
+        self.state.update({p: {} for p in frozen})
+        try:
+            self._prepare()
+            for number, p in enumerate(params):
+                _check_entry(number, self.state.get(p, {}), entries.get(p, {}))
+        except OptionError:
+            for p in frozen:
+                del self.state[p]
+            raise
         for p, entry in entries.items():
             for name, view in self.state[p].items():
                 view.copy_(entry[name])
 
     def _check_options(self, saved: dict[str, Any] | None) -> None:
-        if saved is None:
+        if saved is None:  # written through torch.distributed.checkpoint, which keeps state and groups only
             return
+        _check_keys(saved, ("format", "class", "options"), "its efcp section")
+        if saved["format"] > FORMAT:
+            raise OptionError(f"checkpoint has format {saved['format']}, this version of hf_efcp reads up to {FORMAT}: upgrade")
         if saved["class"] != type(self).__name__:
             raise OptionError(f"checkpoint is of {saved['class']}, this optimizer is {type(self).__name__}")
         for name in ("window_size", "rank", "density", "block_size", "scope", "window_dtype", "error_dtype"):
@@ -128,18 +160,40 @@ class StateDictMixin:
             if ours != theirs:
                 raise OptionError(f"checkpoint was made with {name}={theirs!r}, this optimizer has {name}={ours!r}")
 
-    @staticmethod
-    def _check_entry(number: int, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-        if ours.keys() != theirs.keys():
-            missing, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+
+def _check_container(state_dict: Any) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise OptionError(f"not the checkpoint of an optimizer: expected a dict, got {type(state_dict).__name__}")
+    missing = [key for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        raise OptionError(f"not the checkpoint of an optimizer: {' and '.join(missing)} missing; it has {list(state_dict)}")
+    for number, group in enumerate(state_dict["param_groups"]):
+        _check_keys(group, ("params",), f"its parameter group {number}")
+
+
+def _check_keys(part: Mapping, keys: tuple[str, ...], what: str) -> None:
+    missing = [key for key in keys if key not in part]
+    if missing:
+        raise OptionError(f"checkpoint is damaged: {what} lacks {', '.join(missing)}")
+
+
+def _check_entry(number: int, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    if not isinstance(theirs, Mapping):
+        raise OptionError(f"parameter {number}: the checkpoint has {type(theirs).__name__} in place of its state")
+    if ours.keys() != theirs.keys():
+        missing, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+        raise OptionError(
+            f"parameter {number}: the checkpoint's state does not fit this optimizer's parameters and options"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; unexpected: {', '.join(extra)}" if extra else "")
+        )
+    for name, tensor in ours.items():
+        if not isinstance(theirs[name], Tensor):
             raise OptionError(
-                f"parameter {number}: the checkpoint's state does not fit this optimizer's parameters and options"
-                + (f"; missing: {', '.join(missing)}" if missing else "")
-                + (f"; unexpected: {', '.join(extra)}" if extra else "")
+                f"parameter {number}: {name} is of type {type(theirs[name]).__name__} in the checkpoint, not a tensor"
             )
-        for name, tensor in ours.items():
-            if theirs[name].shape != tensor.shape or theirs[name].dtype != tensor.dtype:
-                raise OptionError(
-                    f"parameter {number}: {name} is {tuple(theirs[name].shape)} {theirs[name].dtype} in the checkpoint, "
-                    f"{tuple(tensor.shape)} {tensor.dtype} here"
-                )
+        if theirs[name].shape != tensor.shape or theirs[name].dtype != tensor.dtype:
+            raise OptionError(
+                f"parameter {number}: {name} is {tuple(theirs[name].shape)} {theirs[name].dtype} in the checkpoint, "
+                f"{tuple(tensor.shape)} {tensor.dtype} here"
+            )
