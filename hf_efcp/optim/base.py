@@ -73,7 +73,7 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
             with torch.enable_grad():
                 loss = closure()
         stacks = self._prepare()
-        if stacks and not self._only_allocates():
+        if stacks and self._has_work():
             with ieee_matmul(self._gram.matrix.device):
                 self._step(stacks, self._gram)
         return loss
@@ -101,7 +101,7 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
             decay = 0.0 if l2[s.group] else group["weight_decay"]
             u = s.window.combine(c_s.to(s.device))                          # u = G^T c
             s.apply(u, float(group["lr"]), decay, self.options.momentum)    # p <- (1 - lr*wd) p - lr u
-        self._last = (c, j)
+        self._last, self._started = (c, j), True
     # fmt: on
 
     def _l2(self) -> list[float]:
@@ -126,15 +126,17 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
             norm = quadratic(self._gram.matrix, c).sum().sqrt()
             c = c * torch.where(norm > 0, self.options.update_rms * math.sqrt(self._coordinates) / norm, 0.0)
         # Gradients near the smallest fp32 number ask for coefficients beyond the largest: they are zeros.
-        return torch.where(c.abs().amax() < torch.finfo(self._row_dtype).max / 2**20, c, 0.0)
+        return torch.where(c.abs().amax(-1, keepdim=True) < torch.finfo(self._row_dtype).max / 2**20, c, 0.0)
 
-    def _only_allocates(self) -> bool:
-        """Zero gradients on empty state: torch.distributed.checkpoint takes such a step to have state allocated."""
-        if self._started:
-            return False
-        grads = (p.grad for s in self._stacks for p in s.params if p.grad is not None)
-        self._started = bool(self._gram.step > 0) or any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
-        return not self._started
+    def _has_work(self) -> bool:
+        """Whether there is a gradient; on empty state, one that is not zero.
+
+        torch.distributed.checkpoint takes a step on zero gradients to have the state allocated.
+        """
+        grads = [p.grad for s in self._stacks for p in s.params if p.grad is not None]
+        if self._started or self._gram.step > 0:
+            return bool(grads)
+        return any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
 
     def _is_finite(self, k_j: Tensor) -> bool:
         """Whether the staged row may enter. A gradient with NaN or infinity leaves its mark in the row's own norm."""
@@ -205,7 +207,7 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
     @property
     def _coordinates(self) -> int:
         """d, the number of coordinates of all groups that are trained."""
-        return sum(p.numel() for s in self._stacks for p in s.params)
+        return sum(p.numel() for s in self._stacks for p in s.params if p.requires_grad)
 
     @property
     def _row_dtype(self) -> torch.dtype:

@@ -12,7 +12,7 @@ class DiagnosticsMixin:
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
-        """Figures of the last step that was taken; empty before the first.
+        """Figures of the last step that was taken; before the first, at most the number of skipped ones.
 
         With scope="layer" norms are over all tensors, and of kappa the largest is given. Everything but the two error figures
         comes from K and c; those read the error feedback once, here and not in the step.
@@ -28,7 +28,8 @@ class DiagnosticsMixin:
             error_norm: |e|. error_share: |e|^2 / (|e|^2 + |c_j|^2), what compression holds back.
         """
         if self._last is None:
-            return {}
+            skipped = 0 if self._gram is None else int(self._gram.skipped)
+            return {"step": float(self._gram.step), "skipped_steps": float(skipped)} if skipped else {}
         c, j = self._last
         gram = self._gram.matrix
         squares = gram.diagonal(dim1=-2, dim2=-1)

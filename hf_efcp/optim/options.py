@@ -103,7 +103,9 @@ class WindowOptions:
         None, "dtype of the window's numbers; none: fp64 for fp64 parameters, else fp32", choices=_STATE_DTYPES
     )
     error_dtype: torch.dtype | None = option(
-        None, "dtype of the error feedback; bf16 is rounded stochastically; none: as window_dtype", choices=_STATE_DTYPES
+        None,
+        "dtype of the error feedback, bf16 rounded stochastically; none: fp64 for fp64 parameters, else fp32",
+        choices=_STATE_DTYPES,
     )
 
 

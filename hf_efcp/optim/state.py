@@ -105,6 +105,7 @@ class StateDictMixin:
         Raises:
             OptionError: not a checkpoint, or one of another optimizer, of other options or of other parameters.
         """
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         _check_container(state_dict)

@@ -1,5 +1,8 @@
 """Bit-for-bit comparison of everything that an optimizer and its parameters hold, and short deterministic runs."""
 
+import warnings
+
+import pytest
 import torch
 
 from tests.reference import NAMES, make, parameters
@@ -74,3 +77,24 @@ def started(name, steps=M + 2, dtype=torch.float32, shapes=None, **options):
 
 
 __all__ = ["NAMES", "M", "bits", "count", "differences", "gradients_at", "same", "shared", "snapshot", "started", "train"]
+
+
+EVERY = pytest.mark.parametrize("name", NAMES)
+COMPRESSED = pytest.mark.parametrize("name", [n for n in NAMES if "dense" not in n])
+SCOPES = pytest.mark.parametrize("scope", ["model", "layer"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def step_quietly(optimizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        optimizer.step()
+
+
+def assert_unchanged(before, optimizer, params, **kwargs):
+    assert differences(before, snapshot(optimizer, params, **kwargs)) == []
+
+
+def all_finite(optimizer, params):
+    state = [t for entry in optimizer.state.values() for t in entry.values()]
+    return all(t.isfinite().all() for t in [*params, *state])

@@ -101,9 +101,11 @@ def test_rows_and_error_are_the_sum_of_the_gradients(name, data):
                 p.grad = None
             else:
                 given_[i] += p.grad.double().flatten()
-            if taken >= m:
-                left[i] += row(optimizer, p, taken % m)
+        evicted = [row(optimizer, p, taken % m).clone() for p in params] if taken >= m else []
         optimizer.step()
+        if count(optimizer) > taken:  # a step without any gradient is none
+            for total, gone in zip(left, evicted, strict=False):
+                total += gone
         for i, p in enumerate(params):
             parts = [row(optimizer, p, taken % m).double(), error(optimizer, p)]
             largest[i] = max([largest[i], *(x.abs().max().item() for x in parts if x.numel())])

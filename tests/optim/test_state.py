@@ -324,7 +324,7 @@ def _saved_whole(value):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("steps", [0, 2, M + 1])
+@pytest.mark.parametrize("steps", [0, M + 1])
 @pytest.mark.parametrize("how", COPIES)
 @EVERY
 def test_model_and_optimizer_copied_together_go_on_identically(name, how, steps):
@@ -467,7 +467,7 @@ DAMAGES = [damage_shape, damage_dtype, damage_missing, damage_parameter, damage_
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__.removeprefix("damage_"))
-@EVERY
+@pytest.mark.parametrize("name", ["efcp_lowrank_mfac", "efcp_sparse_ggt", "efcp_dense_mfac"])
 def test_a_refused_load_changes_nothing(name, damage):
     source, _ = started(name, steps=3, lr=5.0, weight_decay=0.7, momentum=0.5)
     saved = through_a_file(source.state_dict())
