@@ -26,30 +26,30 @@ def test_the_defaults_are_those_of_the_registry(name, make_args):
 @pytest.mark.parametrize(
     "optim_args",
     [
-        "window_size=8,damping=1e-3,update_rms=none,scope=layer",
-        " window_size = 8, damping = 1e-3 , update_rms=None, scope=layer, ",
-        '{"window_size": 8, "damping": 1e-3, "update_rms": null, "scope": "layer"}',
-        {"window_size": 8, "damping": 0.001, "update_rms": None, "scope": "layer"},
+        "window_size=8,window_momentum=1e-1,update_rms=none,scope=layer",
+        " window_size = 8, window_momentum = 1e-1 , update_rms=None, scope=layer, ",
+        '{"window_size": 8, "window_momentum": 1e-1, "update_rms": null, "scope": "layer"}',
+        {"window_size": 8, "window_momentum": 0.1, "update_rms": None, "scope": "layer"},
     ],
     ids=["text", "spaces", "json", "dict"],
 )
 def test_every_form_gives_the_same_typed_options(name, optim_args, make_args):
     args = make_args(optim=name, optim_args=optim_args)
     _, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-    expected = {"lr": 5e-5, "window_size": 8, "damping": 1e-3, "update_rms": None, "scope": "layer"}
+    expected = {"lr": 5e-5, "window_size": 8, "window_momentum": 1e-1, "update_rms": None, "scope": "layer"}
     assert kwargs == {**get_optimizer_info(name).hf_defaults, **expected}
-    assert [type(v) for v in (kwargs["window_size"], kwargs["damping"])] == [int, float]
+    assert [type(v) for v in (kwargs["window_size"], kwargs["window_momentum"])] == [int, float]
 
 
 @by_name
 @pytest.mark.parametrize(
     ("optim_args", "message"),
     [
-        ("windw_size=8", "unknown option 'windw_size' for efcp_.*did you mean 'window_size'.*valid: .*damping"),
+        ("windw_size=8", "unknown option 'windw_size' for efcp_.*did you mean 'window_size'.*valid: .*window_momentum"),
         ("window_size=8.5", "window_size='8.5': expected an integer"),
         ("window_size=0", "window_size=0: must be an integer >= 1"),
-        ("damping=nan", "damping=nan: must be a number > 0"),
-        ("scope=block", "scope='block': must be 'model' or 'layer'"),
+        ("window_momentum=nan", "window_momentum=nan: must be a number"),
+        ("scope=block", "scope='block': must be model or layer"),
         ("window_size", "'window_size' is not of the form name=value"),
         ("window_size=8,window_size=9", "'window_size' is given twice"),
         ('{"window_size": 8', "not valid JSON"),

@@ -16,7 +16,7 @@ def test_training_lowers_the_loss(name, make_args, tiny_bert, token_data):
     def run(learning_rate):
         args = make_args(
             optim=name,
-            optim_args="window_size=8,damping=1e-5",
+            optim_args="window_size=8,momentum=1e-3",
             learning_rate=learning_rate,
             weight_decay=0.01,
             max_steps=40,
@@ -38,7 +38,7 @@ def test_training_lowers_the_loss(name, make_args, tiny_bert, token_data):
 
     optimizer = trainer.optimizer.optimizer
     assert type(optimizer) is get_optimizer_info(name).cls
-    assert (optimizer.options.window_size, optimizer.options.damping) == (8, 1e-5)
+    assert (optimizer.options.window_size, optimizer.options.momentum) == (8, 1e-3)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert logged[0] == pytest.approx(5e-3, rel=0.05)

@@ -104,8 +104,8 @@ def ill_conditioned(make, lr, steps=600, noise=0.3):
 
 
 # What the best of SGD with momentum and Adam leaves of f, times this, is more than the method leaves.
-MARGIN = {name: 0.75 for name in NAMES} | {"efcp_dense_ggt": 0.05}
-LEARNING_RATES = {"sgd": (0.1, 0.5, 1.0), "adam": (0.3, 1.0, 3.0, 10.0), "efcp": (3.0, 10.0, 30.0)}
+MARGIN = {name: 1.0 for name in NAMES} | {"efcp_dense_mfac": 0.25, "efcp_dense_ggt": 0.05}
+LEARNING_RATES = {"sgd": (0.3, 1.0, 2.0, 3.0), "adam": (1.0, 3.0, 10.0, 30.0), "efcp": (1.0, 3.0, 10.0, 30.0)}
 
 
 @pytest.fixture(scope="module")
