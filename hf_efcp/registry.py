@@ -45,7 +45,7 @@ class OptimizerInfo:
 
 
 _MFAC_DEFAULTS = MappingProxyType({"window_size": 32, "update_rms": 0.5, "error_dtype": torch.bfloat16})
-_GGT_DEFAULTS = MappingProxyType({"update_rms": 0.5, "error_dtype": torch.bfloat16})
+_GGT_DEFAULTS = MappingProxyType({"window_size": 100, "update_rms": 0.5, "error_dtype": torch.bfloat16})
 
 _REGISTRY = {
     info.name: info

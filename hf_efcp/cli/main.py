@@ -79,7 +79,8 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
 
 def _show(value: object) -> str:
     """A default as one would type it in --optim_args."""
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = str(value).removeprefix("torch.")
+    return "none" if value is None else text.lower() if isinstance(value, bool) else text
 
 
 def _show_type(annotation: object) -> str:
