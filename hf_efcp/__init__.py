@@ -17,6 +17,8 @@ def register() -> None:
     Raises:
         ImportError: transformers is not installed.
     """
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError("hf_efcp.register() needs transformers: pip install transformers")
     from .integrations.names import register_with_transformers
 
     register_with_transformers()

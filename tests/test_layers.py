@@ -1,0 +1,57 @@
+"""Data flows one way: core knows torch only, optim knows core, Hugging Face is imported at the edge."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_efcp
+
+PACKAGE = Path(hf_efcp.__file__).parent
+ALLOWED = {"core": {"core"}, "optim": {"core", "optim"}}
+
+
+def imports(file):
+    """Absolute names of the modules that a file imports."""
+    parts = ("hf_efcp", *file.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
+            yield f"{base}.{node.module}".strip(".") if node.module else base
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_core_and_optim_import_torch_and_each_other_only(layer):
+    files = list((PACKAGE / layer).glob("*.py"))
+    assert files
+    for file in files:
+        for name in imports(file):
+            top, *rest = name.split(".")
+            if top == "hf_efcp":
+                assert rest[0] in ALLOWED[layer], f"{file}: {name}"
+            else:
+                assert top == "torch" or top in sys.stdlib_module_names, f"{file}: {name}"
+
+
+def test_without_transformers_the_classes_are_there():
+    script = """
+import sys
+for name in ("transformers", "accelerate", "datasets", "peft", "evaluate"):
+    sys.modules[name] = None
+import torch, hf_efcp
+p = torch.nn.Parameter(torch.ones(8, 9))
+p.grad = torch.ones(8, 9)
+for name in hf_efcp.list_optimizers():
+    hf_efcp.create_optimizer(name, [p], lr=0.1, window_size=2).step()
+try:
+    hf_efcp.register()
+except ImportError:
+    print("no transformers")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "no transformers\n"
