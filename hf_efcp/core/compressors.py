@@ -102,8 +102,8 @@ class PowerIteration:
     def compress(self, a: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """P (n, rows, r) and Q (n, cols, r) of a (n, rows, cols)."""
         q = self._start(step).to(a.dtype)
-        for _ in range(self.power_iterations):
-            p = orthonormalize(a @ q)
+        for i in range(self.power_iterations):
+            p = orthonormalize(a @ (_unit_columns(q) if i else q))
             q = a.mT @ p
         self._next = q
         return p, q
@@ -115,9 +115,17 @@ class PowerIteration:
         self._next = None
 
     def _start(self, step: Tensor) -> Tensor:
-        # Columns are normalised: only their direction matters, and products of tiny columns would underflow.
-        norms = self.q.norm(dim=1, keepdim=True)
+        norms = _column_norms(self.q)
         dead = norms <= torch.finfo(self.q.dtype).eps * norms.amax(dim=-1, keepdim=True)
-        warm = self.q / norms
         fresh = counted_noise(step, self.salt, self.q.shape[2], self.q.shape[1]).mT.to(self.q.dtype)
-        return torch.where(dead, fresh, warm)
+        return torch.where(dead, fresh, _unit_columns(self.q))
+
+
+def _column_norms(q: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(q, dim=1, keepdim=True, dtype=torch.float64)
+
+
+def _unit_columns(q: Tensor) -> Tensor:
+    """Only the columns' directions matter, and products of huge or tiny ones would leave fp32's range."""
+    norms = _column_norms(q)
+    return (q / torch.where(norms > 0, norms, 1.0)).to(q.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Bytes that one temporary may take. A step holds at most three of them at a time.
+# Bytes that one temporary of a chunked loop may take.
 CHUNK_BYTES = 32 * 2**20
 
 
@@ -22,24 +22,31 @@ def chunks(total: int, bytes_each: int, limit: int = CHUNK_BYTES) -> Iterator[sl
 @contextlib.contextmanager
 def ieee_matmul(device: torch.device) -> Iterator[None]:
     """fp32 matrix products in full fp32 inside (no TF32, no bf16, no autocast), whatever the user chose outside."""
-    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    new_api = [b for b in backends if hasattr(b, "fp32_precision")]
-    if new_api:  # torch >= 2.9
-        before = [b.fp32_precision for b in new_api]
-        for b in new_api:
-            b.fp32_precision = "ieee"
-    else:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
+    # torch >= 2.9 keeps the setting twice, and refuses to be asked by the old name while the two disagree.
+    backends = [b for b in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)) if _has_new_name(b)]
+    before = [b.fp32_precision for b in backends]
+    try:
+        before_by_old_name = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        before_by_old_name = None
+    torch.set_float32_matmul_precision("highest")
+    for b in backends:
+        b.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if new_api:
-            for b, value in zip(new_api, before, strict=True):
-                b.fp32_precision = value
-        else:
-            torch.set_float32_matmul_precision(before)
+        if before_by_old_name is not None:
+            torch.set_float32_matmul_precision(before_by_old_name)
+        for b, value in zip(backends, before, strict=True):
+            b.fp32_precision = value
+
+
+def _has_new_name(backend) -> bool:
+    try:
+        return hasattr(backend, "fp32_precision")
+    except AssertionError:  # torch 2.6: an unknown attribute of cuda.matmul
+        return False
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -111,12 +118,13 @@ def counted_noise(counter: Tensor, salt: Tensor, rows: int, cols: int) -> Tensor
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, counter: Tensor, salt: Tensor) -> Tensor:
-    """x (n, rows, cols) in `dtype`; from fp32 to bf16 stochastically, so that small additions survive in the mean.
+    """x (n, rows, cols) in `dtype`; to bf16 stochastically, so that small additions survive in the mean.
 
-    Round to nearest would lose every addition below 1/256 of a number. Elsewhere: round to nearest.
+    Round to nearest would lose every addition below 1/256 of a number. To other dtypes: round to nearest.
     """
-    if (x.dtype, dtype) != (torch.float32, torch.bfloat16):
+    if dtype != torch.bfloat16:
         return x.to(dtype)
+    x = x.float()
     noise = counted_bits(counter, salt, *x.shape[1:]).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
     # Adding up to one unit of bf16 less one and cutting rounds up with the probability of the part that is cut off.
     return noise.add_(x.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32).to(dtype)

@@ -188,7 +188,7 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
     def _prepare(self) -> list[Stack]:
         """The stacks of the current parameters, built at the first step and again when the parameters changed."""
         groups = self._trainable()
-        key = [(id(p), p.shape, p.dtype, p.device) for params in groups for p in params]
+        key = [(i, id(p), p.shape, p.dtype, p.device) for i, params in enumerate(groups) for p in params]
         if self._stacks is None or key != self._stacks_key:
             for params in groups:
                 for p in params:
@@ -227,6 +227,8 @@ def _check_parameter(p: Any, name: str) -> None:
         raise OptionError(f"{name} has no complex arithmetic: pass torch.view_as_real(p) instead of the {p.dtype} parameter")
     if hasattr(p, "_is_flat_param") or hasattr(p, "_is_fsdp_flattened"):
         raise OptionError(f"{name} needs whole matrices, and FSDP1 hands it flat pieces: use FSDP2 (fully_shard) or DDP")
+    if p.device.type == "mps":
+        raise OptionError(f"{name} forms inner products in fp64, which the mps device does not have: train on cpu or cuda")
     if hasattr(p, "device_mesh"):
         raise OptionError(f"{name} does not yet train sharded parameters (DTensor: FSDP2, tensor parallel): use DDP")
 

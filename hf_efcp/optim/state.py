@@ -31,8 +31,6 @@ class StateDictMixin:
         """Make `stacks` the optimizer's state, with what the current state knows of their parameters."""
         params = [p for s in stacks for p in s.params]
         device = params[0].device if params else torch.device("cpu")
-        if device.type == "mps":  # has no fp64
-            device = torch.device("cpu")
         gram = GramMatrix(len(params) if self.options.scope == "layer" else 1, self.options.window_size, device)
         old = {p: dict(self.state[p]) for p in params if p in self.state}
         shared = next((entry for entry in old.values() if "step" in entry), None)

@@ -95,3 +95,10 @@ def test_compress_without_commit_changes_nothing():
 def test_identity():
     a = torch.randn(2, 3, 4)
     assert Identity().compress(a, STEP)[0] is a
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e18])
+def test_more_rounds_stay_in_range(scale):
+    a = low_rank(3, 20, 30, scale).float()
+    p, q = power(2, 30, 3, torch.float32, power_iterations=3).compress(a, STEP)
+    assert (p.double() @ q.double().mT - a.double()).norm() / a.double().norm() < 1e-5

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_efcp.core.linalg import chunks, counted_noise, ieee_matmul, inner
+from hf_efcp.core.linalg import chunks, counted_noise, ieee_matmul, inner, stochastic_round
 
 
 @pytest.mark.parametrize("length", [0, 1, 1000, 200_000])
@@ -42,3 +42,23 @@ def test_counted_noise_is_uniform_and_does_not_depend_on_the_shape_around_it():
     largest = torch.linalg.matrix_norm(noise, 2).max() / 3**-0.5
     assert largest < 1.1 * (200**0.5 + 300**0.5)
     assert (noise * counted_noise(torch.tensor(6), torch.arange(3), 200, 300)).mean().abs() < 0.01
+
+
+def test_inside_ieee_matmul_both_names_of_the_setting_agree():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with ieee_matmul(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stochastic_rounding_keeps_small_additions_in_the_mean(dtype):
+    x = torch.ones(1, 8, 64, dtype=torch.bfloat16)
+    for t in range(1000):
+        x = stochastic_round(x.to(dtype) + 1e-3, torch.bfloat16, torch.tensor(t), torch.tensor([0]))
+    assert (x.float().mean() - 2).abs() < 0.02
