@@ -107,6 +107,9 @@ class WindowOptions:
         "dtype of the error feedback, bf16 rounded stochastically; none: fp64 for fp64 parameters, else fp32",
         choices=_STATE_DTYPES,
     )
+    save_window: bool = option(
+        True, "false: checkpoints leave the window out, which is most of them; a resumed run starts with an empty window"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

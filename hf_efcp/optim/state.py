@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,10 +88,13 @@ class StateDictMixin:
         return kinds
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the optimizer's options under "efcp". Tensors are copies: a view would drag its whole stack along."""
+        """As torch's, with the optimizer's options under "efcp"; without the window if `save_window` is off.
+
+        Tensors are copies: a view would drag its whole stack along.
+        """
         saved = super().state_dict()
         saved["state"] = {
-            i: {name: value.clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
+            i: {name: value.clone() for name, value in entry.items() if self.options.save_window or not _of_window(name)}
             for i, entry in saved["state"].items()
         }
         saved["efcp"] = {"format": FORMAT, "class": type(self).__name__, "options": dataclasses.asdict(self.options)}
@@ -119,7 +123,8 @@ class StateDictMixin:
         index = [i for g in groups for i in g["params"]]
         entries = {p: saved[i] for i, p in zip(index, params, strict=True) if i in saved}
         if entries:
-            self._load_entries(params, entries)
+            efcp = state_dict.get("efcp") or {"options": {}}
+            self._load_entries(params, entries, with_window=efcp["options"].get("save_window", True))
         else:  # a fresh optimizer's
             self.state.clear()
             self._forget()
@@ -130,21 +135,28 @@ class StateDictMixin:
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _load_entries(self, params: list[Tensor], entries: dict[Tensor, dict[str, Tensor]]) -> None:
+    def _load_entries(self, params: list[Tensor], entries: dict[Tensor, dict[str, Tensor]], with_window: bool) -> None:
         # A parameter that was frozen after it had been trained has state too.
         frozen = [p for p in entries if p not in self.state and not p.requires_grad]
         self.state.update({p: {} for p in frozen})
         try:
             self._prepare()
             for number, p in enumerate(params):
-                _check_entry(number, self.state.get(p, {}), entries.get(p, {}))
+                ours = {k: v for k, v in self.state.get(p, {}).items() if with_window or not _of_window(k)}
+                _check_entry(number, ours, entries.get(p, {}))
         except OptionError:
             for p in frozen:
                 del self.state[p]
             raise
         for p, entry in entries.items():
             for name, view in self.state[p].items():
-                view.copy_(entry[name])
+                view.copy_(entry[name]) if name in entry else view.zero_()
+        if not with_window:
+            warnings.warn(
+                f"{type(self).__name__}: the checkpoint was saved without its window (save_window=False): error feedback is "
+                "restored, the window starts empty",
+                stacklevel=4,
+            )
 
     def _check_options(self, saved: dict[str, Any] | None) -> None:
         if saved is None:  # written through torch.distributed.checkpoint, which keeps state and groups only
@@ -158,6 +170,11 @@ class StateDictMixin:
             ours, theirs = getattr(self.options, name, None), saved["options"].get(name)
             if ours != theirs:
                 raise OptionError(f"checkpoint was made with {name}={theirs!r}, this optimizer has {name}={ours!r}")
+
+
+def _of_window(name: str) -> bool:
+    """Whether a state entry means nothing without the window's rows."""
+    return name.startswith("window_") or name in ("gram", "step")
 
 
 def _check_container(state_dict: Any) -> None:

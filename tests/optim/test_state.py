@@ -576,3 +576,33 @@ def test_a_trained_scale_survives_a_plateau_scheduler():
         train(optimizer, params, 10 + t, 11 + t)
         scheduler.step(1.0)
     assert optimizer.param_groups[0]["lr"] < 0.01 and math.isfinite(optimizer.diagnostics()["update_norm"])
+
+
+# Without the window ---------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_save_window_false_leaves_the_window_out_and_says_so(name):
+    optimizer, params = started(name, save_window=False)
+    saved = through_a_file(optimizer.state_dict())
+    assert not any(k.startswith("window_") or k in ("gram", "step") for entry in saved["state"].values() for k in entry)
+    others = clones(params)
+    other = fresh(name, others, save_window=False)
+    with pytest.warns(UserWarning, match="without its window"):
+        other.load_state_dict(saved)
+    for p, q in zip(params, others, strict=True):
+        for key, value in other.state[q].items():
+            if key.startswith("window_") or key in ("gram", "step"):
+                assert not value.any()
+            else:
+                assert same(value, optimizer.state[p][key])
+    train(other, others, 20, 23)
+    assert count(other) == 3
+
+
+def test_a_checkpoint_with_its_window_lacks_nothing_silently():
+    optimizer, params = started("efcp_lowrank_mfac", save_window=False)
+    saved = optimizer.state_dict()
+    saved["efcp"]["options"]["save_window"] = True
+    with pytest.raises(hf_efcp.OptionError, match=r"missing: .*window_rows"):
+        fresh("efcp_lowrank_mfac", clones(params)).load_state_dict(saved)
