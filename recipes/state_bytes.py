@@ -15,7 +15,7 @@ def main() -> None:
     """Print the table; the dense methods are computed (4 bytes a row and parameter), not allocated."""
     model = AutoModelForSequenceClassification.from_pretrained(default_model_path(), num_labels=5)
     count = sum(p.numel() for p in model.parameters())
-    print(f"| name | bytes per parameter | of it |\n|---|---|---|  ({count / 1e6:.1f}M parameters, torch {torch.__version__})")
+    print(f"{count / 1e6:.1f}M parameters, torch {torch.__version__}\n\n| name | bytes per parameter | of it |\n|---|---|---|")
     for name in hf_efcp.list_optimizers():
         info = get_optimizer_info(name)
         if "dense" in name:

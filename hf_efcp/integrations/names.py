@@ -83,6 +83,7 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
     """Finds the modules of `_PATCHES` as the other finders do, and patches them when they have been executed."""
 
     def find_spec(self, fullname, path=None, target=None):
+        """See importlib: None unless the module is one of ours to patch."""
         if fullname not in _PATCHES:
             return None
         others = (f for f in sys.meta_path if hasattr(f, "find_spec") and not _is_ours(f))
