@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.coefficients import quadratic
+from ..core.deferred import Later, masked, readable
 from ..core.gram import GramMatrix
 from ..core.linalg import ieee_matmul
 from ..core.windows import Window
@@ -60,7 +61,9 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step. A non-finite gradient skips it: nothing changes, and the skip is counted.
+        """One step. A non-finite gradient skips it: nothing changes, and the skip is counted and warned about.
+
+        On a GPU the host does not wait for the device: the warning comes one step later.
 
         Args:
             closure: re-evaluates the model and returns the loss.
@@ -76,32 +79,31 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
         if stacks and self._has_work():
             with ieee_matmul(self._gram.matrix.device):
                 self._step(stacks, self._gram)
+            self._warn_of_skips()
         return loss
 
     # fmt: off
     def _step(self, stacks: list[Stack], gram: GramMatrix) -> None:
-        j = gram.next_slot()
-        l2 = self._l2()
+        j, l2, dots = gram.next_slot(), self._l2(), []
         for s in stacks:
-            a = s.accumulated(l2[s.group])                                  # a = e + g
-            s.window.stage(s.compressor.compress(a, gram.step))             # c = C(a), as the window stores it
-        k_j = self._reduce([s.window.dots(j.to(s.device)) for s in stacks])
-        if not self._is_finite(k_j):
-            for s in stacks:
-                s.window.release()
+            s.stage(gram.step, l2[s.group])                                 # a = e + g;  c_j = C(a), as the window stores it
+            dots.append(s.dots(j))                                          # <c_j, c_i> for all i
+        k_j = self._reduce(dots)
+        accepted = self._is_finite(k_j)
+        for s in stacks:
+            s.commit(j, gram.step, l2[s.group], accepted)                   # e <- a - c_j;  row j of G <- c_j
+        gram.update(j, k_j, accepted)
+        if accepted is False:
             return
-        for s in stacks:
-            s.feedback.keep(s.gradient(l2[s.group]), s.window, gram.step)   # e = a - c
-            s.window.commit(j.to(s.device))
-            s.compressor.commit()
-        gram.update(j, k_j)
-        c = self._rescale(self.coefficients(gram, j, self._row_dtype))
+        c = self._rescale(self.coefficients(gram, j, self._row_dtype))      # c = phi(K) w
+        c = masked(accepted, c, 0.0)
         for s, c_s in zip(stacks, self._share(c), strict=True):
             group = self.param_groups[s.group]
             decay = 0.0 if l2[s.group] else group["weight_decay"]
             u = s.window.combine(c_s.to(s.device))                          # u = G^T c
-            s.apply(u, float(group["lr"]), decay, self.options.momentum)    # p <- (1 - lr*wd) p - lr u
-        self._last, self._started = (c, j), True
+            s.apply(u, float(group["lr"]), decay, self.options.momentum, accepted)  # p <- (1 - lr*wd) p - lr u
+        self._last = c if self._last is None else masked(accepted, c, self._last)
+        self._started = True
     # fmt: on
 
     def _l2(self) -> list[float]:
@@ -138,20 +140,25 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
             return bool(grads)
         return any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
 
-    def _is_finite(self, k_j: Tensor) -> bool:
-        """Whether the staged row may enter. A gradient with NaN or infinity leaves its mark in the row's own norm."""
-        if k_j.isfinite().all():
-            return True
-        self._gram.skipped += 1
-        skipped = int(self._gram.skipped)
-        if skipped & (skipped - 1) == 0:  # the 1st, 2nd, 4th, 8th, ... time
+    def _is_finite(self, k_j: Tensor) -> bool | Tensor:
+        """Whether the staged row may enter: a flag, or on a GPU the tensor that holds it, which masks every write.
+
+        A gradient with NaN or infinity leaves its mark in the row's own norm.
+        """
+        finite = k_j.isfinite().all()
+        return bool(finite) if readable(finite.device) else finite
+
+    def _warn_of_skips(self) -> None:
+        skipped = self._gram.skipped
+        count = int(skipped) if readable(skipped.device) else self._skips.put(skipped)
+        new, self._skips_known = count is not None and count > self._skips_known, count or self._skips_known
+        if new and count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th, ... time
             warnings.warn(
                 f"{type(self).__name__}: a gradient is not finite, or its square is out of range: step skipped, state "
-                f"unchanged ({skipped} skipped so far)",
+                f"unchanged ({count} skipped so far)",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,  # the caller of step(), past torch's two wrappers
             )
-        return False
 
     # Parameters and state -------------------------------------------------------------------------------------------------
 
@@ -201,8 +208,9 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
         """No stacks: the next step builds them from `state`."""
         self._stacks: list[Stack] | None = None
         self._gram: GramMatrix | None = None
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: Tensor | None = None
         self._started = False
+        self._skips, self._skips_known = Later(), 0
 
     @property
     def _coordinates(self) -> int:
