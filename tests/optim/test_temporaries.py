@@ -31,7 +31,7 @@ def test_a_step_allocates_little_more_than_the_largest_tensor(name, dtype, tmp_p
     shapes = [(8192, 2048)] + [(1024, 1024)] * 48
     params = [torch.nn.Parameter(torch.zeros(s, dtype=dtype)) for s in shapes]
     options = {"error_dtype": "bf16", "momentum": 0.9, "weight_decay": 0.1, "weight_decay_mode": "l2"}
-    options |= {"density": 0.01} if "sparse" in name else {}
+    options |= {"density": 0.01, "block_size": 1024} if "sparse" in name else {}
     optimizer = make(name, params, lr=0.1, window_size=1, **options)
     for p in params:
         p.grad = torch.ones_like(p)
