@@ -17,7 +17,7 @@ from ..core.gram import GramMatrix
 from ..core.linalg import ieee_matmul
 from ..core.windows import Window
 from .diagnostics import DiagnosticsMixin
-from .options import GroupOptions, OptionError, annotations, build
+from .options import GroupOptions, OptionError, ParamGroupOptions, annotations, build
 from .stacks import Stack, build_stacks, compute_dtype
 from .state import StateDictMixin
 
@@ -28,7 +28,8 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
     Subclasses give `options_type`, `row_format` (compressor and window of a stack) and `coefficients` (phi).
 
     Args:
-        params: tensors, parameter groups, or (name, tensor) pairs. Groups may set `lr` and `weight_decay`.
+        params: tensors, parameter groups, or (name, tensor) pairs. Groups may set `lr`, `weight_decay`, and `compress`
+            (false: rows of the group's tensors enter the window whole).
         lr: learning rate.
         weight_decay: decoupled, p <- (1 - lr*wd) p.
         **options: the fields of `options_type`.
@@ -172,7 +173,7 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
         name = type(self).__name__
         if not isinstance(param_group, dict):
             raise TypeError(f"{name}: a parameter group must be a dict, got {type(param_group).__name__}")
-        valid = annotations(GroupOptions)
+        valid = annotations(ParamGroupOptions)
         for key in param_group:
             if key in annotations(self.options_type):
                 raise OptionError(f"{key} is an option of the whole optimizer {name}, not of a parameter group")
@@ -180,13 +181,23 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
             if key not in valid and near:
                 raise OptionError(f"unknown key {key!r} in a parameter group of {name}: did you mean {near[0]!r}?")
         given = {k: v for k, v in param_group.items() if k in valid}
-        checked = build(GroupOptions, given, name)
+        checked = build(ParamGroupOptions, given, name)
         params = param_group["params"]
         if not isinstance(params, Tensor | set):  # torch refuses a set, with a good message
             params = list({id(_tensor(entry)): entry for entry in params}.values())  # tied weights once
             for entry in params:
                 _check_parameter(_tensor(entry), name)
+            params = self._named_alike(params)
         super().add_param_group({**param_group, **{k: getattr(checked, k) for k in given}, "params": params})
+
+    def _named_alike(self, params: list) -> list:
+        """`params` as (name, tensor) pairs or as tensors, as the groups so far: torch refuses a mixture."""
+        if not self.param_groups or not params:
+            return params
+        if "param_names" not in self.param_groups[0]:
+            return [_tensor(entry) for entry in params]
+        number = len(self.param_groups)
+        return [e if isinstance(e, tuple) else (f"group{number}.{i}", e) for i, e in enumerate(params)]
 
     def _trainable(self) -> list[list[Tensor]]:
         """The parameters with state in each group: a parameter that is frozen later keeps its rows, which K counts."""
@@ -200,7 +211,8 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
             for params in groups:
                 for p in params:
                     _check_parameter(p, type(self).__name__)
-            self._adopt(build_stacks(groups, self.options, self.row_format))
+            formats = [self.row_format if g.get("compress", True) else None for g in self.param_groups]
+            self._adopt(build_stacks(groups, self.options, formats))
             self._stacks_key = key
         return self._stacks
 

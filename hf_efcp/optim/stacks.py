@@ -153,13 +153,13 @@ def _gradient(p: Tensor) -> Tensor:
 RowFormat = Callable[[int, int, int, Tensor, Tensor], tuple[object, Window] | None]
 
 
-def build_stacks(groups: Iterable[list[Tensor]], options, row_format: RowFormat) -> list[Stack]:
+def build_stacks(groups: Iterable[list[Tensor]], options, formats: list[RowFormat | None]) -> list[Stack]:
     """Group parameters into stacks and allocate their state, all zeros.
 
     Args:
         groups: the trainable parameters of each parameter group.
         options: WindowOptions.
-        row_format: the method's compressor and window for tensors of two or more dimensions.
+        formats: for each group, the compressor and window of tensors of two or more dimensions; None: plain rows.
     """
     alike: dict[tuple, list[tuple[int, Tensor]]] = {}
     number = 0
@@ -173,7 +173,7 @@ def build_stacks(groups: Iterable[list[Tensor]], options, row_format: RowFormat)
         for part in _parts(members):
             params = [p for _, p in part]
             salt = torch.tensor([number for number, _ in part], device=params[0].device)
-            stacks.append(_allocate(params, index, salt, options, None if plain else row_format))
+            stacks.append(_allocate(params, index, salt, options, None if plain else formats[index]))
     return stacks
 
 
