@@ -35,7 +35,7 @@ COMMON = {
     "learning_rate": 1e-2,
     "per_device_train_batch_size": 8,
 }
-# 96 examples are 12 batches: the checkpoint lies inside the second epoch, and the window has wrapped around.
+# 96 examples are 12 batches of 8: the checkpoint lies inside an epoch, and after the window has wrapped around.
 RUNS = {
     "glue_like": {"optim": "efcp_lowrank_mfac", "optim_args": "rank=2,window_size=6", "gradient_accumulation_steps": 2},
     "qa_like": {"optim": "efcp_sparse_mfac", "optim_args": "density=0.05,window_size=6"},
@@ -200,13 +200,13 @@ def test_training_args_bin_loads_where_hf_efcp_is_not_imported(run, prepare, pyt
 
 
 @every_script
-def test_help_and_errors_list_our_names(script, run, capsys):
-    for argv, status in (["--help"], 0), (["--optim", "efcp_lowrank"], 2):
-        with pytest.raises(SystemExit) as stop:
-            run([str(script), *argv])
-        out, err = capsys.readouterr()
-        assert stop.value.code == status
-        assert all(name in (err if status else out) for name in list_optimizers())
+@pytest.mark.parametrize(("argv", "status"), [(["--help"], 0), (["--optim", "efcp_lowrank"], 2)], ids=["help", "unknown name"])
+def test_help_and_errors_list_our_names(script, argv, status, run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run([str(script), *argv])
+    assert stop.value.code == status
+    text = "".join(capsys.readouterr())
+    assert all(name in text for name in list_optimizers())
 
 
 @every_script
@@ -227,3 +227,19 @@ def test_a_bad_option_is_one_line_and_writes_nothing(script, optim, optim_args, 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
 def test_the_scripts_know_nothing_of_us(path):
     assert "efcp" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"optim_args": "rank=3,window_size=6"}, "checkpoint was made with rank=2, this optimizer has rank=3"),
+        ({"optim": "efcp_lowrank_ggt"}, "checkpoint is of LowRankMFAC, this optimizer is LowRankGGT"),
+    ],
+    ids=["options", "optimizer"],
+)
+def test_resuming_as_something_else_is_one_line(other, message, run, prepare, capsys):
+    arguments = {**prepare("glue_like"), "max_steps": 1, "do_eval": False}
+    assert run(command("glue_like", arguments)) == 0
+    resumed = {**arguments, **other, "max_steps": 2, "resume_from_checkpoint": "out/checkpoint-1"}
+    assert run(command("glue_like", resumed)) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
