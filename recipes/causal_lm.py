@@ -52,9 +52,9 @@ class ModelArguments(common.ModelArguments):
     torch_dtype: str = option(
         "float32", f"Type of the weights: {', '.join(DTYPES)}. Small updates vanish in 16-bit weights; LoRA's stay in 32 bits."
     )
-    hidden_size: int = option(192, f"Width of a new model, a multiple of {2 * HEAD_DIM}: two query heads share a key.")
+    hidden_size: int = option(128, f"Width of a new model, a multiple of {2 * HEAD_DIM}: two query heads share a key.")
     num_hidden_layers: int = option(4, "Depth of a new model.")
-    vocab_size: int = option(4096, "Tokens of a new model's tokenizer.")
+    vocab_size: int = option(2048, "Tokens of a new model's tokenizer.")
 
 
 @dataclasses.dataclass
