@@ -95,6 +95,7 @@ class RecipeTrainingArguments(common.CommonTrainingArguments):
     """The Trainer's arguments, with this recipe's defaults. Neither --do_train nor --do_eval: both."""
 
     output_dir: str | None = option("outputs/causal_lm", "Folder for the results, the model and checkpoints.")
+    per_device_train_batch_size: int = option(8, "Training batch size per device.")
     learning_rate: float | None = option(None, "The initial learning rate. Default: 1e-3 for new models and LoRA, else 1e-4.")
 
     def __post_init__(self):
@@ -112,17 +113,17 @@ def check_arguments(model: ModelArguments, lora: LoraArguments, data: DataArgume
     common.check_integers(model, hidden_size=1, num_hidden_layers=1, vocab_size=258)
     common.check_integers(lora, lora_r=1)
     common.check_resume(args)
-    for holds, message in (
-        (model.torch_dtype in DTYPES, f"--torch_dtype {model.torch_dtype!r}: must be one of {', '.join(DTYPES)}"),
-        (model.hidden_size % (2 * HEAD_DIM) == 0, f"--hidden_size {model.hidden_size}: must be a multiple of {2 * HEAD_DIM}"),
-        (0 < data.validation_share < 1, f"--validation_share {data.validation_share}: must be between 0 and 1"),
-        (0 <= lora.lora_dropout < 1, f"--lora_dropout {lora.lora_dropout}: must be in [0, 1)"),
-        (lora.lora_alpha > 0, f"--lora_alpha {lora.lora_alpha}: must be > 0"),
-        (not data.topics or ((data.dataset_name or BBC[0]) in BBC and not files), "--topics: only BBC News has topics"),
-        (not args.do_predict, "--do_predict: a language model has nothing to predict here"),
+    for arguments, name, holds, allowed in (
+        (model, "torch_dtype", DTYPES.__contains__, f"one of {', '.join(DTYPES)}"),
+        (model, "hidden_size", lambda x: x % (2 * HEAD_DIM) == 0, f"a multiple of {2 * HEAD_DIM}"),
+        (lora, "lora_alpha", lambda x: x > 0, "a number > 0"),
+        (lora, "lora_dropout", lambda x: 0 <= x < 1, "a number in [0, 1)"),
+        (data, "validation_share", lambda x: 0 < x < 1, "a number between 0 and 1"),
+        (args, "do_predict", lambda x: not x, "false: there is nothing to predict"),
     ):
-        if not holds:
-            raise UsageError(message)
+        common.check(arguments, name, holds, allowed)
+    if data.topics and (files or (data.dataset_name or BBC[0]) not in BBC):
+        raise UsageError("--topics: only BBC News has topics")
     if args.choose_learning_rate and (lora.lora or not model.model_name_or_path):
         args.learning_rate = 1e-3
     return files
@@ -137,10 +138,11 @@ def load_texts(dataset: str | None, files: dict[str, str], data: DataArguments) 
     splits = {split: splits[split] for split in ("train", "eval")}
     if data.topics:
         names = splits["train"].features["label"].names
-        unknown = sorted(set(data.topics) - set(names))
+        topics = common.words(data.topics)
+        unknown = [topic for topic in topics if topic not in names]
         if unknown:
             raise UsageError(f"--topics {', '.join(unknown)}: BBC News has {', '.join(names)}")
-        wanted = {names.index(topic) for topic in data.topics}
+        wanted = {names.index(topic) for topic in topics}
         splits = {split: rows.filter(wanted.__contains__, input_columns="label") for split, rows in splits.items()}
     columns = splits["train"].column_names
     column = data.text_column or (columns[0] if len(columns) == 1 else "text")
@@ -151,7 +153,10 @@ def load_texts(dataset: str | None, files: dict[str, str], data: DataArguments) 
             raise UsageError(f"--text_column {column!r} of the {split} split: {found}")
         rows = rows.select_columns([column])
         rows = rows if column == "text" else rows.rename_column(column, "text")
-        splits[split] = data.sample(split, rows.filter(lambda text: bool(text and text.strip()), input_columns="text"))
+        rows = rows.filter(lambda text: bool(text and text.strip()), input_columns="text")
+        if not len(rows):
+            raise UsageError(f"the {split} split has no texts")
+        splits[split] = data.sample(split, rows)
     return splits, eval_name
 
 
@@ -174,7 +179,7 @@ def pack(split: str, rows: Dataset, tokenizer, data: DataArguments) -> tuple[Dat
 
     def encode(batch):
         tokens = [ids + end * (ids[-1:] != end) for ids in tokenizer(batch["text"])["input_ids"]]
-        return {"input_ids": tokens, "bytes": [len(text.encode()) for text in batch["text"]]}
+        return {"input_ids": tokens, "count": list(map(len, tokens)), "bytes": [len(text.encode()) for text in batch["text"]]}
 
     def cut(batch):
         tokens = list(itertools.chain.from_iterable(batch["input_ids"]))
@@ -184,7 +189,7 @@ def pack(split: str, rows: Dataset, tokenizer, data: DataArguments) -> tuple[Dat
 
     encoded = rows.map(encode, batched=True, remove_columns=["text"], desc=f"Tokenizing {split}")
     blocks = encoded.map(cut, batched=True, remove_columns=encoded.column_names, desc=f"Packing {split}")
-    count = sum(map(len, encoded["input_ids"]))
+    count = sum(encoded["count"])
     if not len(blocks):
         raise UsageError(f"the {split} split has {count} tokens, fewer than one block: --block_size {data.block_size}")
     return blocks, sum(encoded["bytes"]) / count
@@ -245,7 +250,7 @@ def load_model(args: ModelArguments, lora: LoraArguments, config, tokenizer, ada
     if adapter:
         return PeftModel.from_pretrained(model, args.model_name_or_path, is_trainable=True, revision=args.model_revision)
     if lora.lora:
-        targets = [name for names in lora.lora_target_modules or () for name in names.split(",") if name]
+        targets = common.words(lora.lora_target_modules)
         lora_config = LoraConfig(
             task_type="CAUSAL_LM",
             r=lora.lora_r,

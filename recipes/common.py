@@ -137,12 +137,27 @@ def check_files(data: DataArguments, suffixes: Iterable[str], needed: set[str]) 
     return files
 
 
+def check(arguments, name: str, holds: Callable, allowed: str) -> None:
+    """Raise UsageError for a field whose value does not hold, or is of another type: a .json file's are not converted."""
+    value = getattr(arguments, name)
+    try:
+        good = holds(value)
+    except TypeError:
+        good = False
+    if not good:
+        raise UsageError(f"--{name} {value!r}: must be {allowed}")
+
+
 def check_integers(arguments, **least: int) -> None:
     """Raise UsageError for a field that is neither None nor an integer of at least so much."""
     for name, bound in least.items():
-        value = getattr(arguments, name)
-        if value is not None and (not isinstance(value, int) or value < bound):
-            raise UsageError(f"--{name} {value!r}: must be an integer >= {bound}")
+        check(arguments, name, lambda x, b=bound: x is None or (isinstance(x, int) and x >= b), f"an integer >= {bound}")
+
+
+def words(value: list[str] | str | None) -> list[str]:
+    """Names given one by one, separated by commas, or both."""
+    pieces = [value] if isinstance(value, str) else value or []
+    return [word.strip() for piece in pieces for word in piece.split(",") if word.strip()]
 
 
 def check_resume(args: TrainingArguments) -> None:

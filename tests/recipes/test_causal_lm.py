@@ -162,6 +162,7 @@ def test_json_config_and_bf16_weights(flags, trained, extra, tmp_path):
         "max_train_samples": 40,
         "max_eval_samples": 3,
         "validation_share": 0.2,
+        "lora_target_modules": "q_proj,o_proj",
         "output_dir": "from_json",
         "save_strategy": "no",
         "max_steps": 2,
@@ -186,15 +187,16 @@ def test_json_config_and_bf16_weights(flags, trained, extra, tmp_path):
         (["--block_size=1"], "--block_size 1: must be an integer >= 2"),
         (["--block_size=100000"], "fewer than one block: --block_size 100000"),
         (["--lora", "--lora_r=0"], "--lora_r 0: must be an integer >= 1"),
-        (["--lora", "--lora_dropout=1"], "--lora_dropout 1.0: must be in [0, 1)"),
-        (["--lora", "--lora_alpha=0"], "--lora_alpha 0.0: must be > 0"),
+        (["--lora", "--lora_dropout=1"], "--lora_dropout 1.0: must be a number in [0, 1)"),
+        (["--lora", "--lora_alpha=0"], "--lora_alpha 0.0: must be a number > 0"),
         (["--lora", "--lora_target_modules=q_prj"], "q_prj"),
-        (["--validation_share=1"], "--validation_share 1.0: must be between 0 and 1"),
+        (["--validation_share=1"], "--validation_share 1.0: must be a number between 0 and 1"),
         (["--topics", "tech"], "--topics: only BBC News has topics"),
         (["--text_column=body"], "--text_column 'body' of the train split: no such column; the data has text"),
         (["--train_file="], "local data needs --train_file, given: validation"),
         (["--train_file=train.doc"], "must end in .txt, .csv"),
         (["--train_file=numbers.csv"], "holds int64, not text"),
+        (["--validation_file=blank.csv"], "the eval split has no texts"),
         (["--validation_file=", "--train_file=one.txt"], "local data: needs train and validation"),
         (["--dataset_name=wikitext"], "--dataset_name and --train_file are both given"),
         (["--model_name_or_path=no/such/model"], "no/such/model"),
@@ -205,11 +207,19 @@ def test_json_config_and_bf16_weights(flags, trained, extra, tmp_path):
 )
 def test_mistakes_are_one_clear_error_and_write_nothing(flags, more, message, tmp_path):
     (tmp_path / "numbers.csv").write_text("text\n1\n2\n3\n")
+    (tmp_path / "blank.csv").write_text('text,id\n" ",1\n" ",2\n')
     (tmp_path / "one.txt").write_text("one paragraph")
     with pytest.raises(recipe.UsageError) as error:
         recipe.main([*flags, *more])
     assert message in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_in_the_json_config(flags, tmp_path):
+    for name, value in (("lora_alpha", "large"), ("hidden_size", "64"), ("lora_r", 1.5), ("validation_share", None)):
+        (tmp_path / "config.json").write_text(json.dumps({"train_file": "train.txt", "output_dir": "out", name: value}))
+        with pytest.raises(recipe.UsageError, match=f"--{name} .*: must be"):
+            recipe.main(["config.json"])
 
 
 def test_a_block_longer_than_the_model_takes(flags, trained):
