@@ -236,23 +236,22 @@ def test_a_frozen_base_takes_no_memory(name):
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer as QLoRA's: its weight is a frozen parameter of integers, made floating for every product."""
+    """A linear layer as QLoRA's: its weight is a frozen parameter of bytes, made floating for every product."""
 
-    def __init__(self, source: nn.Linear, dtype: torch.dtype):
+    def __init__(self, source: nn.Linear):
         super().__init__(source.in_features, source.out_features, bias=False)
-        self.offset = 128 if dtype == torch.uint8 else 0
         self.register_buffer("scale", source.weight.detach().abs().amax(1, keepdim=True) / 127)
-        self.weight = nn.Parameter(((source.weight / self.scale).round() + self.offset).to(dtype), requires_grad=False)
+        self.weight = nn.Parameter(((source.weight / self.scale).round() + 128).to(torch.uint8), requires_grad=False)
 
     def forward(self, x):
-        return x @ ((self.weight.to(x.dtype) - self.offset) * self.scale.to(x.dtype)).T
+        return x @ ((self.weight.to(x.dtype) - 128) * self.scale.to(x.dtype)).T
 
 
-@pytest.mark.parametrize("base", [torch.uint8, torch.int8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("base", [torch.uint8, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
 @by_name
 def test_adapters_on_a_quantized_base_under_autocast(name, adapter, base):
-    kind = {"dtype": base} if base.is_floating_point else {"linear": lambda source: QuantizedLinear(source, base)}
+    kind = {"dtype": base} if base.is_floating_point else {"linear": QuantizedLinear}
     model = with_lora(tiny_llama(**kind), adapter_dtype=adapter)
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     params, untouched = adapters(model), copies(frozen)
@@ -261,7 +260,7 @@ def test_adapters_on_a_quantized_base_under_autocast(name, adapter, base):
     before, start = loss_of(model), copies(params)
     train(model, optimizer, 0, 1, autocast=True)
     assert moved(start, params) == set(adapters(model, "lora_B"))
-    train(model, optimizer, 1, 16, autocast=True)
+    train(model, optimizer, 1, 12, autocast=True)
     assert moved(start, params) == set(params)
     assert moved(untouched, frozen) == set() and set(optimizer.state) == set(params.values())
     assert loss_of(model) < 0.9 * before and all_finite(optimizer, params.values())
