@@ -11,7 +11,7 @@ from ._version import __version__
 from .integrations.groups import parameter_groups
 from .optim import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
 from .optim.options import OptionError
-from .registry import create_optimizer, list_optimizers
+from .registry import create_optimizer, list_optimizers, optim_defaults
 
 
 def register() -> None:
@@ -68,6 +68,7 @@ __all__ = [
     "__version__",
     "create_optimizer",
     "list_optimizers",
+    "optim_defaults",
     "parameter_groups",
     "register",
 ]
