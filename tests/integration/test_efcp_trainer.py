@@ -199,3 +199,27 @@ def test_a_non_finite_loss_is_seen_in_the_logs(make, token_data):
     with pytest.warns(RuntimeWarning, match="not finite"):
         trainer.train()
     assert trainer.state.log_history[0]["efcp_skipped_steps"] == 1
+
+
+def test_hyperparameter_search_over_the_fields(make, tiny_bert, token_data):
+    pytest.importorskip("optuna")
+    start = {n: p.detach().clone() for n, p in tiny_bert.state_dict().items()}
+    ranks = []
+
+    class Watching(EFCPTrainer):
+        def create_optimizer(self, model=None):
+            optimizer = super().create_optimizer(model)
+            ranks.append(optimizer.options.rank)
+            return optimizer
+
+    def model_init():
+        tiny_bert.load_state_dict(start)
+        return tiny_bert
+
+    trainer = Watching(model_init=model_init, args=make(), train_dataset=token_data, eval_dataset=token_data[:16])
+    best = trainer.hyperparameter_search(
+        lambda trial: {"efcp_rank": trial.suggest_categorical("efcp_rank", [1, 2])}, n_trials=3, backend="optuna"
+    )
+    assert best.hyperparameters["efcp_rank"] in (1, 2)
+    assert len(ranks) == 3
+    assert set(ranks) <= {1, 2}
