@@ -114,13 +114,16 @@ def optim_defaults(name: str) -> dict[str, Any]:
     return dict(get_optimizer_info(name).hf_defaults)
 
 
-def create_optimizer(name: str, model_or_params: torch.nn.Module | Iterable, **options: Any) -> torch.optim.Optimizer:
+def create_optimizer(
+    name: str, model_or_params: torch.nn.Module | Iterable, *, process_group=None, **options: Any
+) -> torch.optim.Optimizer:
     """Build an optimizer by name.
 
     Args:
         name: one of `list_optimizers()`.
         model_or_params: a module (its trainable parameters are taken, by name), or anything that a torch optimizer takes:
             tensors, groups, or (name, tensor) pairs.
+        process_group: of processes that share the state; None: as the option `shard` says.
         **options: `lr` and the options of the class; class defaults apply, not those of `--optim` (`optim_defaults`).
 
     Raises:
@@ -129,7 +132,7 @@ def create_optimizer(name: str, model_or_params: torch.nn.Module | Iterable, **o
     info = get_optimizer_info(name)
     if isinstance(model_or_params, torch.nn.Module):
         model_or_params = [(n, p) for n, p in model_or_params.named_parameters() if p.requires_grad]
-    return info.cls(model_or_params, **info.check(options))
+    return info.cls(model_or_params, process_group=process_group, **info.check(options))
 
 
 def parse_optim_args(text: str | Mapping[str, Any] | None, owner: str = "") -> dict[str, Any]:

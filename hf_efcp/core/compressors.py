@@ -6,6 +6,8 @@ that the last `compress` prepared the current one. A skipped step is one without
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -92,20 +94,22 @@ class PowerIteration:
         q: (n, cols, r) zeros, the warm start; changed in place by `commit`.
         salt: (n,) int64, a number per tensor.
         power_iterations: rounds per step.
+        reduce: where a is rows of a matrix that several processes share: sums a tensor over them.
     """
 
-    def __init__(self, q: Tensor, salt: Tensor, power_iterations: int = 1):
+    def __init__(self, q: Tensor, salt: Tensor, power_iterations: int = 1, reduce: Callable[[Tensor], Tensor] | None = None):
         self.q = q
         self.salt = salt
         self.power_iterations = power_iterations
+        self.reduce = reduce
         self._next: Tensor | None = None
 
     def compress(self, a: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """P (n, rows, r) and Q (n, cols, r) of a (n, rows, cols)."""
         q = self._start(step).to(a.dtype)
         for i in range(self.power_iterations):
-            p = orthonormalize(a @ (_unit_columns(q) if i else q))
-            q = a.mT @ p
+            p = orthonormalize(a @ (_unit_columns(q) if i else q), self.reduce)
+            q = a.mT @ p if self.reduce is None else self.reduce(a.mT @ p)
         self._next = q
         return p, q
 

@@ -23,11 +23,13 @@ class ErrorFeedback:
         error: (n, rows, cols), zeros at the start; None where rows are stored exactly, so that e is always 0. In bf16 it is
             rounded stochastically, by numbers counted by step and tensor.
         salt: (n,) int64, a number per tensor.
+        first_row: where the tensors are rows of larger ones, the first of these.
     """
 
-    def __init__(self, error: Tensor | None, salt: Tensor | None = None):
+    def __init__(self, error: Tensor | None, salt: Tensor | None = None, first_row: int = 0):
         self.error = error
         self.salt = salt
+        self.first_row = first_row
 
     def accumulate(self, gradient: Tensor, in_place: bool = False) -> Tensor:
         """a = e + g, (n, rows, cols), in the gradient's dtype and, if `in_place`, in its memory; the state stays as it is."""
@@ -48,7 +50,7 @@ class ErrorFeedback:
         a = window.subtract_row_(self.accumulate(gradient, in_place))
         for part in self._row_chunks():
             old = self.error[:, part]
-            new = stochastic_round(a[:, part], old.dtype, step, self.salt, part.start)
+            new = stochastic_round(a[:, part], old.dtype, step, self.salt, self.first_row + part.start)
             old.copy_(masked(accepted, new, old))
 
     def _row_chunks(self) -> Iterator[slice]:

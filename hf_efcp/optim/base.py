@@ -16,13 +16,16 @@ from ..core.deferred import Later, masked, readable
 from ..core.gram import GramMatrix
 from ..core.linalg import ieee_matmul
 from ..core.windows import Window
+from ..distributed.plan import Owners
+from ..distributed.shards import Shards
 from .diagnostics import DiagnosticsMixin
 from .options import GroupOptions, OptionError, ParamGroupOptions, annotations, build
-from .stacks import Stack, build_stacks, compute_dtype
+from .sharding import ShardingMixin
+from .stacks import Layout, Stack, compute_dtype
 from .state import StateDictMixin
 
 
-class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer):
+class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer):
     """A preconditioner phi(K) on a window of compressed gradients: u = G^T c, c = phi(K) w.
 
     Subclasses give `options_type`, `row_format` (compressor and window of a stack) and `coefficients` (phi).
@@ -32,6 +35,8 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
             (false: rows of the group's tensors enter the window whole).
         lr: learning rate.
         weight_decay: decoupled, p <- (1 - lr*wd) p.
+        process_group: torch.distributed's; its processes, which hold the same parameters and gradients, share the state. None:
+            `shard` decides.
         **options: the fields of `options_type`.
 
     Raises:
@@ -40,10 +45,11 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
 
     options_type: ClassVar[type]
 
-    def __init__(self, params, lr: float, *, weight_decay: float = 0.0, **options: Any):
+    def __init__(self, params, lr: float, *, weight_decay: float = 0.0, process_group=None, **options: Any):
         name = type(self).__name__
         group = build(GroupOptions, {"lr": lr, "weight_decay": weight_decay}, name)
         self.options = build(self.options_type, options, name)
+        self._process_group = process_group
         self._forget()
         super().__init__(params, {"lr": group.lr, "weight_decay": group.weight_decay})
 
@@ -52,8 +58,8 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
         if "options_type" in vars(cls):
             cls.__signature__ = _signature(cls)
 
-    def row_format(self, n: int, rows: int, cols: int, first: Tensor, salt: Tensor) -> tuple[Any, Window] | None:
-        """Compressor and window for n tensors of rows x cols; None where a plain row is no larger (and exact)."""
+    def row_format(self, layout: Layout) -> tuple[Any, Window] | None:
+        """Compressor and window of a stack; None where a plain row is no larger (and exact)."""
         raise NotImplementedError
 
     def coefficients(self, gram: GramMatrix, j: Tensor, row_dtype: torch.dtype) -> Tensor:
@@ -77,7 +83,7 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
             with torch.enable_grad():
                 loss = closure()
         stacks = self._prepare()
-        if stacks and self._has_work():
+        if self._stacks_key and self._has_work():
             with ieee_matmul(self._gram.matrix.device):
                 self._step(stacks, self._gram)
             self._warn_of_skips()
@@ -89,7 +95,7 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
         for s in stacks:
             s.stage(gram.step, l2[s.group])                                 # a = e + g;  c_j = C(a), as the window stores it
             dots.append(s.dots(j))                                          # <c_j, c_i> for all i
-        k_j = self._reduce(dots)
+        k_j = self._reduce(stacks, dots)
         accepted = self._is_finite(k_j)
         for s in stacks:
             s.commit(j, gram.step, l2[s.group], accepted)                   # e <- a - c_j;  row j of G <- c_j
@@ -98,11 +104,12 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
             return
         c = self._rescale(self.coefficients(gram, j, self._row_dtype))      # c = phi(K) w
         c = masked(accepted, c, 0.0)
-        for s, c_s in zip(stacks, self._share(c), strict=True):
+        for s in stacks:
             group = self.param_groups[s.group]
             decay = 0.0 if l2[s.group] else group["weight_decay"]
-            u = s.window.combine(c_s.to(s.device))                          # u = G^T c
+            u = s.window.combine(self._share(c, s))                         # u = G^T c
             s.apply(u, float(group["lr"]), decay, self.options.momentum, accepted)  # p <- (1 - lr*wd) p - lr u
+        self._hand_out()
         self._last = c if self._last is None else masked(accepted, c, self._last)
         self._started = True
     # fmt: on
@@ -111,17 +118,20 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
         """The weight decay that enters the gradient, by group."""
         return [g["weight_decay"] if self.options.weight_decay_mode == "l2" else 0.0 for g in self.param_groups]
 
-    def _reduce(self, dots: list[Tensor]) -> Tensor:
-        """The new row of K, (groups, m): summed over all tensors, or one per tensor."""
-        device = self._gram.matrix.device
-        if self.options.scope == "layer":
-            return torch.cat([d.to(device) for d in dots])
-        return torch.stack([d.sum(0).to(device) for d in dots]).sum(0, keepdim=True)
+    def _reduce(self, stacks: list[Stack], dots: list[Tensor]) -> Tensor:
+        """The new row of K, (groups, m): summed over all tensors, or one per tensor; and over all processes."""
+        k_j = torch.zeros_like(self._gram.matrix[:, 0])
+        for s, d in zip(stacks, dots, strict=True):
+            if self.options.scope == "layer":
+                k_j.index_add_(0, s.numbers.to(k_j.device), d.to(k_j.device))
+            else:
+                k_j += d.sum(0).to(k_j.device)
+        return k_j if self._shards is None else self._shards.sum(k_j)
 
-    def _share(self, c: Tensor) -> list[Tensor]:
-        """Each stack's coefficients, (n, m)."""
-        sizes = [len(s.params) for s in self._stacks]
-        return [c.expand(n, -1) for n in sizes] if self.options.scope == "model" else list(c.split(sizes))
+    def _share(self, c: Tensor, s: Stack) -> Tensor:
+        """The stack's coefficients, (n, m)."""
+        c = c.to(s.device)
+        return c.index_select(0, s.numbers) if self.options.scope == "layer" else c.expand(len(s.pieces), -1)
 
     def _rescale(self, c: Tensor) -> Tensor:
         """c times update_rms * sqrt(d) / |u|: |u|^2 = c^T K c is free, so no pass over the parameters is needed."""
@@ -136,10 +146,11 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
 
         torch.distributed.checkpoint takes a step on zero gradients to have the state allocated.
         """
-        grads = [p.grad for s in self._stacks for p in s.params if p.grad is not None]
+        grads = [p.grad for params in self._trainable() for p in params if p.grad is not None]
         if self._started or self._gram.step > 0:
-            return bool(grads)
-        return any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
+            return bool(grads) or self._shards is not None
+        work = any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
+        return work if self._shards is None else self._shards.any(work, self._gram.matrix.device)
 
     def _is_finite(self, k_j: Tensor) -> bool | Tensor:
         """Whether the staged row may enter: a flag, or on a GPU the tensor that holds it, which masks every write.
@@ -211,8 +222,7 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
             for params in groups:
                 for p in params:
                     _check_parameter(p, type(self).__name__)
-            formats = [self.row_format if g.get("compress", True) else None for g in self.param_groups]
-            self._adopt(build_stacks(groups, self.options, formats))
+            self._adopt(self._build(groups), [p for params in groups for p in params])
             self._stacks_key = key
         return self._stacks
 
@@ -223,15 +233,17 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
         self._last: Tensor | None = None
         self._started = False
         self._skips, self._skips_known = Later(), 0
+        self._shards: Shards | None = None
+        self._owners: dict[Tensor, Owners] = {}
 
     @property
     def _coordinates(self) -> int:
         """d, the number of coordinates of all groups that are trained."""
-        return sum(p.numel() for s in self._stacks for p in s.params if p.requires_grad)
+        return sum(p.numel() for params in self._trainable() for p in params if p.requires_grad)
 
     @property
     def _row_dtype(self) -> torch.dtype:
-        dtypes = {compute_dtype(s.params[0]) for s in self._stacks}
+        dtypes = {compute_dtype(p) for params in self._trainable() for p in params}
         return torch.float32 if torch.float32 in dtypes else torch.float64
 
 
@@ -260,6 +272,7 @@ def _signature(cls: type) -> inspect.Signature:
         kinds("params", kinds.POSITIONAL_OR_KEYWORD),
         kinds("lr", kinds.POSITIONAL_OR_KEYWORD, annotation=float),
         kinds("weight_decay", kinds.KEYWORD_ONLY, default=0.0, annotation=float),
+        kinds("process_group", kinds.KEYWORD_ONLY, default=None),
     ]
     defaults = cls.options_type()
     for name, annotation in annotations(cls.options_type).items():

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor
 
 from ..core.compressors import BlockTopK, PowerIteration
 from ..core.windows import LowRankWindow, SparseWindow, Window
-from .stacks import compute_dtype
+from .stacks import Layout
 
 
 class RowFormat:
     """What the formats share."""
 
-    def _dtypes(self, first: Tensor) -> dict:
-        dtype = compute_dtype(first)
-        return {"dtype": self.options.window_dtype or dtype, "compute_dtype": dtype, "device": first.device}
+    def _dtypes(self, layout: Layout) -> dict:
+        return {"dtype": self.options.window_dtype or layout.dtype, "compute_dtype": layout.dtype, "device": layout.device}
 
 
 class DenseRows(RowFormat):
     """Rows as they are."""
 
-    def row_format(self, n: int, rows: int, cols: int, first: Tensor, salt: Tensor) -> None:
+    def row_format(self, layout: Layout) -> None:
         """Always a plain row."""
         return
 
@@ -29,27 +29,29 @@ class DenseRows(RowFormat):
 class SparseRows(RowFormat):
     """Block top-k rows."""
 
-    def row_format(self, n: int, rows: int, cols: int, first: Tensor, salt: Tensor) -> tuple[BlockTopK, Window] | None:
+    def row_format(self, layout: Layout) -> tuple[BlockTopK, Window] | None:
         """Block top-k, unless indices and values take as much as the plain row."""
-        if rows * cols == 0:
+        cols = layout.cols
+        if math.prod(layout.matrix) == 0:
             return None
-        itemsize = (self.options.window_dtype or compute_dtype(first)).itemsize
+        itemsize = (self.options.window_dtype or layout.dtype).itemsize
         compressor = BlockTopK(cols, self.options.density, self.options.block_size)
         if compressor.per_row * (itemsize + torch.int16.itemsize) >= cols * itemsize:
             return None
-        offsets = compressor.offsets(first.device)
-        window = SparseWindow(n, self.options.window_size, rows, cols, offsets, **self._dtypes(first))
+        offsets = compressor.offsets(layout.device)
+        window = SparseWindow(layout.n, self.options.window_size, layout.rows, cols, offsets, **self._dtypes(layout))
         return compressor, window
 
 
 class LowRankRows(RowFormat):
     """Rank-r rows P Q^T."""
 
-    def row_format(self, n: int, rows: int, cols: int, first: Tensor, salt: Tensor) -> tuple[PowerIteration, Window] | None:
+    def row_format(self, layout: Layout) -> tuple[PowerIteration, Window] | None:
         """Rank min(r, rows, cols), unless both factors take as much as the plain row: r (rows + cols) >= rows cols."""
-        rank = min(self.options.rank, rows, cols)
-        if rank * (rows + cols) >= rows * cols:
+        rank = min(self.options.rank, *layout.matrix)
+        if rank * sum(layout.matrix) >= math.prod(layout.matrix):
             return None
-        q = torch.zeros(n, cols, rank, dtype=compute_dtype(first), device=first.device)
-        window = LowRankWindow(n, self.options.window_size, rows, cols, rank, **self._dtypes(first))
-        return PowerIteration(q, salt, self.options.power_iterations), window
+        n, rows, cols = layout.n, layout.rows, layout.cols
+        q = torch.zeros(n, cols, rank, dtype=layout.dtype, device=layout.device)
+        window = LowRankWindow(n, self.options.window_size, rows, cols, rank, **self._dtypes(layout))
+        return PowerIteration(q, layout.numbers, self.options.power_iterations, layout.reduce), window

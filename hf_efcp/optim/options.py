@@ -114,6 +114,11 @@ class WindowOptions:
         "dtype of the error feedback, bf16 rounded stochastically; none: fp64 for fp64 parameters, else fp32",
         choices=_STATE_DTYPES,
     )
+    shard: str = option(
+        "off",
+        "auto: where torch.distributed runs, its processes share the state; off: unless given a process_group",
+        choices=("off", "auto"),
+    )
     save_window: bool = option(
         True, "false: checkpoints leave the window out, which is most of them; a resumed run starts with an empty window"
     )

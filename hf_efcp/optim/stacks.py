@@ -29,18 +29,56 @@ def matrix_shape(p: Tensor) -> tuple[int, int]:
     return (1, p.numel()) if p.ndim < 2 else (p.shape[0], math.prod(p.shape[1:]))
 
 
-@dataclasses.dataclass
-class Stack:
-    """n tensors of one shape, dtype, device and parameter group, with everything that a step does to them.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """The part of a parameter whose state this process holds: all of it or, where state is sharded, some rows.
 
     Attributes:
-        params: the n parameters.
+        param: the parameter.
+        number: its position among all trainable parameters.
+        rows: rows of its 2-D view; None: all.
+    """
+
+    param: Tensor
+    number: int
+    rows: slice | None = None
+
+    @property
+    def data(self) -> Tensor:
+        """The parameter's own memory, (rows, ...)."""
+        p = self.param.detach()
+        return p if self.rows is None else p[self.rows]
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient of `data`, dense; shares memory with `param.grad` unless that is sparse."""
+        g = self.param.grad
+        if g is None:
+            return None
+        g = g.to_dense() if g.is_sparse else g
+        return g if self.rows is None else g[self.rows]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of the piece."""
+        rows, cols = matrix_shape(self.param)
+        return (rows if self.rows is None else self.rows.stop - self.rows.start), cols
+
+
+@dataclasses.dataclass
+class Stack:
+    """n pieces of one shape, dtype, device and parameter group, with everything that a step does to them.
+
+    Attributes:
+        pieces: the n pieces.
+        numbers: (n,) int64, which parameters they belong to.
         group: index of their parameter group.
         compressor, feedback, window: the row's way from gradient to update.
         momentum: v, (n, rows, cols), or None.
     """
 
-    params: list[Tensor]
+    pieces: list[Piece]
+    numbers: Tensor
     group: int
     compressor: object
     feedback: ErrorFeedback
@@ -48,9 +86,14 @@ class Stack:
     momentum: Tensor | None = None
 
     @property
+    def params(self) -> list[Tensor]:
+        """The n parameters."""
+        return [piece.param for piece in self.pieces]
+
+    @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        return self.params[0].device
+        return self.numbers.device
 
     def stage(self, step: Tensor, l2: float = 0.0) -> None:
         """a = e + g, and c = C(a) as the window stores it; the state stays as it is.
@@ -59,8 +102,8 @@ class Stack:
         """
         gradient = self.gradient(l2)
         a = self.feedback.accumulate(gradient, self._owns(gradient))
-        for i, p in enumerate(self.params):
-            if p.grad is None:
+        for i, piece in enumerate(self.pieces):
+            if piece.grad is None:
                 a[i] = 0
         self.window.stage(self.compressor.compress(a, step))
 
@@ -88,22 +131,23 @@ class Stack:
 
         May share memory with `p.grad`, which is never written to.
         """
-        shape, dtype = matrix_shape(self.params[0]), compute_dtype(self.params[0])
-        grads = [_gradient(p).reshape(shape).to(dtype) for p in self.params]
-        stacked = torch.stack(grads) if len(grads) > 1 else grads[0][None]
+        shape, dtype = self.pieces[0].shape, compute_dtype(self.pieces[0].param)
+        grads = [piece.grad for piece in self.pieces]
+        dense = [torch.zeros_like(p.data) if g is None else g for g, p in zip(grads, self.pieces, strict=True)]
+        dense = [g.reshape(shape).to(dtype) for g in dense]
+        stacked = torch.stack(dense) if len(dense) > 1 else dense[0][None]
         if l2:
             stacked = stacked if self._owns(stacked) else stacked.clone()
-            for g, p in zip(stacked, self.params, strict=True):
-                if p.grad is not None:
-                    matrix = p.reshape(shape)
-                    for part in chunks(shape[0], 8 * shape[1]):
-                        g[part].add_(matrix[part].to(dtype), alpha=l2)
+            for a, g, piece in zip(stacked, grads, self.pieces, strict=True):
+                matrix = piece.data.reshape(shape)
+                for part in chunks(shape[0], 8 * shape[1]) if g is not None else ():
+                    a[part].add_(matrix[part].to(dtype), alpha=l2)
         return stacked
 
     def _owns(self, gradient: Tensor | None) -> bool:
         """Whether `gradient` is a copy, which may be overwritten."""
-        grad = self.params[0].grad
-        return gradient is not None and (grad is None or grad.is_sparse or gradient.data_ptr() != grad.data_ptr())
+        grad = self.pieces[0].grad
+        return gradient is not None and (grad is None or gradient.data_ptr() != grad.data_ptr())
 
     def buffers(self) -> dict[str, Tensor]:
         """State name -> buffer (n, ...)."""
@@ -126,9 +170,10 @@ class Stack:
             lr, new_part = lr * flag, new_part * flag
         if self.momentum is not None:
             update = self.momentum.lerp_(update, new_part)
-        for p, u in zip(self.params, update, strict=True):
-            if not p.requires_grad:  # frozen since; its rows stay in the window, which K counts
+        for piece, u in zip(self.pieces, update, strict=True):
+            if not piece.param.requires_grad:  # frozen since; its rows stay in the window, which K counts
                 continue
+            p = piece.data
             u = u.view(p.shape)
             if p.dtype == u.dtype:
                 if weight_decay:
@@ -143,53 +188,76 @@ class Stack:
                 p[part] = add_scaled_(new, u[part], -lr)
 
 
-def _gradient(p: Tensor) -> Tensor:
-    if p.grad is None:
-        return torch.zeros_like(p)
-    return p.grad.to_dense() if p.grad.is_sparse else p.grad
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Of what a stack's buffers are made.
+
+    Attributes:
+        n: number of pieces.
+        rows: of each piece.
+        matrix: (rows, cols) of the whole parameter, by which its format is chosen: a piece has its parameter's.
+        dtype: of the arithmetic, and of state unless options say otherwise.
+        device: where.
+        numbers: (n,) int64, which parameters they belong to.
+        reduce: sums a tensor over the processes that share the matrix; None: each piece is a whole matrix.
+    """
+
+    n: int
+    rows: int
+    matrix: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    numbers: Tensor
+    reduce: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def cols(self) -> int:
+        """Length of a row."""
+        return self.matrix[1]
 
 
-# (n, rows, cols, first parameter, salt) -> (compressor, window), or None where a plain row is smaller.
-RowFormat = Callable[[int, int, int, Tensor, Tensor], tuple[object, Window] | None]
+# Layout -> (compressor, window), or None where a plain row is smaller.
+RowFormat = Callable[[Layout], tuple[object, Window] | None]
 
 
-def build_stacks(groups: Iterable[list[Tensor]], options, formats: list[RowFormat | None]) -> list[Stack]:
-    """Group parameters into stacks and allocate their state, all zeros.
+def build_stacks(groups: Iterable[list[Piece]], options, formats: list[RowFormat | None], reduce=None) -> list[Stack]:
+    """Group pieces into stacks and allocate their state, all zeros.
 
     Args:
-        groups: the trainable parameters of each parameter group.
+        groups: the pieces of each parameter group.
         options: WindowOptions.
         formats: for each group, the compressor and window of tensors of two or more dimensions; None: plain rows.
+        reduce: sums a tensor over all processes, where pieces are rows.
     """
-    alike: dict[tuple, list[tuple[int, Tensor]]] = {}
-    number = 0
-    for index, params in enumerate(groups):
-        for p in params:
-            key = (index, matrix_shape(p), p.ndim < 2, p.dtype, p.device)
-            alike.setdefault(key, []).append((number, p))
-            number += 1
+    alike: dict[tuple, list[Piece]] = {}
+    for index, pieces in enumerate(groups):
+        for piece in pieces:
+            p, rows = piece.param, piece.rows
+            place = rows and (rows.start, rows.stop, piece.number)
+            alike.setdefault((index, matrix_shape(p), p.ndim < 2, p.dtype, p.device, place), []).append(piece)
     stacks = []
-    for (index, _, plain, _, _), members in alike.items():
+    for (index, _, plain, _, _, place), members in alike.items():
         for part in _parts(members):
-            params = [p for _, p in part]
-            salt = torch.tensor([number for number, _ in part], device=params[0].device)
-            stacks.append(_allocate(params, index, salt, options, None if plain else formats[index]))
+            row_format = None if plain else formats[index]
+            stacks.append(_allocate(part, index, options, row_format, reduce if place else None))
     return stacks
 
 
-def _parts(members: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
-    first = members[0][1]
+def _parts(members: list[Piece]) -> Iterator[list[Piece]]:
+    first = members[0].param
     limit = STACK_BYTES.get(first.device.type, STACK_BYTES_ACCELERATOR)
     size = max(1, limit // max(1, first.numel() * compute_dtype(first).itemsize))
     for start in range(0, len(members), size):
         yield members[start : start + size]
 
 
-def _allocate(params: list[Tensor], index: int, salt: Tensor, options, row_format: RowFormat | None) -> Stack:
-    n, first, (rows, cols) = len(params), params[0], matrix_shape(params[0])
-    dtype, device = compute_dtype(first), first.device
+def _allocate(pieces: list[Piece], index: int, options, row_format: RowFormat | None, reduce) -> Stack:
+    n, first, (rows, cols) = len(pieces), pieces[0], pieces[0].shape
+    dtype, device = compute_dtype(first.param), first.param.device
+    numbers = torch.tensor([piece.number for piece in pieces], device=device)
     window_dtype = options.window_dtype or dtype
-    compressed = row_format(n, rows, cols, first, salt) if row_format else None
+    layout = Layout(n, rows, matrix_shape(first.param), dtype, device, numbers, reduce)
+    compressed = row_format(layout) if row_format else None
     if compressed is None:
         window = DenseWindow(n, options.window_size, rows, cols, dtype=window_dtype, compute_dtype=dtype, device=device)
         compressed = Identity(), window
@@ -198,4 +266,5 @@ def _allocate(params: list[Tensor], index: int, salt: Tensor, options, row_forma
         exact = False
     error = None if exact else torch.zeros(n, rows, cols, dtype=options.error_dtype or dtype, device=device)
     momentum = torch.zeros(n, rows, cols, dtype=dtype, device=device) if options.momentum else None
-    return Stack(params, index, compressed[0], ErrorFeedback(error, salt), compressed[1], momentum)
+    feedback = ErrorFeedback(error, numbers, first.rows.start if first.rows else 0)
+    return Stack(pieces, numbers, index, compressed[0], feedback, compressed[1], momentum)

@@ -18,19 +18,17 @@ from torch import Tensor
 
 from ..core.gram import GramMatrix
 from .options import GroupOptions, OptionError, build
+from .sharding import SHARED, of_window
 from .stacks import Stack
 
-# What the first parameter's entry holds for the whole optimizer; with scope="layer" every parameter has its own K.
-SHARED = ("gram", "step", "skipped")
 FORMAT = 1
 
 
 class StateDictMixin:
     """State of a WindowedOptimizer in `torch.optim` terms."""
 
-    def _adopt(self, stacks: list[Stack]) -> None:
-        """Make `stacks` the optimizer's state, with what the current state knows of their parameters."""
-        params = [p for s in stacks for p in s.params]
+    def _adopt(self, stacks: list[Stack], params: list[Tensor]) -> None:
+        """Make `stacks` the optimizer's state, with what the current state knows of the parameters, numbered as in `params`."""
         device = params[0].device if params else torch.device("cpu")
         gram = GramMatrix(len(params) if self.options.scope == "layer" else 1, self.options.window_size, device)
         old = {p: dict(self.state[p]) for p in params if p in self.state}
@@ -40,7 +38,7 @@ class StateDictMixin:
             shared = {name: shared[name] for name in names}
             old = {p: {k: v for k, v in entry.items() if k not in shared} for p, entry in old.items()}
             old[params[0]] = old.get(params[0], {}) | shared
-        views = self._views(stacks, gram)
+        views = self._views(stacks, gram, params)
         for p, entry in old.items():
             kept = {name: value for name, value in entry.items() if name in views[p]}
             if len(kept) < len(entry) or any(value.shape != views[p][name].shape for name, value in kept.items()):
@@ -56,10 +54,13 @@ class StateDictMixin:
         if self.options.scope == "layer":  # the last coefficients are numbered by tensor
             self._last = None
 
-    def _views(self, stacks: list[Stack], gram: GramMatrix) -> dict[Tensor, dict[str, Tensor]]:
-        """parameter -> name -> view of its state."""
-        views = {p: {name: b[i] for name, b in s.buffers().items()} for s in stacks for i, p in enumerate(s.params)}
-        for i, (p, k) in enumerate(zip(views, gram.matrix.expand(len(views), -1, -1), strict=True)):
+    def _views(self, stacks: list[Stack], gram: GramMatrix, params: list[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+        """parameter -> name -> view of its state; of what other processes hold, K only."""
+        views: dict[Tensor, dict[str, Tensor]] = {p: {} for p in params}
+        for s in stacks:
+            for i, p in enumerate(s.params):
+                views[p] |= {name: b[i] for name, b in s.buffers().items()}
+        for i, (p, k) in enumerate(zip(params, gram.matrix.expand(len(params), -1, -1), strict=True)):
             if i == 0 or self.options.scope == "layer":
                 views[p]["gram"] = k
             if i == 0:
@@ -75,6 +76,7 @@ class StateDictMixin:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See torch.optim.Optimizer."""
         super().__setstate__(state)
+        self._process_group = None  # belongs to the process
         self._forget()
 
     def memory_footprint(self) -> dict[str, int]:
@@ -90,14 +92,19 @@ class StateDictMixin:
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the optimizer's options under "efcp"; without the window if `save_window` is off.
 
-        Tensors are copies: a view would drag its whole stack along.
+        Tensors are copies: a view would drag its whole stack along. Where the state is sharded there are none, see `save_shards`:
+        processes do not meet here, since Trainer calls this on the first one only.
         """
         saved = super().state_dict()
+        saved["efcp"] = {"format": FORMAT, "class": type(self).__name__, "options": dataclasses.asdict(self.options)}
+        if self._shards is not None:
+            saved["state"] = {}
+            saved["efcp"]["sharded"] = self._stub()
+            return saved
         saved["state"] = {
-            i: {name: value.clone() for name, value in entry.items() if self.options.save_window or not _of_window(name)}
+            i: {name: value.clone() for name, value in entry.items() if self.options.save_window or not of_window(name)}
             for i, entry in saved["state"].items()
         }
-        saved["efcp"] = {"format": FORMAT, "class": type(self).__name__, "options": dataclasses.asdict(self.options)}
         return saved
 
     @torch.no_grad()
@@ -122,9 +129,12 @@ class StateDictMixin:
         params = [p for g in self.param_groups for p in g["params"]]
         index = [i for g in groups for i in g["params"]]
         entries = {p: saved[i] for i, p in zip(index, params, strict=True) if i in saved}
-        if entries:
-            efcp = state_dict.get("efcp") or {"options": {}}
-            self._load_entries(params, entries, with_window=efcp["options"].get("save_window", True))
+        stub = (state_dict.get("efcp") or {}).get("sharded")
+        with_window = (state_dict.get("efcp") or {"options": {}})["options"].get("save_window", True)
+        if stub is not None:
+            self._load_shards(stub, with_window)
+        elif entries:
+            self._load_entries(params, entries, with_window)
         else:  # a fresh optimizer's
             self.state.clear()
             self._forget()
@@ -142,7 +152,9 @@ class StateDictMixin:
         try:
             self._prepare()
             for number, p in enumerate(params):
-                ours = {k: v for k, v in self.state.get(p, {}).items() if with_window or not _of_window(k)}
+                ours = {k: v for k, v in self.state.get(p, {}).items() if with_window or not of_window(k)}
+                if p in entries:
+                    entries[p] = self._own_part(p, entries[p])
                 _check_entry(number, ours, entries.get(p, {}))
         except OptionError:
             for p in frozen:
@@ -150,13 +162,20 @@ class StateDictMixin:
             raise
         for p, entry in entries.items():
             for name, view in self.state[p].items():
-                view.copy_(entry[name]) if name in entry else view.zero_()
+                if name in entry:
+                    view.copy_(entry[name])
         if not with_window:
-            warnings.warn(
-                f"{type(self).__name__}: the checkpoint was saved without its window (save_window=False): error feedback is "
-                "restored, the window starts empty",
-                stacklevel=4,
-            )
+            self._start_without_window()
+
+    def _start_without_window(self) -> None:
+        for entry in self.state.values():
+            for name in filter(of_window, entry):
+                entry[name].zero_()
+        warnings.warn(
+            f"{type(self).__name__}: the checkpoint was saved without its window (save_window=False): error feedback is "
+            "restored, the window starts empty",
+            stacklevel=5,
+        )
 
     def _check_options(self, saved: dict[str, Any] | None, state: dict[int, dict[str, Tensor]]) -> None:
         if saved is None:  # another optimizer's, or through torch.distributed.checkpoint, which keeps state and groups only
@@ -176,11 +195,6 @@ class StateDictMixin:
             ours, theirs = getattr(self.options, name, None), saved["options"].get(name)
             if ours != theirs:
                 raise OptionError(f"checkpoint was made with {name}={theirs!r}, this optimizer has {name}={ours!r}")
-
-
-def _of_window(name: str) -> bool:
-    """Whether a state entry means nothing without the window's rows."""
-    return name.startswith("window_") or name in ("gram", "step")
 
 
 def _check_container(state_dict: Any) -> None:

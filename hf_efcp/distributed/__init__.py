@@ -1,0 +1,1 @@
+"""State divided among processes: who owns what, and what they tell each other. Plain torch.distributed."""

@@ -1,0 +1,142 @@
+"""Sharded state in a folder, by torch.distributed.checkpoint: every process writes its rows; any number of processes reads them.
+
+The entry `NUMBER.NAME` is the state tensor NAME of parameter NUMBER, with the shape that it has on one process. The folder is
+whole once `.metadata` is there: it is written last, when every process has written its file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+# Name of the folder in a checkpoint of Trainer or Accelerate.
+FOLDER = "efcp_optim"
+
+
+class CheckpointError(ValueError):
+    """A folder that is no whole checkpoint, or one of something else."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """A state tensor, or the part of it that this process holds, in the form that torch.distributed.checkpoint asks for.
+
+    Attributes:
+        tensor: what is held.
+        shape: of the whole.
+        dim, start: where the part begins in the whole; dim None: it is the whole.
+    """
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    dim: int | None = None
+    start: int = 0
+
+    def size(self) -> torch.Size:
+        """Of the whole."""
+        return torch.Size(self.shape)
+
+    def _chunk(self) -> ChunkStorageMetadata:
+        offsets = [self.start if d == self.dim else 0 for d in range(self.tensor.ndim)]
+        return ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=self.tensor.shape)
+
+    def __create_write_items__(self, name: str, _) -> list[WriteItem]:
+        chunk, properties = self._chunk(), TensorProperties.create_from_tensor(self.tensor)
+        data = TensorWriteData(chunk=chunk, properties=properties, size=self.size())
+        return [WriteItem(index=MetadataIndex(name, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk()]
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].tensor
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
+        # The default's would look for meta tensors in it, and take a dataclass apart.
+        self.state_dict = self.original_state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].tensor
+
+
+def save(parts: dict[str, Part], folder: Path, group) -> None:
+    """Write the parts; to be called by every process of `group`."""
+    (folder / ".metadata").unlink(missing_ok=True)  # an older checkpoint of that name is no longer whole
+    planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    dcp.save(parts, checkpoint_id=folder, planner=planner, process_group=group)
+
+
+def load(parts: dict[str, Part], expected: dict[str, tuple[tuple[int, ...], torch.dtype]], folder: Path, group) -> None:
+    """Read into the parts' tensors; everything is checked before anything is changed.
+
+    Args:
+        parts: what this process holds.
+        expected: shape and dtype of every entry, those that other processes hold too.
+        folder: as `save` wrote it, on any number of processes.
+        group: the processes that load together; None: this one alone.
+
+    Raises:
+        CheckpointError: the folder or a file in it is missing or damaged, or entries do not fit.
+    """
+    if not (folder / ".metadata").is_file():
+        what = "it has no .metadata: the save was interrupted" if folder.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{folder} is no whole checkpoint: {what}")
+    reader = dcp.FileSystemReader(folder)
+    try:
+        metadata = reader.read_metadata()
+    except Exception as error:  # whatever unpickling a damaged file ends in
+        raise CheckpointError(f"{folder / '.metadata'} is damaged: {error}") from None
+    _check_entries(metadata.state_dict_metadata, expected, folder)
+    _check_files(metadata.storage_data, folder)
+    try:
+        planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
+            dcp.load(parts, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+    except dcp.CheckpointException as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from None
+
+
+def _check_entries(found: dict, expected: dict, folder: Path) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"{folder} does not fit this optimizer's parameters and options"
+            + (f"; missing: {', '.join(missing[:5])}" if missing else "")
+            + (f"; unexpected: {', '.join(extra[:5])}" if extra else "")
+        )
+    for name, (shape, dtype) in expected.items():
+        entry = found[name]
+        fits = isinstance(entry, TensorStorageMetadata) and (tuple(entry.size), entry.properties.dtype) == (shape, dtype)
+        if not fits:
+            theirs = f"{tuple(entry.size)} {entry.properties.dtype}" if isinstance(entry, TensorStorageMetadata) else "no tensor"
+            raise CheckpointError(f"{folder}: {name} is {theirs} there, {shape} {dtype} here")
+
+
+def _check_files(storage: dict, folder: Path) -> None:
+    """Every file has to be there, and as long as what it holds."""
+    length: dict[str, int] = {}
+    for place in storage.values():
+        length[place.relative_path] = max(length.get(place.relative_path, 0), place.offset + place.length)
+    for name, least in length.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size < least:
+            raise CheckpointError(f"{file} is {'damaged: it ends too early' if file.is_file() else 'missing'}")

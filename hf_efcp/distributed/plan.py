@@ -1,0 +1,112 @@
+"""Which process holds the state of which rows: a pure function of sizes, the same on every process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+# A plan is good when no process holds more than this times its share.
+_BALANCED = 1.05
+
+# rank -> the rows it holds; None: the whole tensor.
+Owners = dict[int, slice | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Bytes of one tensor's state: `fixed` wherever a part of it is held, and `per_row` for each of its rows.
+
+    Attributes:
+        rows: of the tensor's 2-D view.
+        divisible: whether rows may go to different processes.
+    """
+
+    rows: int
+    fixed: float
+    per_row: float
+    divisible: bool
+
+    @property
+    def total(self) -> float:
+        """Bytes on one process."""
+        return self.fixed + self.rows * self.per_row
+
+
+def assign(sizes: Sequence[Size], processes: int, held: Sequence[float] | None = None) -> list[Owners]:
+    """Divide the state among `processes`, whole tensors first, and as few of them by rows as balance asks for.
+
+    Dividing costs collectives and, for low-rank windows, a second copy of Q. So tensors go whole, the largest first, each to
+    the process that holds least; while somebody then holds more than 1.05 times its share, the largest tensor that is still
+    whole is divided instead, its rows levelling the processes.
+
+    Args:
+        sizes: of every tensor.
+        processes: how many.
+        held: bytes that each process holds already.
+
+    Returns:
+        For each tensor, its owners. The `fixed` part of a divided tensor is on every process, some perhaps without rows.
+    """
+    if processes == 1:
+        return [{0: None} for _ in sizes]
+    start = list(held or [0.0] * processes)
+    share = (sum(start) + sum(s.total for s in sizes)) / processes
+    by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i].total)
+    candidates = [i for i in by_size if sizes[i].divisible and sizes[i].rows > 1]
+    best: tuple[float, list[Owners]] | None = None
+    for number in range(len(candidates) + 1):
+        divided = candidates[:number]
+        loads, owners = _place(sizes, by_size, divided, list(start))
+        if best is None or max(loads) < best[0]:
+            best = max(loads), owners
+        if max(loads) <= _BALANCED * share:
+            break
+    return best[1]
+
+
+def _place(sizes, by_size: list[int], divided: list[int], loads: list[float]) -> tuple[list[float], list[Owners]]:
+    owners: list[Owners] = [{} for _ in sizes]
+    for i in by_size:
+        if i not in divided:
+            rank = loads.index(min(loads))
+            loads[rank] += sizes[i].total
+            owners[i] = {rank: None}
+    for i in divided:
+        loads = [load + sizes[i].fixed for load in loads]
+        first = 0
+        for rank, rows in enumerate(_levelling_rows(loads, sizes[i])):
+            if rows or sizes[i].fixed:
+                owners[i][rank] = slice(first, first + rows)
+            loads[rank] += rows * sizes[i].per_row
+            first += rows
+    return loads, owners
+
+
+def _levelling_rows(loads: list[float], size: Size) -> list[int]:
+    """How many rows each process gets so that the loads come out as even as they can."""
+    per_row = max(size.per_row, 1e-9)
+    order = sorted(range(len(loads)), key=loads.__getitem__)
+    # The water level: the lowest k loads are filled up to it.
+    for k in range(len(order), 0, -1):
+        level = (sum(loads[r] for r in order[:k]) + size.rows * per_row) / k
+        if level >= loads[order[k - 1]]:
+            break
+    exact = [max(0.0, (level - load) / per_row) for load in loads]
+    rows = [int(x) for x in exact]
+    by_remainder = sorted(range(len(loads)), key=lambda r: rows[r] - exact[r])
+    for r in by_remainder[: size.rows - sum(rows)]:
+        rows[r] += 1
+    return rows
+
+
+def describe(names: Sequence[str], owners: Sequence[Owners], sizes: Sequence[Size], processes: int) -> str:
+    """The plan as text: bytes of every process, and the tensors that are divided."""
+    loads = [0.0] * processes
+    for who, size in zip(owners, sizes, strict=True):
+        for rank, rows in who.items():
+            loads[rank] += size.total if rows is None else size.fixed + (rows.stop - rows.start) * size.per_row
+    lines = [f"rank {rank}: {round(load):,} bytes" for rank, load in enumerate(loads)]
+    for name, who in zip(names, owners, strict=True):
+        if len(who) > 1:
+            lines.append(f"{name}: " + ", ".join(f"rank {r} rows {s.start}-{s.stop}" for r, s in who.items()))
+    return "\n".join(lines)

@@ -1,0 +1,205 @@
+"""State divided among the processes of a group: which pieces this process holds, and when the processes meet.
+
+A process compresses, stores and combines its own pieces. The processes meet in a step to sum the new row of K, for low-rank
+tensors that are divided by rows (see PowerIteration), and to hand out the updated parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..distributed import checkpoint
+from ..distributed.plan import Size, assign, describe
+from ..distributed.shards import Shards
+from .options import OptionError
+from .stacks import Piece, Stack, build_stacks
+
+# Of the state whose size goes with the rows: in which dimension they are.
+ROW_DIM = {"error": 0, "momentum": 0, "window_p": 2, "window_indices": 0, "window_values": 0, "window_rows": 1}
+# What the first parameter's entry holds for the whole optimizer; with scope="layer" every parameter has its own K.
+SHARED = ("gram", "step", "skipped")
+
+
+def of_window(name: str) -> bool:
+    """Whether a state entry means nothing without the window's rows."""
+    return name.startswith("window_") or name in ("gram", "step")
+
+
+def _narrowed(t: Any, dim: int | None, rows: slice, total: int) -> Any:
+    """`rows` of a state tensor that has `total` rows in dimension `dim`; what does not fit is left for the checks."""
+    if dim is None or not isinstance(t, Tensor) or t.ndim <= dim or t.shape[dim] % total:
+        return t
+    each = t.shape[dim] // total
+    return t.narrow(dim, rows.start * each, (rows.stop - rows.start) * each)
+
+
+class ShardingMixin:
+    """The part of a WindowedOptimizer that knows about other processes.
+
+    Attributes:
+        shard_folder: where `load_state_dict` finds the tensors of a sharded optimizer's state_dict.
+    """
+
+    shard_folder: str | Path | None = None
+
+    def sharding_plan(self) -> str:
+        """Who holds how many bytes of state, and which tensors are divided by rows; to be called on every process."""
+        self._prepare()
+        if self._shards is None:
+            return "not sharded"
+        params = self._numbered()
+        names = {p: n for g in self.param_groups for p, n in zip(g["params"], g.get("param_names", []), strict=False)}
+        labels = [names.get(p, f"parameter {i}") for i, p in enumerate(params)]
+        return describe(labels, [self._owners[p] for p in params], [self._size(p) for p in params], self._shards.size)
+
+    def _numbered(self) -> list[Tensor]:
+        """The parameters with state, in the order in which they are numbered."""
+        return [p for params in self._trainable() for p in params]
+
+    def _build(self, groups: list[list[Tensor]]) -> list[Stack]:
+        """This process's stacks; parameters that are new get owners, the others keep theirs."""
+        self._shards = self._find_shards()
+        formats = [self._format(g) for g in self.param_groups]
+        number = {p: i for i, p in enumerate(self._numbered())}
+        if self._shards is None:
+            pieces = [[Piece(p, number[p]) for p in params] for params in groups]
+            return build_stacks(pieces, self.options, formats)
+        self._agree()
+        self._assign()
+        rank, owners = self._shards.rank, self._owners
+        pieces = [[Piece(p, number[p], owners[p][rank]) for p in params if rank in owners[p]] for params in groups]
+        return build_stacks(pieces, self.options, formats, self._shards.sum)
+
+    def _hand_out(self) -> None:
+        """Every process gets the parameters that the others have updated."""
+        if self._shards is not None:
+            params = self._numbered()
+            self._shards.hand_out(params, [self._owners[p] for p in params])
+
+    def _format(self, group: dict):
+        return self.row_format if group.get("compress", True) else None
+
+    def _find_shards(self) -> Shards | None:
+        group = self._process_group
+        if group is None and self.options.shard == "auto" and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        return Shards(group) if group is not None and dist.get_world_size(group) > 1 else None
+
+    def _assign(self) -> None:
+        params, held = self._numbered(), [0.0] * self._shards.size
+        new = [p for p in params if p not in self._owners]
+        for p in params:
+            for rank, rows in self._owners.get(p, {}).items():
+                size = self._size(p)
+                held[rank] += size.total if rows is None else size.fixed + (rows.stop - rows.start) * size.per_row
+        self._owners |= dict(zip(new, assign([self._size(p) for p in new], self._shards.size, held), strict=True))
+
+    def _size(self, p: Tensor) -> Size:
+        """Bytes of the parameter's state."""
+        bytes_ = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self._whole_state()[p].items()}
+        if p.ndim < 2 or p.numel() == 0:
+            return Size(1, sum(bytes_.values()), 0.0, False)
+        fixed = sum(n for name, n in bytes_.items() if name not in ROW_DIM)
+        return Size(len(p), fixed, (sum(bytes_.values()) - fixed) / len(p), True)
+
+    def _whole_state(self) -> dict[Tensor, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+        """Shape and dtype of every parameter's state on one process, from buffers that are never allocated."""
+        known: dict[tuple, dict] = {}
+        found = {}
+        for group, params in zip(self.param_groups, self._trainable(), strict=True):
+            for p in params:
+                key = (p.shape, p.dtype, group.get("compress", True))
+                if key not in known:
+                    meta = Piece(torch.empty(p.shape, dtype=p.dtype, device="meta"), 0)
+                    (stack,) = build_stacks([[meta]], self.options, [self._format(group)])
+                    known[key] = {name: (tuple(b.shape[1:]), b.dtype) for name, b in stack.buffers().items()}
+                found[p] = known[key]
+        return found
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------------
+
+    def save_shards(self, folder: str | Path) -> None:
+        """Write this process's part of a sharded state; to be called on every process. Not sharded: nothing to do.
+
+        `state_dict()` then is a stub, without tensors; `load_state_dict(stub)` reads the folder that `shard_folder` names,
+        on any number of processes.
+        """
+        if self._shards is not None:
+            checkpoint.save(self._parts(self.options.save_window), Path(folder), self._shards.group)
+
+    def _stub(self) -> dict[str, Any]:
+        """What stands in the state_dict of a sharded optimizer: from which process and step it is."""
+        return {"processes": self._shards.size, "origin": f"{os.getpid()}/{id(self)}/{int(self._gram.step)}"}
+
+    def _load_shards(self, stub: dict[str, Any], with_window: bool) -> None:
+        if self._shards is not None and stub == self._stub():  # as `Accelerator.prepare` does: out and in again
+            return
+        if self.shard_folder is None:
+            raise OptionError(
+                "this state_dict is the stub of a sharded optimizer; its tensors are in a folder beside it "
+                f"({checkpoint.FOLDER} in a checkpoint): set shard_folder to it before load_state_dict"
+            )
+        self._prepare()
+        try:
+            group = self._shards and self._shards.group
+            checkpoint.load(self._parts(with_window), self._expected_parts(with_window), Path(self.shard_folder), group)
+        except checkpoint.CheckpointError as error:
+            raise OptionError(str(error)) from None
+        if not with_window:
+            self._start_without_window()
+
+    def _parts(self, with_window: bool) -> dict[str, checkpoint.Part]:
+        """What this process holds, by the names in a checkpoint."""
+        parts = {}
+        for number, p in enumerate(self._numbered()):
+            rows = self._owners[p].get(self._shards.rank) if self._shards is not None else None
+            for name, t in self.state[p].items():
+                key, dim = f"{number}.{name}", ROW_DIM.get(name) if rows else None
+                if not with_window and of_window(name):
+                    continue
+                if dim is None:
+                    parts[key] = checkpoint.Part(t, tuple(t.shape))
+                elif t.numel():
+                    each = t.shape[dim] // (rows.stop - rows.start)  # numbers to a row along this dimension
+                    shape = [len(p) * each if d == dim else n for d, n in enumerate(t.shape)]
+                    parts[key] = checkpoint.Part(t, tuple(shape), dim, rows.start * each)
+        return parts
+
+    def _expected_parts(self, with_window: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of everything that a checkpoint of this optimizer has."""
+        whole = self._whole_state()
+        found = {f"{i}.{name}": what for i, p in enumerate(self._numbered()) for name, what in whole[p].items()}
+        for i, p in enumerate(self._numbered()):
+            found |= {f"{i}.{name}": (tuple(t.shape), t.dtype) for name, t in self.state[p].items() if name in SHARED}
+        return {key: what for key, what in found.items() if with_window or not of_window(key.partition(".")[2])}
+
+    def _own_part(self, p: Tensor, entry: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of the state of p on one process, what this process holds."""
+        if self._shards is None or not isinstance(entry, Mapping):
+            return entry
+        if self._shards.rank not in self._owners[p]:
+            return {name: t for name, t in entry.items() if name in self.state[p]}
+        rows = self._owners[p][self._shards.rank]
+        return {name: t if rows is None else _narrowed(t, ROW_DIM.get(name), rows, len(p)) for name, t in entry.items()}
+
+    def _agree(self) -> None:
+        """Raise on every process where one has another class, other options or other parameters."""
+        mine = [f"class {type(self).__name__}"]
+        mine += [f"{name}={value!r}" for name, value in dataclasses.asdict(self.options).items()]
+        for i, group in enumerate(self._trainable()):
+            mine += [f"group {i}: a parameter {tuple(p.shape)} {p.dtype}" for p in group]
+        everybody = self._shards.gather(mine)
+        for rank, theirs in enumerate(everybody):
+            for a, b in itertools.zip_longest(everybody[0], theirs, fillvalue="no more parameters"):
+                if a != b:
+                    raise OptionError(f"the processes do not train the same: rank 0 has {a}, rank {rank} has {b}")

@@ -1,0 +1,96 @@
+"""Several processes, one training run: the state divided, the same parameters."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import hf_efcp
+from tests.distributed.processes import run
+from tests.reference import NAMES, make, relative
+
+STEPS = 40
+# The first is larger than all others together: it is divided by rows.
+SHAPES = [(40, 12), (12, 10), (10, 12), (7,), (5, 3, 2), (9, 8), (8,), ()]
+VARIANTS = [{}, {"scope": "layer"}, {"momentum": 0.5, "weight_decay": 0.1, "window_momentum": 0.5}]
+
+
+def problem(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in SHAPES]
+
+
+def gradients(params, step, perturbed=False):
+    """The same on every process, as DDP leaves them; they depend on the parameters, so that differences grow."""
+    generator = torch.Generator().manual_seed(step)
+    for p in params:
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        p.grad = (0.1 * noise + 0.05 * p.detach().double()).to(p.dtype)
+        if perturbed:
+            p.grad = torch.nextafter(p.grad, torch.full_like(p.grad, torch.inf))
+
+
+def train(optimizer, params, start=0, stop=STEPS, **options):
+    for step in range(start, stop):
+        gradients(params, step, **options)
+        optimizer.step()
+
+
+def build(name, params, **options):
+    return make(name, params, **{"lr": 0.01, "window_size": 6, "update_rms": 0.3, **options})
+
+
+def flat(params):
+    return torch.cat([p.detach().double().flatten() for p in params])
+
+
+def train_everything(rank, dtype):
+    results = {}
+    for name in NAMES:
+        for i, variant in enumerate(VARIANTS):
+            params = problem(dtype)
+            optimizer = build(name, params, process_group=dist.group.WORLD, **variant)
+            train(optimizer, params)
+            results[name, i] = flat(params), optimizer.memory_footprint()
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_parameters_are_those_of_one_process(processes, dtype):
+    everybody = run(processes, train_everything, dtype)
+    for name in NAMES:
+        for i, variant in enumerate(VARIANTS):
+            alone = problem(dtype)
+            optimizer = build(name, alone, **variant)
+            train(optimizer, alone)
+            bound = 1e-9
+            if dtype == torch.float32:
+                perturbed = problem(dtype)
+                train(build(name, perturbed, **variant), perturbed, perturbed=True)
+                bound = max(relative(flat(perturbed), flat(alone)), 1e-7)
+            for theirs in everybody:
+                assert torch.equal(theirs[name, i][0], everybody[0][name, i][0])
+            assert relative(everybody[0][name, i][0], flat(alone)) <= bound, (name, variant)
+
+
+def footprints(rank):
+    found = {}
+    for name in NAMES:
+        model = nn.Sequential(nn.Embedding(3000, 64), *(nn.Linear(64, 64) for _ in range(12)), nn.Linear(64, 256))
+        options = {"rank": 4} if "lowrank" in name else {"density": 0.01} if "sparse" in name else {}
+        optimizer = hf_efcp.create_optimizer(name, model, lr=0.1, window_size=32, process_group=dist.group.WORLD, **options)
+        found[name] = optimizer.memory_footprint(), optimizer.sharding_plan()
+        found[name, "alone"] = hf_efcp.create_optimizer(name, model, lr=0.1, window_size=32, **options).memory_footprint()
+    return found
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_each_process_holds_its_share(processes):
+    everybody = run(processes, footprints)
+    for name in NAMES:
+        total = sum(bytes_ for kind, bytes_ in everybody[0][name, "alone"].items() if kind != "gram")
+        for found in everybody:
+            held = sum(bytes_ for kind, bytes_ in found[name][0].items() if kind != "gram")
+            assert held <= 1.1 * total / processes, name
+            assert found[name][1] == everybody[0][name][1]
