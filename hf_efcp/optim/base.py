@@ -161,6 +161,10 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
                 stacklevel=5,  # the caller of step(), past torch's two wrappers
             )
 
+    def _skips_were_told(self) -> None:
+        """What is counted as skipped so far was warned of by whoever saved or copied this state."""
+        self._skips, self._skips_known = Later(), int(self._gram.skipped)
+
     # Parameters and state -------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -52,7 +52,10 @@ class StateDictMixin:
                 views[p][name].copy_(value)
         self.state.clear()
         self.state.update(views)
+        first = self._gram is None
         self._stacks, self._gram = stacks, gram
+        if first:
+            self._skips_were_told()
         if self.options.scope == "layer":  # the last coefficients are numbered by tensor
             self._last = None
 
@@ -151,6 +154,7 @@ class StateDictMixin:
         for p, entry in entries.items():
             for name, view in self.state[p].items():
                 view.copy_(entry[name]) if name in entry else view.zero_()
+        self._skips_were_told()
         if not with_window:
             warnings.warn(
                 f"{type(self).__name__}: the checkpoint was saved without its window (save_window=False): error feedback is "
