@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..optim.base import WindowedOptimizer
 from ..registry import list_optimizers
@@ -48,11 +48,14 @@ class EFCPTrainerMixin:
     With an optimizer that is not ours it changes nothing.
     """
 
-    def __init__(self, model=None, args=None, *rest, **kwargs):
+    def __init__(self, *given, **kwargs):
+        # By type and not by place: DPOTrainer and GRPOTrainer have something else between model and args.
+        model = kwargs.get("model", given[0] if given else None)
+        args = next((a for a in (*given, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
         adapted_later = kwargs.get("peft_config") is not None
         if isinstance(model, torch.nn.Module) and not adapted_later and args is not None and name_of(args) in list_optimizers():
             check_targets(model, args.optim_target_modules)
-        super().__init__(model, args, *rest, **kwargs)
+        super().__init__(*given, **kwargs)
         handler = self.callback_handler
         if not any(isinstance(callback, EFCPCallback) for callback in handler.callbacks):
             handler.callbacks.insert(0, EFCPCallback())
