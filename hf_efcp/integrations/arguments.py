@@ -7,11 +7,12 @@ import types
 import typing
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..registry import get_optimizer_info, list_optimizers
-from .names import FIELD
+from .names import FIELD, efcp_fields
 
 
 def _fields() -> list[tuple[str, Any, Any]]:
@@ -49,3 +50,9 @@ class EFCPTrainingArguments(_OptionFields, TrainingArguments):
     optim: OptimizerNames | str = dataclasses.field(
         default="efcp_lowrank_mfac", metadata={"help": "The optimizer: hf_efcp's or any of transformers'."}
     )
+
+    def __post_init__(self):
+        for option, value in efcp_fields(self).items():
+            if isinstance(value, torch.dtype):  # as text, so that to_json_string, which reporters call, can write it
+                setattr(self, FIELD + option, str(value).removeprefix("torch."))
+        super().__post_init__()

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ..optim.options import OptionError
+from ..optim.options import OptionError, unknown_name
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, parse_optim_args
 from .groups import parameter_groups, parse_targets
 
@@ -86,6 +86,12 @@ def _given_options(args: Any, info: OptimizerInfo) -> dict[str, Any]:
     for option, value in efcp_fields(args).items():
         if option not in info.options():
             having = [n for n in list_optimizers() if option in get_optimizer_info(n).options()]
+            if not having:
+                raise OptionError(
+                    unknown_name(
+                        "field", FIELD + option, [FIELD + o for o in info.options() if o not in _OWN_ARGUMENTS], info.name
+                    )
+                )
             raise OptionError(f"{FIELD}{option}={value!r}: no option of {info.name}, but of {', '.join(having)}")
         typed_value = info.check({option: value})[option]
         if option in options and info.check({option: options[option]})[option] != typed_value:

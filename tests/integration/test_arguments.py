@@ -69,6 +69,19 @@ def test_fields_and_optim_args_may_agree(make):
     assert (kwargs["rank"], kwargs["momentum"], kwargs["window_size"]) == (8, 0.5, 16)
 
 
+def test_a_dtype_becomes_text_which_reporters_can_write(make):
+    args = make(efcp_window_dtype=torch.bfloat16)
+    assert json.loads(args.to_json_string())["efcp_window_dtype"] == "bfloat16"
+    assert optimizer_cls_and_kwargs(args)[1]["window_dtype"] == torch.bfloat16
+
+
+def test_a_field_that_no_optimizer_has(make):
+    args = make()
+    args.efcp_rnak = 3
+    with pytest.raises(OptionError, match="unknown field 'efcp_rnak' for efcp_lowrank_mfac: did you mean 'efcp_rank'"):
+        optimizer_cls_and_kwargs(args)
+
+
 def test_arguments_survive_pickle_json_and_replace(make, tmp_path):
     args = make(efcp_rank=8)
     assert pickle.loads(pickle.dumps(args)).efcp_rank == 8
