@@ -87,11 +87,8 @@ def _given_options(args: Any, info: OptimizerInfo) -> dict[str, Any]:
         if option not in info.options():
             having = [n for n in list_optimizers() if option in get_optimizer_info(n).options()]
             if not having:
-                raise OptionError(
-                    unknown_name(
-                        "field", FIELD + option, [FIELD + o for o in info.options() if o not in _OWN_ARGUMENTS], info.name
-                    )
-                )
+                valid = [FIELD + o for o in info.options() if o not in _OWN_ARGUMENTS]
+                raise OptionError(unknown_name("field", FIELD + option, valid, info.name))
             raise OptionError(f"{FIELD}{option}={value!r}: no option of {info.name}, but of {', '.join(having)}")
         typed_value = info.check({option: value})[option]
         if option in options and info.check({option: options[option]})[option] != typed_value:
