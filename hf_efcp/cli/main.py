@@ -11,11 +11,11 @@ import typing
 from collections.abc import Iterator, Sequence
 
 from .. import run
-from ..optim.options import GroupOptions, annotations
+from ..optim.options import GroupOptions, annotations, described
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers
 
-# Options that the Trainer takes from arguments of its own.
 _HEADER = ("option", "type", "class default", "--optim default", "meaning")
+# Options that the Trainer takes from arguments of its own.
 _TRAINER_DEFAULTS = {"lr": "--learning_rate", "weight_decay": "--weight_decay"}
 
 
@@ -73,11 +73,9 @@ def _option_rows(info: OptimizerInfo) -> Iterator[tuple[str, ...]]:
         types_ = annotations(options_type)
         for field in dataclasses.fields(options_type):
             hf_default = _TRAINER_DEFAULTS.get(field.name) or _show(info.hf_defaults.get(field.name, field.default))
-            allowed = field.metadata["allowed"]
-            meaning = field.metadata["help"] + (f" [{allowed}]" if allowed else "")
             default = signature[field.name].default
             shown = "required" if default is inspect.Parameter.empty else _show(default)
-            yield field.name, _show_type(types_[field.name]), shown, hf_default, meaning
+            yield field.name, _show_type(types_[field.name]), shown, hf_default, described(field)
 
 
 def _print_markdown(names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from ..optim.options import described
 from ..registry import get_optimizer_info, list_optimizers
 from .names import FIELD, efcp_fields
 
@@ -28,7 +29,7 @@ def _fields() -> list[tuple[str, Any, Any]]:
     result = []
     for option, (hint, field) in found.items():
         names = "" if len(users[option]) == len(list_optimizers()) else f" ({', '.join(users[option])})"
-        text = field.metadata["help"] + names
+        text = described(field) + names
         kind = hint if hint in (int, float, bool) else str  # "none" and dtypes are text
         result.append((FIELD + option, kind | types.NoneType, dataclasses.field(default=None, metadata={"help": text})))
     return result

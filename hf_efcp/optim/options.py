@@ -50,6 +50,12 @@ def option(default: Any, help: str, *, allowed: str = "", check=None, choices: t
     return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed, "check": check})
 
 
+def described(field: dataclasses.Field) -> str:
+    """An option's help with its range, in one line."""
+    allowed = field.metadata["allowed"]
+    return field.metadata["help"] + (f" [{allowed}]" if allowed else "")
+
+
 def positive(x) -> bool:
     """x > 0 and finite."""
     return 0 < x < math.inf
