@@ -139,7 +139,7 @@ def test_a_mistake_is_one_clear_line_and_writes_nothing(given, message, make, ma
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mistyped_flag_names_the_nearest(parse, tmp_path, capsys):
+def test_a_mistyped_flag_is_named(parse, tmp_path, capsys):
     with pytest.raises((ValueError, SystemExit)) as error:
         parse("--efcp_rnak", "8")
     assert "efcp_rnak" in str(error.value) + capsys.readouterr().err
