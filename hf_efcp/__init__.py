@@ -35,7 +35,8 @@ _NEED_TRANSFORMERS = {
     "EFCPCallback": "trainer",
 }
 
-if importlib.util.find_spec("transformers") is not None:
+_HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+if _HAS_TRANSFORMERS:
     register()
 
 if TYPE_CHECKING:
@@ -46,11 +47,13 @@ if TYPE_CHECKING:
 def __getattr__(name: str):
     if name not in _NEED_TRANSFORMERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not _HAS_TRANSFORMERS:
+        raise ImportError(f"hf_efcp.{name} needs transformers: pip install transformers")
     return getattr(importlib.import_module(f".integrations.{_NEED_TRANSFORMERS[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NEED_TRANSFORMERS})
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [
@@ -72,3 +75,5 @@ __all__ = [
     "parameter_groups",
     "register",
 ]
+if not _HAS_TRANSFORMERS:  # so that `from hf_efcp import *` works
+    __all__ = [name for name in __all__ if name not in _NEED_TRANSFORMERS]

@@ -43,6 +43,8 @@ import sys
 for name in ("transformers", "accelerate", "datasets", "peft", "evaluate"):
     sys.modules[name] = None
 import torch, hf_efcp
+from hf_efcp import *
+assert not [name for name in dir(hf_efcp) if name.startswith("EFCP")]
 p = torch.nn.Parameter(torch.ones(8, 9))
 p.grad = torch.ones(8, 9)
 for name in hf_efcp.list_optimizers():
@@ -51,7 +53,11 @@ try:
     hf_efcp.register()
 except ImportError:
     print("no transformers")
+try:
+    from hf_efcp import EFCPTrainer
+except ImportError as error:
+    print(error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "no transformers\n"
+    assert done.stdout == "no transformers\nhf_efcp.EFCPTrainer needs transformers: pip install transformers\n"

@@ -11,11 +11,11 @@ import typing
 from collections.abc import Iterator, Sequence
 
 from .. import run
-from ..optim.options import GroupOptions, annotations
+from ..optim.options import GroupOptions, annotations, as_text, described
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers
 
-# Options that the Trainer takes from arguments of its own.
 _HEADER = ("option", "type", "class default", "--optim default", "meaning")
+# Options that the Trainer takes from arguments of its own.
 _TRAINER_DEFAULTS = {"lr": "--learning_rate", "weight_decay": "--weight_decay"}
 
 
@@ -72,12 +72,10 @@ def _option_rows(info: OptimizerInfo) -> Iterator[tuple[str, ...]]:
     for options_type in (GroupOptions, info.cls.options_type):
         types_ = annotations(options_type)
         for field in dataclasses.fields(options_type):
-            hf_default = _TRAINER_DEFAULTS.get(field.name) or _show(info.hf_defaults.get(field.name, field.default))
-            allowed = field.metadata["allowed"]
-            meaning = field.metadata["help"] + (f" [{allowed}]" if allowed else "")
+            hf_default = _TRAINER_DEFAULTS.get(field.name) or as_text(info.hf_defaults.get(field.name, field.default))
             default = signature[field.name].default
-            shown = "required" if default is inspect.Parameter.empty else _show(default)
-            yield field.name, _show_type(types_[field.name]), shown, hf_default, meaning
+            shown = "required" if default is inspect.Parameter.empty else as_text(default)
+            yield field.name, _show_type(types_[field.name]), shown, hf_default, described(field)
 
 
 def _print_markdown(names: Sequence[str]) -> None:
@@ -97,12 +95,6 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("    " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _show(value: object) -> str:
-    """A default as one would type it in --optim_args."""
-    text = str(value).removeprefix("torch.")
-    return "none" if value is None else text.lower() if isinstance(value, bool) else text
 
 
 def _show_type(annotation: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .deferred import Later, readable
+from .deferred import Later
 
 # By row dtype. Above _CANCELLATION / eps, the sum G^T c cancels and the null space of K has to be cut away.
 _CANCELLATION = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -62,10 +62,9 @@ def mfac(
     c = divisor * torch.cholesky_solve(w[..., None], factor).squeeze(-1)
     limit = _CANCELLATION[row_dtype] / torch.finfo(row_dtype).eps
     bad = (failed != 0) | ~(cancellation(gram, c) <= limit)
-    at_once = dependent is None or readable(bad.device)
-    if bool(bad.any()) if at_once else dependent.put(bad.any()):
+    if (dependent or Later()).put(bad.any()):
         c[bad] = spectral(gram[bad], w[bad], lambda s: divisor / (s + shift[bad]), row_dtype)
-    elif not at_once:
+    else:  # not known of any; on the CPU there is none
         c = torch.where(bad[:, None], divisor * w / (gram.diagonal(dim1=-2, dim2=-1) + shift), c)
     return c
 

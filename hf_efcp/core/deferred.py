@@ -21,20 +21,18 @@ def masked(accepted: bool | Tensor, new: Tensor, old: Tensor | float) -> Tensor:
 
 
 class Later:
-    """A small number on the device, known to the host one step late."""
+    """A small number on the device, known to the host one step late; on a CPU, and the first time, at once."""
 
     def __init__(self):
         self._copy: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
-    def put(self, value: Tensor) -> int | None:
-        """Queue a copy of `value` (0-D) to the host.
-
-        Returns:
-            The value of the `put` before, or None if this is the first.
-        """
-        before = None
+    def put(self, value: Tensor) -> int:
+        """Queue a copy of `value` (0-D) to the host; returns the value of the `put` before."""
+        if readable(value.device):
+            return int(value)
         if self._copy is None:
+            before = int(value)
             self._copy = torch.empty((), dtype=torch.int64, pin_memory=value.is_cuda)
         else:
             if self._copied is not None:

@@ -53,6 +53,12 @@ class ErrorFeedback:
             new = stochastic_round(a[:, part], old.dtype, step, self.salt, self.first_row + part.start)
             old.copy_(masked(accepted, new, old))
 
+    def square(self) -> Tensor | float:
+        """|e|^2, summed in fp64."""
+        if self.error is None:
+            return 0.0
+        return sum(torch.linalg.vector_norm(self.error[:, part], dtype=torch.float64).square() for part in self._row_chunks())
+
     def _row_chunks(self) -> Iterator[slice]:
         """Rows at a time, so that converted copies stay small."""
         n, rows, cols = self.error.shape

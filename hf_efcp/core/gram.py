@@ -44,14 +44,14 @@ class GramMatrix:
     def update(self, j: Tensor, k_j: Tensor, accepted: bool | Tensor = True) -> Tensor:
         """Put k_j (groups, m), the dots of the new row, into row and column j; returns K.
 
-        A row that is not `accepted` (False, or a 0-D flag on the device) is counted as skipped and changes nothing else.
+        A row that is not `accepted` (a 0-D flag on the device) is counted as skipped and changes nothing else.
         """
-        if accepted is not False:
+        if accepted is not True:
             k_j = masked(accepted, k_j, self.matrix.index_select(1, j).squeeze(1))
-            self.matrix.index_copy_(1, j, k_j[:, None, :])
-            self.matrix.index_copy_(2, j, k_j[:, :, None])
+            self.skipped += ~accepted
+        self.matrix.index_copy_(1, j, k_j[:, None, :])
+        self.matrix.index_copy_(2, j, k_j[:, :, None])
         self.step += accepted
-        self.skipped += accepted ^ True
         return self.matrix
 
     def ages(self, j: Tensor) -> Tensor:

@@ -22,9 +22,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-# Name of the folder in a checkpoint of Trainer or Accelerate.
-FOLDER = "efcp_optim"
-
 
 class CheckpointError(ValueError):
     """A folder that is no whole checkpoint, or one of something else."""

@@ -7,16 +7,19 @@ import types
 import typing
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from ..optim.options import as_text, described
 from ..registry import get_optimizer_info, list_optimizers
-from .names import FIELD
+from .names import FIELD, efcp_fields
 
 
 def _fields() -> list[tuple[str, Any, Any]]:
     """(name, type, field) of every option but those that TrainingArguments has itself; None means not given."""
     users: dict[str, list[str]] = {}
+    defaults: dict[str, list[str]] = {}
     found: dict[str, tuple[Any, dataclasses.Field]] = {}
     for name in list_optimizers():
         info = get_optimizer_info(name)
@@ -24,20 +27,32 @@ def _fields() -> list[tuple[str, Any, Any]]:
         for field in dataclasses.fields(info.cls.options_type):
             users.setdefault(field.name, []).append(name)
             found.setdefault(field.name, (hints[field.name], field))
+            default = as_text(info.hf_defaults.get(field.name, field.default))
+            defaults.setdefault(field.name, []).append(default)
     result = []
     for option, (hint, field) in found.items():
         names = "" if len(users[option]) == len(list_optimizers()) else f" ({', '.join(users[option])})"
-        text = field.metadata["help"] + names
+        text = f"{described(field)}{names}; unless given: {' or '.join(dict.fromkeys(defaults[option]))}"
         kind = hint if hint in (int, float, bool) else str  # "none" and dtypes are text
         result.append((FIELD + option, kind | types.NoneType, dataclasses.field(default=None, metadata={"help": text})))
     return result
 
 
-_OptionFields = dataclasses.make_dataclass("_OptionFields", _fields(), namespace={"__module__": __name__})
+def _dtypes_as_text(self) -> None:
+    for option, value in efcp_fields(self).items():
+        if isinstance(value, torch.dtype):  # to_json_string, which reporters call, cannot write it
+            setattr(self, FIELD + option, str(value).removeprefix("torch."))
+    super(EFCPFields, self).__post_init__()
+
+
+# The fields alone, for other subclasses of TrainingArguments: `class Config(EFCPFields, SFTConfig)`, decorated by dataclass.
+EFCPFields = dataclasses.make_dataclass(
+    "EFCPFields", _fields(), namespace={"__module__": __name__, "__post_init__": _dtypes_as_text}
+)
 
 
 @dataclasses.dataclass
-class EFCPTrainingArguments(_OptionFields, TrainingArguments):
+class EFCPTrainingArguments(EFCPFields, TrainingArguments):
     """TrainingArguments with `optim="efcp_lowrank_mfac"` and a field `efcp_OPTION` for every option.
 
     A field that is not given has the `--optim` default (`hf-efcp list --options`). It may be given in `optim_args` instead.

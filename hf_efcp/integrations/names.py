@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ..optim.options import OptionError
+from ..optim.options import OptionError, unknown_name
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, parse_optim_args
 from .groups import parameter_groups, parse_targets
 
@@ -83,9 +83,16 @@ def optimizer_cls_and_kwargs(
 def _given_options(args: Any, info: OptimizerInfo) -> dict[str, Any]:
     """The options of `optim_args` and of the `efcp_...` fields, which may repeat but not contradict each other."""
     options = parse_optim_args(args.optim_args)
+    for option in [option for option in options if option not in info.options()]:
+        having = [n for n in list_optimizers() if option in get_optimizer_info(n).options()]
+        if having:
+            raise OptionError(f"optim_args: {option}={options[option]!r}: no option of {info.name}, but of {', '.join(having)}")
     for option, value in efcp_fields(args).items():
         if option not in info.options():
             having = [n for n in list_optimizers() if option in get_optimizer_info(n).options()]
+            if not having:
+                valid = [FIELD + o for o in info.options() if o not in _OWN_ARGUMENTS]
+                raise OptionError(unknown_name("field", FIELD + option, valid, info.name))
             raise OptionError(f"{FIELD}{option}={value!r}: no option of {info.name}, but of {', '.join(having)}")
         typed_value = info.check({option: value})[option]
         if option in options and info.check({option: options[option]})[option] != typed_value:
@@ -105,6 +112,11 @@ def efcp_fields(args: Any) -> dict[str, Any]:
 def name_of(args: Any) -> str:
     """The value of `args.optim` as text."""
     return str(getattr(args.optim, "value", args.optim))
+
+
+def is_ours(args: Any) -> bool:
+    """Whether `args.optim` is one of our names."""
+    return name_of(args) in list_optimizers()
 
 
 def _is_ours(finder: Any) -> bool:
@@ -201,8 +213,10 @@ def _replace(owner: type, name: str, make: Any, kind: Any = lambda function: fun
 
 def _checked_post_init(original: Any) -> Any:
     def __post_init__(self, *args, **kwargs):
+        if name_of(self).startswith("efcp_"):  # transformers would list all of its own
+            get_optimizer_info(name_of(self))
         original(self, *args, **kwargs)
-        if name_of(self) in list_optimizers():
+        if is_ours(self):
             optimizer_cls_and_kwargs(self)
         elif efcp_fields(self):
             fields = ", ".join(FIELD + option for option in efcp_fields(self))
@@ -220,7 +234,7 @@ def _patch_trainer(module: Any) -> None:
 
 def _dispatch(original: Any) -> Any:
     def get_optimizer_cls_and_kwargs(args, model=None, *rest, **kwargs):
-        if name_of(args) in list_optimizers():
+        if is_ours(args):
             return optimizer_cls_and_kwargs(args, model=model, decay_names=_decay_names(model))
         return original(args, model, *rest, **kwargs)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..optim.base import WindowedOptimizer
 from ..registry import list_optimizers
+from .arguments import EFCPTrainingArguments
 from .groups import check_targets
-from .names import name_of, optimizer_cls_and_kwargs
+from .names import is_ours, name_of, optimizer_cls_and_kwargs
+
+logger = logging.getLogger(__name__)
 
 
 def unwrapped(optimizer: Any) -> WindowedOptimizer | None:
@@ -48,18 +52,25 @@ class EFCPTrainerMixin:
     With an optimizer that is not ours it changes nothing.
     """
 
-    def __init__(self, model=None, args=None, *rest, **kwargs):
+    def __init__(self, *given, **kwargs):
+        # By type and not by place: DPOTrainer and GRPOTrainer have something else between model and args.
+        model = kwargs.get("model", given[0] if given else None)
+        args = next((a for a in (*given, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
         adapted_later = kwargs.get("peft_config") is not None
-        if isinstance(model, torch.nn.Module) and not adapted_later and args is not None and name_of(args) in list_optimizers():
+        if args is not None and not is_ours(args):
+            logger.warning(
+                "optim=%s is not one of hf_efcp's (%s): it is used as ever", name_of(args), ", ".join(list_optimizers())
+            )
+        elif args is not None and isinstance(model, torch.nn.Module) and not adapted_later:
             check_targets(model, args.optim_target_modules)
-        super().__init__(model, args, *rest, **kwargs)
+        super().__init__(*given, **kwargs)
         handler = self.callback_handler
         if not any(isinstance(callback, EFCPCallback) for callback in handler.callbacks):
             handler.callbacks.insert(0, EFCPCallback())
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """See Trainer."""
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and name_of(self.args) in list_optimizers():
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and is_ours(self.args):
             trained = self.model if model is None else model
             names = self.get_decay_parameter_names(trained)
             cls, options = optimizer_cls_and_kwargs(self.args, model=trained, decay_names=names)
@@ -68,4 +79,10 @@ class EFCPTrainerMixin:
 
 
 class EFCPTrainer(EFCPTrainerMixin, Trainer):
-    """`transformers.Trainer` with EFCPTrainerMixin. Takes any TrainingArguments; EFCPTrainingArguments have typed options."""
+    """`transformers.Trainer` with EFCPTrainerMixin, and EFCPTrainingArguments if it is given none.
+
+    Takes any TrainingArguments; those of EFCP have typed options.
+    """
+
+    def __init__(self, model=None, args=None, *rest, **kwargs):
+        super().__init__(model, EFCPTrainingArguments("trainer_output") if args is None else args, *rest, **kwargs)

@@ -83,7 +83,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
             with torch.enable_grad():
                 loss = closure()
         stacks = self._prepare()
-        if self._stacks_key and self._has_work():
+        if self._params and self._has_work():
             with ieee_matmul(self._gram.matrix.device):
                 self._step(stacks, self._gram)
             self._warn_of_skips()
@@ -97,11 +97,12 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
             dots.append(s.dots(j))                                          # <c_j, c_i> for all i
         k_j = self._reduce(stacks, dots)
         accepted = self._is_finite(k_j)
+        if accepted is False:
+            gram.skipped += 1
+            return
         for s in stacks:
             s.commit(j, gram.step, l2[s.group], accepted)                   # e <- a - c_j;  row j of G <- c_j
         gram.update(j, k_j, accepted)
-        if accepted is False:
-            return
         c = self._rescale(self.coefficients(gram, j, self._row_dtype))      # c = phi(K) w
         c = masked(accepted, c, 0.0)
         for s in stacks:
@@ -146,7 +147,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
 
         torch.distributed.checkpoint takes a step on zero gradients to have the state allocated.
         """
-        grads = [p.grad for params in self._trainable() for p in params if p.grad is not None]
+        grads = [p.grad for p in self._params if p.grad is not None]
         if self._started or self._gram.step > 0:
             return bool(grads) or self._shards is not None
         work = any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
@@ -161,16 +162,21 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
         return bool(finite) if readable(finite.device) else finite
 
     def _warn_of_skips(self) -> None:
-        skipped = self._gram.skipped
-        count = int(skipped) if readable(skipped.device) else self._skips.put(skipped)
-        new, self._skips_known = count is not None and count > self._skips_known, count or self._skips_known
-        if new and count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th, ... time
+        count = self._skips.put(self._gram.skipped)
+        if count <= self._skips_known:
+            return
+        self._skips_known = count
+        if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th, ... time
             warnings.warn(
                 f"{type(self).__name__}: a gradient is not finite, or its square is out of range: step skipped, state "
                 f"unchanged ({count} skipped so far)",
                 RuntimeWarning,
                 stacklevel=5,  # the caller of step(), past torch's two wrappers
             )
+
+    def _listen_anew(self) -> None:
+        """The state is another: what was known a step ago is not its past, and whoever saved it was warned of its skips."""
+        self._skips, self._skips_known = Later(), int(self._gram.skipped)
 
     # Parameters and state -------------------------------------------------------------------------------------------------
 
@@ -222,28 +228,29 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
             for params in groups:
                 for p in params:
                     _check_parameter(p, type(self).__name__)
-            self._adopt(self._build(groups), [p for params in groups for p in params])
+            self._params = [p for params in groups for p in params]
+            self._adopt(self._build(groups), self._params)
             self._stacks_key = key
         return self._stacks
 
     def _forget(self) -> None:
         """No stacks: the next step builds them from `state`."""
         self._stacks: list[Stack] | None = None
+        self._params: list[Tensor] = []  # that have state, in the order in which they are numbered
         self._gram: GramMatrix | None = None
         self._last: Tensor | None = None
         self._started = False
-        self._skips, self._skips_known = Later(), 0
         self._shards: Shards | None = None
         self._owners: dict[Tensor, Owners] = {}
 
     @property
     def _coordinates(self) -> int:
         """d, the number of coordinates of all groups that are trained."""
-        return sum(p.numel() for params in self._trainable() for p in params if p.requires_grad)
+        return sum(p.numel() for p in self._params if p.requires_grad)
 
     @property
     def _row_dtype(self) -> torch.dtype:
-        dtypes = {compute_dtype(p) for params in self._trainable() for p in params}
+        dtypes = {compute_dtype(p) for p in self._params}
         return torch.float32 if torch.float32 in dtypes else torch.float64
 
 

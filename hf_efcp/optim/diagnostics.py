@@ -40,8 +40,7 @@ class DiagnosticsMixin:
         shares = shares / shares.sum().clamp_min(torch.finfo(shares.dtype).tiny)
         others = newest.sum(0).abs() / (squares.sum(0).sqrt() * row)
         others = others[others.isfinite() & (self._gram.ages(j) > 0)]
-        errors = [s.feedback.error for s in self._stacks if s.feedback.error is not None]
-        error = sum(float(torch.linalg.vector_norm(e, dtype=torch.float64)) ** 2 for e in errors) ** 0.5
+        error = sum(float(s.feedback.square()) for s in self._stacks)
         values = {
             "step": self._gram.step,
             "skipped_steps": self._gram.skipped,
@@ -54,8 +53,8 @@ class DiagnosticsMixin:
             "kappa": cancellation(gram, c).max(),
             "weight_newest": shares[j],
             "weight_age": (shares * self._gram.ages(j)).sum(),
-            "error_norm": error,
-            "error_share": _ratio(error**2, error**2 + float(row) ** 2),
+            "error_norm": error**0.5,
+            "error_share": _ratio(error, error + float(row) ** 2),
         }
         return {name: float(value) for name, value in values.items()}
 

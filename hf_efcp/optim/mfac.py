@@ -36,8 +36,8 @@ class LowRankMFACOptions(LowRankOptions, MFACOptions, WindowOptions):
 
 
 class _MFAC(WindowedOptimizer):
-    def _forget(self) -> None:
-        super()._forget()
+    def _listen_anew(self) -> None:
+        super()._listen_anew()
         self._dependent = Later()
 
     def coefficients(self, gram: GramMatrix, j: Tensor, row_dtype: torch.dtype) -> Tensor:

@@ -50,6 +50,18 @@ def option(default: Any, help: str, *, allowed: str = "", check=None, choices: t
     return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed, "check": check})
 
 
+def as_text(value: object) -> str:
+    """A value as one would type it in --optim_args."""
+    text = str(value).removeprefix("torch.")
+    return "none" if value is None else text.lower() if isinstance(value, bool) else text
+
+
+def described(field: dataclasses.Field) -> str:
+    """An option's help with its range, in one line."""
+    allowed = field.metadata["allowed"]
+    return field.metadata["help"] + (f" [{allowed}]" if allowed else "")
+
+
 def positive(x) -> bool:
     """x > 0 and finite."""
     return 0 < x < math.inf
@@ -220,7 +232,7 @@ def typed(name: str, value: Any, annotation: Any) -> Any:
 def unknown_name(kind: str, name: str, valid: typing.Iterable[str], owner: str = "") -> str:
     """The message for an unknown name: what was given, the nearest valid name, all valid names."""
     valid = list(valid)
-    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).lower(), valid, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}? " if near else ""
     where = f" for {owner}" if owner else ""
     return f"unknown {kind} {name!r}{where}: {hint}valid: {', '.join(valid)}"

@@ -12,18 +12,22 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed import checkpoint
 from ..distributed.plan import Size, assign, describe
 from ..distributed.shards import Shards
 from .options import OptionError
 from .stacks import Piece, Stack, build_stacks
 
+if TYPE_CHECKING:
+    from ..distributed.checkpoint import Part
+
+# Name of the folder of the shards in a checkpoint of Trainer or Accelerate.
+SHARD_FOLDER = "efcp_optim"
 # Of the state whose size goes with the rows: in which dimension they are.
 ROW_DIM = {"error": 0, "momentum": 0, "window_p": 2, "window_indices": 0, "window_values": 0, "window_rows": 1}
 # What the first parameter's entry holds for the whole optimizer; with scope="layer" every parameter has its own K.
@@ -57,20 +61,16 @@ class ShardingMixin:
         self._prepare()
         if self._shards is None:
             return "not sharded"
-        params = self._numbered()
+        params = self._params
         names = {p: n for g in self.param_groups for p, n in zip(g["params"], g.get("param_names", []), strict=False)}
         labels = [names.get(p, f"parameter {i}") for i, p in enumerate(params)]
         return describe(labels, [self._owners[p] for p in params], [self._size(p) for p in params], self._shards.size)
-
-    def _numbered(self) -> list[Tensor]:
-        """The parameters with state, in the order in which they are numbered."""
-        return [p for params in self._trainable() for p in params]
 
     def _build(self, groups: list[list[Tensor]]) -> list[Stack]:
         """This process's stacks; parameters that are new get owners, the others keep theirs."""
         self._shards = self._find_shards()
         formats = [self._format(g) for g in self.param_groups]
-        number = {p: i for i, p in enumerate(self._numbered())}
+        number = {p: i for i, p in enumerate(self._params)}
         if self._shards is None:
             pieces = [[Piece(p, number[p]) for p in params] for params in groups]
             return build_stacks(pieces, self.options, formats)
@@ -83,7 +83,7 @@ class ShardingMixin:
     def _hand_out(self) -> None:
         """Every process gets the parameters that the others have updated."""
         if self._shards is not None:
-            params = self._numbered()
+            params = self._params
             self._shards.hand_out(params, [self._owners[p] for p in params])
 
     def _format(self, group: dict):
@@ -96,7 +96,7 @@ class ShardingMixin:
         return Shards(group) if group is not None and dist.get_world_size(group) > 1 else None
 
     def _assign(self) -> None:
-        params, held = self._numbered(), [0.0] * self._shards.size
+        params, held = self._params, [0.0] * self._shards.size
         new = [p for p in params if p not in self._owners]
         for p in params:
             for rank, rows in self._owners.get(p, {}).items():
@@ -135,6 +135,8 @@ class ShardingMixin:
         on any number of processes.
         """
         if self._shards is not None:
+            from ..distributed import checkpoint  # takes most of a second
+
             checkpoint.save(self._parts(self.options.save_window), Path(folder), self._shards.group)
 
     def _stub(self) -> dict[str, Any]:
@@ -147,8 +149,10 @@ class ShardingMixin:
         if self.shard_folder is None:
             raise OptionError(
                 "this state_dict is the stub of a sharded optimizer; its tensors are in a folder beside it "
-                f"({checkpoint.FOLDER} in a checkpoint): set shard_folder to it before load_state_dict"
+                f"({SHARD_FOLDER} in a checkpoint): set shard_folder to it before load_state_dict"
             )
+        from ..distributed import checkpoint
+
         self._prepare()
         try:
             group = self._shards and self._shards.group
@@ -158,28 +162,30 @@ class ShardingMixin:
         if not with_window:
             self._start_without_window()
 
-    def _parts(self, with_window: bool) -> dict[str, checkpoint.Part]:
+    def _parts(self, with_window: bool) -> dict[str, Part]:
         """What this process holds, by the names in a checkpoint."""
+        from ..distributed.checkpoint import Part
+
         parts = {}
-        for number, p in enumerate(self._numbered()):
+        for number, p in enumerate(self._params):
             rows = self._owners[p].get(self._shards.rank) if self._shards is not None else None
             for name, t in self.state[p].items():
                 key, dim = f"{number}.{name}", ROW_DIM.get(name) if rows else None
                 if not with_window and of_window(name):
                     continue
                 if dim is None:
-                    parts[key] = checkpoint.Part(t, tuple(t.shape))
+                    parts[key] = Part(t, tuple(t.shape))
                 elif t.numel():
                     each = t.shape[dim] // (rows.stop - rows.start)  # numbers to a row along this dimension
                     shape = [len(p) * each if d == dim else n for d, n in enumerate(t.shape)]
-                    parts[key] = checkpoint.Part(t, tuple(shape), dim, rows.start * each)
+                    parts[key] = Part(t, tuple(shape), dim, rows.start * each)
         return parts
 
     def _expected_parts(self, with_window: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of everything that a checkpoint of this optimizer has."""
         whole = self._whole_state()
-        found = {f"{i}.{name}": what for i, p in enumerate(self._numbered()) for name, what in whole[p].items()}
-        for i, p in enumerate(self._numbered()):
+        found = {f"{i}.{name}": what for i, p in enumerate(self._params) for name, what in whole[p].items()}
+        for i, p in enumerate(self._params):
             found |= {f"{i}.{name}": (tuple(t.shape), t.dtype) for name, t in self.state[p].items() if name in SHARED}
         return {key: what for key, what in found.items() if with_window or not of_window(key.partition(".")[2])}
 

@@ -116,9 +116,6 @@ class Stack:
 
     def commit(self, j: Tensor, step: Tensor, l2: float, accepted: bool | Tensor) -> None:
         """e <- a - c, and c enters slot j, where `accepted`."""
-        if accepted is False:
-            self.window.release()
-            return
         if isinstance(self.compressor, Identity):
             self.stage(step, l2)
         gradient = self.gradient(l2) if self.feedback.error is not None else None

@@ -50,7 +50,10 @@ class StateDictMixin:
                 views[p][name].copy_(value)
         self.state.clear()
         self.state.update(views)
+        first = self._gram is None
         self._stacks, self._gram = stacks, gram
+        if first:
+            self._listen_anew()
         if self.options.scope == "layer":  # the last coefficients are numbered by tensor
             self._last = None
 
@@ -139,6 +142,8 @@ class StateDictMixin:
             self.state.clear()
             self._forget()
         self._last = None
+        if self._gram is not None:
+            self._listen_anew()
         for ours, theirs, values in zip(self.param_groups, groups, checked, strict=True):
             kept = {k: ours[k] for k in ("params", "param_names") if k in ours}
             ours |= {**copy.deepcopy({k: v for k, v in theirs.items() if k not in kept}), **dataclasses.asdict(values)}

@@ -10,6 +10,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 import hf_efcp
 from hf_efcp import EFCPTrainer, EFCPTrainingArguments, OptionError
+from hf_efcp.integrations.arguments import EFCPFields
 from hf_efcp.integrations.names import optimizer_cls_and_kwargs
 from hf_efcp.registry import get_optimizer_info
 
@@ -44,6 +45,7 @@ def test_there_is_a_field_with_help_for_every_option():
     assert set(fields) == {f"efcp_{o}" for name in hf_efcp.list_optimizers() for o in options_of(name)}
     assert all(f.default is None and len(f.metadata["help"]) > 10 for f in fields.values())
     assert "efcp_sparse_ggt" in fields["efcp_density"].metadata["help"]
+    assert "[a number in (0, 1]]" in fields["efcp_density"].metadata["help"]
 
 
 @by_name
@@ -69,6 +71,19 @@ def test_fields_and_optim_args_may_agree(make):
     assert (kwargs["rank"], kwargs["momentum"], kwargs["window_size"]) == (8, 0.5, 16)
 
 
+def test_a_dtype_becomes_text_which_reporters_can_write(make):
+    args = make(efcp_window_dtype=torch.bfloat16)
+    assert json.loads(args.to_json_string())["efcp_window_dtype"] == "bfloat16"
+    assert optimizer_cls_and_kwargs(args)[1]["window_dtype"] == torch.bfloat16
+
+
+def test_a_field_that_no_optimizer_has(make):
+    args = make()
+    args.efcp_rnak = 3
+    with pytest.raises(OptionError, match="unknown field 'efcp_rnak' for efcp_lowrank_mfac: did you mean 'efcp_rank'"):
+        optimizer_cls_and_kwargs(args)
+
+
 def test_arguments_survive_pickle_json_and_replace(make, tmp_path):
     args = make(efcp_rank=8)
     assert pickle.loads(pickle.dumps(args)).efcp_rank == 8
@@ -83,7 +98,7 @@ def test_arguments_survive_pickle_json_and_replace(make, tmp_path):
 MISTAKES = [
     ({"optim": "efcp_lowrank"}, "efcp_lowrank.*efcp_lowrank_mfac"),
     ({"optim_args": "rnk=4"}, "unknown option 'rnk' for efcp_lowrank_mfac: did you mean 'rank'"),
-    ({"optim_args": "density=0.1"}, "unknown option 'density' for efcp_lowrank_mfac"),
+    ({"optim_args": "density=0.1"}, "density='0.1': no option of efcp_lowrank_mfac, but of efcp_sparse_mfac"),
     ({"optim_args": "rank=four"}, "rank='four': expected an integer"),
     ({"optim_args": "rank=0"}, "rank=0: must be an integer >= 1"),
     ({"optim_args": "rank"}, "'rank' is not of the form name=value .example"),
@@ -102,7 +117,10 @@ MISTAKES = [
     ({"optim": "efcp_sparse_mfac", "optim_args": "block_size=65536"}, r"block_size=65536: must be .*\[1, 32768\]"),
     ({"optim": "efcp_lowrank_ggt", "optim_args": "beta2=0"}, r"beta2=0.0: must be a number in \(0, 1\]"),
     ({"optim": "efcp_lowrank_ggt", "optim_args": "beta1=.9,window_momentum=.9"}, "are the same thing: give one of them"),
-    ({"optim": "efcp_lowrank_ggt", "optim_args": "damping=1e-3"}, "unknown option 'damping' for efcp_lowrank_ggt"),
+    (
+        {"optim": "efcp_lowrank_ggt", "optim_args": "damping=1e-3"},
+        "damping='1e-3': no option of .*_ggt, but of efcp_lowrank_mfac",
+    ),
 ]
 FIELD_MISTAKES = [
     ({"efcp_rank": 0}, "rank=0: must be an integer >= 1"),
@@ -125,7 +143,7 @@ def test_a_mistake_is_one_clear_line_and_writes_nothing(given, message, make, ma
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mistyped_flag_names_the_nearest(parse, tmp_path, capsys):
+def test_a_mistyped_flag_is_named(parse, tmp_path, capsys):
     with pytest.raises((ValueError, SystemExit)) as error:
         parse("--efcp_rnak", "8")
     assert "efcp_rnak" in str(error.value) + capsys.readouterr().err
@@ -145,3 +163,23 @@ def test_targets_that_match_nothing_fail_before_a_folder_is_made(make, tiny_bert
 def test_plain_training_arguments_have_no_fields(make_args):
     assert not [f.name for f in dataclasses.fields(TrainingArguments) if f.name.startswith("efcp_")]
     assert make_args().optim != "efcp_lowrank_mfac"
+
+
+def test_the_fields_alone_change_no_default_of_another_config(tmp_path):
+    @dataclasses.dataclass
+    class Warm(TrainingArguments):
+        learning_rate: float = 7e-4
+
+    @dataclasses.dataclass
+    class Config(EFCPFields, Warm):
+        pass
+
+    args = Config(str(tmp_path), optim="efcp_lowrank_mfac", efcp_rank=2, efcp_window_dtype=torch.bfloat16, use_cpu=True)
+    assert (args.learning_rate, args.efcp_window_dtype) == (7e-4, "bfloat16")
+    assert optimizer_cls_and_kwargs(args)[1]["rank"] == 2
+    assert Config(str(tmp_path), use_cpu=True).optim == TrainingArguments(str(tmp_path), use_cpu=True).optim
+
+
+def test_a_mistyped_name_names_the_nearest(make_args):
+    with pytest.raises(OptionError, match="unknown optimizer 'efcp_lowrnk_mfac': did you mean 'efcp_lowrank_mfac'"):
+        make_args(optim="efcp_lowrnk_mfac")

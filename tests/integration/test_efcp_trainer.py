@@ -112,6 +112,26 @@ def test_it_trains_exactly_as_the_stock_trainer(make, tiny_bert, token_data):
     assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
 
 
+@pytest.mark.parametrize("keywords", [True, False])
+def test_with_a_trainer_that_takes_more_before_its_arguments(keywords, make, tiny_bert):
+    class HasReference(Trainer):  # as TRL's DPOTrainer and GRPOTrainer
+        def __init__(self, model, reference=None, args=None, **kwargs):
+            super().__init__(model, args, **kwargs)
+            self.reference = reference
+
+    class EFCPHasReference(EFCPTrainerMixin, HasReference):
+        pass
+
+    def build(args):
+        return EFCPHasReference(model=tiny_bert, args=args) if keywords else EFCPHasReference(tiny_bert, "other", args)
+
+    args = make()
+    trainer = build(args)
+    assert (trainer.args, trainer.reference) == (args, None if keywords else "other")
+    with pytest.raises(hf_efcp.OptionError, match="'quary' matches no module"):
+        build(make(optim_target_modules="quary"))
+
+
 def test_with_seq2seq_trainer(tmp_path):
     class EFCPSeq2SeqTrainer(EFCPTrainerMixin, Seq2SeqTrainer):
         pass
@@ -223,3 +243,13 @@ def test_hyperparameter_search_over_the_fields(make, tiny_bert, token_data):
     assert best.hyperparameters["efcp_rank"] in (1, 2)
     assert len(ranks) == 3
     assert set(ranks) <= {1, 2}
+
+
+def test_without_arguments_it_trains_with_ours(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert EFCPTrainer(tiny_bert).args.optim == "efcp_lowrank_mfac"
+
+
+def test_another_optimizer_is_told_of(make, tiny_bert, caplog):
+    EFCPTrainer(tiny_bert, make(optim="adamw_torch", efcp_window_size=None))
+    assert "optim=adamw_torch is not one of hf_efcp's" in caplog.text

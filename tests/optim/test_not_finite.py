@@ -1,5 +1,6 @@
 """Gradients that are not finite: the step is skipped, counted and leaves no trace."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -94,6 +95,31 @@ def test_every_gradient_not_finite(name):
     with pytest.warns(RuntimeWarning):
         optimizer.step()
     assert_unchanged(before, optimizer, params, without=["skipped"])
+
+
+@pytest.mark.parametrize("way", ["load", "copy"])
+@EVERY
+def test_skips_of_before_are_not_warned_of_again(name, way):
+    optimizer, params = started(name)
+    for i in range(2):
+        gradients_at(i, params)
+        params[0].grad.fill_(float("nan"))
+        with pytest.warns(RuntimeWarning, match=f"{i + 1} skipped so far"):
+            optimizer.step()
+    other, others = copy.deepcopy((optimizer, params))
+    if way == "load":
+        other, others = started(name)
+        other.load_state_dict(optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(other, others, 2, 4)
+    gradients_at(4, others)
+    others[0].grad.fill_(float("nan"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        other.step()  # the third: only powers of two are warned of
+    assert not caught
+    assert count(other, "skipped") == 3
 
 
 @EVERY

@@ -37,3 +37,4 @@ def test_a_step_allocates_little_more_than_the_largest_tensor(name, dtype, tmp_p
         p.grad = torch.ones_like(p)
     optimizer.step()  # allocates the state
     assert largest <= peak(optimizer.step, tmp_path / "trace.json") < largest + 48 * MIB
+    assert peak(optimizer.diagnostics, tmp_path / "trace.json") < 48 * MIB
