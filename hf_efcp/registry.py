@@ -44,8 +44,9 @@ class OptimizerInfo:
         return {k: getattr(group if k in groups else typed, k) for k in given}
 
 
-_MFAC_DEFAULTS = MappingProxyType({"window_size": 32, "update_rms": 0.5, "error_dtype": torch.bfloat16})
-_GGT_DEFAULTS = MappingProxyType({"window_size": 100, "update_rms": 0.5, "error_dtype": torch.bfloat16})
+_DEFAULTS = {"update_rms": 0.5, "error_dtype": torch.bfloat16, "shard": "auto"}
+_MFAC_DEFAULTS = MappingProxyType({"window_size": 32, **_DEFAULTS})
+_GGT_DEFAULTS = MappingProxyType({"window_size": 100, **_DEFAULTS})
 
 _REGISTRY = {
     info.name: info

@@ -1,11 +1,13 @@
 """Everything that hf_efcp needs of transformers' private parts, in this one file.
 
-transformers has no plug-in mechanism for optimizers. Three things are changed, each as soon as its module is imported
+transformers has no plug-in mechanism for optimizers. Four things are changed, each as soon as its module is imported
 (at once, if it already was), so that `import hf_efcp` itself does not pay for importing transformers:
 
 - `training_args.OptimizerNames` gains our names, in place: argparse and `TrainingArguments(optim=...)` accept them;
 - `TrainingArguments.__post_init__` ends with a check of our options: a bad `--optim_args` fails there, before any data
   or model is loaded, and in `Trainer.create_optimizer` if the arguments were changed in between;
+- `Trainer._save_optimizer_and_scheduler`, `_load_...` and `Accelerator.prepare_optimizer` keep sharded state too
+  (checkpoints.py);
 - `Trainer.get_optimizer_cls_and_kwargs` (and 5.x's `_OPTIMIZER_HANDLERS`) answers for our names. It does so before
   transformers parses `optim_args`, because that parser fails on JSON and on a trailing comma. Any other name goes to
   the original, untouched.
@@ -27,6 +29,7 @@ import torch
 
 from ..optim.options import OptionError, unknown_name
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, parse_optim_args
+from .checkpoints import hook_states, load_beside, save_beside
 from .groups import parameter_groups, parse_targets
 
 # Options that are also arguments of their own: name in optim_args -> field of TrainingArguments.
@@ -230,6 +233,8 @@ def _patch_trainer(module: Any) -> None:
     if not isinstance(vars(module.Trainer)[name], staticmethod):
         raise TypeError(f"Trainer.{name} is no static method")
     _replace(module.Trainer, name, _dispatch, staticmethod)
+    _replace(module.Trainer, "_save_optimizer_and_scheduler", save_beside)
+    _replace(module.Trainer, "_load_optimizer_and_scheduler", load_beside)
 
 
 def _dispatch(original: Any) -> Any:
@@ -257,8 +262,13 @@ def _handler(context: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]
     return optimizer_cls_and_kwargs(context.args, model=context.model, decay_names=_decay_names(context.model))
 
 
+def _patch_accelerator(module: Any) -> None:
+    _replace(module.Accelerator, "prepare_optimizer", hook_states)
+
+
 _PATCHES = {
     "transformers.training_args": _patch_training_args,
     "transformers.trainer": _patch_trainer,
     "transformers.trainer_optimizer": _patch_trainer_optimizer,  # 5.x only
+    "accelerate.accelerator": _patch_accelerator,
 }

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..optim.base import WindowedOptimizer
 from ..registry import list_optimizers
 from .arguments import EFCPTrainingArguments
+from .checkpoints import unwrapped
 from .groups import check_targets
 from .names import is_ours, name_of, optimizer_cls_and_kwargs
 
 logger = logging.getLogger(__name__)
-
-
-def unwrapped(optimizer: Any) -> WindowedOptimizer | None:
-    """Our optimizer inside what Accelerate made of it; None if it is another one."""
-    while optimizer is not None and not isinstance(optimizer, WindowedOptimizer):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
 
 
 class EFCPCallback(TrainerCallback):

@@ -1,0 +1,71 @@
+"""Sharded state in the checkpoints of Trainer and Accelerate: every process writes and reads its part beside the stub.
+
+`optimizer.pt` (`optimizer.bin`) is written by the first process and holds groups and options only; the tensors are in the
+folder `efcp_optim` of the checkpoint. Where the state is not sharded nothing of this does anything.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..optim.base import WindowedOptimizer
+from ..optim.sharding import SHARD_FOLDER
+
+
+def unwrapped(optimizer: Any) -> WindowedOptimizer | None:
+    """Our optimizer inside what Accelerate made of it; None if it is another one."""
+    while optimizer is not None and not isinstance(optimizer, WindowedOptimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+def save_beside(original: Any) -> Any:
+    """Trainer's `_save_optimizer_and_scheduler`, which runs on every process."""
+
+    def _save_optimizer_and_scheduler(self, output_dir, *args, **kwargs):
+        _save([self.optimizer], output_dir)
+        return original(self, output_dir, *args, **kwargs)
+
+    return _save_optimizer_and_scheduler
+
+
+def load_beside(original: Any) -> Any:
+    """Trainer's `_load_optimizer_and_scheduler`."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint, *args, **kwargs):
+        if checkpoint is not None:
+            _find([self.optimizer], checkpoint)
+        return original(self, checkpoint, *args, **kwargs)
+
+    return _load_optimizer_and_scheduler
+
+
+def hook_states(original: Any) -> Any:
+    """Accelerator's `prepare_optimizer`: `save_state` and `load_state` then call ours first, on every process."""
+
+    def prepare_optimizer(self, optimizer, *args, **kwargs):
+        if unwrapped(optimizer) is not None and not getattr(self, "_hf_efcp_hooked", False):
+            self._hf_efcp_hooked = True
+            self.register_save_state_pre_hook(lambda models, weights, folder: _save(self._optimizers, folder))
+            self.register_load_state_pre_hook(lambda models, folder: _find(self._optimizers, folder))
+        return original(self, optimizer, *args, **kwargs)
+
+    return prepare_optimizer
+
+
+def _save(optimizers: list, folder: str | Path) -> None:
+    for number, optimizer in enumerate(optimizers):
+        if (ours := unwrapped(optimizer)) is not None:
+            ours.save_shards(_shard_folder(folder, number))
+
+
+def _find(optimizers: list, folder: str | Path) -> None:
+    for number, optimizer in enumerate(optimizers):
+        if (ours := unwrapped(optimizer)) is not None:
+            ours.shard_folder = _shard_folder(folder, number)
+
+
+def _shard_folder(folder: str | Path, number: int) -> Path:
+    # Numbered as Accelerate numbers optimizer.bin, optimizer_1.bin, ...
+    return Path(folder, SHARD_FOLDER + (f"_{number}" if number else ""))

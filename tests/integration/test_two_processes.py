@@ -1,0 +1,76 @@
+"""Scripts that know nothing of hf_efcp, on two processes of this machine: the state is sharded, saved and resumed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.integration.conftest import CHECKOUT
+from tests.integration.test_scripts import COMMON, RUNS, command, save_model, steps, write_data
+
+STEPS, SAVED = 24, 12
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    save_model("glue_like", tmp_path / "model")
+    changed = {"max_steps": STEPS, "save_steps": SAVED, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
+    return {**COMMON, **write_data("glue_like", tmp_path), **RUNS["glue_like"], **changed}
+
+
+@pytest.fixture
+def launch(tmp_path):
+    def run(launcher, arguments, fails=False):
+        path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        argv = [sys.executable, "-m", *launcher, "-m", "hf_efcp.run", *command("glue_like", arguments)]
+        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert (done.returncode != 0) == fails, done.stderr
+        return done.stderr
+
+    return run
+
+
+def shards(folder):
+    return sorted(path.name for path in (folder / "efcp_optim").iterdir())
+
+
+def test_torchrun_shards_saves_and_resumes_bit_for_bit(launch, arguments, tmp_path, python):
+    launch(TORCHRUN, arguments)
+    out, checkpoint = tmp_path / "out", tmp_path / f"out/checkpoint-{SAVED}"
+    losses = [entry["loss"] for entry in steps(out)]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    assert shards(checkpoint) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    stub = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    assert (stub["state"], stub["efcp"]["sharded"]["processes"]) == ({}, 2)
+
+    launch(TORCHRUN, {**arguments, "output_dir": "again", "resume_from_checkpoint": str(checkpoint)})
+    again = tmp_path / "again"
+    assert steps(again) == steps(out)
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+    # One process goes on from what two have saved; a lost shard is named.
+    alone = {**arguments, "output_dir": "alone", "resume_from_checkpoint": str(checkpoint), "per_device_train_batch_size": 8}
+    done = python("-m", "hf_efcp.run", *command("glue_like", alone))
+    assert done.returncode == 0, done.stderr
+    assert len(steps(tmp_path / "alone")) == STEPS
+    (checkpoint / "efcp_optim/__1_0.distcp").unlink()
+    done = python("-m", "hf_efcp.run", *command("glue_like", {**alone, "output_dir": "lost"}))
+    assert done.returncode == 2
+    assert "__1_0.distcp is missing" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_accelerate_launch_does_the_same(launch, arguments, tmp_path):
+    arguments["optim_args"] = json.dumps({"rank": 2, "window_size": 6, "scope": "layer"})
+    launch(ACCELERATE, arguments)
+    checkpoint = tmp_path / f"out/checkpoint-{SAVED}"
+    assert shards(checkpoint) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    launch(ACCELERATE, {**arguments, "output_dir": "again", "resume_from_checkpoint": str(checkpoint)})
+    assert steps(tmp_path / "again") == steps(tmp_path / "out")
