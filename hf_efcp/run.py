@@ -9,6 +9,7 @@ The same under `torchrun [options] -m hf_efcp.run script.py ARGS` and
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import runpy
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             runpy.run_path(script, run_name="__main__")
     except OptionError as error:
         return _fail(str(error))
+    _leave_process_group()
     return 0
 
 
@@ -76,6 +78,15 @@ def _problem(target: str | None, is_module: bool) -> str:
             raise  # a parent package was found, and fails to import something else
         spec = None
     return "" if spec is not None else f"no such module, or nothing to run in it: {target}"
+
+
+def _leave_process_group() -> None:
+    # Few scripts do, and an interpreter that exits with a live group may abort. The script's model goes first: a
+    # DistributedDataParallel that outlives its group may wait for ever.
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def _set_first_path(folder: str) -> None:
