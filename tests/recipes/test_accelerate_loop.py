@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import accelerate_loop as recipe
 import bbc_news
@@ -12,7 +15,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from safetensors.torch import load_file
 
 import hf_efcp
-from tests.recipes.helpers import WORDS, write_csv
+from tests.recipes.helpers import RECIPES, write_csv
 
 
 @pytest.fixture(autouse=True)
@@ -111,9 +114,8 @@ def test_a_finished_run_is_evaluated_again(flags):
     whole = recipe.main(flags)
     again = recipe.main([*flags, "--resume_from_checkpoint=true"])
     assert again["train_steps"] == 0
-    assert {name: again[name] for name in ("train_loss", "eval_loss")} == {
-        name: whole[name] for name in ("train_loss", "eval_loss")
-    }
+    for name in ("train_loss", "eval_loss", "eval_accuracy"):
+        assert again[name] == whole[name]
 
 
 def test_accumulation_is_a_larger_batch(flags, tmp_path):
@@ -158,6 +160,45 @@ def test_logs_go_to_a_tracker(flags, monkeypatch):
     assert (name, optim, step) == ("accelerate_loop", "efcp_lowrank_mfac", 2)
     assert {"loss", "learning_rate", "grad_norm", "kappa", "cosine_rows"} < set(values)
     assert last == (2, ["eval_accuracy", "eval_loss"])
+
+
+# Launched -----------------------------------------------------------------------------------------------------------------
+
+
+def launch(folder, processes, *argv):
+    """`accelerate launch` of the recipe on CPU processes; returns the finished process."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
+    path = [str(RECIPES.parent), os.environ.get("PYTHONPATH")]
+    settings = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "HF_DATASETS_CACHE": str(folder / "cache")}
+    settings |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command += [RECIPES / "accelerate_loop.py", *argv]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300)
+
+
+def test_accelerate_launch(flags, tmp_path):
+    done = launch(tmp_path, 1, *flags, "--max_train_steps=2", "--optim_args=rank=2,window_size=8")
+    assert done.returncode == 0, done.stderr
+    assert "efcp_lowrank_mfac on " in done.stdout
+    assert read(tmp_path / "out" / "all_results.json")["train_steps"] == 2
+
+
+@pytest.mark.slow
+def test_two_processes_resume_bit_for_bit(flags, dropout_model, tmp_path):
+    """64 examples are 6 batches of 2 x 6 and 3 steps an epoch; step 5 is in the middle of the second one."""
+    flags = [*flags, f"--model_name_or_path={dropout_model}", "--num_train_epochs=3", "--checkpointing_steps=5"]
+    flags += ["--per_device_train_batch_size=6", "--gradient_accumulation_steps=2", "--logging_steps=1"]
+    runs = {"whole": [], "resumed": ["--resume_from_checkpoint=whole/checkpoint-5"]}
+    for name, more in runs.items():
+        done = launch(tmp_path, 2, *flags, *more, f"--output_dir={name}")
+        assert done.returncode == 0, done.stderr
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    state = read(whole / "checkpoint-5" / "trainer_state.json")
+    assert (state["epoch"], state["batch"], state["run"]["num_processes"]) == (1, 4, 2)
+    assert (read(whole / "all_results.json")["train_steps"], read(resumed / "all_results.json")["train_steps"]) == (9, 4)
+    assert read(whole / "trainer_state.json") == read(resumed / "trainer_state.json")
+    assert same_files(whole, resumed)
 
 
 # Mistakes -----------------------------------------------------------------------------------------------------------------
@@ -232,4 +273,3 @@ def test_settings_from_a_file(flags, tmp_path):
 
 def test_every_argument_has_help():
     assert [f.name for f in dataclasses.fields(recipe.LoopArguments) if not f.metadata.get("help")] == []
-    assert len(WORDS) == 2
