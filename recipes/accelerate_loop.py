@@ -145,7 +145,8 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         )
     except ValueError as error:  # a precision that this machine lacks, an unknown tracker
         raise UsageError(str(error)) from None
-    if args.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would compute in fp32 and say nothing
+    # On a CPU accelerate would compute in fp32, without a word.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("--mixed_precision 'fp16': not on a CPU, where bf16 works")
     if args.with_tracking and not accelerator.log_with:
         raise UsageError(f"--with_tracking: no tracker for --report_to {args.report_to!r} is installed")
@@ -185,7 +186,7 @@ def evaluate(accelerator: Accelerator, model, loader) -> dict[str, float]:
 
 def log(accelerator: Accelerator, progress: Progress, epoch: float, values: dict[str, float]) -> None:
     """Keep and track the values; print some."""
-    progress.log_history.append({"step": progress.global_step, "epoch": epoch, **values})
+    progress.log_history.append({"epoch": epoch, **values, "step": progress.global_step})
     shown = "  ".join(f"{name} {values[name]:.4g}" for name in PRINTED if name in values)
     accelerator.print(f"step {progress.global_step}  epoch {epoch:.2f}  {shown}")
     accelerator.log(values, step=progress.global_step)
@@ -210,7 +211,8 @@ def train_epoch(accelerator, model, optimizer, scheduler, loader, progress: Prog
         batches.set_epoch(progress.epoch)
     losses, milliseconds, start = [], [], time.perf_counter()
     for batch in batches:
-        # Off-sync, optimizer, scheduler and zero_grad do nothing; the last batch of an epoch always makes a step.
+        # Inside `accumulate` step and zero_grad do nothing until enough batches have come. The last batch of an epoch always
+        # makes a step; where too few have come, its gradient is smaller, because each part is divided by the full number.
         with accelerator.accumulate(model):
             learning_rate = scheduler.get_last_lr()[0]
             loss = model(**batch).loss
@@ -234,7 +236,7 @@ def train_epoch(accelerator, model, optimizer, scheduler, loader, progress: Prog
             if args.max_grad_norm:
                 values["grad_norm"] = float(grad_norm)
             if hasattr(optimizer.optimizer, "diagnostics"):  # accelerate wraps it
-                values |= optimizer.optimizer.diagnostics() | {"step": progress.global_step}
+                values |= optimizer.optimizer.diagnostics()
             log(accelerator, progress, progress.epoch + progress.batch / len(loader), values)
             progress.recent.clear()
         if args.checkpointing_steps not in (None, "epoch") and progress.global_step % int(args.checkpointing_steps) == 0:
