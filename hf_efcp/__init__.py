@@ -3,12 +3,15 @@
 Importing this package registers its names with transformers, when that is installed; the optimizers themselves need torch only.
 """
 
+import importlib
 import importlib.util
+from typing import TYPE_CHECKING
 
 from ._version import __version__
+from .integrations.groups import parameter_groups
 from .optim import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
 from .optim.options import OptionError
-from .registry import create_optimizer, list_optimizers
+from .registry import create_optimizer, list_optimizers, optim_defaults
 
 
 def register() -> None:
@@ -24,12 +27,39 @@ def register() -> None:
     register_with_transformers()
 
 
+# Importing transformers' Trainer takes seconds: what is built on it is imported when it is first asked for.
+_NEED_TRANSFORMERS = {
+    "EFCPTrainingArguments": "arguments",
+    "EFCPTrainer": "trainer",
+    "EFCPTrainerMixin": "trainer",
+    "EFCPCallback": "trainer",
+}
+
 if importlib.util.find_spec("transformers") is not None:
     register()
+
+if TYPE_CHECKING:
+    from .integrations.arguments import EFCPTrainingArguments
+    from .integrations.trainer import EFCPCallback, EFCPTrainer, EFCPTrainerMixin
+
+
+def __getattr__(name: str):
+    if name not in _NEED_TRANSFORMERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".integrations.{_NEED_TRANSFORMERS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NEED_TRANSFORMERS})
+
 
 __all__ = [
     "DenseGGT",
     "DenseMFAC",
+    "EFCPCallback",
+    "EFCPTrainer",
+    "EFCPTrainerMixin",
+    "EFCPTrainingArguments",
     "LowRankGGT",
     "LowRankMFAC",
     "OptionError",
@@ -38,5 +68,7 @@ __all__ = [
     "__version__",
     "create_optimizer",
     "list_optimizers",
+    "optim_defaults",
+    "parameter_groups",
     "register",
 ]

@@ -103,6 +103,17 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
     return _REGISTRY[name]
 
 
+def optim_defaults(name: str) -> dict[str, Any]:
+    """The option values that `--optim NAME` starts from, where they differ from the class defaults.
+
+    They make AdamW's learning rates work: `create_optimizer(name, model, lr=1e-4, **optim_defaults(name))`.
+
+    Raises:
+        OptionError: unknown name.
+    """
+    return dict(get_optimizer_info(name).hf_defaults)
+
+
 def create_optimizer(name: str, model_or_params: torch.nn.Module | Iterable, **options: Any) -> torch.optim.Optimizer:
     """Build an optimizer by name.
 
@@ -110,7 +121,7 @@ def create_optimizer(name: str, model_or_params: torch.nn.Module | Iterable, **o
         name: one of `list_optimizers()`.
         model_or_params: a module (its trainable parameters are taken, by name), or anything that a torch optimizer takes:
             tensors, groups, or (name, tensor) pairs.
-        **options: `lr` and the options of the class; class defaults apply, not those of `--optim`.
+        **options: `lr` and the options of the class; class defaults apply, not those of `--optim` (`optim_defaults`).
 
     Raises:
         OptionError: unknown name or option, wrong type, value out of range.

@@ -13,25 +13,24 @@ import dataclasses
 import json
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 
+import common
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from bbc_news import UsageError
 from classification import (
+    DataArguments,
+    ModelArguments,
     check_arguments,
     closing_table,
     load_examples,
     load_model,
     load_tokenizer,
-    option,
-    parse,
-    state_bytes,
-    window_size,
 )
+from common import option
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_scheduler
 
@@ -113,19 +112,14 @@ class Progress:
 def check_loop_arguments(args: LoopArguments) -> None:
     """Raise UsageError or OptionError for what is wrong, before anything is loaded."""
     for name, valid in (("optim", OPTIMIZERS), ("lr_scheduler_type", SCHEDULERS), ("mixed_precision", [None, *PRECISIONS])):
-        if getattr(args, name) not in valid:
-            raise UsageError(f"--{name} {getattr(args, name)!r}: must be one of {', '.join(filter(None, valid))}")
+        common.check(args, name, valid.__contains__, f"one of {', '.join(filter(None, valid))}")
     for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-        value = getattr(args, name)
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise UsageError(f"--{name} {value!r}: must be a finite number >= 0")
+        common.check(args, name, lambda x: 0 <= x < math.inf, "a finite number >= 0")
     steps = args.checkpointing_steps
     if steps is not None and steps != "epoch" and not (str(steps).isdigit() and int(steps) > 0):
         raise UsageError(f"--checkpointing_steps {steps!r}: must be an integer >= 1, or epoch")
-    for field in dataclasses.fields(args):
-        value, least = getattr(args, field.name), 0 if field.name in ("num_warmup_steps", "seed") else 1
-        if field.type in (int, int | None) and value is not None and (not isinstance(value, int) or value < least):
-            raise UsageError(f"--{field.name} {value!r}: must be an integer >= {least}")
+    integers = [field.name for field in dataclasses.fields(args) if field.type in (int, int | None)]
+    common.check_integers(args, **{name: 0 if name in ("num_warmup_steps", "seed") else 1 for name in integers})
     if args.optim != "adamw":
         optimizer_cls_and_kwargs(args)
     elif args.optim_args:
@@ -155,10 +149,7 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
 
 def make_optimizer(model, args: LoopArguments) -> torch.optim.Optimizer:
     """The optimizer by name, with the defaults of `--optim`; 1-D tensors (biases, norms) get no weight decay."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices, vectors = ([(name, p) for name, p in trained if (p.ndim >= 2) == wanted] for wanted in (True, False))
-    groups = [(matrices, args.weight_decay), (vectors, 0.0)]
-    groups = [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+    groups = hf_efcp.parameter_groups(model, args.weight_decay)
     if args.optim == "adamw":
         return torch.optim.AdamW(groups, lr=args.learning_rate)
     _, options = optimizer_cls_and_kwargs(args)
@@ -265,7 +256,7 @@ def main(argv: list[str] | None = None) -> dict:
     Raises:
         UsageError: a mistake in the arguments or the data; nothing was trained or written.
     """
-    model_args, data, args = parse(LoopArguments, __doc__, sys.argv[1:] if argv is None else argv)
+    model_args, data, args = common.parse((ModelArguments, DataArguments, LoopArguments), __doc__.split("\n")[0], argv)
     files = check_arguments(data, args)
     check_loop_arguments(args)
     config, tokenizer = load_tokenizer(model_args, data.max_seq_length)
@@ -309,7 +300,7 @@ def main(argv: list[str] | None = None) -> dict:
             save_checkpoint(accelerator, progress, args.output_dir)
     seconds = time.perf_counter() - start
 
-    state = state_bytes(optimizer.optimizer)
+    state = common.state_bytes(optimizer.optimizer)
     train = {
         "loss": progress.loss_sum / progress.global_step,
         "runtime": seconds,
@@ -330,14 +321,12 @@ def main(argv: list[str] | None = None) -> dict:
     if accelerator.is_main_process:
         write_results(Path(args.output_dir), results, accelerator.unwrap_model(model), tokenizer, progress)
         title = f"{args.optim} on {task.title}; files in {args.output_dir}"
-        print("\n" + closing_table(title, results["all"], state, window_size(optimizer.optimizer), task.eval_name))
+        print("\n" + closing_table(title, results["all"], state, common.window_size(optimizer.optimizer), task.eval_name))
+    # DDP goes before its process group: as the group's last owner it can wait for gloo's threads, and they for it, for ever.
+    (model,) = accelerator.free_memory(model)
     accelerator.end_training()
     return results["all"]
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UsageError, hf_efcp.OptionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    common.run(main)

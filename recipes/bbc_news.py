@@ -1,4 +1,4 @@
-"""The text classification recipe's data: BBC News, local files or the hub; and the model it starts from.
+"""The text recipes' data: BBC News, local files or the hub; and the model that classification starts from.
 
 BBC News and a pretrained BERT come from the package index, so that they need no download from the hub. Two small packages ship
 them as plain files, which are read here without importing the packages (importing them prints, or pulls in more packages):
@@ -27,6 +27,7 @@ _SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["']))\s+(?=["'(]?[A-Z0-9Â
 
 
 FILE_KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+TEXT_FILE_KINDS = {".txt": "text", **FILE_KINDS}  # where no labels are needed
 # Column names of common data sets, tried in this order: pairs before single texts, because GLUE's pairs contain "sentence".
 TEXT_COLUMNS = (
     ("sentence1", "sentence2"),
@@ -188,14 +189,18 @@ def load_bbc(task: str = "articles", seed: int = 0) -> DatasetDict:
 # Data of any kind ---------------------------------------------------------------------------------------------------------
 
 
-def load_splits(name: str | None, config: str | None, files: dict[str, str], seed: int) -> tuple[dict[str, Dataset], str]:
+def load_splits(
+    name: str | None, config: str | None, files: dict[str, str], seed: int, hold_out: float | None = None
+) -> tuple[dict[str, Dataset], str]:
     """The raw splits "train", "eval" and maybe "test".
 
     Args:
         name: data set on the hub, bbc_articles or bbc_sentences; None: `files`.
         config: its configuration on the hub.
         files: local file of the splits "train", "validation" and maybe "test".
-        seed: of the split of BBC News.
+        seed: of the split of BBC News, and of `hold_out`.
+        hold_out: share of the train split that becomes "eval" where there is neither a validation nor a test split; None: that
+            is an error.
 
     Returns:
         The splits, and the own name of "eval": the validation split, or the test split where there is no validation split.
@@ -213,8 +218,14 @@ def load_splits(name: str | None, config: str | None, files: dict[str, str], see
         except (OSError, ValueError) as error:
             raise UsageError(f"--dataset_name {name!r}: {error}") from None
     held_out = [s for s in splits if s.startswith("validation")] + [s for s in splits if s == "test"]
+    if hold_out and list(splits) == ["train"] and len(splits["train"]) > 1:
+        splits = splits["train"].train_test_split(hold_out, seed=seed)
+        return {"train": splits["train"], "eval": splits["test"]}, "held-out"
     if "train" not in splits or not held_out:
-        raise UsageError(f"--dataset_name {name!r}: needs train and validation (or test) splits, has {', '.join(splits)}")
+        raise UsageError(
+            f"{f'--dataset_name {name!r}' if name else 'local data'}: needs train and validation (or test) splits, has "
+            + ", ".join(f"{split} of {len(rows)} rows" for split, rows in splits.items())
+        )
     result = {"train": splits["train"], "eval": splits[held_out[0]]}
     if "test" in held_out[1:]:
         result["test"] = splits["test"]
@@ -224,10 +235,12 @@ def load_splits(name: str | None, config: str | None, files: dict[str, str], see
 def _load_file(file: str) -> Dataset:
     suffix = Path(file).suffix
     options = {}
-    if FILE_KINDS[suffix] == "csv":  # the words "NA" and "null" are legal texts and labels
+    if suffix == ".txt":
+        options = {"sample_by": "paragraph"}  # a row ends at an empty line
+    elif FILE_KINDS[suffix] == "csv":  # the words "NA" and "null" are legal texts and labels
         options = {"keep_default_na": False, "sep": "\t" if suffix == ".tsv" else ","}
     try:
-        return load_dataset(FILE_KINDS[suffix], data_files=str(Path(file).resolve()), split="train", **options)
+        return load_dataset(TEXT_FILE_KINDS[suffix], data_files=str(Path(file).resolve()), split="train", **options)
     except Exception as error:  # whatever pandas and pyarrow raise for a malformed file
         raise UsageError(f"{file!r} cannot be read as {suffix[1:]}: {error.__cause__ or error}") from None
 

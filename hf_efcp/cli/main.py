@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import sys
 import types
 import typing
@@ -14,6 +15,7 @@ from ..optim.options import GroupOptions, annotations
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers
 
 # Options that the Trainer takes from arguments of its own.
+_HEADER = ("option", "type", "class default", "--optim default", "meaning")
 _TRAINER_DEFAULTS = {"lr": "--learning_rate", "weight_decay": "--weight_decay"}
 
 
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["run"]:  # before argparse, which would take the script's options for its own
         return run.main(argv[1:])
     args = _parser().parse_args(argv)
-    return _list(args.pattern, args.options)
+    return _list(args.pattern, args.options, args.markdown)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,32 +45,52 @@ def _parser() -> argparse.ArgumentParser:
     lister = commands.add_parser("list", help="list the names that --optim takes")
     lister.add_argument("pattern", nargs="?", default="*", help='only names that match, for example "*lowrank*"')
     lister.add_argument("--options", action="store_true", help="also list what --optim_args takes for each name")
+    lister.add_argument("--markdown", action="store_true", help="one table of the options of all names, as in docs/options.md")
     return parser
 
 
-def _list(pattern: str, options: bool) -> int:
+def _list(pattern: str, options: bool, markdown: bool) -> int:
     names = list_optimizers(pattern)
     if not names:
         print(f"error: no optimizer matches {pattern!r}; there are: {', '.join(list_optimizers())}", file=sys.stderr)
         return 2
+    if markdown:
+        _print_markdown(names)
+        return 0
     width = max(map(len, names))
     for name in names:
         info = get_optimizer_info(name)
         print(f"{name:<{width}}  {info.description}")
         if options:
-            _print_table([("option", "type", "class default", "--optim default", "meaning"), *_option_rows(info)])
+            _print_table([_HEADER, *_option_rows(info)])
             print()
     return 0
 
 
 def _option_rows(info: OptimizerInfo) -> Iterator[tuple[str, ...]]:
+    signature = inspect.signature(info.cls).parameters
     for options_type in (GroupOptions, info.cls.options_type):
         types_ = annotations(options_type)
         for field in dataclasses.fields(options_type):
             hf_default = _TRAINER_DEFAULTS.get(field.name) or _show(info.hf_defaults.get(field.name, field.default))
             allowed = field.metadata["allowed"]
             meaning = field.metadata["help"] + (f" [{allowed}]" if allowed else "")
-            yield field.name, _show_type(types_[field.name]), _show(field.default), hf_default, meaning
+            default = signature[field.name].default
+            shown = "required" if default is inspect.Parameter.empty else _show(default)
+            yield field.name, _show_type(types_[field.name]), shown, hf_default, meaning
+
+
+def _print_markdown(names: Sequence[str]) -> None:
+    users: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        for row in _option_rows(get_optimizer_info(name)):
+            users.setdefault(row, []).append(name)
+    header = (*_HEADER, "optimizers")
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    for row, of in users.items():
+        who = "all" if len(of) == len(names) else ", ".join(f"`{name}`" for name in of)
+        cells = [f"`{cell}`" if i in (0, 2, 3) else cell for i, cell in enumerate(row)]
+        print("| " + " | ".join([*cells, who]) + " |")
 
 
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:

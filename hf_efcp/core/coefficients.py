@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .deferred import Later, readable
+
 # By row dtype. Above _CANCELLATION / eps, the sum G^T c cancels and the null space of K has to be cut away.
 _CANCELLATION = {torch.float32: 1e-5, torch.float64: 1e-10}
 # Eigenvalues of the rows' correlation matrix below this fraction of the largest are rounding noise, not directions.
@@ -30,7 +32,14 @@ def weights(gram: Tensor, ages: Tensor, momentum: float) -> Tensor:
     return torch.where(gram.diagonal(dim1=-2, dim2=-1) > 0, w, 0.0)
 
 
-def mfac(gram: Tensor, w: Tensor, damping: Tensor | float, divisor: Tensor | float, row_dtype: torch.dtype) -> Tensor:
+def mfac(
+    gram: Tensor,
+    w: Tensor,
+    damping: Tensor | float,
+    divisor: Tensor | float,
+    row_dtype: torch.dtype,
+    dependent: Later | None = None,
+) -> Tensor:
     """c = N (K + N*damping*I)^-1 w, so that G^T c = (damping*I + G^T G / N)^-1 G^T w.
 
     This form has no difference of two nearly equal vectors, unlike Woodbury's x/damping - G^T(...), which loses 3e-2 in fp32
@@ -42,17 +51,22 @@ def mfac(gram: Tensor, w: Tensor, damping: Tensor | float, divisor: Tensor | flo
         damping: a number or (groups,).
         divisor: N, a number or 0-D tensor: m, or the number of filled rows.
         row_dtype: the dtype in which G^T c will be summed.
+        dependent: None: where rows depend on each other, the null space is cut away at once. Else what is known of that: on
+            a GPU it is known one step late, and the first step with such rows takes K for its diagonal.
 
     Returns:
         (groups, m) fp64.
     """
-    shift = torch.as_tensor(damping * divisor, dtype=gram.dtype, device=gram.device).expand(gram.shape[0])
-    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift[:, None].expand_as(w)))
+    shift = (gram.new_ones(gram.shape[0]) * (damping * divisor))[:, None]
+    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift.expand_as(w)))
     c = divisor * torch.cholesky_solve(w[..., None], factor).squeeze(-1)
     limit = _CANCELLATION[row_dtype] / torch.finfo(row_dtype).eps
     bad = (failed != 0) | ~(cancellation(gram, c) <= limit)
-    if bad.any():
-        c[bad] = spectral(gram[bad], w[bad], lambda s: divisor / (s + shift[bad, None]), row_dtype)
+    at_once = dependent is None or readable(bad.device)
+    if bool(bad.any()) if at_once else dependent.put(bad.any()):
+        c[bad] = spectral(gram[bad], w[bad], lambda s: divisor / (s + shift[bad]), row_dtype)
+    elif not at_once:
+        c = torch.where(bad[:, None], divisor * w / (gram.diagonal(dim1=-2, dim2=-1) + shift), c)
     return c
 
 

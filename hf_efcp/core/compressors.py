@@ -1,7 +1,7 @@
 """Compressors: from the accumulated gradient a = e + g to the parts of a window row.
 
-Each has `compress(a, step)`, a pure function of its arguments and its state, and `commit()`, which makes the state that the
-last `compress` prepared the current one. A skipped step is one without `commit`.
+Each has `compress(a, step)`, a pure function of its arguments and its state, and `commit(accepted)`, which makes the state
+that the last `compress` prepared the current one. A skipped step is one without `commit`, or one whose flag says so.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .deferred import masked
 from .linalg import chunks, counted_noise, orthonormalize
 
 
@@ -19,7 +20,7 @@ class Identity:
         """(a,) with a of shape (n, rows, cols)."""
         return (a,)
 
-    def commit(self) -> None:
+    def commit(self, accepted: bool | Tensor = True) -> None:
         """Nothing to keep."""
 
 
@@ -75,7 +76,7 @@ class BlockTopK:
                 indices[:, out] = index.flatten(1)
                 values[:, out] = block.gather(-1, index).flatten(1)
 
-    def commit(self) -> None:
+    def commit(self, accepted: bool | Tensor = True) -> None:
         """Nothing to keep."""
 
 
@@ -108,10 +109,10 @@ class PowerIteration:
         self._next = q
         return p, q
 
-    def commit(self) -> None:
+    def commit(self, accepted: bool | Tensor = True) -> None:
         """Q becomes the next step's warm start; a tensor whose Q is all zero (no gradient) keeps the one it has."""
         alive = self._next.ne(0).any(dim=(1, 2), keepdim=True)
-        self.q.copy_(torch.where(alive, self._next, self.q))
+        self.q.copy_(masked(accepted, torch.where(alive, self._next, self.q), self.q))
         self._next = None
 
     def _start(self, step: Tensor) -> Tensor:

@@ -7,9 +7,13 @@ so that sum of rows + e = sum of gradients (telescoping) and no gradient mass is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
-from .linalg import stochastic_round
+from .deferred import masked
+from .linalg import chunks, stochastic_round
 
 
 class ErrorFeedback:
@@ -25,16 +29,29 @@ class ErrorFeedback:
         self.error = error
         self.salt = salt
 
-    def accumulate(self, gradient: Tensor) -> Tensor:
-        """a = e + g, (n, rows, cols); leaves the state as it is."""
-        return gradient if self.error is None else self.error + gradient
+    def accumulate(self, gradient: Tensor, in_place: bool = False) -> Tensor:
+        """a = e + g, (n, rows, cols), in the gradient's dtype and, if `in_place`, in its memory; the state stays as it is."""
+        if self.error is None:
+            return gradient
+        a = gradient if in_place else torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        for part in self._row_chunks():
+            torch.add(gradient[:, part], self.error[:, part].to(a.dtype), out=a[:, part])
+        return a
 
-    def keep(self, gradient: Tensor, window, step: Tensor) -> None:
-        """e <- (e + g) - c, where c is the row that `window` has staged."""
+    def keep(self, gradient: Tensor, window, step: Tensor, accepted: bool | Tensor = True, in_place: bool = False) -> None:
+        """e <- (e + g) - c where `accepted`, with c the row that `window` has staged; `in_place`: g may be overwritten."""
         if self.error is None:
             return
-        if self.error.dtype == gradient.dtype:
+        if accepted is True and self.error.dtype == gradient.dtype:
             window.subtract_row_(self.error.add_(gradient))
-        else:
-            a = window.subtract_row_(self.accumulate(gradient))
-            self.error.copy_(stochastic_round(a, self.error.dtype, step, self.salt))
+            return
+        a = window.subtract_row_(self.accumulate(gradient, in_place))
+        for part in self._row_chunks():
+            old = self.error[:, part]
+            new = stochastic_round(a[:, part], old.dtype, step, self.salt, part.start)
+            old.copy_(masked(accepted, new, old))
+
+    def _row_chunks(self) -> Iterator[slice]:
+        """Rows at a time, so that converted copies stay small."""
+        n, rows, cols = self.error.shape
+        return chunks(rows, n * cols * 8)

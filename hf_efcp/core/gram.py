@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .deferred import masked
+
 
 class GramMatrix:
     """K and the position in the ring, for `groups` independent windows (1: the whole model; or one per tensor).
@@ -39,11 +41,17 @@ class GramMatrix:
         """(1,) int64: the slot that the next row goes into, the oldest row's."""
         return (self.step % self.window_size).view(1)
 
-    def update(self, j: Tensor, k_j: Tensor) -> Tensor:
-        """Put k_j (groups, m), the dots of the new row, into row and column j; returns K."""
-        self.matrix.index_copy_(1, j, k_j[:, None, :])
-        self.matrix.index_copy_(2, j, k_j[:, :, None])
-        self.step += 1
+    def update(self, j: Tensor, k_j: Tensor, accepted: bool | Tensor = True) -> Tensor:
+        """Put k_j (groups, m), the dots of the new row, into row and column j; returns K.
+
+        A row that is not `accepted` (False, or a 0-D flag on the device) is counted as skipped and changes nothing else.
+        """
+        if accepted is not False:
+            k_j = masked(accepted, k_j, self.matrix.index_select(1, j).squeeze(1))
+            self.matrix.index_copy_(1, j, k_j[:, None, :])
+            self.matrix.index_copy_(2, j, k_j[:, :, None])
+        self.step += accepted
+        self.skipped += accepted ^ True
         return self.matrix
 
     def ages(self, j: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .deferred import masked
 from .linalg import chunks, inner
 
 
@@ -37,10 +38,13 @@ class Window:
         dots = self._dots_with_window()
         return dots.index_copy_(1, j, self._staged_square()[:, None])
 
-    def commit(self, j: Tensor) -> None:
-        """Write the staged row into slot j, a (1,) int64 tensor, and forget it."""
+    def commit(self, j: Tensor, accepted: bool | Tensor = True) -> None:
+        """Write the staged row into slot j, a (1,) int64 tensor, where `accepted`; forget it."""
         for buffer, part in zip(self.state.values(), self._row, strict=True):
-            buffer.index_copy_(self.slot_dim, j, part.unsqueeze(self.slot_dim))
+            part = part.unsqueeze(self.slot_dim)
+            if accepted is not True:
+                part = masked(accepted, part, buffer.index_select(self.slot_dim, j))
+            buffer.index_copy_(self.slot_dim, j, part)
         self.release()
 
     def release(self) -> None:
@@ -84,7 +88,7 @@ class DenseWindow(Window):
         out = torch.zeros(n, 1, length, dtype=self.compute_dtype, device=g.device)
         c = c.to(self.compute_dtype)[:, None]
         for rows in chunks(m, 0 if g.dtype == self.compute_dtype else n * length * out.element_size()):
-            out = torch.baddbmm(out, c[..., rows], g[:, rows].to(self.compute_dtype))
+            out.baddbmm_(c[..., rows], g[:, rows].to(self.compute_dtype))
         return out.view(n, *self.shape)
 
     def _dots_with_window(self) -> Tensor:

@@ -20,15 +20,19 @@ import functools
 import importlib.abc
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ..optim.options import OptionError
-from ..registry import get_optimizer_info, list_optimizers, parse_optim_args
+from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, parse_optim_args
+from .groups import parameter_groups, parse_targets
 
 # Options that are also arguments of their own: name in optim_args -> field of TrainingArguments.
 _OWN_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+# Fields of EFCPTrainingArguments: this and the option's name.
+FIELD = "efcp_"
 
 _warned = False
 
@@ -42,7 +46,9 @@ def register_with_transformers() -> None:
             _patch(sys.modules[name])
 
 
-def optimizer_cls_and_kwargs(args: Any, name: str | None = None) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def optimizer_cls_and_kwargs(
+    args: Any, name: str | None = None, model: torch.nn.Module | None = None, decay_names: Iterable[str] | None = None
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes: the class and its keyword arguments, every option checked.
 
     The Trainer calls this by itself for a registered name. By hand it needs nothing private of transformers.
@@ -50,27 +56,54 @@ def optimizer_cls_and_kwargs(args: Any, name: str | None = None) -> tuple[type[t
     Args:
         args: the TrainingArguments, of which only what concerns the optimizer is read.
         name: one of `hf_efcp.list_optimizers()`; None: `args.optim`.
+        model: what is trained: the keyword arguments then include its `params`, in groups (see `parameter_groups`), which
+            replace the Trainer's own. `optim_target_modules` needs it.
+        decay_names: the parameters with weight decay; None: as `parameter_groups` has it.
 
     Raises:
         OptionError: unknown name or option, wrong type, value out of range, or an option that contradicts `args`.
     """
-    info = get_optimizer_info(name or _name(args))
-    if getattr(args, "optim_target_modules", None) is not None:
-        raise OptionError(
-            f"optim_target_modules={args.optim_target_modules!r}: {info.name} trains all parameters that require "
-            "gradients; leave optim_target_modules out and freeze what should not be trained (requires_grad=False)"
-        )
-    options = info.check(parse_optim_args(args.optim_args))
+    info = get_optimizer_info(name or name_of(args))
+    options = info.check(_given_options(args, info))
     for option, field in _OWN_ARGUMENTS.items():
         if option in options and options[option] != getattr(args, field):
             raise OptionError(
                 f"optim_args: {option}={options[option]!r} contradicts {field}={getattr(args, field)!r}; use --{field}"
             )
     own = info.check({option: getattr(args, field) for option, field in _OWN_ARGUMENTS.items()})
-    return info.cls, {"lr": own["lr"], **info.hf_defaults, **options}
+    targets = getattr(args, "optim_target_modules", None)
+    if targets is not None:
+        parse_targets(targets)
+    kwargs = {"lr": own["lr"], **info.hf_defaults, **options}
+    if model is not None:
+        kwargs["params"] = parameter_groups(model, own["weight_decay"], decay_names=decay_names, target_modules=targets)
+    return info.cls, kwargs
 
 
-def _name(args: Any) -> str:
+def _given_options(args: Any, info: OptimizerInfo) -> dict[str, Any]:
+    """The options of `optim_args` and of the `efcp_...` fields, which may repeat but not contradict each other."""
+    options = parse_optim_args(args.optim_args)
+    for option, value in efcp_fields(args).items():
+        if option not in info.options():
+            having = [n for n in list_optimizers() if option in get_optimizer_info(n).options()]
+            raise OptionError(f"{FIELD}{option}={value!r}: no option of {info.name}, but of {', '.join(having)}")
+        typed_value = info.check({option: value})[option]
+        if option in options and info.check({option: options[option]})[option] != typed_value:
+            raise OptionError(
+                f"{FIELD}{option}={value!r} contradicts {option}={options[option]!r} in optim_args: give one of them"
+            )
+        options[option] = value
+    return options
+
+
+def efcp_fields(args: Any) -> dict[str, Any]:
+    """Option name -> value of the `efcp_...` fields of `args` that are set."""
+    set_fields = {n: v for n, v in vars(args).items() if n.startswith(FIELD) and v is not None}
+    return {name.removeprefix(FIELD): value for name, value in set_fields.items()}
+
+
+def name_of(args: Any) -> str:
+    """The value of `args.optim` as text."""
     return str(getattr(args.optim, "value", args.optim))
 
 
@@ -169,8 +202,11 @@ def _replace(owner: type, name: str, make: Any, kind: Any = lambda function: fun
 def _checked_post_init(original: Any) -> Any:
     def __post_init__(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        if _name(self) in list_optimizers():
+        if name_of(self) in list_optimizers():
             optimizer_cls_and_kwargs(self)
+        elif efcp_fields(self):
+            fields = ", ".join(FIELD + option for option in efcp_fields(self))
+            raise OptionError(f"{fields}: no effect with optim={name_of(self)}; choose one of {', '.join(list_optimizers())}")
 
     return __post_init__
 
@@ -183,12 +219,19 @@ def _patch_trainer(module: Any) -> None:
 
 
 def _dispatch(original: Any) -> Any:
-    def get_optimizer_cls_and_kwargs(args, *rest, **kwargs):
-        if _name(args) in list_optimizers():
-            return optimizer_cls_and_kwargs(args)
-        return original(args, *rest, **kwargs)
+    def get_optimizer_cls_and_kwargs(args, model=None, *rest, **kwargs):
+        if name_of(args) in list_optimizers():
+            return optimizer_cls_and_kwargs(args, model=model, decay_names=_decay_names(model))
+        return original(args, model, *rest, **kwargs)
 
     return get_optimizer_cls_and_kwargs
+
+
+def _decay_names(model: torch.nn.Module | None) -> list[str] | None:
+    """What the Trainer decays; it passes no instance, so that a subclass's own rule is not known here (EFCPTrainer knows it)."""
+    from transformers.trainer import Trainer
+
+    return None if model is None else Trainer.get_decay_parameter_names(None, model)
 
 
 def _patch_trainer_optimizer(module: Any) -> None:
@@ -197,7 +240,7 @@ def _patch_trainer_optimizer(module: Any) -> None:
 
 
 def _handler(context: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    return optimizer_cls_and_kwargs(context.args)
+    return optimizer_cls_and_kwargs(context.args, model=context.model, decay_names=_decay_names(context.model))
 
 
 _PATCHES = {

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..core.coefficients import quadratic
+from ..core.deferred import Later, masked, readable
 from ..core.gram import GramMatrix
 from ..core.linalg import ieee_matmul
 from ..core.windows import Window
 from .diagnostics import DiagnosticsMixin
-from .options import GroupOptions, OptionError, annotations, build
+from .options import GroupOptions, OptionError, ParamGroupOptions, annotations, build
 from .stacks import Stack, build_stacks, compute_dtype
 from .state import StateDictMixin
 
@@ -27,7 +28,8 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
     Subclasses give `options_type`, `row_format` (compressor and window of a stack) and `coefficients` (phi).
 
     Args:
-        params: tensors, parameter groups, or (name, tensor) pairs. Groups may set `lr` and `weight_decay`.
+        params: tensors, parameter groups, or (name, tensor) pairs. Groups may set `lr`, `weight_decay`, and `compress`
+            (false: rows of the group's tensors enter the window whole).
         lr: learning rate.
         weight_decay: decoupled, p <- (1 - lr*wd) p.
         **options: the fields of `options_type`.
@@ -60,7 +62,9 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step. A non-finite gradient skips it: nothing changes, and the skip is counted.
+        """One step. A non-finite gradient skips it: nothing changes, and the skip is counted and warned about.
+
+        On a GPU the host does not wait for the device: the warning comes one step later.
 
         Args:
             closure: re-evaluates the model and returns the loss.
@@ -76,32 +80,31 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
         if stacks and self._has_work():
             with ieee_matmul(self._gram.matrix.device):
                 self._step(stacks, self._gram)
+            self._warn_of_skips()
         return loss
 
     # fmt: off
     def _step(self, stacks: list[Stack], gram: GramMatrix) -> None:
-        j = gram.next_slot()
-        l2 = self._l2()
+        j, l2, dots = gram.next_slot(), self._l2(), []
         for s in stacks:
-            a = s.accumulated(l2[s.group])                                  # a = e + g
-            s.window.stage(s.compressor.compress(a, gram.step))             # c = C(a), as the window stores it
-        k_j = self._reduce([s.window.dots(j.to(s.device)) for s in stacks])
-        if not self._is_finite(k_j):
-            for s in stacks:
-                s.window.release()
+            s.stage(gram.step, l2[s.group])                                 # a = e + g;  c_j = C(a), as the window stores it
+            dots.append(s.dots(j))                                          # <c_j, c_i> for all i
+        k_j = self._reduce(dots)
+        accepted = self._is_finite(k_j)
+        for s in stacks:
+            s.commit(j, gram.step, l2[s.group], accepted)                   # e <- a - c_j;  row j of G <- c_j
+        gram.update(j, k_j, accepted)
+        if accepted is False:
             return
-        for s in stacks:
-            s.feedback.keep(s.gradient(l2[s.group]), s.window, gram.step)   # e = a - c
-            s.window.commit(j.to(s.device))
-            s.compressor.commit()
-        gram.update(j, k_j)
-        c = self._rescale(self.coefficients(gram, j, self._row_dtype))
+        c = self._rescale(self.coefficients(gram, j, self._row_dtype))      # c = phi(K) w
+        c = masked(accepted, c, 0.0)
         for s, c_s in zip(stacks, self._share(c), strict=True):
             group = self.param_groups[s.group]
             decay = 0.0 if l2[s.group] else group["weight_decay"]
             u = s.window.combine(c_s.to(s.device))                          # u = G^T c
-            s.apply(u, float(group["lr"]), decay, self.options.momentum)    # p <- (1 - lr*wd) p - lr u
-        self._last, self._started = (c, j), True
+            s.apply(u, float(group["lr"]), decay, self.options.momentum, accepted)  # p <- (1 - lr*wd) p - lr u
+        self._last = c if self._last is None else masked(accepted, c, self._last)
+        self._started = True
     # fmt: on
 
     def _l2(self) -> list[float]:
@@ -138,20 +141,25 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
             return bool(grads)
         return any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
 
-    def _is_finite(self, k_j: Tensor) -> bool:
-        """Whether the staged row may enter. A gradient with NaN or infinity leaves its mark in the row's own norm."""
-        if k_j.isfinite().all():
-            return True
-        self._gram.skipped += 1
-        skipped = int(self._gram.skipped)
-        if skipped & (skipped - 1) == 0:  # the 1st, 2nd, 4th, 8th, ... time
+    def _is_finite(self, k_j: Tensor) -> bool | Tensor:
+        """Whether the staged row may enter: a flag, or on a GPU the tensor that holds it, which masks every write.
+
+        A gradient with NaN or infinity leaves its mark in the row's own norm.
+        """
+        finite = k_j.isfinite().all()
+        return bool(finite) if readable(finite.device) else finite
+
+    def _warn_of_skips(self) -> None:
+        skipped = self._gram.skipped
+        count = int(skipped) if readable(skipped.device) else self._skips.put(skipped)
+        new, self._skips_known = count is not None and count > self._skips_known, count or self._skips_known
+        if new and count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th, ... time
             warnings.warn(
                 f"{type(self).__name__}: a gradient is not finite, or its square is out of range: step skipped, state "
-                f"unchanged ({skipped} skipped so far)",
+                f"unchanged ({count} skipped so far)",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,  # the caller of step(), past torch's two wrappers
             )
-        return False
 
     # Parameters and state -------------------------------------------------------------------------------------------------
 
@@ -165,7 +173,7 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
         name = type(self).__name__
         if not isinstance(param_group, dict):
             raise TypeError(f"{name}: a parameter group must be a dict, got {type(param_group).__name__}")
-        valid = annotations(GroupOptions)
+        valid = annotations(ParamGroupOptions)
         for key in param_group:
             if key in annotations(self.options_type):
                 raise OptionError(f"{key} is an option of the whole optimizer {name}, not of a parameter group")
@@ -173,13 +181,23 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
             if key not in valid and near:
                 raise OptionError(f"unknown key {key!r} in a parameter group of {name}: did you mean {near[0]!r}?")
         given = {k: v for k, v in param_group.items() if k in valid}
-        checked = build(GroupOptions, given, name)
+        checked = build(ParamGroupOptions, given, name)
         params = param_group["params"]
         if not isinstance(params, Tensor | set):  # torch refuses a set, with a good message
             params = list({id(_tensor(entry)): entry for entry in params}.values())  # tied weights once
             for entry in params:
                 _check_parameter(_tensor(entry), name)
+            params = self._named_alike(params)
         super().add_param_group({**param_group, **{k: getattr(checked, k) for k in given}, "params": params})
+
+    def _named_alike(self, params: list) -> list:
+        """`params` as (name, tensor) pairs or as tensors, as the groups so far: torch refuses a mixture."""
+        if not self.param_groups or not params:
+            return params
+        if "param_names" not in self.param_groups[0]:
+            return [_tensor(entry) for entry in params]
+        number = len(self.param_groups)
+        return [e if isinstance(e, tuple) else (f"group{number}.{i}", e) for i, e in enumerate(params)]
 
     def _trainable(self) -> list[list[Tensor]]:
         """The parameters with state in each group: a parameter that is frozen later keeps its rows, which K counts."""
@@ -193,7 +211,8 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
             for params in groups:
                 for p in params:
                     _check_parameter(p, type(self).__name__)
-            self._adopt(build_stacks(groups, self.options, self.row_format))
+            formats = [self.row_format if g.get("compress", True) else None for g in self.param_groups]
+            self._adopt(build_stacks(groups, self.options, formats))
             self._stacks_key = key
         return self._stacks
 
@@ -201,8 +220,9 @@ class WindowedOptimizer(StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer)
         """No stacks: the next step builds them from `state`."""
         self._stacks: list[Stack] | None = None
         self._gram: GramMatrix | None = None
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: Tensor | None = None
         self._started = False
+        self._skips, self._skips_known = Later(), 0
 
     @property
     def _coordinates(self) -> int:

@@ -27,10 +27,10 @@ class DiagnosticsMixin:
             weight_newest: share of the newest row in sum_i |c_i| |row_i|. weight_age: mean age under these shares, in steps.
             error_norm: |e|. error_share: |e|^2 / (|e|^2 + |c_j|^2), what compression holds back.
         """
-        if self._last is None:
+        if self._last is None or self._gram.step == 0:
             skipped = 0 if self._gram is None else int(self._gram.skipped)
             return {"step": float(self._gram.step), "skipped_steps": float(skipped)} if skipped else {}
-        c, j = self._last
+        c, j = self._last, (self._gram.step - 1).view(1) % self._gram.window_size
         gram = self._gram.matrix
         squares = gram.diagonal(dim1=-2, dim2=-1)
         newest = gram[:, :, j].squeeze(-1)  # (groups, m)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.coefficients import mfac, weights
+from ..core.deferred import Later
 from ..core.gram import GramMatrix
 from .base import WindowedOptimizer
 from .formats import DenseRows, LowRankRows, SparseRows
@@ -35,13 +36,17 @@ class LowRankMFACOptions(LowRankOptions, MFACOptions, WindowOptions):
 
 
 class _MFAC(WindowedOptimizer):
+    def _forget(self) -> None:
+        super()._forget()
+        self._dependent = Later()
+
     def coefficients(self, gram: GramMatrix, j: Tensor, row_dtype: torch.dtype) -> Tensor:
         o, k = self.options, gram.matrix
-        damping = torch.as_tensor(o.damping, dtype=k.dtype, device=k.device)
+        damping = o.damping
         if o.damping_mode == "relative":
             damping = o.damping * k.diagonal(dim1=-2, dim2=-1).sum(-1) / gram.filled
         divisor = o.window_size if o.divisor == "window" else gram.filled
-        return mfac(k, weights(k, gram.ages(j), o.window_momentum), damping, divisor, row_dtype)
+        return mfac(k, weights(k, gram.ages(j), o.window_momentum), damping, divisor, row_dtype, self._dependent)
 
 
 class DenseMFAC(DenseRows, _MFAC):

@@ -76,6 +76,13 @@ class GroupOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParamGroupOptions(GroupOptions):
+    """What a parameter group may set."""
+
+    compress: bool = option(True, "false: the rows of this group's tensors enter the window whole")
+
+
+@dataclasses.dataclass(frozen=True)
 class WindowOptions:
     """Options of every method that keeps a window of gradients."""
 

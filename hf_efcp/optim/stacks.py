@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.compressors import Identity
 from ..core.error_feedback import ErrorFeedback
+from ..core.linalg import add_scaled_, chunks
 from ..core.windows import DenseWindow, Window
 
 # A stack's gradient is a temporary: it should stay in the cache on a CPU, and fill the device on a GPU.
@@ -51,6 +52,37 @@ class Stack:
         """Where the tensors are."""
         return self.params[0].device
 
+    def stage(self, step: Tensor, l2: float = 0.0) -> None:
+        """a = e + g, and c = C(a) as the window stores it; the state stays as it is.
+
+        A parameter without a gradient gives a zero row, and its error stays.
+        """
+        gradient = self.gradient(l2)
+        a = self.feedback.accumulate(gradient, self._owns(gradient))
+        for i, p in enumerate(self.params):
+            if p.grad is None:
+                a[i] = 0
+        self.window.stage(self.compressor.compress(a, step))
+
+    def dots(self, j: Tensor) -> Tensor:
+        """(n, m) fp64: the staged row's inner products with the window. A plain row is not held, as it is the gradient."""
+        dots = self.window.dots(j.to(self.device))
+        if isinstance(self.compressor, Identity):
+            self.window.release()
+        return dots
+
+    def commit(self, j: Tensor, step: Tensor, l2: float, accepted: bool | Tensor) -> None:
+        """e <- a - c, and c enters slot j, where `accepted`."""
+        if accepted is False:
+            self.window.release()
+            return
+        if isinstance(self.compressor, Identity):
+            self.stage(step, l2)
+        gradient = self.gradient(l2) if self.feedback.error is not None else None
+        self.feedback.keep(gradient, self.window, step, accepted, self._owns(gradient))
+        self.window.commit(j.to(self.device), accepted)
+        self.compressor.commit(accepted)
+
     def gradient(self, l2: float = 0.0) -> Tensor:
         """g + l2 * p, (n, rows, cols) in the compute dtype; zeros where a parameter has no gradient.
 
@@ -58,19 +90,20 @@ class Stack:
         """
         shape, dtype = matrix_shape(self.params[0]), compute_dtype(self.params[0])
         grads = [_gradient(p).reshape(shape).to(dtype) for p in self.params]
+        stacked = torch.stack(grads) if len(grads) > 1 else grads[0][None]
         if l2:
-            grads = [
-                g if p.grad is None else g + l2 * p.reshape(shape).to(dtype) for g, p in zip(grads, self.params, strict=True)
-            ]
-        return torch.stack(grads) if len(grads) > 1 else grads[0][None]
+            stacked = stacked if self._owns(stacked) else stacked.clone()
+            for g, p in zip(stacked, self.params, strict=True):
+                if p.grad is not None:
+                    matrix = p.reshape(shape)
+                    for part in chunks(shape[0], 8 * shape[1]):
+                        g[part].add_(matrix[part].to(dtype), alpha=l2)
+        return stacked
 
-    def accumulated(self, l2: float = 0.0) -> Tensor:
-        """a = e + g, (n, rows, cols); zeros where a parameter has no gradient: its row is zero and its error stays."""
-        a = self.feedback.accumulate(self.gradient(l2))
-        for i, p in enumerate(self.params):
-            if p.grad is None:
-                a[i] = 0
-        return a
+    def _owns(self, gradient: Tensor | None) -> bool:
+        """Whether `gradient` is a copy, which may be overwritten."""
+        grad = self.params[0].grad
+        return gradient is not None and (grad is None or grad.is_sparse or gradient.data_ptr() != grad.data_ptr())
 
     def buffers(self) -> dict[str, Tensor]:
         """State name -> buffer (n, ...)."""
@@ -82,20 +115,32 @@ class Stack:
         }
         return {name: buffer for name, buffer in found.items() if buffer is not None}
 
-    def apply(self, update: Tensor, lr: float, weight_decay: float, momentum: float) -> None:
-        """v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v. Low-precision parameters are rounded once."""
+    def apply(self, update: Tensor, lr: float, weight_decay: float, momentum: float, accepted: bool | Tensor) -> None:
+        """v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v. Low-precision parameters are rounded once.
+
+        Of a step that is not `accepted`, u is zero; with lr and 1 - mu zero too, nothing moves.
+        """
+        new_part = 1 - momentum
+        if accepted is not True:
+            flag = accepted.to(update)
+            lr, new_part = lr * flag, new_part * flag
         if self.momentum is not None:
-            update = self.momentum.lerp_(update, 1 - momentum)
+            update = self.momentum.lerp_(update, new_part)
         for p, u in zip(self.params, update, strict=True):
             if not p.requires_grad:  # frozen since; its rows stay in the window, which K counts
                 continue
             u = u.view(p.shape)
-            new = p if p.dtype == u.dtype else p.to(u.dtype)
-            if weight_decay:
-                new = new.mul_(1 - lr * weight_decay)
-            new.add_(u, alpha=-lr)
-            if new is not p:
-                p.copy_(new)
+            if p.dtype == u.dtype:
+                if weight_decay:
+                    p.mul_(1 - lr * weight_decay)
+                add_scaled_(p, u, -lr)
+                continue
+            p, u = (p, u) if p.ndim else (p.view(1), u.view(1))
+            for part in chunks(len(p), 8 * p[:1].numel()):
+                new = p[part].to(u.dtype)
+                if weight_decay:
+                    new.mul_(1 - lr * weight_decay)
+                p[part] = add_scaled_(new, u[part], -lr)
 
 
 def _gradient(p: Tensor) -> Tensor:
@@ -108,13 +153,13 @@ def _gradient(p: Tensor) -> Tensor:
 RowFormat = Callable[[int, int, int, Tensor, Tensor], tuple[object, Window] | None]
 
 
-def build_stacks(groups: Iterable[list[Tensor]], options, row_format: RowFormat) -> list[Stack]:
+def build_stacks(groups: Iterable[list[Tensor]], options, formats: list[RowFormat | None]) -> list[Stack]:
     """Group parameters into stacks and allocate their state, all zeros.
 
     Args:
         groups: the trainable parameters of each parameter group.
         options: WindowOptions.
-        row_format: the method's compressor and window for tensors of two or more dimensions.
+        formats: for each group, the compressor and window of tensors of two or more dimensions; None: plain rows.
     """
     alike: dict[tuple, list[tuple[int, Tensor]]] = {}
     number = 0
@@ -128,7 +173,7 @@ def build_stacks(groups: Iterable[list[Tensor]], options, row_format: RowFormat)
         for part in _parts(members):
             params = [p for _, p in part]
             salt = torch.tensor([number for number, _ in part], device=params[0].device)
-            stacks.append(_allocate(params, index, salt, options, None if plain else row_format))
+            stacks.append(_allocate(params, index, salt, options, None if plain else formats[index]))
     return stacks
 
 

@@ -111,7 +111,7 @@ class StateDictMixin:
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         _check_container(state_dict)
-        self._check_options(state_dict.get("efcp"))
+        self._check_options(state_dict.get("efcp"), state_dict["state"])
         groups, saved = state_dict["param_groups"], state_dict["state"]
         sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
         if sizes[0] != sizes[1]:
@@ -158,8 +158,14 @@ class StateDictMixin:
                 stacklevel=4,
             )
 
-    def _check_options(self, saved: dict[str, Any] | None) -> None:
-        if saved is None:  # written through torch.distributed.checkpoint, which keeps state and groups only
+    def _check_options(self, saved: dict[str, Any] | None, state: dict[int, dict[str, Tensor]]) -> None:
+        if saved is None:  # another optimizer's, or through torch.distributed.checkpoint, which keeps state and groups only
+            names = {name for entry in state.values() if isinstance(entry, Mapping) for name in entry}
+            if names and not names & {"gram", "error"}:
+                raise OptionError(
+                    f"checkpoint is of another optimizer, with the state {', '.join(sorted(names))}; "
+                    f"this is {type(self).__name__}"
+                )
             return
         _check_keys(saved, ("format", "class", "options"), "its efcp section")
         if saved["format"] > FORMAT:

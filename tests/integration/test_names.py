@@ -154,6 +154,19 @@ def test_import_is_silent_light_and_without_side_effects(tmp_path, python):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_import_adds_less_than_a_tenth_to_that_of_transformers(tmp_path, python):
+    script = tmp_path / "timed.py"
+    script.write_text(
+        "import time\n"
+        "start = time.process_time()\n"
+        "import transformers.trainer\n"
+        "middle = time.process_time()\n"
+        "import hf_efcp\n"
+        "print((time.process_time() - middle) / (middle - start))\n"
+    )
+    assert 0 < float(python(script).stdout) < 0.1
+
+
 @pytest.mark.parametrize("module", ["transformers.training_args", "transformers.trainer"])
 def test_a_transformers_without_the_private_parts_gives_one_warning(module, monkeypatch):
     monkeypatch.setattr(names, "_warned", False)

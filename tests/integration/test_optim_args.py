@@ -71,12 +71,6 @@ def test_options_that_repeat_an_argument_are_accepted(name, make_args):
     assert Trainer.get_optimizer_cls_and_kwargs(args)[1]["lr"] == 1e-3
 
 
-@by_name
-def test_target_modules_are_refused(name, make_args):
-    with pytest.raises(OptionError, match=f"optim_target_modules='all-linear': {name} trains all parameters .* freeze"):
-        make_args(optim=name, optim_target_modules="all-linear")
-
-
 def test_arguments_changed_later_are_checked_before_training(make_args, tiny_bert):
     args = make_args(optim="efcp_lowrank_mfac")
     args.optim_args = "rnk=4"

@@ -360,7 +360,7 @@ CHECKPOINTS = [
     Bad("a model's", lambda _: {"weight": torch.ones(3)}, r"state and param_groups missing; it has \['weight'\]"),
     Bad("no state", edited(lambda s: s.pop("state")), "not the checkpoint.*state missing"),
     Bad("no param_groups", edited(lambda s: s.pop("param_groups")), "not the checkpoint.*param_groups missing"),
-    Bad("AdamW's", of_adamw, "parameter 0.*does not fit.*missing: .*window_.*unexpected: .*exp_avg"),
+    Bad("AdamW's", of_adamw, "checkpoint is of another optimizer, with the state exp_avg, exp_avg_sq, step; this is "),
     Bad("other method", other("efcp_lowrank_ggt"), "checkpoint is of LowRankGGT, this optimizer is LowRankMFAC"),
     Bad("other compressor", other("efcp_sparse_mfac"), "checkpoint is of SparseMFAC, this optimizer is LowRankMFAC"),
     Bad("other window size", other(window_size=5), "made with window_size=5, this optimizer has window_size=4"),

@@ -57,6 +57,26 @@ def test_a_gradient_that_is_not_finite_is_skipped(name):
     gpu.step()
     before = [p.detach().clone() for p in there]
     there[1].grad[0, 0] = torch.nan
-    with pytest.warns(RuntimeWarning, match="skipped"):
-        gpu.step()
+    gpu.step()
     assert all(torch.equal(p, b) for p, b in zip(there, before, strict=True))
+    there[1].grad[0, 0] = 1.0
+    with pytest.warns(RuntimeWarning, match="1 skipped so far"):  # the host hears of it one step later
+        gpu.step()
+    assert not any(torch.equal(p, b) for p, b in zip(there, before, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"scope": "layer"}, {"error_dtype": "bf16", "momentum": 0.5}])
+@pytest.mark.parametrize("name", [n for n in NAMES if "mfac" in n])
+def test_a_step_of_mfac_waits_for_nothing(name, options):
+    _, (gpu, there) = pair(name, window_size=4, update_rms=0.5, **options)
+    generator = torch.Generator(there[0].device).manual_seed(1)
+    for p in there:
+        p.grad = torch.randn(p.shape, generator=generator, device=p.device)
+    gpu.step()
+    gpu.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            gpu.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

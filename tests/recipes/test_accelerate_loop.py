@@ -213,6 +213,7 @@ def test_two_processes_resume_bit_for_bit(flags, dropout_model, tmp_path):
         (["--optim=adamw", "--optim_args=rank=4"], "--optim_args 'rank=4': adamw takes none"),
         (["--lr_scheduler_type=sawtooth"], "--lr_scheduler_type 'sawtooth': must be one of linear, "),
         (["--learning_rate=nan"], "--learning_rate nan: must be a finite number >= 0"),
+        (["--lr_scheduler_type=polynomial", "--learning_rate=0"], "--learning_rate 0.0: must be > 1e-07, where"),
         (["--max_grad_norm=-1"], "--max_grad_norm -1.0: must be a finite number >= 0"),
         (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps 0: must be an integer >= 1"),
         (["--max_train_steps=0"], "--max_train_steps 0: must be an integer >= 1"),

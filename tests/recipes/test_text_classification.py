@@ -5,6 +5,7 @@ import json
 
 import bbc_news
 import classification
+import common
 import datasets
 import pytest
 import text_classification as recipe
@@ -179,6 +180,11 @@ def test_accumulation_keeps_the_loss(flags):
         (["--optim_args=rnak=4"], "rank"),
         (["--resume_from_checkpoint=nowhere"], "no such folder"),
         (["--resume_from_checkpoint=true"], "no checkpoint in 'out'"),
+        (["--lr_scheduler_type=polynomial", "--learning_rate=0"], "--learning_rate 0.0: must be > 1e-07, where"),
+        (
+            ["--lr_scheduler_type=polynomial", '--lr_scheduler_kwargs={"lr_end": 0.1}'],
+            "--learning_rate 0.005: must be > 0.1, where",
+        ),
         (["--validation_file=regression.csv", "--train_file=regression.csv"], "only classes are supported, not regression"),
         (["--validation_file=other.csv"], "the eval split has 'plant'; the classes are animal, fruit"),
         (["--train_file=empty.csv"], "rows without a label"),
@@ -191,7 +197,7 @@ def test_mistakes_are_one_clear_error_and_write_nothing(flags, more, message, tm
     write_csv(tmp_path / "other.csv", 8, labels=("animal", "plant"))
     write_csv(tmp_path / "empty.csv", 8, labels=("animal", ""))
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(recipe.UsageError) as error:
+    with pytest.raises(bbc_news.UsageError) as error:
         recipe.main([*flags, *more])
     assert message in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -203,9 +209,9 @@ def test_mistakes_are_one_clear_error_and_write_nothing(flags, more, message, tm
 )
 def test_mistakes_in_the_json_config(config, message, tmp_path):
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(recipe.UsageError, match=message):
+    with pytest.raises(bbc_news.UsageError, match=message):
         recipe.main(["config.json"])
-    with pytest.raises(recipe.UsageError, match="nowhere"):
+    with pytest.raises(bbc_news.UsageError, match="nowhere"):
         recipe.main(["nowhere.json"])
 
 
@@ -249,5 +255,5 @@ def test_closing_table():
         "AdamW's would be 8.0 MiB 8.00 bytes per parameter, float32",
         "dense M-FAC's would be 128.0 MiB 128.01 bytes per parameter, window_size=32",
     ]
-    assert classification.human_bytes(1536) == "1.5 KiB"
+    assert common.human_bytes(1536) == "1.5 KiB"
     assert "AdamW" not in classification.closing_table("title", {"eval_accuracy": 1.0, "eval_samples": 3}, {}, None, "validation")

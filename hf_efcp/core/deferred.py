@@ -1,0 +1,47 @@
+"""What the host may know of the device without waiting for it.
+
+Reading a flag on a GPU stops the host until all queued work is done. There the writes of a step are masked by the flag
+instead, and the host hears of it one step later. On a CPU a flag is read where it is made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def readable(device: torch.device) -> bool:
+    """Whether a flag on this device can be read without waiting."""
+    return device.type != "cuda"
+
+
+def masked(accepted: bool | Tensor, new: Tensor, old: Tensor | float) -> Tensor:
+    """`new` if the step is accepted, else `old`. True costs nothing; a 0-D flag decides on its device."""
+    return new if accepted is True else torch.where(accepted.to(new.device), new, old)
+
+
+class Later:
+    """A small number on the device, known to the host one step late."""
+
+    def __init__(self):
+        self._copy: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def put(self, value: Tensor) -> int | None:
+        """Queue a copy of `value` (0-D) to the host.
+
+        Returns:
+            The value of the `put` before, or None if this is the first.
+        """
+        before = None
+        if self._copy is None:
+            self._copy = torch.empty((), dtype=torch.int64, pin_memory=value.is_cuda)
+        else:
+            if self._copied is not None:
+                self._copied.synchronize()  # queued a step ago: done, or nearly
+            before = int(self._copy)
+        self._copy.copy_(value, non_blocking=True)
+        if value.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(value.device))
+        return before

@@ -1,0 +1,157 @@
+"""A model's parameters as optimizer groups, one for each (kind, weight decay, compressed or not, device mesh) that occurs.
+
+Kinds come from modules, not from names: `embedding` (nn.Embedding), `head` (the model's output embeddings), `matrix` (any
+other tensor of two or more dimensions: Linear, Conv1D, convolutions, LoRA's A and B), `vector` (biases, norms). Tied weights
+belong to the module that comes first. Plain torch: Hugging Face models are recognised by what they offer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..optim.options import OptionError
+
+logger = logging.getLogger(__name__)
+
+# What wrappers (torch.compile, DDP, activation checkpointing, PEFT) put into names.
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.|^module\.|^base_model\.model\.")
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name as in the bare model, whatever the model is wrapped in."""
+    while (bare := _WRAPPERS.sub(lambda m: m.group(1) or "", name)) != name:
+        name = bare
+    return name
+
+
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float = 0.0,
+    *,
+    decay_names: Iterable[str] | None = None,
+    target_modules: str | Iterable[str] | None = None,
+) -> list[dict[str, Any]]:
+    """The trainable parameters of `model` in groups, without empty ones.
+
+    Args:
+        model: any module; frozen parameters are left out, shared ones occur once.
+        weight_decay: of the parameters that decay; the others get 0.
+        decay_names: which parameters decay, as in `model.named_parameters()`; None: those of kinds other than `vector`.
+        target_modules: whose matrices are compressed: "all-linear" (but not the head), a name or part of one, a regular
+            expression for the whole name, or several of these. The rest enters the window whole, as GaLore's other
+            parameters are optimized whole: window_size numbers for each entry. None: all matrices are compressed.
+
+    Returns:
+        Groups for any of our optimizers: `params` as (canonical name, tensor) pairs, `weight_decay`, `kind`, `compress`.
+
+    Raises:
+        OptionError: a target that matches no module with a trainable matrix.
+    """
+    decaying = None if decay_names is None else set(decay_names)
+    targets = None if target_modules is None else _targets(model, parse_targets(target_modules))
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, kind, owner, p in _parameters(model):
+        decay = weight_decay if (kind != "vector" if decaying is None else name in decaying) else 0.0
+        compress = targets is None or kind == "vector" or owner in targets
+        key = (kind, decay, compress, id(getattr(p, "device_mesh", None)))
+        group = groups.setdefault(key, {"params": [], "weight_decay": decay, "kind": kind, "compress": compress})
+        group["params"].append((canonical_name(name), p))
+    _tell_of_whole_rows(groups.values())
+    return list(groups.values())
+
+
+def parse_targets(given: Any) -> list[str]:
+    """`optim_target_modules` as a list: from a list, JSON, or text with commas.
+
+    Raises:
+        OptionError: neither text nor a list of text, or nothing in it.
+    """
+    targets = given
+    if isinstance(given, str):
+        try:
+            targets = json.loads(given) if given.lstrip().startswith("[") else given.split(",")
+        except json.JSONDecodeError:  # a regular expression that starts with a character class
+            targets = [given]
+    if not isinstance(targets, list | tuple | set) or not all(isinstance(t, str) for t in targets):
+        raise OptionError(f"optim_target_modules={given!r}: expected names of modules, all-linear, or a list of them")
+    targets = [t.strip() for t in targets if t.strip()]
+    if not targets:
+        raise OptionError(f"optim_target_modules={given!r}: names no module")
+    return targets
+
+
+def check_targets(model: nn.Module, target_modules: Any) -> None:
+    """Raise OptionError where a target is of the wrong type or matches no module with a trainable matrix."""
+    if target_modules is not None:
+        _targets(model, parse_targets(target_modules))
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, str, str, Tensor]]:
+    """(name, kind, name of the owning module, parameter) of every trainable parameter, each once."""
+    head = _head(model)
+    seen = set()
+    for module_name, module in model.named_modules():
+        for own_name, p in module.named_parameters(recurse=False):
+            if not p.requires_grad or id(p) in seen:
+                continue
+            seen.add(id(p))
+            if p.ndim < 2:
+                kind = "vector"
+            elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                kind = "embedding"
+            else:
+                kind = "head" if module is head else "matrix"
+            yield f"{module_name}.{own_name}" if module_name else own_name, kind, module_name, p
+
+
+def _tell_of_whole_rows(groups: Iterable[dict[str, Any]]) -> None:
+    sizes = {True: 0, False: 0}
+    for group in groups:
+        sizes[group["compress"]] += sum(p.numel() for _, p in group["params"])
+    if sizes[False]:
+        logger.warning(
+            "optim_target_modules: %.1fM of %.1fM parameters are compressed; the other %.1fM enter the window whole, "
+            "window_size numbers for each",
+            *(n / 1e6 for n in (sizes[True], sum(sizes.values()), sizes[False])),
+        )
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _targets(model: nn.Module, targets: list[str]) -> set[str]:
+    """Names of the modules with a trainable matrix that `targets` select."""
+    kinds = {owner: kind for _, kind, owner, p in _parameters(model) if kind != "vector"}
+    found: set[str] = set()
+    for target in targets:
+        matching = {owner for owner, kind in kinds.items() if _matches(target, canonical_name(owner), kind)}
+        if not matching:
+            leaves = list(dict.fromkeys(owner.rpartition(".")[2] for owner in kinds))
+            near = difflib.get_close_matches(target, leaves, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise OptionError(
+                f"optim_target_modules: {target!r} matches no module with trainable matrices; {hint}"
+                f"such modules: {', '.join(leaves) or 'none'}"
+            )
+        found |= matching
+    return found
+
+
+def _matches(target: str, name: str, kind: str) -> bool:
+    if target == "all-linear":
+        return kind == "matrix"
+    try:
+        return target in name or re.fullmatch(target, name) is not None
+    except re.error:
+        return False

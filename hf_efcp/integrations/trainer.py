@@ -1,0 +1,71 @@
+"""Trainer with our optimizers: EFCPTrainer, a mixin for any other Trainer, and a callback that logs diagnostics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from ..optim.base import WindowedOptimizer
+from ..registry import list_optimizers
+from .groups import check_targets
+from .names import name_of, optimizer_cls_and_kwargs
+
+
+def unwrapped(optimizer: Any) -> WindowedOptimizer | None:
+    """Our optimizer inside what Accelerate made of it; None if it is another one."""
+    while optimizer is not None and not isinstance(optimizer, WindowedOptimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+class EFCPCallback(TrainerCallback):
+    """Adds the optimizer's `diagnostics()` to every training log, as `efcp_NAME`: kappa, cosines, skipped steps and others.
+
+    They reach `trainer.state.log_history`, and whatever is called after this callback. EFCPTrainer puts it first, so that
+    every reporter (tensorboard, wandb) has them; `Trainer(callbacks=[EFCPCallback()])` puts it behind the reporters.
+    """
+
+    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+        """Extend the log of the training loss."""
+        ours = unwrapped(optimizer)
+        if ours is None or not logs or "loss" not in logs:
+            return
+        found = {f"efcp_{name}": value for name, value in ours.diagnostics().items()}
+        logs.update(found)
+        # The history got its own copy of the log before the callbacks were called.
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(found)
+
+
+class EFCPTrainerMixin:
+    """What EFCPTrainer adds, for any subclass of Trainer: `class MyTrainer(EFCPTrainerMixin, Seq2SeqTrainer): ...`
+
+    - Parameter groups follow the trainer's own `get_decay_parameter_names`; `optim_target_modules` is checked at once.
+    - `diagnostics()` are in every training log.
+
+    With an optimizer that is not ours it changes nothing.
+    """
+
+    def __init__(self, model=None, args=None, *rest, **kwargs):
+        adapted_later = kwargs.get("peft_config") is not None
+        if isinstance(model, torch.nn.Module) and not adapted_later and args is not None and name_of(args) in list_optimizers():
+            check_targets(model, args.optim_target_modules)
+        super().__init__(model, args, *rest, **kwargs)
+        handler = self.callback_handler
+        if not any(isinstance(callback, EFCPCallback) for callback in handler.callbacks):
+            handler.callbacks.insert(0, EFCPCallback())
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """See Trainer."""
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and name_of(self.args) in list_optimizers():
+            trained = self.model if model is None else model
+            names = self.get_decay_parameter_names(trained)
+            cls, options = optimizer_cls_and_kwargs(self.args, model=trained, decay_names=names)
+            self.optimizer = cls(options.pop("params"), **options)
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
+
+
+class EFCPTrainer(EFCPTrainerMixin, Trainer):
+    """`transformers.Trainer` with EFCPTrainerMixin. Takes any TrainingArguments; EFCPTrainingArguments have typed options."""

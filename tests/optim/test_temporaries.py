@@ -1,0 +1,39 @@
+"""What a step allocates beside its state: no more than the largest tensor and a few chunks."""
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tests.optim.helpers import EVERY
+from tests.reference import make
+
+MIB = 2**20
+
+
+def peak(step, trace):
+    """The most bytes that were allocated at once during step(), above those before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    profiled.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    totals = [e["args"]["Total Allocated"] for e in sorted(events, key=lambda e: e["ts"])]
+    first = min(events, key=lambda e: e["ts"])["args"]
+    return max(totals) - (first["Total Allocated"] - first["Bytes"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@EVERY
+def test_a_step_allocates_little_more_than_the_largest_tensor(name, dtype, tmp_path):
+    """Three times as much is in tensors of middle size: the whole model is never held."""
+    largest = 64 * MIB
+    shapes = [(8192, 2048)] + [(1024, 1024)] * 48
+    params = [torch.nn.Parameter(torch.zeros(s, dtype=dtype)) for s in shapes]
+    options = {"error_dtype": "bf16", "momentum": 0.9, "weight_decay": 0.1, "weight_decay_mode": "l2"}
+    options |= {"density": 0.01, "block_size": 1024} if "sparse" in name else {}
+    optimizer = make(name, params, lr=0.1, window_size=1, **options)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()  # allocates the state
+    assert largest <= peak(optimizer.step, tmp_path / "trace.json") < largest + 48 * MIB
