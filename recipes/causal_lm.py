@@ -126,6 +126,7 @@ def check_arguments(model: ModelArguments, lora: LoraArguments, data: DataArgume
         raise UsageError("--topics: only BBC News has topics")
     if args.choose_learning_rate and (lora.lora or not model.model_name_or_path):
         args.learning_rate = 1e-3
+    common.check_schedule(args)
     return files
 
 

