@@ -442,7 +442,8 @@ import hf_efcp
 def model_and_optimizer(accelerator, name, seed, error_dtype):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(12, 40), torch.nn.LayerNorm(40), torch.nn.Linear(40, 3)).double()
-    optimizer = hf_efcp.create_optimizer(name, model, lr=5e-3, window_size=4, update_rms=0.5, error_dtype=error_dtype)
+    optimizer = hf_efcp.create_optimizer(name, model, lr=5e-3, window_size=4, update_rms=0.5, error_dtype=error_dtype,
+                                         shard="auto")
     return accelerator.prepare(model, optimizer)
 
 def train(accelerator, model, optimizer, start, stop):
@@ -489,7 +490,7 @@ main(sys.argv[1])
 
 @pytest.mark.slow
 def test_two_ranks_end_with_the_weights_of_one(tmp_path, python):
-    """DDP, every rank with the whole state: both ranks equal, and in fp64 within 1e-9 of one process at the same batch."""
+    """DDP, the state shared: both ranks equal, and in fp64 within 1e-9 of one process at the same batch."""
     script = tmp_path / "script.py"
     script.write_text(TWO_RANKS)
     (tmp_path / "one").mkdir()
@@ -503,6 +504,8 @@ def test_two_ranks_end_with_the_weights_of_one(tmp_path, python):
     done = subprocess.run([*command, script, tmp_path / "two"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     one, first, second = (torch.load(tmp_path / name) for name in ("one/rank0.pt", "two/rank0.pt", "two/rank1.pt"))
+    assert (tmp_path / "two/efcp_lowrank_mfac/efcp_optim/.metadata").is_file()
+    assert not (tmp_path / "one/efcp_lowrank_mfac/efcp_optim").exists()
     assert first.pop("wrapper") == second.pop("wrapper") == "DistributedDataParallel"
     assert one.pop("wrapper") == "Sequential"
     assert first.keys() == second.keys() == one.keys()
