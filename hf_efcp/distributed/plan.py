@@ -31,6 +31,10 @@ class Size:
         """Bytes on one process."""
         return self.fixed + self.rows * self.per_row
 
+    def of(self, rows: slice | None) -> float:
+        """Bytes of some rows; None: of all."""
+        return self.total if rows is None else self.fixed + (rows.stop - rows.start) * self.per_row
+
 
 def assign(sizes: Sequence[Size], processes: int, held: Sequence[float] | None = None) -> list[Owners]:
     """Divide the state among `processes`, whole tensors first, and as few of them by rows as balance asks for.
@@ -104,7 +108,7 @@ def describe(names: Sequence[str], owners: Sequence[Owners], sizes: Sequence[Siz
     loads = [0.0] * processes
     for who, size in zip(owners, sizes, strict=True):
         for rank, rows in who.items():
-            loads[rank] += size.total if rows is None else size.fixed + (rows.stop - rows.start) * size.per_row
+            loads[rank] += size.of(rows)
     lines = [f"rank {rank}: {round(load):,} bytes" for rank, load in enumerate(loads)]
     for name, who in zip(names, owners, strict=True):
         if len(who) > 1:

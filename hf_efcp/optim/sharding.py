@@ -61,10 +61,9 @@ class ShardingMixin:
         self._prepare()
         if self._shards is None:
             return "not sharded"
-        params = self._params
         names = {p: n for g in self.param_groups for p, n in zip(g["params"], g.get("param_names", []), strict=False)}
-        labels = [names.get(p, f"parameter {i}") for i, p in enumerate(params)]
-        return describe(labels, [self._owners[p] for p in params], [self._size(p) for p in params], self._shards.size)
+        labels = [names.get(p, f"parameter {i}") for i, p in enumerate(self._params)]
+        return describe(labels, [self._owners[p] for p in self._params], list(self._sizes().values()), self._shards.size)
 
     def _build(self, groups: list[list[Tensor]]) -> list[Stack]:
         """This process's stacks; parameters that are new get owners, the others keep theirs."""
@@ -83,8 +82,7 @@ class ShardingMixin:
     def _hand_out(self) -> None:
         """Every process gets the parameters that the others have updated."""
         if self._shards is not None:
-            params = self._params
-            self._shards.hand_out(params, [self._owners[p] for p in params])
+            self._shards.hand_out(self._params, [self._owners[p] for p in self._params])
 
     def _format(self, group: dict):
         return self.row_format if group.get("compress", True) else None
@@ -96,21 +94,22 @@ class ShardingMixin:
         return Shards(group) if group is not None and dist.get_world_size(group) > 1 else None
 
     def _assign(self) -> None:
-        params, held = self._params, [0.0] * self._shards.size
-        new = [p for p in params if p not in self._owners]
-        for p in params:
+        sizes, held = self._sizes(), [0.0] * self._shards.size
+        new = [p for p in sizes if p not in self._owners]
+        for p, size in sizes.items():
             for rank, rows in self._owners.get(p, {}).items():
-                size = self._size(p)
-                held[rank] += size.total if rows is None else size.fixed + (rows.stop - rows.start) * size.per_row
-        self._owners |= dict(zip(new, assign([self._size(p) for p in new], self._shards.size, held), strict=True))
+                held[rank] += size.of(rows)
+        self._owners |= dict(zip(new, assign([sizes[p] for p in new], self._shards.size, held), strict=True))
 
-    def _size(self, p: Tensor) -> Size:
-        """Bytes of the parameter's state."""
-        bytes_ = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self._whole_state()[p].items()}
-        if p.ndim < 2 or p.numel() == 0:
-            return Size(1, sum(bytes_.values()), 0.0, False)
-        fixed = sum(n for name, n in bytes_.items() if name not in ROW_DIM)
-        return Size(len(p), fixed, (sum(bytes_.values()) - fixed) / len(p), True)
+    def _sizes(self) -> dict[Tensor, Size]:
+        """Bytes of every parameter's state."""
+        sizes = {}
+        for p, state in self._whole_state().items():
+            bytes_ = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in state.items()}
+            fixed, total = sum(n for name, n in bytes_.items() if name not in ROW_DIM), sum(bytes_.values())
+            divisible = p.ndim >= 2 and p.numel() > 0
+            sizes[p] = Size(len(p), fixed, (total - fixed) / len(p), True) if divisible else Size(1, total, 0.0, False)
+        return sizes
 
     def _whole_state(self) -> dict[Tensor, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
         """Shape and dtype of every parameter's state on one process, from buffers that are never allocated."""

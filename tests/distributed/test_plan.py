@@ -17,7 +17,7 @@ def loads(owners, sizes, processes):
     result = [0.0] * processes
     for who, size in zip(owners, sizes, strict=True):
         for rank, rows in who.items():
-            result[rank] += size.total if rows is None else size.fixed + (rows.stop - rows.start) * size.per_row
+            result[rank] += size.of(rows)
     return result
 
 
