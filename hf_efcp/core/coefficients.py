@@ -59,7 +59,9 @@ def mfac(
     """
     shift = (gram.new_ones(gram.shape[0]) * (damping * divisor))[:, None]
     factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift.expand_as(w)))
-    c = divisor * torch.cholesky_solve(w[..., None], factor).squeeze(-1)
+    # Not cholesky_solve, which for batches on a GPU goes to a library that waits for the device in older versions of torch.
+    half = torch.linalg.solve_triangular(factor, w[..., None], upper=False)
+    c = divisor * torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
     limit = _CANCELLATION[row_dtype] / torch.finfo(row_dtype).eps
     bad = (failed != 0) | ~(cancellation(gram, c) <= limit)
     if (dependent or Later()).put(bad.any()):

@@ -76,7 +76,8 @@ def parse_targets(given: Any) -> list[str]:
     targets = given
     if isinstance(given, str):
         try:
-            targets = json.loads(given) if given.lstrip().startswith("[") else given.split(",")
+            is_pattern = any(sign in given for sign in "()[]{}*+?|\\^$")
+            targets = json.loads(given) if given.lstrip().startswith("[") else [given] if is_pattern else given.split(",")
         except json.JSONDecodeError:  # a regular expression that starts with a character class
             targets = [given]
     if not isinstance(targets, list | tuple | set) or not all(isinstance(t, str) for t in targets):
@@ -137,7 +138,7 @@ def _targets(model: nn.Module, targets: list[str]) -> set[str]:
     for target in targets:
         matching = {owner for owner, kind in kinds.items() if _matches(target, canonical_name(owner), kind)}
         if not matching:
-            leaves = list(dict.fromkeys(owner.rpartition(".")[2] for owner in kinds))
+            leaves = list(dict.fromkeys(owner.rpartition(".")[2] or "(the model itself)" for owner in kinds))
             near = difflib.get_close_matches(target, leaves, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise OptionError(

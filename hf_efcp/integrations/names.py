@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from ..optim.options import OptionError, unknown_name
+from ..optim.options import OptionError, as_text, unknown_name
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, parse_optim_args
 from .checkpoints import hook_states, load_beside, save_beside
 from .groups import parameter_groups, parse_targets
@@ -221,6 +221,8 @@ def _checked_post_init(original: Any) -> Any:
         original(self, *args, **kwargs)
         if is_ours(self):
             optimizer_cls_and_kwargs(self)
+            if isinstance(self.optim_args, dict):  # to_json_string, which reporters call, cannot write a dtype
+                self.optim_args = {k: as_text(v) if isinstance(v, torch.dtype) else v for k, v in self.optim_args.items()}
         elif efcp_fields(self):
             fields = ", ".join(FIELD + option for option in efcp_fields(self))
             raise OptionError(f"{fields}: no effect with optim={name_of(self)}; choose one of {', '.join(list_optimizers())}")

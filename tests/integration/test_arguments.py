@@ -180,6 +180,12 @@ def test_the_fields_alone_change_no_default_of_another_config(tmp_path):
     assert Config(str(tmp_path), use_cpu=True).optim == TrainingArguments(str(tmp_path), use_cpu=True).optim
 
 
+def test_a_dtype_in_optim_args_can_be_written_as_json(make_args):
+    args = make_args(optim="efcp_lowrank_mfac", optim_args={"window_dtype": torch.bfloat16, "rank": 2})
+    assert json.loads(args.to_json_string())["optim_args"] == {"window_dtype": "bfloat16", "rank": 2}
+    assert optimizer_cls_and_kwargs(args)[1]["window_dtype"] == torch.bfloat16
+
+
 def test_a_mistyped_name_names_the_nearest(make_args):
     with pytest.raises(OptionError, match="unknown optimizer 'efcp_lowrnk_mfac': did you mean 'efcp_lowrank_mfac'"):
         make_args(optim="efcp_lowrnk_mfac")

@@ -111,6 +111,7 @@ def test_the_trainer_gets_them_with_its_own_rule_for_decay(name, make_args, tiny
         ('["q_proj", "v_proj"]', ["q_proj", "v_proj"]),
         (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
         ("[qv]_proj", ["[qv]_proj"]),
+        ("f.{1,2}_proj", ["f.{1,2}_proj"]),
     ],
 )
 def test_targets_are_read_from_lists_and_text(given, parsed):
