@@ -1,13 +1,14 @@
 """For all tests."""
 
 import os
+import sys
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def accelerate_environment():
-    """TrainingArguments and Accelerator leave ACCELERATE_... in the environment, where the next test's would find them."""
+def fresh_accelerate():
+    """TrainingArguments and Accelerator leave precision and more in ACCELERATE_... and in singletons, for the next test to find."""
 
     def ours():
         return {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
@@ -17,3 +18,7 @@ def accelerate_environment():
     for name in ours():
         del os.environ[name]
     os.environ.update(before)
+    if "accelerate.state" in sys.modules:
+        state = sys.modules["accelerate.state"]
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()

@@ -26,14 +26,6 @@ CHECKOUT = Path(hf_efcp.__file__).parents[1]
 M = 4  # a few steps wrap around
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps precision and accumulation in singletons."""
-    _reset()
-    yield
-    _reset()
-
-
 def _reset():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
