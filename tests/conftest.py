@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """TrainingArguments and Accelerator leave precision and more in ACCELERATE_... and in singletons, for the next test to find."""
+    """TrainingArguments and Accelerator leave precision and more in ACCELERATE_... and singletons, for the next test to find."""
 
     def ours():
         return {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
