@@ -12,6 +12,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from packaging.version import Version
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -29,6 +30,13 @@ def test_the_private_attributes_exist():
     assert list(inspect.signature(original).parameters) == ["args", "model"]
     assert isinstance(vars(Trainer)["get_optimizer_cls_and_kwargs"], staticmethod)
     assert TrainingArguments.__post_init__._hf_efcp_original.__module__ == "transformers.training_args"
+    for name, parameters in (
+        ("_save_optimizer_and_scheduler", ["output_dir"]),
+        ("_load_optimizer_and_scheduler", ["checkpoint"]),
+    ):
+        assert list(inspect.signature(getattr(Trainer, name)._hf_efcp_original).parameters) == ["self", *parameters]
+    assert list(inspect.signature(Trainer.get_decay_parameter_names).parameters) == ["self", "model"]
+    assert list(inspect.signature(Accelerator.prepare_optimizer._hf_efcp_original).parameters)[:2] == ["self", "optimizer"]
     assert issubclass(OptimizerNames, str)
     for attribute in ("_member_map_", "_value2member_map_", "_member_names_"):
         assert "ADAMW_TORCH" in str(getattr(OptimizerNames, attribute))

@@ -13,8 +13,7 @@ from tests.integration.test_scripts import COMMON, RUNS, command, save_model, st
 
 STEPS, SAVED = 24, 12
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+ACCELERATE = ["accelerate.commands.launch", "--config_file", str(CHECKOUT / "recipes/configs/cpu.yaml")]
 
 
 @pytest.fixture
