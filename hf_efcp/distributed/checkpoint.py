@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -93,16 +94,13 @@ def load(parts: dict[str, Part], expected: dict[str, tuple[tuple[int, ...], torc
     Raises:
         CheckpointError: the folder or a file in it is missing or damaged, or entries do not fit.
     """
-    if not (folder / ".metadata").is_file():
-        what = "it has no .metadata: the save was interrupted" if folder.is_dir() else "there is no such folder"
-        raise CheckpointError(f"{folder} is no whole checkpoint: {what}")
     reader = dcp.FileSystemReader(folder)
     try:
-        metadata = reader.read_metadata()
-    except Exception as error:  # whatever unpickling a damaged file ends in
-        raise CheckpointError(f"{folder / '.metadata'} is damaged: {error}") from None
-    _check_entries(metadata.state_dict_metadata, expected, folder)
-    _check_files(metadata.storage_data, folder)
+        _check(reader, expected, folder)
+        problem = None
+    except CheckpointError as error:
+        problem = str(error)
+    _raise_together(problem, group)
     try:
         planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with warnings.catch_warnings():
@@ -110,6 +108,30 @@ def load(parts: dict[str, Part], expected: dict[str, tuple[tuple[int, ...], torc
             dcp.load(parts, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from None
+
+
+def _raise_together(problem: str | None, group) -> None:
+    """Where one process does not see the files (a disk of its own), the others do not wait for it."""
+    if group is None:
+        problems = [problem]
+    else:
+        problems = [None] * dist.get_world_size(group)
+        dist.all_gather_object(problems, problem, group=group)
+    for rank, text in enumerate(problems):
+        if text is not None:
+            raise CheckpointError(text if text == problem else f"rank {rank}: {text}")
+
+
+def _check(reader: dcp.FileSystemReader, expected: dict, folder: Path) -> None:
+    if not (folder / ".metadata").is_file():
+        what = "it has no .metadata: the save was interrupted" if folder.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{folder} is no whole checkpoint: {what}")
+    try:
+        metadata = reader.read_metadata()
+    except Exception as error:  # whatever unpickling a damaged file ends in
+        raise CheckpointError(f"{folder / '.metadata'} is damaged: {error}") from None
+    _check_entries(metadata.state_dict_metadata, expected, folder)
+    _check_files(metadata.storage_data, folder)
 
 
 def _check_entries(found: dict, expected: dict, folder: Path) -> None:

@@ -36,7 +36,11 @@ def load_beside(original: Any) -> Any:
     def _load_optimizer_and_scheduler(self, checkpoint, *args, **kwargs):
         if checkpoint is not None:
             _find([self.optimizer], checkpoint)
-        return original(self, checkpoint, *args, **kwargs)
+        try:
+            return original(self, checkpoint, *args, **kwargs)
+        finally:
+            if (ours := unwrapped(self.optimizer)) is not None:
+                ours.shard_folder = None  # a checkpoint without an optimizer leaves nothing behind for a later load
 
     return _load_optimizer_and_scheduler
 

@@ -242,6 +242,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
         self._started = False
         self._shards: Shards | None = None
         self._owners: dict[Tensor, Owners] = {}
+        self._copied_from = 1  # the number of processes that `_owners` is for
 
     @property
     def _coordinates(self) -> int:

@@ -25,7 +25,8 @@ class DiagnosticsMixin:
             cosine_update_row: between u and the newest row. cosine_rows: mean |cosine| of the newest row to the others.
             kappa: (sum c_i^2 |row_i|^2)^1/2 / |u|, the cancellation in G^T c; 1 to 3 is healthy.
             weight_newest: share of the newest row in sum_i |c_i| |row_i|. weight_age: mean age under these shares, in steps.
-            error_norm: |e|. error_share: |e|^2 / (|e|^2 + |c_j|^2), what compression holds back.
+            error_norm: |e|. error_share: |e|^2 / (|e|^2 + |c_j|^2), what compression holds back. Neither where the state is
+                sharded: each process has a part of e, and processes do not meet here.
         """
         if self._last is None or self._gram.step == 0:
             skipped = 0 if self._gram is None else int(self._gram.skipped)
@@ -40,7 +41,6 @@ class DiagnosticsMixin:
         shares = shares / shares.sum().clamp_min(torch.finfo(shares.dtype).tiny)
         others = newest.sum(0).abs() / (squares.sum(0).sqrt() * row)
         others = others[others.isfinite() & (self._gram.ages(j) > 0)]
-        error = sum(float(s.feedback.square()) for s in self._stacks)
         values = {
             "step": self._gram.step,
             "skipped_steps": self._gram.skipped,
@@ -53,9 +53,10 @@ class DiagnosticsMixin:
             "kappa": cancellation(gram, c).max(),
             "weight_newest": shares[j],
             "weight_age": (shares * self._gram.ages(j)).sum(),
-            "error_norm": error**0.5,
-            "error_share": _ratio(error, error + float(row) ** 2),
         }
+        if self._shards is None:
+            error = sum(float(s.feedback.square()) for s in self._stacks)
+            values |= {"error_norm": error**0.5, "error_share": _ratio(error, error + float(row) ** 2)}
         return {name: float(value) for name, value in values.items()}
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +50,7 @@ class ShardingMixin:
     """The part of a WindowedOptimizer that knows about other processes.
 
     Attributes:
-        shard_folder: where `load_state_dict` finds the tensors of a sharded optimizer's state_dict.
+        shard_folder: where the next `load_state_dict` finds the tensors of a sharded optimizer's state_dict; None afterwards.
     """
 
     shard_folder: str | Path | None = None
@@ -68,6 +67,13 @@ class ShardingMixin:
     def _build(self, groups: list[list[Tensor]]) -> list[Stack]:
         """This process's stacks; parameters that are new get owners, the others keep theirs."""
         self._shards = self._find_shards()
+        processes = 1 if self._shards is None else self._shards.size
+        if self._owners and processes != self._copied_from:
+            raise OptionError(
+                f"this is a copy of an optimizer whose state was divided among {self._copied_from} processes, and holds one "
+                "process's part only (a copy has no process_group): use save_shards, state_dict and load_state_dict"
+            )
+        self._copied_from = processes
         formats = [self._format(g) for g in self.param_groups]
         number = {p: i for i, p in enumerate(self._params)}
         if self._shards is None:
@@ -139,25 +145,39 @@ class ShardingMixin:
             checkpoint.save(self._parts(self.options.save_window), Path(folder), self._shards.group)
 
     def _stub(self) -> dict[str, Any]:
-        """What stands in the state_dict of a sharded optimizer: from which process and step it is."""
-        return {"processes": self._shards.size, "origin": f"{os.getpid()}/{id(self)}/{int(self._gram.step)}"}
+        """What stands in the state_dict of a sharded optimizer: from which process and step it is, and what has state."""
+        trained = [i for i, p in enumerate(self._all_params()) if p in self.state]
+        origin = f"{os.getpid()}/{id(self)}/{int(self._gram.step)}"
+        return {"processes": self._shards.size, "origin": origin, "trained": trained}
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for g in self.param_groups for p in g["params"]]
 
     def _load_shards(self, stub: dict[str, Any], with_window: bool) -> None:
-        if self._shards is not None and stub == self._stub():  # as `Accelerator.prepare` does: out and in again
-            return
         if self.shard_folder is None:
+            # As `Accelerator.prepare` does: out and in again. With a folder every process has to read it: of a stub in a file
+            # the first process alone could say that it is its own.
+            if self._shards is not None and stub == self._stub():
+                return
             raise OptionError(
                 "this state_dict is the stub of a sharded optimizer; its tensors are in a folder beside it "
                 f"({SHARD_FOLDER} in a checkpoint): set shard_folder to it before load_state_dict"
             )
         from ..distributed import checkpoint
 
-        self._prepare()
+        # A parameter that was frozen after it had been trained has state too.
+        trained = [p for i, p in enumerate(self._all_params()) if i in stub.get("trained", [])]
+        frozen = [p for p in trained if p not in self.state and not p.requires_grad]
+        self.state.update({p: {} for p in frozen})
         try:
+            self._prepare()
             group = self._shards and self._shards.group
             checkpoint.load(self._parts(with_window), self._expected_parts(with_window), Path(self.shard_folder), group)
-        except checkpoint.CheckpointError as error:
+        except (OptionError, checkpoint.CheckpointError) as error:
+            for p in frozen:
+                del self.state[p]
             raise OptionError(str(error)) from None
+        self.shard_folder = None
         if not with_window:
             self._start_without_window()
 
@@ -190,7 +210,7 @@ class ShardingMixin:
 
     def _own_part(self, p: Tensor, entry: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of the state of p on one process, what this process holds."""
-        if self._shards is None or not isinstance(entry, Mapping):
+        if self._shards is None:
             return entry
         if self._shards.rank not in self._owners[p]:
             return {name: t for name, t in entry.items() if name in self.state[p]}

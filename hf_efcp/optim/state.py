@@ -74,13 +74,17 @@ class StateDictMixin:
         """For pickle and copy: tensors are copied out of the stacks, which are built again from them."""
         state = super().__getstate__()
         copies = {p: {name: t.clone() for name, t in entry.items()} for p, entry in self.state.items()}
-        return {**state, "state": collections.defaultdict(dict, copies), "options": self.options}
+        owners = None if self._shards is None else (self._shards.size, self._owners)
+        return {**state, "state": collections.defaultdict(dict, copies), "options": self.options, "owners": owners}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See torch.optim.Optimizer."""
+        owners = state.pop("owners", None)
         super().__setstate__(state)
         self._process_group = None  # belongs to the process
         self._forget()
+        if owners is not None:
+            self._copied_from, self._owners = owners
 
     def memory_footprint(self) -> dict[str, int]:
         """Bytes of state by kind, measured on the tensors that are held (allocated now if no step was taken yet)."""
@@ -138,6 +142,7 @@ class StateDictMixin:
             self._load_shards(stub, with_window)
         elif entries:
             self._load_entries(params, entries, with_window)
+            self.shard_folder = None
         else:  # a fresh optimizer's
             self.state.clear()
             self._forget()
@@ -156,11 +161,11 @@ class StateDictMixin:
         self.state.update({p: {} for p in frozen})
         try:
             self._prepare()
+            whole = self._whole_entries()
             for number, p in enumerate(params):
-                ours = {k: v for k, v in self.state.get(p, {}).items() if with_window or not of_window(k)}
-                if p in entries:
-                    entries[p] = self._own_part(p, entries[p])
+                ours = {k: v for k, v in whole.get(p, {}).items() if with_window or not of_window(k)}
                 _check_entry(number, ours, entries.get(p, {}))
+            entries = {p: self._own_part(p, entry) for p, entry in entries.items()}
         except OptionError:
             for p in frozen:
                 del self.state[p]
@@ -171,6 +176,16 @@ class StateDictMixin:
                     view.copy_(entry[name])
         if not with_window:
             self._start_without_window()
+
+    def _whole_entries(self) -> dict[Tensor, dict[str, Tensor]]:
+        """State as one process has it, which all compare with a checkpoint: of what others hold, tensors without memory."""
+        if self._shards is None:
+            return self.state
+        whole = {
+            p: {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in state.items()}
+            for p, state in self._whole_state().items()
+        }
+        return {p: state | {k: v for k, v in self.state[p].items() if k in SHARED} for p, state in whole.items()}
 
     def _start_without_window(self) -> None:
         for entry in self.state.values():
