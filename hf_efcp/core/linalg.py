@@ -98,9 +98,8 @@ def orthonormalize(a: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) 
         scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).rsqrt().nan_to_num(posinf=0.0)  # of columns: sizes do not matter
         eigenvalues, v = torch.linalg.eigh(scale[..., None] * gram * scale[..., None, :])
         kept = eigenvalues > _DEPENDENT * eigenvalues[..., -1:]
-        p = p @ (scale[..., None] * v * torch.where(kept, eigenvalues, 1.0).rsqrt().where(kept, 0.0)[..., None, :]).flip(
-            -1
-        )  # dead columns last, as QR
+        basis = scale[..., None] * v * torch.where(kept, eigenvalues, 1.0).rsqrt().where(kept, 0.0)[..., None, :]
+        p = p @ basis.flip(-1)  # dead columns last, as QR leaves them: the next step redraws the same ones
     return p.to(a.dtype)
 
 
