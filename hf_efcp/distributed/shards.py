@@ -19,13 +19,19 @@ class Shards:
     """What a WindowedOptimizer needs of its process group.
 
     Args:
-        group: a process group of two or more processes, this one among them.
+        group: a process group of two or more processes, this one among them; None: torch's default one, which is not held,
+            since one that outlives destroy_process_group may abort the interpreter at its end.
     """
 
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self._group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group."""
+        return dist.group.WORLD if self._group is None else self._group
 
     def sum(self, t: Tensor) -> Tensor:
         """The sum of `t` over all processes, in place; not-a-number anywhere is not-a-number everywhere."""

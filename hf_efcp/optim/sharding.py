@@ -94,10 +94,10 @@ class ShardingMixin:
         return self.row_format if group.get("compress", True) else None
 
     def _find_shards(self) -> Shards | None:
-        group = self._process_group
-        if group is None and self.options.shard == "auto" and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD
-        return Shards(group) if group is not None and dist.get_world_size(group) > 1 else None
+        running = self.options.shard == "auto" and dist.is_available() and dist.is_initialized()
+        if self._process_group is None and not running:
+            return None
+        return Shards(self._process_group) if dist.get_world_size(self._process_group) > 1 else None
 
     def _assign(self) -> None:
         sizes, held = self._sizes(), [0.0] * self._shards.size

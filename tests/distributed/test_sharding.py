@@ -95,3 +95,24 @@ def test_each_process_holds_its_share(processes):
             held = sum(bytes_ for kind, bytes_ in found[name][0].items() if kind != "gram")
             assert held <= 1.1 * total / processes, name
             assert found[name][1] == everybody[0][name][1]
+
+
+def rank_deficient(rank, kind):
+    """The divided tensor's gradient has rank 1, or is zero, for a while: the other columns of Q die and are redrawn."""
+    params = problem()
+    group = dist.group.WORLD if dist.is_initialized() else None
+    optimizer = build("efcp_lowrank_mfac", params, process_group=group, rank=4)
+    for step in range(12):
+        gradients(params, step)
+        if step < 6:
+            outer = torch.outer(torch.arange(130.0).double().sin(), torch.arange(12.0).double().cos())
+            params[0].grad = outer * (step + 1) if kind == "rank 1" else torch.zeros_like(params[0])
+        optimizer.step()
+    return flat(params)
+
+
+@pytest.mark.parametrize("kind", ["rank 1", "zero"])
+def test_a_divided_tensor_whose_gradient_has_less_rank(kind):
+    first, second = run(2, rank_deficient, kind)
+    assert torch.equal(first, second)
+    assert relative(first, rank_deficient(0, kind)) <= 1e-9
