@@ -1,5 +1,7 @@
 """10,000 steps: nothing grows, nothing drifts."""
 
+import gc
+
 import psutil
 import pytest
 import torch
@@ -14,14 +16,16 @@ def test_ten_thousand_steps(name):
     params, generator = parameters([(6, 9), (5,)]), torch.Generator().manual_seed(1)
     optimizer = make(name, params, window_size=8, rank=1) if "lowrank" in name else make(name, params, window_size=8)
     optimizer.param_groups[0]["lr"] = 1e-6
-    process, early = psutil.Process(), None
+    footprint, resident = optimizer.memory_footprint(), []
     for t in range(STEPS):
         set_gradients(params, generator)
         optimizer.step()
-        if t == 1000:
-            early = process.memory_info().rss, optimizer.memory_footprint()
-    assert optimizer.memory_footprint() == early[1]
-    assert process.memory_info().rss - early[0] < 8 * 2**20
+        if t in (STEPS // 10, STEPS // 2, STEPS - 1):
+            gc.collect()
+            resident.append(psutil.Process().memory_info().rss)
+    assert optimizer.memory_footprint() == footprint
+    # A leak grows all the time; what the allocator keeps after the tests before this one comes at once.
+    assert min(resident[1] - resident[0], resident[2] - resident[1]) < 2 * 2**20
     assert optimizer.diagnostics()["step"] == STEPS
     g = window(optimizer, params)
     gram = optimizer.state[params[0]]["gram"]
