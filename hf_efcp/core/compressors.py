@@ -66,7 +66,7 @@ class BlockTopK:
         values = a.new_empty(n * rows, self.per_row)
         for part in chunks(n * rows, cols * (a.element_size() + 1)):
             self._compress_rows(flat[part], indices[part], values[part])
-        return indices.view(n, rows, -1), values.view(n, rows, -1)
+        return indices.view(n, rows, self.per_row), values.view(n, rows, self.per_row)
 
     def _compress_rows(self, a: Tensor, indices: Tensor, values: Tensor) -> None:
         split = self.full * self.block

@@ -23,13 +23,13 @@ class ErrorFeedback:
         error: (n, rows, cols), zeros at the start; None where rows are stored exactly, so that e is always 0. In bf16 it is
             rounded stochastically, by numbers counted by step and tensor.
         salt: (n,) int64, a number per tensor.
-        first_row: where the tensors are rows of larger ones, the first of these.
+        first: where the tensors are parts of larger ones, the row and the column at which they begin there.
     """
 
-    def __init__(self, error: Tensor | None, salt: Tensor | None = None, first_row: int = 0):
+    def __init__(self, error: Tensor | None, salt: Tensor | None = None, first: tuple[int, int] = (0, 0)):
         self.error = error
         self.salt = salt
-        self.first_row = first_row
+        self.first = first
 
     def accumulate(self, gradient: Tensor, in_place: bool = False) -> Tensor:
         """a = e + g, (n, rows, cols), in the gradient's dtype and, if `in_place`, in its memory; the state stays as it is."""
@@ -50,7 +50,8 @@ class ErrorFeedback:
         a = window.subtract_row_(self.accumulate(gradient, in_place))
         for part in self._row_chunks():
             old = self.error[:, part]
-            new = stochastic_round(a[:, part], old.dtype, step, self.salt, self.first_row + part.start)
+            row, col = self.first
+            new = stochastic_round(a[:, part], old.dtype, step, self.salt, (row + part.start, col))
             old.copy_(masked(accepted, new, old))
 
     def square(self) -> Tensor | float:

@@ -111,7 +111,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def counted_bits(counter: Tensor, salt: Tensor, rows: int, cols: int, first_row: int = 0) -> Tensor:
+def counted_bits(counter: Tensor, salt: Tensor, rows: int, cols: int, first: tuple[int, int] = (0, 0)) -> Tensor:
     """Pseudo-random numbers that depend on (counter, salt, row, column) only; their upper 16 bits are uniform.
 
     No generator: nothing global is drawn from, an entry does not depend on how the work is divided, and nothing has to be read
@@ -121,15 +121,16 @@ def counted_bits(counter: Tensor, salt: Tensor, rows: int, cols: int, first_row:
     Args:
         counter: 0-D int64, the step.
         salt: (n,) int64, one number per tensor.
-        rows, cols: how many; the rows are those from `first_row` on.
+        rows, cols: how many.
+        first: the row and the column to begin with.
 
     Returns:
         (n, rows, cols) int32.
     """
     device = salt.device
     key = _mix(_mix(counter.to(device) & 0x7FFFFFFF) ^ _mix(salt + 0x9E3779B9))
-    row = _mix(key[:, None] ^ torch.arange(first_row, first_row + rows, device=device)) | 1
-    col = _mix(_mix(key[:, None]) ^ torch.arange(cols, device=device)) | 1
+    row = _mix(key[:, None] ^ torch.arange(first[0], first[0] + rows, device=device)) | 1
+    col = _mix(_mix(key[:, None]) ^ torch.arange(first[1], first[1] + cols, device=device)) | 1
     return row.to(torch.int32)[:, :, None] * col.to(torch.int32)[:, None, :]
 
 
@@ -138,15 +139,15 @@ def counted_noise(counter: Tensor, salt: Tensor, rows: int, cols: int) -> Tensor
     return (counted_bits(counter, salt, rows, cols) >> 16).float().add_(0.5).mul_(2.0**-15)
 
 
-def stochastic_round(x: Tensor, dtype: torch.dtype, counter: Tensor, salt: Tensor, first_row: int = 0) -> Tensor:
+def stochastic_round(x: Tensor, dtype: torch.dtype, counter: Tensor, salt: Tensor, first: tuple[int, int] = (0, 0)) -> Tensor:
     """x (n, rows, cols) in `dtype`; to bf16 stochastically, so that small additions survive in the mean.
 
-    Round to nearest would lose every addition below 1/256 of a number. To other dtypes: round to nearest. `x` may be rows of
-    a larger tensor, from `first_row` on: they are rounded as in the whole.
+    Round to nearest would lose every addition below 1/256 of a number. To other dtypes: round to nearest. `x` may be part of
+    a larger tensor, from the row and column `first` on: it is rounded as in the whole.
     """
     if dtype != torch.bfloat16:
         return x.to(dtype)
     x = x.float()
-    noise = counted_bits(counter, salt, *x.shape[1:], first_row).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    noise = counted_bits(counter, salt, *x.shape[1:], first).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
     # Adding up to one unit of bf16 less one and cutting rounds up with the probability of the part that is cut off.
     return noise.add_(x.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32).to(dtype)

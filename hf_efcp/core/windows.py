@@ -67,35 +67,31 @@ class Window:
 
 
 class DenseWindow(Window):
-    """Rows as they are: (n, m, numel)."""
+    """Rows as they are: (n, m, rows, cols)."""
 
     def __init__(self, n: int, m: int, rows: int, cols: int, *, dtype, compute_dtype, device):
-        super().__init__({"window_rows": torch.zeros(n, m, rows * cols, dtype=dtype, device=device)}, compute_dtype)
-        self.shape = (rows, cols)
-
-    def stage(self, parts: tuple[Tensor, ...]) -> None:
-        """Take the gradient (n, rows, cols)."""
-        super().stage((parts[0].flatten(1),))
+        super().__init__({"window_rows": torch.zeros(n, m, rows, cols, dtype=dtype, device=device)}, compute_dtype)
 
     def subtract_row_(self, a: Tensor) -> Tensor:
         """See Window."""
-        return a.sub_(self._row[0].view_as(a))
+        return a.sub_(self._row[0])
 
     def combine(self, c: Tensor) -> Tensor:
         """See Window."""
-        (g,) = self.state.values()
+        (rows,) = self.state.values()
+        g = rows.flatten(2)
         n, m, length = g.shape
         out = torch.zeros(n, 1, length, dtype=self.compute_dtype, device=g.device)
         c = c.to(self.compute_dtype)[:, None]
-        for rows in chunks(m, 0 if g.dtype == self.compute_dtype else n * length * out.element_size()):
-            out.baddbmm_(c[..., rows], g[:, rows].to(self.compute_dtype))
-        return out.view(n, *self.shape)
+        for slots in chunks(m, 0 if g.dtype == self.compute_dtype else n * length * out.element_size()):
+            out.baddbmm_(c[..., slots], g[:, slots].to(self.compute_dtype))
+        return out.view(n, *rows.shape[2:])
 
     def _dots_with_window(self) -> Tensor:
-        return inner(self.state["window_rows"], self._row[0][:, None]).squeeze(2)
+        return inner(self.state["window_rows"].flatten(2), self._row[0].flatten(1)[:, None]).squeeze(2)
 
     def _staged_square(self) -> Tensor:
-        row = self._row[0][:, None]
+        row = self._row[0].flatten(1)[:, None]
         return inner(row, row)[:, 0, 0]
 
 

@@ -23,6 +23,9 @@ class Shards:
             since one that outlives destroy_process_group may abort the interpreter at its end.
     """
 
+    # Parameters are whole on every process.
+    follows = False
+
     def __init__(self, group: dist.ProcessGroup | None = None):
         self._group = group
         self.rank = dist.get_rank(group)

@@ -16,6 +16,7 @@ from ..core.deferred import Later, masked, readable
 from ..core.gram import GramMatrix
 from ..core.linalg import ieee_matmul
 from ..core.windows import Window
+from ..distributed.mesh import MeshShards, is_sharded, local_gradient, problem
 from ..distributed.plan import Owners
 from ..distributed.shards import Shards
 from .diagnostics import DiagnosticsMixin
@@ -147,7 +148,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
 
         torch.distributed.checkpoint takes a step on zero gradients to have the state allocated.
         """
-        grads = [p.grad for p in self._params if p.grad is not None]
+        grads = [g for g in map(local_gradient, self._params) if g is not None]
         if self._started or self._gram.step > 0:
             return bool(grads) or self._shards is not None
         work = any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
@@ -185,7 +186,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
 
         Raises:
             OptionError: a bad lr or weight_decay, an option of the whole optimizer, or a parameter of a kind that cannot be
-                optimized (complex; a flat FSDP1 shard; a DTensor).
+                optimized (complex; a flat FSDP1 shard; a DTensor that is not divided by rows).
         """
         name = type(self).__name__
         if not isinstance(param_group, dict):
@@ -240,7 +241,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
         self._gram: GramMatrix | None = None
         self._last: Tensor | None = None
         self._started = False
-        self._shards: Shards | None = None
+        self._shards: Shards | MeshShards | None = None
         self._owners: dict[Tensor, Owners] = {}
         self._copied_from = 1  # the number of processes that `_owners` is for
 
@@ -269,8 +270,8 @@ def _check_parameter(p: Any, name: str) -> None:
         raise OptionError(f"{name} needs whole matrices, and FSDP1 hands it flat pieces: use FSDP2 (fully_shard) or DDP")
     if p.device.type == "mps":
         raise OptionError(f"{name} forms inner products in fp64, which the mps device does not have: train on cpu or cuda")
-    if hasattr(p, "device_mesh"):
-        raise OptionError(f"{name} does not yet train sharded parameters (DTensor: FSDP2, tensor parallel): use DDP")
+    if is_sharded(p) and (what := problem(p)):
+        raise OptionError(f"{name}: {what}")
 
 
 def _signature(cls: type) -> inspect.Signature:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed.mesh import MeshShards, is_sharded
 from ..distributed.plan import Size, assign, describe
 from ..distributed.shards import Shards
 from .options import OptionError
@@ -38,12 +39,10 @@ def of_window(name: str) -> bool:
     return name.startswith("window_") or name in ("gram", "step")
 
 
-def _narrowed(t: Any, dim: int | None, rows: slice, total: int) -> Any:
-    """`rows` of a state tensor that has `total` rows in dimension `dim`; what does not fit is left for the checks."""
-    if dim is None or not isinstance(t, Tensor) or t.ndim <= dim or t.shape[dim] % total:
-        return t
-    each = t.shape[dim] // total
-    return t.narrow(dim, rows.start * each, (rows.stop - rows.start) * each)
+def row_dim(name: str, p: Tensor) -> int | None:
+    """Of a state entry of p, the dimension that goes with dimension 0 of p; None: it has none."""
+    dim = ROW_DIM.get(name)
+    return dim if dim is None or p.ndim > 1 else dim + 1  # a 1-D tensor is one row
 
 
 class ShardingMixin:
@@ -62,13 +61,17 @@ class ShardingMixin:
             return "not sharded"
         names = {p: n for g in self.param_groups for p, n in zip(g["params"], g.get("param_names", []), strict=False)}
         labels = [names.get(p, f"parameter {i}") for i, p in enumerate(self._params)]
-        return describe(labels, [self._owners[p] for p in self._params], list(self._sizes().values()), self._shards.size)
+        loads, divided = describe(
+            labels, [self._owners[p] for p in self._params], list(self._sizes().values()), self._shards.size
+        )
+        return loads + ("\nevery tensor divided by rows, as the parameters are" if self._shards.follows else divided)
 
     def _build(self, groups: list[list[Tensor]]) -> list[Stack]:
         """This process's stacks; parameters that are new get owners, the others keep theirs."""
         self._shards = self._find_shards()
+        follows = self._shards is not None and self._shards.follows
         processes = 1 if self._shards is None else self._shards.size
-        if self._owners and processes != self._copied_from:
+        if self._owners and not follows and processes != self._copied_from:
             raise OptionError(
                 f"this is a copy of an optimizer whose state was divided among {self._copied_from} processes, and holds one "
                 "process's part only (a copy has no process_group): use save_shards, state_dict and load_state_dict"
@@ -80,24 +83,42 @@ class ShardingMixin:
             pieces = [[Piece(p, number[p]) for p in params] for params in groups]
             return build_stacks(pieces, self.options, formats)
         self._agree()
-        self._assign()
+        if follows:
+            self._owners = {p: self._shards.owners(p) for p in self._params}
+        else:
+            self._assign()
         rank, owners = self._shards.rank, self._owners
         pieces = [[Piece(p, number[p], owners[p][rank]) for p in params if rank in owners[p]] for params in groups]
-        return build_stacks(pieces, self.options, formats, self._shards.sum)
+        return build_stacks(pieces, self.options, formats, self._shards)
 
     def _hand_out(self) -> None:
         """Every process gets the parameters that the others have updated."""
-        if self._shards is not None:
+        if self._shards is not None and not self._shards.follows:
             self._shards.hand_out(self._params, [self._owners[p] for p in self._params])
 
     def _format(self, group: dict):
         return self.row_format if group.get("compress", True) else None
 
-    def _find_shards(self) -> Shards | None:
+    def _find_shards(self) -> Shards | MeshShards | None:
+        if any(map(is_sharded, self._params)):
+            return self._find_mesh()
         running = self.options.shard == "auto" and dist.is_available() and dist.is_initialized()
         if self._process_group is None and not running:
             return None
         return Shards(self._process_group) if dist.get_world_size(self._process_group) > 1 else None
+
+    def _find_mesh(self) -> MeshShards:
+        shards, name = MeshShards([p for p in self._params if is_sharded(p)]), type(self).__name__
+        if self._process_group is not None:
+            raise OptionError(f"{name}: process_group has no meaning where parameters are DTensors: state follows their mesh")
+        for i, p in enumerate(self._params):
+            if not shards.fits(p):
+                what = f"{p.placements} on {p.device_mesh}" if is_sharded(p) else "a plain tensor"
+                raise OptionError(
+                    f"{name}: all parameters must lie alike on one device mesh; parameter {i} is {what}, others are "
+                    f"{shards.placements} on {shards.mesh}: give each kind an optimizer of its own"
+                )
+        return shards
 
     def _assign(self) -> None:
         sizes, held = self._sizes(), [0.0] * self._shards.size
@@ -109,11 +130,11 @@ class ShardingMixin:
 
     def _sizes(self) -> dict[Tensor, Size]:
         """Bytes of every parameter's state."""
-        sizes = {}
+        sizes, least = {}, 1 if self._shards is not None and self._shards.follows else 2
         for p, state in self._whole_state().items():
             bytes_ = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in state.items()}
             fixed, total = sum(n for name, n in bytes_.items() if name not in ROW_DIM), sum(bytes_.values())
-            divisible = p.ndim >= 2 and p.numel() > 0
+            divisible = p.ndim >= least and p.numel() > 0
             sizes[p] = Size(len(p), fixed, (total - fixed) / len(p), True) if divisible else Size(1, total, 0.0, False)
         return sizes
 
@@ -134,12 +155,13 @@ class ShardingMixin:
     # Checkpoints ------------------------------------------------------------------------------------------------------------
 
     def save_shards(self, folder: str | Path) -> None:
-        """Write this process's part of a sharded state; to be called on every process. Not sharded: nothing to do.
+        """Write this process's part of a sharded state; to be called on every process.
 
+        Nothing is written where there is no need: a state that is not sharded, or one of DTensors (FSDP2), is in `state_dict`.
         `state_dict()` then is a stub, without tensors; `load_state_dict(stub)` reads the folder that `shard_folder` names,
         on any number of processes.
         """
-        if self._shards is not None:
+        if self._shards is not None and not self._shards.follows:
             from ..distributed import checkpoint  # takes most of a second
 
             checkpoint.save(self._parts(self.options.save_window), Path(folder), self._shards.group)
@@ -189,15 +211,14 @@ class ShardingMixin:
         for number, p in enumerate(self._params):
             rows = self._owners[p].get(self._shards.rank) if self._shards is not None else None
             for name, t in self.state[p].items():
-                key, dim = f"{number}.{name}", ROW_DIM.get(name) if rows else None
+                key, dim = f"{number}.{name}", row_dim(name, p) if rows else None
                 if not with_window and of_window(name):
                     continue
                 if dim is None:
                     parts[key] = Part(t, tuple(t.shape))
                 elif t.numel():
-                    each = t.shape[dim] // (rows.stop - rows.start)  # numbers to a row along this dimension
-                    shape = [len(p) * each if d == dim else n for d, n in enumerate(t.shape)]
-                    parts[key] = Part(t, tuple(shape), dim, rows.start * each)
+                    shape = [len(p) if d == dim else n for d, n in enumerate(t.shape)]
+                    parts[key] = Part(t, tuple(shape), dim, rows.start)
         return parts
 
     def _expected_parts(self, with_window: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -215,7 +236,22 @@ class ShardingMixin:
         if self._shards.rank not in self._owners[p]:
             return {name: t for name, t in entry.items() if name in self.state[p]}
         rows = self._owners[p][self._shards.rank]
-        return {name: t if rows is None else _narrowed(t, ROW_DIM.get(name), rows, len(p)) for name, t in entry.items()}
+        return {name: self._own_rows(t, row_dim(name, p), rows) for name, t in entry.items()}
+
+    def _own_rows(self, t: Tensor, dim: int | None, rows: slice | None) -> Tensor:
+        if is_sharded(t):
+            mine = rows is not None and dim is not None and t.device_mesh == self._shards.mesh
+            if mine and tuple(t.placements) == self._shards.placed(dim):
+                return t.to_local()
+            t = t.full_tensor()
+        return t if rows is None or dim is None else t[(slice(None),) * dim + (rows,)]
+
+    def _global_entry(self, p: Tensor, entry: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of p as DTensors, where it follows a parameter that is one: as on one process, for whoever saves it."""
+        if self._shards is None or not self._shards.follows:
+            return entry
+        dims = {name: row_dim(name, p) for name in entry}
+        return {name: t if dims[name] is None else self._shards.whole(t, dims[name], len(p)) for name, t in entry.items()}
 
     def _agree(self) -> None:
         """Raise on every process where one has another class, other options or other parameters."""

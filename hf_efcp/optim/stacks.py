@@ -13,6 +13,7 @@ from ..core.compressors import Identity
 from ..core.error_feedback import ErrorFeedback
 from ..core.linalg import add_scaled_, chunks
 from ..core.windows import DenseWindow, Window
+from ..distributed.mesh import is_sharded, local, local_gradient
 
 # A stack's gradient is a temporary: it should stay in the cache on a CPU, and fill the device on a GPU.
 STACK_BYTES = {"cpu": 4 * 2**20}
@@ -36,7 +37,7 @@ class Piece:
     Attributes:
         param: the parameter.
         number: its position among all trainable parameters.
-        rows: rows of its 2-D view; None: all.
+        rows: rows of dimension 0; None: all.
     """
 
     param: Tensor
@@ -46,23 +47,26 @@ class Piece:
     @property
     def data(self) -> Tensor:
         """The parameter's own memory, (rows, ...)."""
-        p = self.param.detach()
-        return p if self.rows is None else p[self.rows]
+        p = local(self.param)
+        return p if self.rows is None or is_sharded(self.param) else p[self.rows]
 
     @property
     def grad(self) -> Tensor | None:
         """The gradient of `data`, dense; shares memory with `param.grad` unless that is sparse."""
-        g = self.param.grad
+        g = local_gradient(self.param)
         if g is None:
             return None
         g = g.to_dense() if g.is_sparse else g
-        return g if self.rows is None else g[self.rows]
+        return g if self.rows is None or is_sharded(self.param) else g[self.rows]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, cols) of the piece."""
         rows, cols = matrix_shape(self.param)
-        return (rows if self.rows is None else self.rows.stop - self.rows.start), cols
+        if self.rows is None:
+            return rows, cols
+        length = self.rows.stop - self.rows.start
+        return (length, cols) if self.param.ndim > 1 else (1, length)
 
 
 @dataclasses.dataclass
@@ -217,32 +221,34 @@ class Layout:
 RowFormat = Callable[[Layout], tuple[object, Window] | None]
 
 
-def build_stacks(groups: Iterable[list[Piece]], options, formats: list[RowFormat | None], reduce=None) -> list[Stack]:
+def build_stacks(groups: Iterable[list[Piece]], options, formats: list[RowFormat | None], shards=None) -> list[Stack]:
     """Group pieces into stacks and allocate their state, all zeros.
 
     Args:
         groups: the pieces of each parameter group.
         options: WindowOptions.
         formats: for each group, the compressor and window of tensors of two or more dimensions; None: plain rows.
-        reduce: sums a tensor over all processes, where pieces are rows.
+        shards: the processes, where pieces are rows.
     """
+    # Rows of several tensors are one batch only where every process makes the same batches: they meet in each.
+    alike_everywhere = shards is not None and shards.follows
     alike: dict[tuple, list[Piece]] = {}
     for index, pieces in enumerate(groups):
         for piece in pieces:
             p, rows = piece.param, piece.rows
-            place = rows and (rows.start, rows.stop, piece.number)
+            place = rows and (rows.start, rows.stop, None if alike_everywhere else piece.number)
             alike.setdefault((index, matrix_shape(p), p.ndim < 2, p.dtype, p.device, place), []).append(piece)
     stacks = []
     for (index, _, plain, _, _, place), members in alike.items():
-        for part in _parts(members):
+        for part in _parts(members, shards.size if place else 1):
             row_format = None if plain else formats[index]
-            stacks.append(_allocate(part, index, options, row_format, reduce if place else None))
+            stacks.append(_allocate(part, index, options, row_format, shards.sum if place else None))
     return stacks
 
 
-def _parts(members: list[Piece]) -> Iterator[list[Piece]]:
+def _parts(members: list[Piece], processes: int) -> Iterator[list[Piece]]:
     first = members[0].param
-    limit = STACK_BYTES.get(first.device.type, STACK_BYTES_ACCELERATOR)
+    limit = processes * STACK_BYTES.get(first.device.type, STACK_BYTES_ACCELERATOR)
     size = max(1, limit // max(1, first.numel() * compute_dtype(first).itemsize))
     for start in range(0, len(members), size):
         yield members[start : start + size]
@@ -263,5 +269,6 @@ def _allocate(pieces: list[Piece], index: int, options, row_format: RowFormat | 
         exact = False
     error = None if exact else torch.zeros(n, rows, cols, dtype=options.error_dtype or dtype, device=device)
     momentum = torch.zeros(n, rows, cols, dtype=dtype, device=device) if options.momentum else None
-    feedback = ErrorFeedback(error, numbers, first.rows.start if first.rows else 0)
+    start = first.rows.start if first.rows else 0
+    feedback = ErrorFeedback(error, numbers, (start, 0) if first.param.ndim > 1 else (0, start))
     return Stack(pieces, numbers, index, compressed[0], feedback, compressed[1], momentum)

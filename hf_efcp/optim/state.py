@@ -74,7 +74,7 @@ class StateDictMixin:
         """For pickle and copy: tensors are copied out of the stacks, which are built again from them."""
         state = super().__getstate__()
         copies = {p: {name: t.clone() for name, t in entry.items()} for p, entry in self.state.items()}
-        owners = None if self._shards is None else (self._shards.size, self._owners)
+        owners = None if self._shards is None or self._shards.follows else (self._shards.size, self._owners)
         return {**state, "state": collections.defaultdict(dict, copies), "options": self.options, "owners": owners}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -99,12 +99,13 @@ class StateDictMixin:
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the optimizer's options under "efcp"; without the window if `save_window` is off.
 
-        Tensors are copies: a view would drag its whole stack along. Where the state is sharded there are none, see `save_shards`:
-        processes do not meet here, since Trainer calls this on the first one only.
+        Tensors are copies: a view would drag its whole stack along. Where parameters are DTensors (FSDP2), so is the state that
+        goes with their rows. Where it is sharded otherwise there are none, see `save_shards`: processes do not meet here, since
+        Trainer calls this on the first one only.
         """
         saved = super().state_dict()
         saved["efcp"] = {"format": FORMAT, "class": type(self).__name__, "options": dataclasses.asdict(self.options)}
-        if self._shards is not None:
+        if self._shards is not None and not self._shards.follows:
             saved["state"] = {}
             saved["efcp"]["sharded"] = self._stub()
             return saved
@@ -112,6 +113,8 @@ class StateDictMixin:
             i: {name: value.clone() for name, value in entry.items() if self.options.save_window or not of_window(name)}
             for i, entry in saved["state"].items()
         }
+        params = self._all_params()
+        saved["state"] = {i: self._global_entry(params[i], entry) for i, entry in saved["state"].items()}
         return saved
 
     @torch.no_grad()
@@ -137,7 +140,10 @@ class StateDictMixin:
         index = [i for g in groups for i in g["params"]]
         entries = {p: saved[i] for i, p in zip(index, params, strict=True) if i in saved}
         stub = (state_dict.get("efcp") or {}).get("sharded")
-        with_window = (state_dict.get("efcp") or {"options": {}})["options"].get("save_window", True)
+        if (ours := state_dict.get("efcp")) is not None:
+            with_window = ours["options"].get("save_window", True)
+        else:  # torch.distributed.checkpoint keeps state and groups only
+            with_window = any("step" in entry for entry in entries.values() if isinstance(entry, Mapping))
         if stub is not None:
             self._load_shards(stub, with_window)
         elif entries:
@@ -200,7 +206,7 @@ class StateDictMixin:
     def _check_options(self, saved: dict[str, Any] | None, state: dict[int, dict[str, Tensor]]) -> None:
         if saved is None:  # another optimizer's, or through torch.distributed.checkpoint, which keeps state and groups only
             names = {name for entry in state.values() if isinstance(entry, Mapping) for name in entry}
-            if names and not names & {"gram", "error"}:
+            if names and not names & {"gram", "error", "skipped"}:
                 raise OptionError(
                     f"checkpoint is of another optimizer, with the state {', '.join(sorted(names))}; "
                     f"this is {type(self).__name__}"
