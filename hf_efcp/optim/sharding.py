@@ -250,8 +250,12 @@ class ShardingMixin:
         """The state of p as DTensors, where it follows a parameter that is one: as on one process, for whoever saves it."""
         if self._shards is None or not self._shards.follows:
             return entry
-        dims = {name: row_dim(name, p) for name in entry}
-        return {name: t if dims[name] is None else self._shards.whole(t, dims[name], len(p)) for name, t in entry.items()}
+        found = {}
+        for name, t in entry.items():
+            dim = row_dim(name, p)
+            t = t.int() if t.dtype == torch.int16 else t  # neither NCCL nor gloo sends int16, as a full state dict needs it
+            found[name] = t if dim is None else self._shards.whole(t, dim, len(p))
+        return found
 
     def _agree(self) -> None:
         """Raise on every process where one has another class, other options or other parameters."""

@@ -254,7 +254,8 @@ def _check_entry(number: int, ours: dict[str, Tensor], theirs: dict[str, Tensor]
             raise OptionError(
                 f"parameter {number}: {name} is of type {type(theirs[name]).__name__} in the checkpoint, not a tensor"
             )
-        if theirs[name].shape != tensor.shape or theirs[name].dtype != tensor.dtype:
+        widened = (tensor.dtype, theirs[name].dtype) == (torch.int16, torch.int32)  # as it is saved under FSDP2
+        if theirs[name].shape != tensor.shape or not (widened or theirs[name].dtype == tensor.dtype):
             raise OptionError(
                 f"parameter {number}: {name} is {tuple(theirs[name].shape)} {theirs[name].dtype} in the checkpoint, "
                 f"{tuple(tensor.shape)} {tensor.dtype} here"

@@ -84,7 +84,8 @@ def test_the_state_is_that_of_one_process_in_shape_dtype_and_value():
                 if "lowrank" in name and key[1] in ("warm_start", "window_p", "window_q"):
                     continue  # another basis of the same row
                 theirs = everybody[name][key]
-                assert (theirs.shape, theirs.dtype) == (t.shape, t.dtype)
+                assert theirs.shape == t.shape
+                assert theirs.dtype == (torch.int32 if t.dtype == torch.int16 else t.dtype)  # int16 cannot be sent
                 exact = "lowrank" not in name and key[1] != "gram"  # low rank and K: sums in another order
                 bound = 0 if exact else 1e-2 * t.double().norm()
                 assert (theirs.double() - t.double()).norm() <= bound, (name, key)
@@ -273,7 +274,7 @@ def start(name, **options):
 
 def save_half_way(rank, folder, kind, options):
     ends = {}
-    for name in names(kind):
+    for name in NAMES:
         module, params, optimizer = start(name, **options)
         train(optimizer, params, 0, HALF)
         model_state, optimizer_state = get_state_dict(module, optimizer, options=KINDS[kind])
@@ -289,7 +290,7 @@ def save_half_way(rank, folder, kind, options):
 
 def resume(rank, folder, kind, options):
     ends = {}
-    for name in names(kind):
+    for name in NAMES:
         module, params, optimizer = start(name, **options)
         if kind == "full":
             states = torch.load(folder / f"{name}.pt", weights_only=True)
@@ -305,11 +306,6 @@ def resume(rank, folder, kind, options):
 
 
 KINDS = {"sharded": StateDictOptions(), "full": StateDictOptions(full_state_dict=True, cpu_offload=True)}
-
-
-def names(kind):
-    """A full state dict is gathered, and no backend of torch sends int16, the indices of sparse windows."""
-    return [name for name in NAMES if kind == "sharded" or "sparse" not in name]
 
 
 @pytest.mark.parametrize("options", [{}, {**BF16, "scope": "layer"}, {"save_window": False}], ids=["plain", "bf16", "no window"])
@@ -328,7 +324,7 @@ def test_two_processes_save_others_go_on(processes, kind, tmp_path):
     expected = run(2, save_half_way, tmp_path, kind, {})[0]
     ends = [resume(0, tmp_path, kind, {})] if processes == 1 else run(processes, resume, tmp_path, kind, {})
     for end in ends:
-        for name in names(kind):
+        for name in NAMES:
             assert relative(end[name], expected[name]) <= 1e-9, name
 
 
@@ -336,5 +332,5 @@ def test_two_processes_save_others_go_on(processes, kind, tmp_path):
 def test_one_process_saves_two_go_on(kind, tmp_path):
     expected = save_half_way(0, tmp_path, kind, {})
     for end in run(2, resume, tmp_path, kind, {}):
-        for name in names(kind):
+        for name in NAMES:
             assert relative(end[name], expected[name]) <= 1e-9, name
