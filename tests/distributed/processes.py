@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -22,4 +23,8 @@ def _process(rank, processes, folder, function, args):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     torch.save(function(rank, *args), Path(folder, f"{rank}.pt"))
     dist.barrier()
-    os._exit(0)  # gloo's threads may abort an interpreter that ends while something holds the group
+    # gloo's threads abort a process whose peer leaves while it is in a collective, the barrier too,
+    Path(folder, f"{rank}.done").touch()
+    while len(list(Path(folder).glob("*.done"))) < processes:
+        time.sleep(0.01)
+    os._exit(0)  # and an interpreter that ends while something holds the group
