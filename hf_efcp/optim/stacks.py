@@ -217,7 +217,7 @@ class Layout:
 RowFormat = Callable[[Layout], tuple[object, Window] | None]
 
 
-def build_stacks(groups: Iterable[list[Piece]], options, formats: list[RowFormat | None], reduce=None) -> list[Stack]:
+def build_stacks(groups: Iterable[list[Piece]], options, formats: list[RowFormat | None], reduce=None, flat=False) -> list[Stack]:
     """Group pieces into stacks and allocate their state, all zeros.
 
     Args:
@@ -225,6 +225,7 @@ def build_stacks(groups: Iterable[list[Piece]], options, formats: list[RowFormat
         options: WindowOptions.
         formats: for each group, the compressor and window of tensors of two or more dimensions; None: plain rows.
         reduce: sums a tensor over all processes, where pieces are rows.
+        flat: 1-D tensors are pieces of everything, and have the formats too.
     """
     alike: dict[tuple, list[Piece]] = {}
     for index, pieces in enumerate(groups):
@@ -235,7 +236,7 @@ def build_stacks(groups: Iterable[list[Piece]], options, formats: list[RowFormat
     stacks = []
     for (index, _, plain, _, _, place), members in alike.items():
         for part in _parts(members):
-            row_format = None if plain else formats[index]
+            row_format = None if plain and not flat else formats[index]
             stacks.append(_allocate(part, index, options, row_format, reduce if place else None))
     return stacks
 
