@@ -268,7 +268,7 @@ def _check_parameter(p: Any, name: str) -> None:
         return
     if p.is_complex():
         raise OptionError(f"{name} has no complex arithmetic: pass torch.view_as_real(p) instead of the {p.dtype} parameter")
-    if hasattr(p, "_is_flat_param") or hasattr(p, "_is_fsdp_flattened"):
+    if hasattr(p, "_is_flat_param") or hasattr(p, "_fsdp_flattened"):
         raise OptionError(f"{name} needs whole matrices, and FSDP1 hands it flat pieces: use FSDP2 (fully_shard) or DDP")
     if hasattr(p, "ds_id") or hasattr(p, "ds_tensor"):
         raise OptionError(f"{name} needs whole parameters, and DeepSpeed's ZeRO-3 divides them: use DDP or FSDP2")
