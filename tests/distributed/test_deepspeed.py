@@ -1,6 +1,10 @@
 """Real DeepSpeed on two gloo processes: ZeRO-1 and 2 train as one process does, and resume. Needs `pip install deepspeed`."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from tests.optim.helpers import differences, snapshot
 from tests.reference import relative
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
 STEPS, HALF = 12, 6
 OPTIONS = {"lr": 0.05, "window_size": 4, "update_rms": 0.1, "weight_decay": 0.1}
 SPARSE = {"density": 0.05, "block_size": 64}
@@ -179,3 +184,46 @@ def without_accelerate(rank):
 
 def test_deepspeed_by_itself_is_refused():
     run(2, without_accelerate)
+
+
+SCRIPT = """
+import torch
+from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser, Trainer, TrainingArguments
+
+(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+torch.manual_seed(0)
+sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+x = torch.randint(0, 32, (64, 8))
+data = [{"input_ids": row, "labels": int(row[0] > 15)} for row in x]
+trainer = Trainer(BertForSequenceClassification(BertConfig(**sizes)), args, train_dataset=data)
+trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+"""
+
+
+def launch(folder, out, config, *arguments):
+    (folder / "script.py").write_text(SCRIPT)
+    (folder / "ds.json").write_text(json.dumps(config))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_efcp.run", "script.py"]
+    common = "--report_to none --max_steps 6 --save_steps 3 --logging_steps 1 --per_device_train_batch_size 4 --deepspeed ds.json"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, *torchrun, *common.split(), "--output_dir", out, *arguments]
+    return subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def losses(folder):
+    return [entry["loss"] for entry in json.loads((folder / "checkpoint-6/trainer_state.json").read_text())["log_history"]]
+
+
+def test_the_stock_trainer_trains_resumes_and_is_refused(tmp_path):
+    auto = {key: "auto" for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")}
+    config = {"zero_optimization": {"stage": 1}, **auto}
+    sparse = ["--optim", "efcp_sparse_mfac", "--optim_args", "density=0.05,window_size=4"]
+    done = launch(tmp_path, "out", config, *sparse)
+    assert done.returncode == 0, done.stderr
+    done = launch(tmp_path, "again", config, *sparse, "--resume_from_checkpoint", "out/checkpoint-3")
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "again") == losses(tmp_path / "out")
+    done = launch(tmp_path, "own", {**config, "optimizer": {"type": "AdamW", "params": {}}}, *sparse)
+    assert done.returncode != 0 and "which replaces SparseMFAC" in done.stderr
+    done = launch(tmp_path, "lowrank", config, "--optim", "efcp_lowrank_mfac")
+    assert done.returncode != 0 and "use SparseMFAC or DenseMFAC" in done.stderr
