@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..optim.base import WindowedOptimizer
+from ..optim.options import OptionError
 from ..optim.sharding import SHARD_FOLDER
 
 
@@ -46,10 +47,19 @@ def load_beside(original: Any) -> Any:
 
 
 def hook_states(original: Any) -> Any:
-    """Accelerator's `prepare_optimizer`: `save_state` and `load_state` then call ours first, on every process."""
+    """Accelerator's `prepare_optimizer`: `save_state` and `load_state` then call ours first, on every process.
+
+    FSDP1 is refused here, before training: with `use_orig_params=False` our optimizer would hold parameters nobody trains.
+    """
 
     def prepare_optimizer(self, optimizer, *args, **kwargs):
-        if unwrapped(optimizer) is not None and not getattr(self, "_hf_efcp_hooked", False):
+        ours = unwrapped(optimizer)
+        if ours is not None and str(self.distributed_type).endswith("FSDP") and not getattr(self, "is_fsdp2", False):
+            raise OptionError(
+                f"fsdp_version=1: {type(ours).__name__} needs whole matrices, and FSDP1 hands it flat pieces: "
+                "use fsdp_version=2 or DDP"
+            )
+        if ours is not None and not getattr(self, "_hf_efcp_hooked", False):
             self._hf_efcp_hooked = True
             self.register_save_state_pre_hook(lambda models, weights, folder: _save(self._optimizers, folder))
             self.register_load_state_pre_hook(lambda models, folder: _find(self._optimizers, folder))

@@ -7,7 +7,7 @@ transformers has no plug-in mechanism for optimizers. Four things are changed, e
 - `TrainingArguments.__post_init__` ends with a check of our options: a bad `--optim_args` fails there, before any data
   or model is loaded, and in `Trainer.create_optimizer` if the arguments were changed in between;
 - `Trainer._save_optimizer_and_scheduler`, `_load_...` and `Accelerator.prepare_optimizer` keep sharded state too
-  (checkpoints.py);
+  (checkpoints.py), and `Accelerator._prepare_deepspeed` refuses what cannot be right (deepspeed.py);
 - `Trainer.get_optimizer_cls_and_kwargs` (and 5.x's `_OPTIMIZER_HANDLERS`) answers for our names. It does so before
   transformers parses `optim_args`, because that parser fails on JSON and on a trailing comma. Any other name goes to
   the original, untouched.
@@ -29,6 +29,7 @@ import torch
 
 from ..optim.options import OptionError, as_text, unknown_name
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, parse_optim_args
+from . import deepspeed
 from .checkpoints import hook_states, load_beside, save_beside
 from .groups import parameter_groups, parse_targets
 
@@ -78,8 +79,12 @@ def optimizer_cls_and_kwargs(
     if targets is not None:
         parse_targets(targets)
     kwargs = {"lr": own["lr"], **info.hf_defaults, **options}
+    if config := deepspeed.config_of(args):
+        deepspeed.check_config(config, info.cls, kwargs)
     if model is not None:
-        kwargs["params"] = parameter_groups(model, own["weight_decay"], decay_names=decay_names, target_modules=targets)
+        groups = parameter_groups(model, own["weight_decay"], decay_names=decay_names, target_modules=targets)
+        stage = deepspeed.stage_of(config)
+        kwargs["params"] = deepspeed.one_group(groups, stage) if stage else groups
     return info.cls, kwargs
 
 
@@ -266,6 +271,7 @@ def _handler(context: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]
 
 def _patch_accelerator(module: Any) -> None:
     _replace(module.Accelerator, "prepare_optimizer", hook_states)
+    _replace(module.Accelerator, "_prepare_deepspeed", deepspeed.prepare)
 
 
 _PATCHES = {

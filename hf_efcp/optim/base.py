@@ -51,6 +51,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
         group = build(GroupOptions, {"lr": lr, "weight_decay": weight_decay}, name)
         self.options = build(self.options_type, options, name)
         self._process_group = process_group
+        self._given_plain = False
         self._forget()
         super().__init__(params, {"lr": group.lr, "weight_decay": group.weight_decay})
 
@@ -128,7 +129,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
                 k_j.index_add_(0, s.numbers.to(k_j.device), d.to(k_j.device))
             else:
                 k_j += d.sum(0).to(k_j.device)
-        return k_j if self._shards is None else self._shards.sum(k_j)
+        return k_j if self._meeting is None else self._meeting.sum(k_j)
 
     def _share(self, c: Tensor, s: Stack) -> Tensor:
         """The stack's coefficients, (n, m)."""
@@ -150,9 +151,9 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
         """
         grads = [g for g in map(local_gradient, self._params) if g is not None]
         if self._started or self._gram.step > 0:
-            return bool(grads) or self._shards is not None
+            return bool(grads) or self._meeting is not None
         work = any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
-        return work if self._shards is None else self._shards.any(work, self._gram.matrix.device)
+        return work if self._meeting is None else self._meeting.any(work, self._gram.matrix.device)
 
     def _is_finite(self, k_j: Tensor) -> bool | Tensor:
         """Whether the staged row may enter: a flag, or on a GPU the tensor that holds it, which masks every write.
@@ -207,6 +208,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
                 _check_parameter(_tensor(entry), name)
             params = self._named_alike(params)
         super().add_param_group({**param_group, **{k: getattr(checked, k) for k in given}, "params": params})
+        self._given_plain |= any(type(p) is Tensor for p in self.param_groups[-1]["params"])
 
     def _named_alike(self, params: list) -> list:
         """`params` as (name, tensor) pairs or as tensors, as the groups so far: torch refuses a mixture."""
@@ -229,6 +231,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
             for params in groups:
                 for p in params:
                     _check_parameter(p, type(self).__name__)
+                    self._check_replaced(p)
             self._params = [p for params in groups for p in params]
             self._adopt(self._build(groups), self._params)
             self._stacks_key = key
@@ -248,7 +251,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
     @property
     def _coordinates(self) -> int:
         """d, the number of coordinates of all groups that are trained."""
-        return sum(p.numel() for p in self._params if p.requires_grad)
+        return self._flat[1] if self._flat else sum(p.numel() for p in self._params if p.requires_grad)
 
     @property
     def _row_dtype(self) -> torch.dtype:
@@ -266,8 +269,10 @@ def _check_parameter(p: Any, name: str) -> None:
         return
     if p.is_complex():
         raise OptionError(f"{name} has no complex arithmetic: pass torch.view_as_real(p) instead of the {p.dtype} parameter")
-    if hasattr(p, "_is_flat_param") or hasattr(p, "_is_fsdp_flattened"):
+    if hasattr(p, "_is_flat_param") or hasattr(p, "_fsdp_flattened"):
         raise OptionError(f"{name} needs whole matrices, and FSDP1 hands it flat pieces: use FSDP2 (fully_shard) or DDP")
+    if hasattr(p, "ds_id") or hasattr(p, "ds_tensor"):
+        raise OptionError(f"{name} needs whole parameters, and DeepSpeed's ZeRO-3 divides them: use DDP or FSDP2")
     if p.device.type == "mps":
         raise OptionError(f"{name} forms inner products in fp64, which the mps device does not have: train on cpu or cuda")
     if is_sharded(p) and (what := problem(p)):

@@ -54,7 +54,7 @@ class DiagnosticsMixin:
             "weight_newest": shares[j],
             "weight_age": (shares * self._gram.ages(j)).sum(),
         }
-        if self._shards is None:
+        if self._meeting is None:
             error = sum(float(s.feedback.square()) for s in self._stacks)
             values |= {"error_norm": error**0.5, "error_share": _ratio(error, error + float(row) ** 2)}
         return {name: float(value) for name, value in values.items()}

@@ -53,6 +53,34 @@ class ShardingMixin:
     """
 
     shard_folder: str | Path | None = None
+    # Where somebody else divides parameters, gradients and state: the processes, and the number of all coordinates.
+    _flat: tuple[Shards, int] | None = None
+    # Whether a tensor that is no nn.Parameter was given; of a copy it is not known.
+    _given_plain = True
+
+    def take_flat_pieces(self, processes: Shards, coordinates: int) -> None:
+        """The parameters of the one group are about to be replaced by this process's flat piece of all of them (ZeRO-1, 2).
+
+        K is then summed over `processes`, and nothing else is sent. Sparse blocks are runs of the piece. Each process's
+        state_dict has its own state.
+
+        Args:
+            processes: those that divide the parameters.
+            coordinates: of all pieces, without padding.
+        """
+        self._flat = processes, coordinates
+
+    @property
+    def _meeting(self) -> Shards | None:
+        """The processes over which K is summed."""
+        return self._flat[0] if self._flat else self._shards
+
+    def _check_replaced(self, p: Tensor) -> None:
+        if self._flat is None and not self._given_plain and type(p) is Tensor:
+            raise OptionError(
+                f"{type(self).__name__} was given parameters, and finds a plain tensor {tuple(p.shape)} in their place, as "
+                "DeepSpeed does: prepare it by Accelerate or Trainer, without ZeRO in full precision; or use DDP"
+            )
 
     def sharding_plan(self) -> str:
         """Who holds how many bytes of state, and which tensors are divided by rows; to be called on every process."""
@@ -81,7 +109,7 @@ class ShardingMixin:
         number = {p: i for i, p in enumerate(self._params)}
         if self._shards is None:
             pieces = [[Piece(p, number[p]) for p in params] for params in groups]
-            return build_stacks(pieces, self.options, formats)
+            return build_stacks(pieces, self.options, formats, flat=self._flat is not None)
         self._agree()
         if follows:
             self._owners = {p: self._shards.owners(p) for p in self._params}
@@ -102,6 +130,8 @@ class ShardingMixin:
     def _find_shards(self) -> Shards | MeshShards | None:
         if any(map(is_sharded, self._params)):
             return self._find_mesh()
+        if self._flat is not None:
+            return None
         running = self.options.shard == "auto" and dist.is_available() and dist.is_initialized()
         if self._process_group is None and not running:
             return None

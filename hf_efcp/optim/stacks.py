@@ -221,7 +221,9 @@ class Layout:
 RowFormat = Callable[[Layout], tuple[object, Window] | None]
 
 
-def build_stacks(groups: Iterable[list[Piece]], options, formats: list[RowFormat | None], shards=None) -> list[Stack]:
+def build_stacks(
+    groups: Iterable[list[Piece]], options, formats: list[RowFormat | None], shards=None, flat: bool = False
+) -> list[Stack]:
     """Group pieces into stacks and allocate their state, all zeros.
 
     Args:
@@ -229,6 +231,7 @@ def build_stacks(groups: Iterable[list[Piece]], options, formats: list[RowFormat
         options: WindowOptions.
         formats: for each group, the compressor and window of tensors of two or more dimensions; None: plain rows.
         shards: the processes, where pieces are rows.
+        flat: 1-D tensors are pieces of everything, and have the formats too.
     """
     # Rows of several tensors are one batch only where every process makes the same batches: they meet in each.
     alike_everywhere = shards is not None and shards.follows
@@ -241,7 +244,7 @@ def build_stacks(groups: Iterable[list[Piece]], options, formats: list[RowFormat
     stacks = []
     for (index, _, plain, _, _, place), members in alike.items():
         for part in _parts(members, shards.size if place else 1):
-            row_format = None if plain else formats[index]
+            row_format = None if plain and not flat else formats[index]
             stacks.append(_allocate(part, index, options, row_format, shards.sum if place else None))
     return stacks
 

@@ -215,6 +215,7 @@ PARAMETERS = [
     params("in two groups", shared_between_groups, "more than one parameter group", ValueError),
     params("some with names", lambda: [("a", one()), one()], "name", ValueError),
     params("flat FSDP1", lambda: [flagged(_is_flat_param=True)], "FSDP2|fully_shard"),
+    params("piece of FSDP1", lambda: [flagged(_fsdp_flattened=True)], "FSDP2|fully_shard"),
     params("sharded", lambda: [flagged(device_mesh=object())], "DTensor.*DDP"),
     params("group with an option", lambda: [{"params": [one()], "rank": 8}], "rank is an option of the whole optimizer"),
     params("group with window_size", lambda: [{"params": [one()], "window_size": 8}], "window_size is an option of the whole"),

@@ -1,0 +1,151 @@
+"""DeepSpeed through Accelerate and Trainer: what can be right is set up, the rest is refused before training.
+
+ZeRO-1 and 2 hand an optimizer, for each parameter group, this process's piece of all the group's parameters as one flat fp32
+tensor, and call `step` once for each group. With a single group that is one step of one window over all pieces: K is summed over
+the processes, everything else is local. A flat piece has no matrices, so that low rank is refused; so is ZeRO-3, which calls
+`step` once for each sub-group. Nothing here imports deepspeed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..distributed.shards import Shards
+from ..optim.base import WindowedOptimizer
+from ..optim.options import OptionError
+from .checkpoints import unwrapped
+
+logger = logging.getLogger(__name__)
+
+INSTEAD = "use DDP, where shard=auto divides the optimizer's state as ZeRO-1 does, or FSDP2"
+
+
+def config_of(args: Any) -> Mapping[str, Any]:
+    """The DeepSpeed configuration of TrainingArguments, from `--deepspeed` or from `accelerate launch`; empty: none."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    holder = getattr(args, "hf_deepspeed_config", None) or getattr(plugin, "hf_ds_config", None)
+    return getattr(holder, "config", None) or {}
+
+
+def stage_of(config: Mapping[str, Any]) -> int:
+    """The ZeRO stage; 0 where there is none."""
+    return int((config.get("zero_optimization") or {}).get("stage", 0))
+
+
+def check_config(config: Mapping[str, Any], cls: type[WindowedOptimizer], options: Mapping[str, Any]) -> None:
+    """Raise OptionError where DeepSpeed would replace the optimizer, or hand it what it cannot train.
+
+    Args:
+        config: DeepSpeed's.
+        cls: the optimizer's class.
+        options: those of `cls` that are known.
+    """
+    name, stage = cls.__name__, stage_of(config)
+    zero = config.get("zero_optimization") or {}
+    if "optimizer" in config:
+        kind = (config["optimizer"] or {}).get("type")
+        raise OptionError(f"DeepSpeed's config has an optimizer of its own ({kind}), which replaces {name}: remove that section")
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if str(getattr(offload, "value", offload)) != "none" or zero.get("cpu_offload"):
+        raise OptionError(
+            f"DeepSpeed's offload_optimizer replaces {name} by DeepSpeedCPUAdam, or keeps its state where the processes cannot "
+            f"sum it: set offload_optimizer.device to none, or {INSTEAD}"
+        )
+    if stage not in (0, 1, 2):
+        raise OptionError(f"DeepSpeed zero_optimization.stage={stage}: {name} allows 0, 1 and 2 (sparse and dense); {INSTEAD}")
+    if (config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
+        raise OptionError(f"DeepSpeed tensor_parallel.autotp_size: {name} has no tensor parallelism; {INSTEAD}")
+    if stage == 0:
+        return
+    if "rank" in cls.options_type.__dataclass_fields__:
+        raise OptionError(
+            f"DeepSpeed zero_optimization.stage={stage} flattens the parameters, and {name} needs matrices: use "
+            f"{name.replace('LowRank', 'Sparse')} or {name.replace('LowRank', 'Dense')}, stage 0, or {INSTEAD}"
+        )
+    if options.get("scope") == "layer":
+        raise OptionError(f"scope='layer': DeepSpeed zero_optimization.stage={stage} leaves no layers; use scope=model")
+    for key, where in (("elastic_checkpoint", zero), ("load_universal", config.get("checkpoint") or {})):
+        if where.get(key):
+            raise OptionError(f"DeepSpeed {key}=true takes the optimizer's state for copies of the parameters: set it to false")
+
+
+def one_group(groups: list[dict[str, Any]], stage: int) -> list[dict[str, Any]]:
+    """Parameter groups as one, which is what ZeRO-1 and 2 need, with what all of them have in common.
+
+    Raises:
+        OptionError: they have different weight decay, or are not all compressed.
+    """
+    if len(groups) < 2:
+        return groups
+    for key, remedy in (("weight_decay", "weight_decay=0"), ("compress", "no optim_target_modules")):
+        values = {group[key] for group in groups}
+        if len(values) > 1:
+            raise OptionError(
+                f"DeepSpeed zero_optimization.stage={stage} steps each parameter group by itself: one window takes one "
+                f"group, but {key} is {' and '.join(map(str, sorted(values)))}: use {remedy}, or {INSTEAD}"
+            )
+    common = {key: groups[0][key] for key in ("weight_decay", "compress")}
+    return [{"params": [entry for group in groups for entry in group["params"]], **common}]
+
+
+def prepare(original: Any) -> Any:
+    """Accelerator's `_prepare_deepspeed`: checked before, set up, and checked after."""
+
+    def _prepare_deepspeed(self, *args):
+        ours = next((found for a in args if (found := unwrapped(a)) is not None), None)
+        if ours is None:
+            return original(self, *args)
+        config = self.deepspeed_plugin.deepspeed_config
+        check_config(config, type(ours), dataclasses.asdict(ours.options))
+        _set_up(ours, stage_of(config))
+        result = original(self, *args)
+        engine = next((r for r in result if isinstance(r, nn.Module) and hasattr(r, "optimizer")), None)
+        if engine is not None:
+            _check_engine(engine, ours, stage_of(config))
+        return result
+
+    return _prepare_deepspeed
+
+
+def _set_up(ours: WindowedOptimizer, stage: int) -> None:
+    if ours.state:
+        raise OptionError("the optimizer has taken steps: under DeepSpeed prepare it first")
+    if ours.options.shard == "auto" or ours._process_group is not None:
+        # DeepSpeed saves what the first process has, or with ZeRO what each has: no stubs.
+        if stage == 0:
+            logger.warning("DeepSpeed without ZeRO: every process holds the optimizer's whole state (shard=off)")
+        ours.options, ours._process_group = dataclasses.replace(ours.options, shard="off"), None
+    if stage == 0:
+        return
+    groups = [group for group in ours.param_groups if any(p.requires_grad for p in group["params"])]
+    if len(groups) > 1:
+        raise OptionError(
+            f"DeepSpeed zero_optimization.stage={stage} steps each parameter group by itself: one window takes one group, got "
+            f"{len(groups)}: pass the parameters as one list, or {INSTEAD}"
+        )
+    ours.take_flat_pieces(Shards(), sum(p.numel() for group in groups for p in group["params"] if p.requires_grad))
+
+
+def _check_engine(engine: nn.Module, ours: WindowedOptimizer, stage: int) -> None:
+    name, found = type(ours).__name__, engine.optimizer
+    if unwrapped(found) is not ours:
+        raise OptionError(f"DeepSpeed trains with {type(found).__name__} in place of {name}: {INSTEAD}")
+    if stage == 0:
+        known = {id(p) for p in engine.parameters()}
+        if any(id(p) not in known for group in ours.param_groups for p in group["params"]):
+            raise OptionError(
+                f"DeepSpeed's {type(found).__name__} hands {name} copies of the parameters (bf16 or fp16 without ZeRO): use "
+                f"zero_optimization.stage 1 or 2 (sparse and dense), full precision, or {INSTEAD}"
+            )
+        return
+    divided = getattr(found, "dp_process_group", None)
+    if type(found).__name__ != "DeepSpeedZeroOptimizer" or Shards(divided).size != Shards().size:
+        raise OptionError(
+            f"DeepSpeed divides the parameters by {type(found).__name__}, and not over all processes: {name} takes ZeRO-1 and 2 "
+            f"without tensor, pipeline, expert or sequence parallelism; {INSTEAD}"
+        )

@@ -1,0 +1,146 @@
+"""Parameters, gradients and state divided by somebody else, as ZeRO-1 and 2 do: flat pieces, and K summed over them."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hf_efcp import OptionError
+from hf_efcp.distributed.shards import Shards
+from tests.distributed.processes import run
+from tests.distributed.test_sharding import flat, gradients, problem
+from tests.optim.helpers import differences, snapshot
+from tests.reference import make, relative
+
+NAMES = ["efcp_dense_mfac", "efcp_dense_ggt", "efcp_sparse_mfac", "efcp_sparse_ggt"]
+STEPS, BLOCK = 14, 16
+OPTIONS = {"lr": 0.01, "window_size": 6, "update_rms": 0.3, "momentum": 0.5, "weight_decay": 0.1}
+VARIANTS = [{}, {"weight_decay_mode": "l2", "window_momentum": 0.5}]
+
+
+class Zero:
+    """What DeepSpeed's ZeRO optimizer does to an optimizer of one group, with pieces that end where blocks do."""
+
+    def __init__(self, name, processes, rank, **options):
+        self.params = problem()
+        sparse = {"block_size": BLOCK, "density": 0.2} if "sparse" in name else {}
+        self.optimizer = make(name, self.params, **OPTIONS, **sparse, **options)
+        total = sum(p.numel() for p in self.params)
+        self.size = -(-total // (4 * BLOCK)) * 4 * BLOCK // processes  # 4: the most processes of these tests
+        self.processes, self.padding = processes, self.size * processes - total
+        self.own = slice(rank * self.size, (rank + 1) * self.size)
+        self.optimizer.take_flat_pieces(Shards(), total)
+        self.piece = self._flatten(self.params)[self.own].clone().requires_grad_()
+        self.optimizer.param_groups[0]["params"] = [self.piece]
+
+    def _flatten(self, tensors):
+        return torch.cat([*(t.detach().flatten() for t in tensors), torch.zeros(self.padding, dtype=torch.float64)])
+
+    def step(self, number):
+        gradients(self.params, number)
+        self.piece.grad = self._flatten([p.grad for p in self.params])[self.own].clone()
+        self.optimizer.step()
+        pieces = [torch.empty_like(self.piece.detach()) for _ in range(self.processes)]
+        dist.all_gather(pieces, self.piece.detach())
+        start = 0
+        for p in self.params:
+            p.data.copy_(torch.cat(pieces)[start : start + p.numel()].view(p.shape))
+            start += p.numel()
+
+
+def train(rank, processes):
+    found = {}
+    for name in NAMES:
+        for i, options in enumerate(VARIANTS):
+            zero = Zero(name, processes, rank, **options)
+            for step in range(STEPS):
+                zero.step(step)
+            found[name, i] = flat(zero.params), zero.optimizer.memory_footprint(), zero.optimizer.diagnostics()
+    return found
+
+
+def resume(rank, processes):
+    """Each process's state_dict has its own state, and goes on bit for bit; what is not finite on one is skipped by all."""
+    for name in NAMES:
+        zero, again = Zero(name, processes, rank), Zero(name, processes, rank)
+        for step in range(8):
+            zero.step(step)
+        again.optimizer.load_state_dict(copy.deepcopy(zero.optimizer.state_dict()))
+        with torch.no_grad():
+            again.piece.copy_(zero.piece)
+            for p, value in zip(again.params, zero.params, strict=True):
+                p.copy_(value)
+        for step in range(8, 12):
+            zero.step(step)
+            again.step(step)
+        assert differences(snapshot(zero.optimizer, [zero.piece]), snapshot(again.optimizer, [again.piece])) == []
+        before = zero.piece.detach().clone()
+        zero.piece.grad = torch.full_like(before, torch.nan if rank else 1.0)
+        with pytest.warns(RuntimeWarning, match="not finite"):
+            zero.optimizer.step()
+        assert torch.equal(zero.piece, before)
+
+
+def train_and_resume(rank, processes):
+    resume(rank, processes)
+    return train(rank, processes)
+
+
+@pytest.fixture(scope="module")
+def on_one_process(tmp_path_factory):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/store", rank=0, world_size=1)
+    yield train(0, 1)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_parameters_are_those_of_one_process(processes, on_one_process):
+    everybody = run(processes, train_and_resume, processes)
+    for key, (expected, whole, figures) in on_one_process.items():
+        for found in everybody:
+            assert torch.equal(found[key][0], everybody[0][key][0])
+            assert found[key][1]["window"] * processes == whole["window"]
+        assert relative(everybody[0][key][0], expected) <= 1e-9, key
+        for name in ("row_norm", "update_rms", "kappa", "cosine_rows"):
+            assert everybody[0][key][2][name] == pytest.approx(figures[name], rel=1e-6), (key, name)
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_dense_pieces_are_the_model(name, on_one_process):
+    """Flat or not, a dense row has the same inner products; padding counts nowhere."""
+    for i, options in enumerate(VARIANTS):
+        params = problem()
+        optimizer = make(name, params, **OPTIONS, **options)
+        for step in range(STEPS):
+            gradients(params, step)
+            optimizer.step()
+        assert relative(on_one_process[name, i][0], flat(params)) <= 1e-9
+
+
+def test_a_plain_tensor_in_the_place_of_a_parameter_is_refused():
+    params = problem()
+    optimizer = make("efcp_dense_mfac", params, lr=0.01)
+    piece = flat(params).requires_grad_()
+    optimizer.param_groups[0]["params"] = [piece]
+    piece.grad = torch.ones_like(piece)
+    with pytest.raises(OptionError, match=r"was given parameters, and finds a plain tensor \(\d+,\) in their place"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("given", [torch.ones(3), [torch.ones(3)], [("a", torch.ones(3))]])
+def test_plain_tensors_that_were_given_are_trained(given):
+    p = given if isinstance(given, torch.Tensor) else given[0][1] if isinstance(given[0], tuple) else given[0]
+    p.requires_grad_()
+    optimizer = make("efcp_dense_mfac", given if isinstance(given, list) else [given], lr=0.01)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert (p < 1).all()
+
+
+def test_a_parameter_of_zero_3_is_refused():
+    p = nn.Parameter(torch.empty(0))
+    p.ds_id = 0
+    with pytest.raises(OptionError, match="ZeRO-3 divides them: use DDP or FSDP2"):
+        make("efcp_sparse_mfac", [p], lr=0.01)
