@@ -18,6 +18,7 @@ from ..core.linalg import ieee_matmul
 from ..core.windows import Window
 from ..distributed.plan import Owners
 from ..distributed.shards import Shards
+from .communication import CommunicationMixin
 from .diagnostics import DiagnosticsMixin
 from .options import GroupOptions, OptionError, ParamGroupOptions, annotations, build
 from .sharding import ShardingMixin
@@ -25,7 +26,7 @@ from .stacks import Layout, Stack, compute_dtype
 from .state import StateDictMixin
 
 
-class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer):
+class WindowedOptimizer(CommunicationMixin, ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer):
     """A preconditioner phi(K) on a window of compressed gradients: u = G^T c, c = phi(K) w.
 
     Subclasses give `options_type`, `row_format` (compressor and window of a stack) and `coefficients` (phi).
@@ -92,6 +93,9 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
     # fmt: off
     def _step(self, stacks: list[Stack], gram: GramMatrix) -> None:
         j, l2, dots = gram.next_slot(), self._l2(), []
+        self._check_factors()
+        for s in self._factor_stacks:
+            s.stage(gram.step)                                              # P and Q are there: see communication.py
         for s in stacks:
             s.stage(gram.step, l2[s.group])                                 # a = e + g;  c_j = C(a), as the window stores it
             dots.append(s.dots(j))                                          # <c_j, c_i> for all i
@@ -100,7 +104,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
         if accepted is False:
             gram.skipped += 1
             return
-        for s in stacks:
+        for s in (*stacks, *self._factor_stacks):
             s.commit(j, gram.step, l2[s.group], accepted)                   # e <- a - c_j;  row j of G <- c_j
         gram.update(j, k_j, accepted)
         c = self._rescale(self.coefficients(gram, j, self._row_dtype))      # c = phi(K) w
@@ -149,9 +153,9 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
         """
         grads = [p.grad for p in self._params if p.grad is not None]
         if self._started or self._gram.step > 0:
-            return bool(grads) or self._shards is not None
+            return bool(grads) or self._together is not None
         work = any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
-        return work if self._shards is None else self._shards.any(work, self._gram.matrix.device)
+        return work if self._together is None else self._together.any(work, self._gram.matrix.device)
 
     def _is_finite(self, k_j: Tensor) -> bool | Tensor:
         """Whether the staged row may enter: a flag, or on a GPU the tensor that holds it, which masks every write.
@@ -241,6 +245,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
         self._last: Tensor | None = None
         self._started = False
         self._shards: Shards | None = None
+        self._forget_factors()
         self._owners: dict[Tensor, Owners] = {}
         self._copied_from = 1  # the number of processes that `_owners` is for
 

@@ -65,7 +65,7 @@ class Piece:
         return (rows if self.rows is None else self.rows.stop - self.rows.start), cols
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Stack:
     """n pieces of one shape, dtype, device and parameter group, with everything that a step does to them.
 
@@ -100,6 +100,9 @@ class Stack:
 
         A parameter without a gradient gives a zero row, and its error stays.
         """
+        if hasattr(self.compressor, "ready"):  # made during backward
+            self.window.stage(self.compressor.ready())
+            return
         gradient = self.gradient(l2)
         a = self.feedback.accumulate(gradient, self._owns(gradient))
         for i, piece in enumerate(self.pieces):
@@ -234,13 +237,14 @@ def build_stacks(groups: Iterable[list[Piece]], options, formats: list[RowFormat
             alike.setdefault((index, matrix_shape(p), p.ndim < 2, p.dtype, p.device, place), []).append(piece)
     stacks = []
     for (index, _, plain, _, _, place), members in alike.items():
-        for part in _parts(members):
+        for part in batches(members):
             row_format = None if plain else formats[index]
             stacks.append(_allocate(part, index, options, row_format, reduce if place else None))
     return stacks
 
 
-def _parts(members: list[Piece]) -> Iterator[list[Piece]]:
+def batches(members: list[Piece]) -> Iterator[list[Piece]]:
+    """Pieces of one shape, in lists that are not too large for one stack."""
     first = members[0].param
     limit = STACK_BYTES.get(first.device.type, STACK_BYTES_ACCELERATOR)
     size = max(1, limit // max(1, first.numel() * compute_dtype(first).itemsize))
