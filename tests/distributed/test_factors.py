@@ -47,7 +47,7 @@ def batch(step, rank=0, processes=1, parts=1, part=0):
 
 
 def build(name, params, **options):
-    return hf_efcp.create_optimizer(name, params, **{"lr": 0.02, "window_size": M, "rank": RANK, "update_rms": 0.3, **options})
+    return hf_efcp.create_optimizer(name, params, **{"lr": 0.005, "window_size": M, "rank": RANK, "update_rms": 0.3, **options})
 
 
 def start(name, comm="factors", group=True, **options):
@@ -90,7 +90,7 @@ RUNS = {  # what is compared with one process
     ("efcp_lowrank_mfac", "accumulated"): {"accumulate": 2},
     ("efcp_lowrank_mfac", "l2"): {"momentum": 0.5, "weight_decay": 0.1, "weight_decay_mode": "l2", "window_momentum": 0.5},
     ("efcp_lowrank_ggt", "not sharded"): {"group": False},
-    ("efcp_lowrank_ggt", "layer"): {"scope": "layer", "power_iterations": 2},
+    ("efcp_lowrank_ggt", "layer"): {"scope": "layer", "power_iterations": 2, "eps": 1e-2},
 }
 
 
@@ -130,7 +130,7 @@ def wrong(rank):
 
 def test_averaged_local_factors_are_another_run():
     first, _ = run(2, wrong)
-    assert relative(first, trained("efcp_lowrank_mfac", "gradients")) > 1e-2
+    assert relative(first, trained("efcp_lowrank_mfac", "gradients")) > 1e-3
 
 
 def exact(rank, a):
