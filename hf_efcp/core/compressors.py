@@ -106,12 +106,16 @@ class PowerIteration:
 
     def compress(self, a: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """P (n, rows, r) and Q (n, cols, r) of a (n, rows, cols)."""
-        q = self._start(step).to(a.dtype)
+        q = self.start(step).to(a.dtype)
         for i in range(self.power_iterations):
-            p = orthonormalize(a @ (_unit_columns(q) if i else q), self.reduce)
+            p = orthonormalize(a @ (unit_columns(q) if i else q), self.reduce)
             q = a.mT @ p if self.reduce is None else self.reduce(a.mT @ p)
-        self._next = q
+        self.prepare(q)
         return p, q
+
+    def prepare(self, q: Tensor) -> None:
+        """Take the Q of this step, (n, cols, r), for `commit`."""
+        self._next = q
 
     def commit(self, accepted: bool | Tensor = True) -> None:
         """Q becomes the next step's warm start; a tensor whose Q is all zero (no gradient) keeps the one it has."""
@@ -119,18 +123,19 @@ class PowerIteration:
         self.q.copy_(masked(accepted, torch.where(alive, self._next, self.q), self.q))
         self._next = None
 
-    def _start(self, step: Tensor) -> Tensor:
+    def start(self, step: Tensor) -> Tensor:
+        """The Q that this step starts from, (n, cols, r): unit columns of the last one, dead ones redrawn."""
         norms = _column_norms(self.q)
         dead = norms <= torch.finfo(self.q.dtype).eps * norms.amax(dim=-1, keepdim=True)
         fresh = counted_noise(step, self.salt, self.q.shape[2], self.q.shape[1]).mT.to(self.q.dtype)
-        return torch.where(dead, fresh, _unit_columns(self.q))
+        return torch.where(dead, fresh, unit_columns(self.q))
 
 
 def _column_norms(q: Tensor) -> Tensor:
     return torch.linalg.vector_norm(q, dim=1, keepdim=True, dtype=torch.float64)
 
 
-def _unit_columns(q: Tensor) -> Tensor:
+def unit_columns(q: Tensor) -> Tensor:
     """Only the columns' directions matter, and products of huge or tiny ones would leave fp32's range."""
     norms = _column_norms(q)
     return (q / torch.where(norms > 0, norms, 1.0)).to(q.dtype)

@@ -82,7 +82,9 @@ def save(parts: dict[str, Part], folder: Path, group) -> None:
     dcp.save(parts, checkpoint_id=folder, planner=planner, process_group=group)
 
 
-def load(parts: dict[str, Part], expected: dict[str, tuple[tuple[int, ...], torch.dtype]], folder: Path, group) -> None:
+def load(
+    parts: dict[str, Part], expected: dict[str, tuple[tuple[int, ...], torch.dtype]], folder: Path, group, means: dict[str, Part]
+) -> None:
     """Read into the parts' tensors; everything is checked before anything is changed.
 
     Args:
@@ -90,6 +92,7 @@ def load(parts: dict[str, Part], expected: dict[str, tuple[tuple[int, ...], torc
         expected: shape and dtype of every entry, those that other processes hold too.
         folder: as `save` wrote it, on any number of processes.
         group: the processes that load together; None: this one alone.
+        means: further parts, of entries that have several copies, in one more dimension before the others: filled with the mean.
 
     Raises:
         CheckpointError: the folder or a file in it is missing or damaged, or entries do not fit.
@@ -106,6 +109,12 @@ def load(parts: dict[str, Part], expected: dict[str, tuple[tuple[int, ...], torc
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
             dcp.load(parts, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+            for name, part in means.items():
+                copies = torch.empty(expected[name][0][0], *part.tensor.shape, dtype=part.tensor.dtype)
+                dim = None if part.dim is None else part.dim + 1
+                read = {name: Part(copies, expected[name][0], dim, part.start)}
+                dcp.load(read, storage_reader=reader, planner=planner, no_dist=True)
+                part.tensor.copy_(copies.mean(0, dtype=torch.promote_types(copies.dtype, torch.float32)))
     except dcp.CheckpointException as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from None
 

@@ -1,11 +1,12 @@
 """Everything that hf_efcp needs of transformers' private parts, in this one file.
 
-transformers has no plug-in mechanism for optimizers. Four things are changed, each as soon as its module is imported
+transformers has no plug-in mechanism for optimizers. Five things are changed, each as soon as its module is imported
 (at once, if it already was), so that `import hf_efcp` itself does not pay for importing transformers:
 
 - `training_args.OptimizerNames` gains our names, in place: argparse and `TrainingArguments(optim=...)` accept them;
 - `TrainingArguments.__post_init__` ends with a check of our options: a bad `--optim_args` fails there, before any data
   or model is loaded, and in `Trainer.create_optimizer` if the arguments were changed in between;
+- `Accelerator.prepare_model` and `prepare_optimizer` give DDP the hook of comm="factors" (communication.py);
 - `Trainer._save_optimizer_and_scheduler`, `_load_...` and `Accelerator.prepare_optimizer` keep sharded state too
   (checkpoints.py), and `Accelerator._prepare_deepspeed` refuses what cannot be right (deepspeed.py);
 - `Trainer.get_optimizer_cls_and_kwargs` (and 5.x's `_OPTIMIZER_HANDLERS`) answers for our names. It does so before
@@ -31,6 +32,7 @@ from ..optim.options import OptionError, as_text, unknown_name
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, parse_optim_args
 from . import deepspeed
 from .checkpoints import hook_states, load_beside, save_beside
+from .communication import hook_model, hook_optimizer
 from .groups import parameter_groups, parse_targets
 
 # Options that are also arguments of their own: name in optim_args -> field of TrainingArguments.
@@ -81,11 +83,26 @@ def optimizer_cls_and_kwargs(
     kwargs = {"lr": own["lr"], **info.hf_defaults, **options}
     if config := deepspeed.config_of(args):
         deepspeed.check_config(config, info.cls, kwargs)
+    if kwargs.get("comm") == "factors":
+        _check_for_factors(args)
     if model is not None:
         groups = parameter_groups(model, own["weight_decay"], decay_names=decay_names, target_modules=targets)
         stage = deepspeed.stage_of(config)
         kwargs["params"] = deepspeed.one_group(groups, stage) if stage else groups
     return info.cls, kwargs
+
+
+def _check_for_factors(args: Any) -> None:
+    """With comm="factors" no process ever has the gradient: its norm is not known, and it is not unscaled."""
+    if getattr(args, "max_grad_norm", None):
+        raise OptionError(
+            f"comm='factors' with max_grad_norm={args.max_grad_norm!r}: the gradient's norm is not known where only factors are "
+            "sent; set max_grad_norm=0 (the update is rescaled by update_rms), or comm='gradients'"
+        )
+    if getattr(args, "fp16", False):
+        raise OptionError(
+            "comm='factors' with fp16=True: the factors would be of scaled gradients; use bf16, or comm='gradients'"
+        )
 
 
 def _given_options(args: Any, info: OptimizerInfo) -> dict[str, Any]:
@@ -270,7 +287,8 @@ def _handler(context: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]
 
 
 def _patch_accelerator(module: Any) -> None:
-    _replace(module.Accelerator, "prepare_optimizer", hook_states)
+    _replace(module.Accelerator, "prepare_optimizer", lambda original: hook_optimizer(hook_states(original)))
+    _replace(module.Accelerator, "prepare_model", hook_model)
     _replace(module.Accelerator, "_prepare_deepspeed", deepspeed.prepare)
 
 

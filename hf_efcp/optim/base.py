@@ -19,6 +19,7 @@ from ..core.windows import Window
 from ..distributed.mesh import MeshShards, is_sharded, local_gradient, problem
 from ..distributed.plan import Owners
 from ..distributed.shards import Shards
+from .communication import CommunicationMixin
 from .diagnostics import DiagnosticsMixin
 from .options import GroupOptions, OptionError, ParamGroupOptions, annotations, build
 from .sharding import ShardingMixin
@@ -26,7 +27,7 @@ from .stacks import Layout, Stack, compute_dtype
 from .state import StateDictMixin
 
 
-class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer):
+class WindowedOptimizer(CommunicationMixin, ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer):
     """A preconditioner phi(K) on a window of compressed gradients: u = G^T c, c = phi(K) w.
 
     Subclasses give `options_type`, `row_format` (compressor and window of a stack) and `coefficients` (phi).
@@ -94,6 +95,9 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
     # fmt: off
     def _step(self, stacks: list[Stack], gram: GramMatrix) -> None:
         j, l2, dots = gram.next_slot(), self._l2(), []
+        self._check_factors()
+        for s in self._factor_stacks:
+            s.stage(gram.step)                                              # P and Q are there: see communication.py
         for s in stacks:
             s.stage(gram.step, l2[s.group])                                 # a = e + g;  c_j = C(a), as the window stores it
             dots.append(s.dots(j))                                          # <c_j, c_i> for all i
@@ -102,7 +106,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
         if accepted is False:
             gram.skipped += 1
             return
-        for s in stacks:
+        for s in (*stacks, *self._factor_stacks):
             s.commit(j, gram.step, l2[s.group], accepted)                   # e <- a - c_j;  row j of G <- c_j
         gram.update(j, k_j, accepted)
         c = self._rescale(self.coefficients(gram, j, self._row_dtype))      # c = phi(K) w
@@ -151,9 +155,9 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
         """
         grads = [g for g in map(local_gradient, self._params) if g is not None]
         if self._started or self._gram.step > 0:
-            return bool(grads) or self._meeting is not None
+            return bool(grads) or self._several is not None
         work = any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
-        return work if self._meeting is None else self._meeting.any(work, self._gram.matrix.device)
+        return work if self._several is None else self._several.any(work, self._gram.matrix.device)
 
     def _is_finite(self, k_j: Tensor) -> bool | Tensor:
         """Whether the staged row may enter: a flag, or on a GPU the tensor that holds it, which masks every write.
@@ -245,6 +249,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
         self._last: Tensor | None = None
         self._started = False
         self._shards: Shards | MeshShards | None = None
+        self._forget_factors()
         self._owners: dict[Tensor, Owners] = {}
         self._copied_from = 1  # the number of processes that `_owners` is for
 

@@ -26,7 +26,7 @@ class DiagnosticsMixin:
             kappa: (sum c_i^2 |row_i|^2)^1/2 / |u|, the cancellation in G^T c; 1 to 3 is healthy.
             weight_newest: share of the newest row in sum_i |c_i| |row_i|. weight_age: mean age under these shares, in steps.
             error_norm: |e|. error_share: |e|^2 / (|e|^2 + |c_j|^2), what compression holds back. Neither where the state is
-                sharded: each process has a part of e, and processes do not meet here.
+                sharded or comm="factors": each process has a part of e, and processes do not meet here.
         """
         if self._last is None or self._gram.step == 0:
             skipped = 0 if self._gram is None else int(self._gram.skipped)
@@ -54,7 +54,7 @@ class DiagnosticsMixin:
             "weight_newest": shares[j],
             "weight_age": (shares * self._gram.ages(j)).sum(),
         }
-        if self._meeting is None:
+        if self._several is None:
             error = sum(float(s.feedback.square()) for s in self._stacks)
             values |= {"error_norm": error**0.5, "error_share": _ratio(error, error + float(row) ** 2)}
         return {name: float(value) for name, value in values.items()}

@@ -176,6 +176,11 @@ class LowRankOptions:
     power_iterations: int = option(
         1, "rounds of subspace iteration per step, each two products with the gradient", allowed="an integer >= 1", check=positive
     )
+    comm: str = option(
+        "gradients",
+        "what the processes of DDP all-reduce: gradients, or the rank-r factors of their mean (needs max_grad_norm=0, no fp16)",
+        choices=("gradients", "factors"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,6 +98,7 @@ class ShardingMixin:
         """This process's stacks; parameters that are new get owners, the others keep theirs."""
         self._shards = self._find_shards()
         follows = self._shards is not None and self._shards.follows
+        self._check_comm(groups)
         processes = 1 if self._shards is None else self._shards.size
         if self._owners and not follows and processes != self._copied_from:
             raise OptionError(
@@ -109,15 +110,15 @@ class ShardingMixin:
         number = {p: i for i, p in enumerate(self._params)}
         if self._shards is None:
             pieces = [[Piece(p, number[p]) for p in params] for params in groups]
-            return build_stacks(pieces, self.options, formats, flat=self._flat is not None)
-        self._agree()
+            return self._with_factors(groups, build_stacks(pieces, self.options, formats, flat=self._flat is not None))
+        self._agree(self._shards)
         if follows:
             self._owners = {p: self._shards.owners(p) for p in self._params}
         else:
             self._assign()
         rank, owners = self._shards.rank, self._owners
         pieces = [[Piece(p, number[p], owners[p][rank]) for p in params if rank in owners[p]] for params in groups]
-        return build_stacks(pieces, self.options, formats, self._shards)
+        return self._with_factors(groups, build_stacks(pieces, self.options, formats, self._shards))
 
     def _hand_out(self) -> None:
         """Every process gets the parameters that the others have updated."""
@@ -159,10 +160,11 @@ class ShardingMixin:
         self._owners |= dict(zip(new, assign([sizes[p] for p in new], self._shards.size, held), strict=True))
 
     def _sizes(self) -> dict[Tensor, Size]:
-        """Bytes of every parameter's state."""
+        """Bytes of every parameter's state, but for what is on every process."""
         sizes, least = {}, 1 if self._shards is not None and self._shards.follows else 2
         for p, state in self._whole_state().items():
-            bytes_ = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in state.items()}
+            divided = {name: what for name, what in state.items() if name not in self._everywhere(state)}
+            bytes_ = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in divided.items()}
             fixed, total = sum(n for name, n in bytes_.items() if name not in ROW_DIM), sum(bytes_.values())
             divisible = p.ndim >= least and p.numel() > 0
             sizes[p] = Size(len(p), fixed, (total - fixed) / len(p), True) if divisible else Size(1, total, 0.0, False)
@@ -191,16 +193,20 @@ class ShardingMixin:
         `state_dict()` then is a stub, without tensors; `load_state_dict(stub)` reads the folder that `shard_folder` names,
         on any number of processes.
         """
-        if self._shards is not None and not self._shards.follows:
+        if self._together is not None:
             from ..distributed import checkpoint  # takes most of a second
 
-            checkpoint.save(self._parts(self.options.save_window), Path(folder), self._shards.group)
+            checkpoint.save(self._parts(self.options.save_window), Path(folder), self._together.group)
 
     def _stub(self) -> dict[str, Any]:
-        """What stands in the state_dict of a sharded optimizer: from which process and step it is, and what has state."""
+        """What stands in the state_dict of a sharded optimizer: from which process and step it is, and what has state.
+
+        `errors`: of how many processes it has errors (comm="factors"); 0: there is one error, of all.
+        """
         trained = [i for i, p in enumerate(self._all_params()) if p in self.state]
         origin = f"{os.getpid()}/{id(self)}/{int(self._gram.step)}"
-        return {"processes": self._shards.size, "origin": origin, "trained": trained}
+        stub = {"processes": self._together.size, "origin": origin, "trained": trained}
+        return stub if self._comm is None else {**stub, "errors": self._comm.size}
 
     def _all_params(self) -> list[Tensor]:
         return [p for g in self.param_groups for p in g["params"]]
@@ -209,7 +215,7 @@ class ShardingMixin:
         if self.shard_folder is None:
             # As `Accelerator.prepare` does: out and in again. With a folder every process has to read it: of a stub in a file
             # the first process alone could say that it is its own.
-            if self._shards is not None and stub == self._stub():
+            if self._together is not None and stub == self._stub():
                 return
             raise OptionError(
                 "this state_dict is the stub of a sharded optimizer; its tensors are in a folder beside it "
@@ -223,8 +229,10 @@ class ShardingMixin:
         self.state.update({p: {} for p in frozen})
         try:
             self._prepare()
-            group = self._shards and self._shards.group
-            checkpoint.load(self._parts(with_window), self._expected_parts(with_window), Path(self.shard_folder), group)
+            group, errors = self._together and self._together.group, stub.get("errors", 0)
+            parts = self._parts(with_window)
+            means = self._errors_of_others(errors, parts)
+            checkpoint.load(parts, self._expected_parts(with_window, errors), Path(self.shard_folder), group, means)
         except (OptionError, checkpoint.CheckpointError) as error:
             for p in frozen:
                 del self.state[p]
@@ -240,20 +248,27 @@ class ShardingMixin:
         parts = {}
         for number, p in enumerate(self._params):
             rows = self._owners[p].get(self._shards.rank) if self._shards is not None else None
+            everywhere = self._everywhere(self.state[p])
             for name, t in self.state[p].items():
-                key, dim = f"{number}.{name}", row_dim(name, p) if rows else None
+                key, dim = f"{number}.{name}", row_dim(name, p) if rows and name not in everywhere else None
                 if not with_window and of_window(name):
                     continue
-                if dim is None:
+                if name == "error" and everywhere:  # each process's own, side by side
+                    parts[key] = Part(t[None], (self._comm.size, *t.shape), 0, self._comm.rank)
+                elif dim is None:
                     parts[key] = Part(t, tuple(t.shape))
                 elif t.numel():
                     shape = [len(p) if d == dim else n for d, n in enumerate(t.shape)]
                     parts[key] = Part(t, tuple(shape), dim, rows.start)
         return parts
 
-    def _expected_parts(self, with_window: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of everything that a checkpoint of this optimizer has."""
-        whole = self._whole_state()
+    def _expected_parts(self, with_window: bool, errors: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of everything that a checkpoint of this optimizer has; with the errors of so many processes."""
+        whole = dict(self._whole_state())
+        for p, state in whole.items():
+            if errors and "warm_start" in state:
+                shape, dtype = state["error"]
+                whole[p] = {**state, "error": ((errors, *shape), dtype)}
         found = {f"{i}.{name}": what for i, p in enumerate(self._params) for name, what in whole[p].items()}
         for i, p in enumerate(self._params):
             found |= {f"{i}.{name}": (tuple(t.shape), t.dtype) for name, t in self.state[p].items() if name in SHARED}
@@ -266,7 +281,9 @@ class ShardingMixin:
         if self._shards.rank not in self._owners[p]:
             return {name: t for name, t in entry.items() if name in self.state[p]}
         rows = self._owners[p][self._shards.rank]
-        return {name: self._own_rows(t, row_dim(name, p), rows) for name, t in entry.items()}
+        everywhere = self._everywhere(entry)
+        dims = {name: None if name in everywhere else row_dim(name, p) for name in entry}
+        return {name: self._own_rows(t, dims[name], rows) for name, t in entry.items()}
 
     def _own_rows(self, t: Tensor, dim: int | None, rows: slice | None) -> Tensor:
         if is_sharded(t):
@@ -287,13 +304,13 @@ class ShardingMixin:
             found[name] = t if dim is None else self._shards.whole(t, dim, len(p))
         return found
 
-    def _agree(self) -> None:
+    def _agree(self, processes: Shards) -> None:
         """Raise on every process where one has another class, other options or other parameters."""
         mine = [f"class {type(self).__name__}"]
         mine += [f"{name}={value!r}" for name, value in dataclasses.asdict(self.options).items()]
         for i, group in enumerate(self._trainable()):
             mine += [f"group {i}: a parameter {tuple(p.shape)} {p.dtype}" for p in group]
-        everybody = self._shards.gather(mine)
+        everybody = processes.gather(mine)
         for rank, theirs in enumerate(everybody):
             for a, b in itertools.zip_longest(everybody[0], theirs, fillvalue="no more parameters"):
                 if a != b:

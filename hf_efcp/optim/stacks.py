@@ -69,7 +69,7 @@ class Piece:
         return (length, cols) if self.param.ndim > 1 else (1, length)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Stack:
     """n pieces of one shape, dtype, device and parameter group, with everything that a step does to them.
 
@@ -104,6 +104,9 @@ class Stack:
 
         A parameter without a gradient gives a zero row, and its error stays.
         """
+        if hasattr(self.compressor, "ready"):  # made during backward
+            self.window.stage(self.compressor.ready())
+            return
         gradient = self.gradient(l2)
         a = self.feedback.accumulate(gradient, self._owns(gradient))
         for i, piece in enumerate(self.pieces):
@@ -243,13 +246,14 @@ def build_stacks(
             alike.setdefault((index, matrix_shape(p), p.ndim < 2, p.dtype, p.device, place), []).append(piece)
     stacks = []
     for (index, _, plain, _, _, place), members in alike.items():
-        for part in _parts(members, shards.size if place else 1):
+        for part in batches(members, shards.size if place else 1):
             row_format = None if plain and not flat else formats[index]
             stacks.append(_allocate(part, index, options, row_format, shards.sum if place else None))
     return stacks
 
 
-def _parts(members: list[Piece], processes: int) -> Iterator[list[Piece]]:
+def batches(members: list[Piece], processes: int = 1) -> Iterator[list[Piece]]:
+    """Pieces of one shape, each 1/processes of its parameter, in lists that are not too large for one stack."""
     first = members[0].param
     limit = processes * STACK_BYTES.get(first.device.type, STACK_BYTES_ACCELERATOR)
     size = max(1, limit // max(1, first.numel() * compute_dtype(first).itemsize))

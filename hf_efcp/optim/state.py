@@ -38,7 +38,7 @@ class StateDictMixin:
             shared = {name: shared[name] for name in names}
             old = {p: {k: v for k, v in entry.items() if k not in shared} for p, entry in old.items()}
             old[params[0]] = old.get(params[0], {}) | shared
-        views = self._views(stacks, gram, params)
+        views = self._views([*stacks, *self._factor_stacks], gram, params)
         for p, entry in old.items():
             kept = {name: value for name, value in entry.items() if name in views[p]}
             if len(kept) < len(entry) or any(value.shape != views[p][name].shape for name, value in kept.items()):
@@ -81,7 +81,7 @@ class StateDictMixin:
         """See torch.optim.Optimizer."""
         owners = state.pop("owners", None)
         super().__setstate__(state)
-        self._process_group = None  # belongs to the process
+        self._process_group = self._comm = None  # belong to the process
         self._forget()
         if owners is not None:
             self._copied_from, self._owners = owners
@@ -105,7 +105,7 @@ class StateDictMixin:
         """
         saved = super().state_dict()
         saved["efcp"] = {"format": FORMAT, "class": type(self).__name__, "options": dataclasses.asdict(self.options)}
-        if self._shards is not None and not self._shards.follows:
+        if self._together is not None:
             saved["state"] = {}
             saved["efcp"]["sharded"] = self._stub()
             return saved
@@ -185,7 +185,7 @@ class StateDictMixin:
 
     def _whole_entries(self) -> dict[Tensor, dict[str, Tensor]]:
         """State as one process has it, which all compare with a checkpoint: of what others hold, tensors without memory."""
-        if self._shards is None:
+        if self._shards is None and self._comm is None:
             return self.state
         whole = {
             p: {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in state.items()}

@@ -77,7 +77,7 @@ def test_zero_start_recovers():
 
 def test_redrawn_columns_differ_by_step_tensor_and_column_and_draw_from_no_generator():
     before = torch.get_rng_state()
-    draws = [power(2, 30, 3)._start(torch.tensor(s)) for s in (0, 1)]
+    draws = [power(2, 30, 3).start(torch.tensor(s)) for s in (0, 1)]
     flat = torch.cat(draws).mT.reshape(12, 30)
     cosine = (flat / flat.norm(dim=1, keepdim=True)) @ (flat / flat.norm(dim=1, keepdim=True)).T
     assert (cosine - torch.eye(12)).abs().max() < 0.6

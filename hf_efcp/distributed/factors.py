@@ -1,0 +1,57 @@
+"""Rank-r factors of a mean of matrices, one on each process, without sending a matrix (PowerSGD, arXiv 1905.13727).
+
+    P <- orth(mean_i a_i Q),   Q <- mean_i a_i^T P          power_iterations times, from a Q that all processes have
+
+Both products are linear in a_i: P and Q are, to rounding, those of mean_i a_i, and mean_i (a_i - P Q^T) is its error. (A mean of
+factors that each process makes of its own a_i would be nothing of the kind.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..core.compressors import unit_columns
+from ..core.linalg import orthonormalize
+
+
+def mean_(tensors: Sequence[Tensor], group: dist.ProcessGroup, size: int) -> None:
+    """The mean over the `size` processes of `group`, in place; one all-reduce for each dtype among the tensors."""
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        alike = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in alike]).div_(size)
+        dist.all_reduce(flat, group=group)
+        for t, part in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
+            t.copy_(part.view(t.shape))
+
+
+def factors_of_mean(
+    a: Sequence[Tensor],
+    q: Sequence[Tensor],
+    power_iterations: int,
+    mean_: Callable[[Sequence[Tensor]], None],
+    plain: Sequence[Tensor] = (),
+) -> list[tuple[Tensor, Tensor]]:
+    """P and Q of the mean over processes of each a; two rounds of messages for each power iteration.
+
+    Args:
+        a: (n, rows, cols), this process's; any number of stacks.
+        q: (n, cols, r) for each, the same on all processes.
+        power_iterations: at least 1.
+        mean_: tensors -> None, their means over processes, in place.
+        plain: tensors that are not compressed; they become their means with the last round.
+
+    Returns:
+        (P (n, rows, r), Q (n, cols, r)) for each, the same on all processes.
+    """
+    p, q = [], list(q)
+    for i in range(power_iterations):
+        p = [x @ (unit_columns(y) if i else y) for x, y in zip(a, q, strict=True)]
+        mean_(p)
+        p = [orthonormalize(x) for x in p]
+        q = [x.mT @ y for x, y in zip(a, p, strict=True)]
+        mean_([*q, *plain] if i == power_iterations - 1 else q)
+    return list(zip(p, q, strict=True))
