@@ -26,11 +26,12 @@ _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{letter}{suffix}": base**i for i, letter in enumerate("kmgt", 1) for suffix, base in (("b", 1000), ("ib", 1024))}
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """MODEL, --optim, --optim_args, --optim_target_modules, --dtype, --json."""
     parser.add_argument(
         "model",
         metavar="MODEL",
+        nargs="?" if optional else None,
         help=f"one of {BUILT_IN_HELP}; a .json file of shapes ({{name: [rows, cols]}} or a list); a folder or file with a "
         "model's configuration; or a name of the hub. No weights are needed",
     )

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from .. import run
 from ..optim.options import GroupOptions, OptionError, annotations, as_text, described
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers
-from . import estimate
+from . import bench, estimate
 
 _HEADER = ("option", "type", "class default", "--optim default", "meaning")
 # Options that the Trainer takes from arguments of its own.
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     lister.add_argument("--markdown", action="store_true", help="one table of the options of all names, as in docs/options.md")
     lister.set_defaults(handler=lambda args: _list(args.pattern, args.options, args.markdown))
     estimate.add_parser(commands)
+    bench.add_parser(commands)
     return parser
 
 
