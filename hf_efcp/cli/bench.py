@@ -152,11 +152,12 @@ def bench(
                 entries[c.name] = _entry(c, params, device, generator)
             c.optimizer = None
         gc.collect()
-    now = {name: rate["median"] for name, rate in rates.report().items()}
+    usual, best = ({name: rate[which] for name, rate in rates.report().items()} for which in ("median", "max"))
     for entry in entries.values():
         if entry["counts"] is not None:
-            entry["roofline"] = roofline.report(entry["counts"], now)
+            entry["roofline"] = roofline.report(entry["counts"], usual)
             entry["ratio"] = entry["step_ms"]["median"] / entry["roofline"]["ms"]
+            entry["best_ratio"] = entry["step_ms"]["min"] / roofline.report(entry["counts"], best)["ms"]
         del entry["counts"]
     return {
         "parameters": count,

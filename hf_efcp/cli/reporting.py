@@ -60,13 +60,16 @@ def _ms(value: float) -> str:
 
 
 def _times(entries: dict[str, Any]) -> str:
-    rows = [("optimizer", "step ms", "quartiles", "roofline ms", "bound by", "ratio", "bytes per parameter", "temporaries")]
+    rows = [
+        ("optimizer", "step ms", "quartiles", "roofline ms", "bound by", "ratio", "best", "bytes per parameter", "temporaries")
+    ]
     for name, e in entries.items():
         step, roof = e["step_ms"], e.get("roofline")
-        limit = (_ms(roof["ms"]), roof["bound"], f"{e['ratio']:.2f}") if roof else ("", "", "")
+        limit = (_ms(roof["ms"]), roof["bound"], f"{e['ratio']:.2f}", f"{e['best_ratio']:.2f}") if roof else ("",) * 4
         state = f"{e['bytes_per_parameter']:.2f}", gibibytes(e["temporaries"])
         rows.append((name, _ms(step["median"]), f"{_ms(step['q1'])} to {_ms(step['q3'])}", *limit, *state))
-    return table(rows)
+    note = "ratio: median step over the roofline at median rates; best: least step over the roofline at the highest rates."
+    return table(rows) + f"\n\n{note}"
 
 
 def _phases(entries: dict[str, Any]) -> str:
