@@ -29,6 +29,7 @@ ADAMW = "adamw_fused"
 
 
 def parse(argv=None) -> argparse.Namespace:
+    """The command's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="bert-base")
     parser.add_argument("--batch", type=int, default=32)

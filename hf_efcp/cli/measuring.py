@@ -27,6 +27,8 @@ _STACK_CALLS = {"stage": "compress", "dots": "dots", "commit": "feedback", "appl
 PHASES = ("compress", "dots", "feedback", "solve", "combine", "apply", "rest")
 # By device type: bytes of the buffer that is copied, and the size of the square matrices.
 _COPY = {"cpu": 128 * 2**20, "cuda": 2**30}
+# Slots of a window that are filled at once: a multiple of the steps before.
+_COPIED_SLOTS = 64
 _SQUARE = {"cpu": {torch.float32: 2048, torch.float64: 1536}, "cuda": {torch.float32: 8192, torch.float64: 4096}}
 
 
@@ -125,11 +127,13 @@ def fill(optimizer: torch.optim.Optimizer) -> None:
         dim = s.window.slot_dim
         for name, buffer in s.window.state.items():
             row_dim = ROW_DIM[name] + 1 if name in ROW_DIM else None  # in front is the stack's own dimension
-            for slot in range(written, m):
-                row = buffer.select(dim, slot % written)
-                if row_dim is not None:
-                    row = row.roll(slot // written, row_dim - (row_dim > dim))
-                buffer.select(dim, slot).copy_(row)
+            slot = written
+            while slot < m:  # a multiple of `written`: a copy of a copy has turned once for each
+                number = min(slot, m - slot, _COPIED_SLOTS)
+                rows = buffer.narrow(dim, 0, number)
+                rows = rows if row_dim is None else rows.roll(slot // written, row_dim)
+                buffer.narrow(dim, slot, number).copy_(rows)
+                slot += number
     norms = gram.matrix.diagonal(dim1=-2, dim2=-1)[:, torch.arange(m, device=gram.matrix.device) % written].clone()
     gram.matrix[:, written:] = 0
     gram.matrix[:, :, written:] = 0

@@ -224,6 +224,14 @@ def test_sweep(tmp_path, capsys):
     assert "time grows like d^" in capsys.readouterr().out
 
 
+def test_the_sweep_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "sweep.svg"
+    flags = ["--sweep_parameters", "1e6,2e6", "--sweep_windows", "2,4", "--steps", "1", "--warmup", "0", "--quick"]
+    assert main(["bench", "--sweep", "--optim", "efcp_sparse_mfac", "--plot", str(file), *flags]) == 0
+    assert "<svg" in file.read_text()
+
+
 def test_the_exponent_is_that_of_a_power_law():
     from hf_efcp.cli.sweep import _exponent
 
