@@ -1,4 +1,4 @@
-"""The console script `hf-efcp`: run a script with our optimizers, list them and their options, estimate their memory."""
+"""The console script `hf-efcp`: run a script with our optimizers; list, estimate and time them."""
 
 from __future__ import annotations
 

@@ -78,8 +78,10 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 class Rates:
-    """Rates of the machine: copying (bytes read and bytes written, per second), and matrix products in fp32 and fp64.
+    """Rates of the machine: bytes read plus bytes written, and operations of matrix products in fp32 and fp64, per second.
 
+    `bandwidth` is the faster of a copy and of a scaling in place: a CPU's caches read a line before they write to it, which a
+    copy pays for and an update in place does not.
     Sampled once a round, between the optimizers, so that what else the machine does hits all alike. fp32 is IEEE fp32, as in a
     step: no TF32.
     """
@@ -90,12 +92,15 @@ class Rates:
         size, squares = (2**20, dict.fromkeys(_SQUARE[kind], 128)) if small else (_COPY[kind], _SQUARE[kind])
         source = torch.ones(size // 4, device=device)
         target = torch.empty_like(source)
-        self._work = {"copy_bytes": (2 * size, lambda: target.copy_(source))}
+        self._work = {
+            "copy_bytes": (2 * size, lambda: target.copy_(source)),
+            "scale_bytes": (2 * size, lambda: target.mul_(1.0)),
+        }
         for dtype, n in squares.items():
             a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
             out = torch.empty_like(a)
             self._work[f"fp{dtype.itemsize * 8}_flops"] = (2 * n**3, lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
-        self._samples: dict[str, list[float]] = {name: [] for name in self._work}
+        self._samples: dict[str, list[float]] = {name: [] for name in ("bandwidth", *self._work)}
         self._measure()  # first touches, libraries' start
         self.sample()
 
@@ -106,7 +111,8 @@ class Rates:
 
     def _measure(self) -> dict[str, float]:
         with ieee_matmul(self._device):
-            return {name: amount / seconds(call, self._device) for name, (amount, call) in self._work.items()}
+            rates = {name: amount / seconds(call, self._device) for name, (amount, call) in self._work.items()}
+        return {"bandwidth": max(rates["copy_bytes"], rates["scale_bytes"]), **rates}
 
     def report(self) -> dict[str, dict[str, float]]:
         """Name -> spread, per second."""

@@ -49,7 +49,7 @@ def _machine(found: dict[str, Any]) -> str:
 
 def _rates(rates: dict[str, dict[str, float]]) -> str:
     shown = []
-    for name, unit in (("copy_bytes", "GB/s copied"), ("fp32_flops", "GFLOP/s fp32"), ("fp64_flops", "GFLOP/s fp64")):
+    for name, unit in (("bandwidth", "GB/s"), ("fp32_flops", "GFLOP/s fp32"), ("fp64_flops", "GFLOP/s fp64")):
         r = rates[name]
         shown.append(f"{r['median'] / 1e9:.3g} {unit} ({r['q1'] / 1e9:.3g} to {r['q3'] / 1e9:.3g})")
     return "Rates, median (quartiles): " + ", ".join(shown)

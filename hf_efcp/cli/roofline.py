@@ -30,7 +30,7 @@ class Count:
     def seconds(self, rates: Mapping[str, float]) -> dict[str, float]:
         """Time of the operations and of the bytes at the machine's rates."""
         compute = self.fp32 / rates["fp32_flops"] + self.fp64 / rates["fp64_flops"]
-        return {"compute": compute, "memory": self.bytes / rates["copy_bytes"]}
+        return {"compute": compute, "memory": self.bytes / rates["bandwidth"]}
 
 
 def count(optimizer: torch.optim.Optimizer) -> dict[str, Count]:

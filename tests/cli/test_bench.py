@@ -95,10 +95,10 @@ def test_counts_follow_the_options():
 
 def test_roofline_is_the_larger_of_two_times():
     counts = {"dots": roofline.Count(fp32=6e9, fp64=1e9, bytes=5e9), "apply": roofline.Count(bytes=1e9)}
-    found = roofline.report(counts, {"fp32_flops": 2e9, "fp64_flops": 1e9, "copy_bytes": 2e9})
+    found = roofline.report(counts, {"fp32_flops": 2e9, "fp64_flops": 1e9, "bandwidth": 2e9})
     assert (found["ms"], found["bound"], found["compute_ms"], found["memory_ms"]) == (4000, "compute", 4000, 3000)
     assert found["phases_ms"] == {"dots": 4000, "apply": 500}
-    assert roofline.report(counts, {"fp32_flops": 2e9, "fp64_flops": 1e9, "copy_bytes": 1e9})["ms"] == 6000
+    assert roofline.report(counts, {"fp32_flops": 2e9, "fp64_flops": 1e9, "bandwidth": 1e9})["ms"] == 6000
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -182,7 +182,9 @@ def test_all_optimizers_and_torchs_in_one_run(tmp_path, shape_file, monkeypatch,
         "broken": "raised ZeroDivisionError: division by zero",
     }
     assert found["machine"]["threads"] == 1 and found["machine"]["cpu"] and found["versions"]["torch"] == torch.__version__
-    assert set(found["rates"]) == {"copy_bytes", "fp32_flops", "fp64_flops"}
+    rates = found["rates"]
+    assert set(rates) == {"bandwidth", "copy_bytes", "scale_bytes", "fp32_flops", "fp64_flops"}
+    assert rates["bandwidth"]["max"] == max(rates["copy_bytes"]["max"], rates["scale_bytes"]["max"])
     for name in NAMES:
         entry = found["optimizers"][name]
         assert entry["options"]["window_size"] == 8
