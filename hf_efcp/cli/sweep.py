@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..optim.options import OptionError
-from .common import chosen, table
+from .common import chosen, table, write_json
 from .shapes import module
 
 # d is made of matrices of this size, so that only their number changes.
@@ -64,6 +64,7 @@ def sweep(args: argparse.Namespace, bench: Callable[..., dict[str, Any]], dtype:
             for name, e in last["optimizers"].items():
                 point = {"optimizer": name, "parameters": last["parameters"], "window_size": window, "step_ms": e["step_ms"]}
                 points.append({**point, "roofline_ms": e["roofline"]["ms"], "ratio": e["ratio"]})
+            write_json(args.json, {"points": points})  # if the rest is not waited for
     found = {
         "points": points,
         "exponents": {name: {by: _exponent(points, name, by) for by in ("parameters", "window_size")} for name in optimizers},
