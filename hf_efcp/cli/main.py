@@ -1,4 +1,4 @@
-"""The console script `hf-efcp`: run a script with our optimizers, list them and their options."""
+"""The console script `hf-efcp`: run a script with our optimizers; list, estimate and time them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import typing
 from collections.abc import Iterator, Sequence
 
 from .. import run
-from ..optim.options import GroupOptions, annotations, as_text, described
+from ..optim.options import GroupOptions, OptionError, annotations, as_text, described
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers
+from . import bench, estimate
 
 _HEADER = ("option", "type", "class default", "--optim default", "meaning")
 # Options that the Trainer takes from arguments of its own.
@@ -32,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["run"]:  # before argparse, which would take the script's options for its own
         return run.main(argv[1:])
     args = _parser().parse_args(argv)
-    return _list(args.pattern, args.options, args.markdown)
+    try:
+        return args.handler(args)
+    except OptionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,14 +51,16 @@ def _parser() -> argparse.ArgumentParser:
     lister.add_argument("pattern", nargs="?", default="*", help='only names that match, for example "*lowrank*"')
     lister.add_argument("--options", action="store_true", help="also list what --optim_args takes for each name")
     lister.add_argument("--markdown", action="store_true", help="one table of the options of all names, as in docs/options.md")
+    lister.set_defaults(handler=lambda args: _list(args.pattern, args.options, args.markdown))
+    estimate.add_parser(commands)
+    bench.add_parser(commands)
     return parser
 
 
 def _list(pattern: str, options: bool, markdown: bool) -> int:
     names = list_optimizers(pattern)
     if not names:
-        print(f"error: no optimizer matches {pattern!r}; there are: {', '.join(list_optimizers())}", file=sys.stderr)
-        return 2
+        raise OptionError(f"no optimizer matches {pattern!r}; there are: {', '.join(list_optimizers())}")
     if markdown:
         _print_markdown(names)
         return 0

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.gram import GramMatrix
 from ..distributed.mesh import MeshShards, is_sharded
-from ..distributed.plan import Size, assign, describe
+from ..distributed.plan import Owners, Size, assign, describe
 from ..distributed.shards import Shards
 from .options import OptionError
 from .stacks import Piece, Stack, build_stacks
@@ -32,6 +33,11 @@ SHARD_FOLDER = "efcp_optim"
 ROW_DIM = {"error": 0, "momentum": 0, "window_p": 2, "window_indices": 0, "window_values": 0, "window_rows": 1}
 # What the first parameter's entry holds for the whole optimizer; with scope="layer" every parameter has its own K.
 SHARED = ("gram", "step", "skipped")
+
+
+def kind_of(name: str) -> str:
+    """The kind of a state entry, as memory_footprint() counts it."""
+    return "window" if name.startswith("window_") else name
 
 
 def of_window(name: str) -> bool:
@@ -183,6 +189,39 @@ class ShardingMixin:
                     known[key] = {name: (tuple(b.shape[1:]), b.dtype) for name, b in stack.buffers().items()}
                 found[p] = known[key]
         return found
+
+    def estimate_footprint(self, processes: int = 1, fsdp: bool = False) -> dict[str, int]:
+        """What `memory_footprint` of a fresh optimizer will measure, from its parameters' shapes: nothing is allocated.
+
+        Args:
+            processes: that share the state.
+            fsdp: they share the parameters too (FSDP2): each has the rows of its chunk of every tensor.
+
+        Returns:
+            Bytes by kind, of the process that holds most.
+        """
+        whole, sizes = self._whole_state(), self._sizes()
+        if fsdp:  # the first chunk is the largest
+            chunks = [slice(0, -(-len(p) // processes)) if p.ndim and p.numel() else None for p in whole]
+            plan, ranks = [{0: rows} for rows in chunks], 1
+        else:
+            plan, ranks = assign(list(sizes.values()), processes), processes
+        loads = [self._load(whole, plan, rank) for rank in range(ranks)]
+        return max(loads, key=lambda kinds: sum(kinds.values()))
+
+    def _load(self, whole: dict[Tensor, dict], plan: list[Owners], rank: int) -> dict[str, int]:
+        """Bytes by kind that the plan gives to a process."""
+        kinds: dict[str, int] = {}
+        for (p, state), owners in zip(whole.items(), plan, strict=True):
+            for name, (shape, dtype) in state.items() if rank in owners else ():
+                size, rows = math.prod(shape) * dtype.itemsize, owners[rank]
+                if rows is not None and name in ROW_DIM:
+                    size = size * (rows.stop - rows.start) // len(p)
+                kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + size
+        if whole:
+            gram = GramMatrix(len(whole) if self.options.scope == "layer" else 1, self.options.window_size, torch.device("meta"))
+            kinds |= {"gram": gram.matrix.nbytes, "step": gram.step.nbytes, "skipped": gram.skipped.nbytes}
+        return kinds
 
     # Checkpoints ------------------------------------------------------------------------------------------------------------
 

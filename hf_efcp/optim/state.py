@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core.gram import GramMatrix
 from .options import GroupOptions, OptionError, build
-from .sharding import SHARED, of_window
+from .sharding import SHARED, kind_of, of_window
 from .stacks import Stack
 
 FORMAT = 1
@@ -92,8 +92,7 @@ class StateDictMixin:
         kinds: dict[str, int] = {}
         for entry in self.state.values():
             for name, tensor in entry.items():
-                kind = "window" if name.startswith("window_") else name
-                kinds[kind] = kinds.get(kind, 0) + tensor.numel() * tensor.element_size()
+                kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + tensor.numel() * tensor.element_size()
         return kinds
 
     def state_dict(self) -> dict[str, Any]:

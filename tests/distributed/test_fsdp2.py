@@ -288,9 +288,9 @@ def save_half_way(rank, folder, kind, options):
     return ends
 
 
-def resume(rank, folder, kind, options):
+def resume(rank, folder, kind, options, names=NAMES):
     ends = {}
-    for name in NAMES:
+    for name in names:
         module, params, optimizer = start(name, **options)
         if kind == "full":
             states = torch.load(folder / f"{name}.pt", weights_only=True)
@@ -330,7 +330,9 @@ def test_two_processes_save_others_go_on(processes, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_one_process_saves_two_go_on(kind, tmp_path):
+    # Of a full state dict torch would scatter int16, the indices of sparse rows, which no backend sends.
+    names = [name for name in NAMES if kind == "sharded" or "sparse" not in name]
     expected = save_half_way(0, tmp_path, kind, {})
-    for end in run(2, resume, tmp_path, kind, {}):
-        for name in NAMES:
+    for end in run(2, resume, tmp_path, kind, {}, names):
+        for name in names:
             assert relative(end[name], expected[name]) <= 1e-9, name

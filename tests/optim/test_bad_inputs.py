@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard
 from torch.nn import Parameter
 
 import hf_efcp
@@ -216,7 +217,7 @@ PARAMETERS = [
     params("some with names", lambda: [("a", one()), one()], "name", ValueError),
     params("flat FSDP1", lambda: [flagged(_is_flat_param=True)], "FSDP2|fully_shard"),
     params("piece of FSDP1", lambda: [flagged(_fsdp_flattened=True)], "FSDP2|fully_shard"),
-    params("sharded", lambda: [flagged(device_mesh=object())], "DTensor.*DDP"),
+    params("sharded", lambda: [flagged(device_mesh=object(), placements=(Shard(1),))], r"DTensor placed as \(Shard\(dim=1\)\)"),
     params("group with an option", lambda: [{"params": [one()], "rank": 8}], "rank is an option of the whole optimizer"),
     params("group with window_size", lambda: [{"params": [one()], "window_size": 8}], "window_size is an option of the whole"),
     params("group with a typo", lambda: [{"params": [one()], "weight_decy": 0.1}], "'weight_decy'.*did you mean 'weight_decay'"),

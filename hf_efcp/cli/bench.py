@@ -1,0 +1,327 @@
+"""`hf-efcp bench`: times of optimizer steps, against each other and against what the machine could do (the roofline).
+
+One run measures everything: the machine's rates, every optimizer and its peers take turns, so that what else the machine does
+hits all alike. Gradients are random normal numbers, new ones each round, the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..optim.options import OptionError
+from . import roofline
+from .common import add_model_arguments, build, chosen, dtype_of, gibibytes, size_of, write_json
+from .measuring import Rates, fill, machine, phases, seconds, spread, state_bytes, temporaries
+from .peers import ADAMW, PEERS, version
+from .reporting import text, versions_used
+from .shapes import load
+from .sweep import add_arguments as add_sweep_arguments
+from .sweep import check_plot, sweep
+
+# Steps before the window is filled up, whose rows are what it is filled with.
+_REAL_ROWS = 4
+# Of the memory that is free, what parameters, gradients and states may take; the rest is for temporaries.
+_SHARE = 0.8
+# What a peer whose needs are not known is taken for, in bytes per parameter.
+_PEER_BYTES = 16
+
+
+@dataclasses.dataclass
+class Contender:
+    """An optimizer in the run: how it is made, how much memory its state takes, and what has been measured of it."""
+
+    name: str
+    make: Callable[[nn.Module], torch.optim.Optimizer]
+    size: int
+    options: dict[str, Any] | None = None  # of ours
+    optimizer: torch.optim.Optimizer | None = None
+    times: list[float] = dataclasses.field(default_factory=list)
+    first: float = 0.0
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "bench",
+        help="times of optimizer steps, their phases, and the machine's limit for them",
+        description="Times steps of our optimizers on random gradients of a model's shapes, with full windows, and compares them "
+        "with the least that the machine needs for them (docs/benchmarks/roofline.md).",
+    )
+    add_model_arguments(parser, optional=True)
+    parser.add_argument("--peers", action="store_true", help="also other packages' optimizers, those that are installed")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each, by turns (default 10)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before, with the window full (default 2)")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
+    parser.add_argument("--memory", metavar="SIZE", help="what may be used, such as 20GiB; default: most of what is free")
+    add_sweep_arguments(parser)
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; returns the exit status. Raises OptionError for bad input."""
+    for name, least in (("steps", 1), ("warmup", 0), ("threads", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise OptionError(f"{name}={value}: must be an integer >= {least}")
+    device, dtype = _device(args.device), dtype_of(args.dtype)
+    memory = size_of(args.memory) if args.memory else _free(device)
+    if args.plot:
+        check_plot(args.plot, args.sweep)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads or threads)
+    settings = {"peers": args.peers, "steps": args.steps, "warmup": args.warmup, "memory": memory, "quick": args.quick}
+    try:
+        if args.sweep:
+            found = sweep(args, lambda model, optimizers: bench(model, optimizers, device, **settings), dtype)
+        else:
+            if args.model is None:
+                raise OptionError("MODEL is missing: a name, a file, or --sweep")
+            optimizers = chosen(args.optim, args.optim_args)
+            model = load(args.model, dtype)
+            found = bench(model, optimizers, device, targets=args.optim_target_modules, **settings)
+            found = {"model": args.model, **found}
+            print(text(found))
+    finally:
+        torch.set_num_threads(threads)
+    write_json(args.json, found)
+    return 0
+
+
+def bench(
+    model: nn.Module,
+    optimizers: dict[str, dict[str, Any]],
+    device: torch.device,
+    *,
+    targets: str | None = None,
+    peers: bool = False,
+    steps: int = 10,
+    warmup: int = 2,
+    memory: int = 2**63,
+    quick: bool = False,
+) -> dict[str, Any]:
+    """Measure optimizers on a model's shapes.
+
+    Args:
+        model: on the meta device; gets parameters and gradients of random numbers on `device`.
+        optimizers: name -> options, as `chosen` gives them.
+        device: where.
+        targets: `optim_target_modules`.
+        peers: also those of `PEERS` that can be used.
+        steps, warmup: timed and untimed steps of each.
+        memory: bytes that parameters, gradients and states may take; those that do not fit are skipped, those that do not fit
+            together run one batch after the other.
+        quick: rates from small samples, for tests.
+
+    Returns:
+        As written to JSON; see docs/benchmarks.
+    """
+    skipped: dict[str, str] = {}
+    contenders = [
+        Contender(
+            name,
+            lambda model, name=name, options=options: build(name, options, model, targets),
+            sum(build(name, options, model, targets).estimate_footprint().values()),
+            options,
+        )
+        for name, options in optimizers.items()
+    ]
+    params = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in params)
+    own = 2 * sum(p.nbytes for p in params)
+    if peers:
+        m = next(iter(optimizers.values())).get("window_size", 1024)
+        contenders += _installed_peers(m, count * _PEER_BYTES, skipped)
+    generator = materialize(model, device)
+    params = [p for p in model.parameters() if p.requires_grad]
+    rates, entries = Rates(device, quick), {}
+    batches = list(_batches(contenders, memory - own, skipped))
+    for batch in batches:
+        _measure(batch, model, device, generator, rates, steps, warmup, skipped)
+        for c in batch:
+            if c.optimizer is not None:
+                entries[c.name] = _entry(c, params, device, generator)
+            c.optimizer = None
+        gc.collect()
+    usual, best = ({name: rate[which] for name, rate in rates.report().items()} for which in ("median", "max"))
+    for entry in entries.values():
+        if entry["counts"] is not None:
+            entry["roofline"] = roofline.report(entry["counts"], usual)
+            entry["ratio"] = entry["step_ms"]["median"] / entry["roofline"]["ms"]
+            entry["best_ratio"] = entry["step_ms"]["min"] / roofline.report(entry["counts"], best)["ms"]
+        del entry["counts"]
+    return {
+        "parameters": count,
+        "dtype": str(params[0].dtype).removeprefix("torch."),
+        "device": device.type,
+        "machine": machine(device),
+        "versions": versions_used(entries),
+        "steps": steps,
+        "batches": [[c.name for c in batch] for batch in batches],
+        "rates": rates.report(),
+        "optimizers": entries,
+        "skipped": skipped,
+    }
+
+
+def materialize(model: nn.Module, device: torch.device) -> torch.Generator:
+    """Give a module on the meta device random parameters and gradients; tied ones stay tied. Returns the generator used."""
+    generator = torch.Generator(device).manual_seed(0)
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
+            if id(p) not in made:
+                values = torch.empty(p.shape, dtype=p.dtype, device=device).normal_(0, 0.02, generator=generator)
+                made[id(p)] = nn.Parameter(values, p.requires_grad)
+            module._parameters[name] = made[id(p)]
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.empty_like(p)
+    return generator
+
+
+def _measure(batch, model, device, generator, rates, steps, warmup, skipped) -> None:
+    """Make the optimizers of a batch, warm them up, and time them by turns."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    for c in batch:
+        _say(f"{c.name}: starting")
+        new_gradients(params, generator)
+
+        def start(c=c):
+            c.optimizer = c.make(model)
+            c.first = seconds(c.optimizer.step, device)
+            if c.options is not None:
+                for _ in range(min(_REAL_ROWS, c.options.get("window_size", _REAL_ROWS)) - 1):
+                    new_gradients(params, generator)
+                    c.optimizer.step()
+                fill(c.optimizer)
+            for _ in range(warmup):
+                new_gradients(params, generator)
+                c.optimizer.step()
+
+        _guarded(c, start, skipped)
+    for number in range(steps):
+        new_gradients(params, generator)
+        rates.sample()
+        running = [c for c in batch if c.optimizer is not None]
+        first = number % max(1, len(running))
+        _say(f"step {number + 1} of {steps}")
+        for c in running[first:] + running[:first]:
+            _guarded(c, lambda c=c: c.times.append(seconds(c.optimizer.step, device)), skipped)
+
+
+def _guarded(c: Contender, work: Callable[[], None], skipped: dict[str, str]) -> None:
+    """Run; a peer that raises is out, one of ours only where memory ends."""
+    try:
+        work()
+    except Exception as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if c.options is not None and not out_of_memory:
+            raise
+        c.optimizer = None
+        lines = str(error).strip().splitlines() or [""]
+        skipped[c.name] = f"raised {type(error).__name__}: {lines[0][:200]}"
+        _say(f"{c.name}: {skipped[c.name]}")
+
+
+def _entry(c: Contender, params, device, generator) -> dict[str, Any]:
+    """Everything that has been measured of a contender, and what is measured apart: phases and temporaries."""
+    bytes_ = state_bytes(c.optimizer)
+    total, count = sum(bytes_.values()), sum(p.numel() for p in params)
+    held = sum(p.nbytes + p.grad.nbytes for p in params)
+    entry: dict[str, Any] = {
+        "options": c.options,
+        "step_ms": {k: 1e3 * v for k, v in spread(c.times).items()},
+        "first_step_ms": 1e3 * c.first,
+        "bytes": bytes_,
+        "total": total,
+        "bytes_per_parameter": total / count,
+        "counts": None,
+    }
+    if c.options is not None:
+        entry |= _phases(c, params, device, generator)
+        entry["counts"] = roofline.count(c.optimizer)
+    elif c.name in ADAMW:
+        entry["counts"] = roofline.adamw(params)
+    new_gradients(params, generator)
+    entry["temporaries"] = temporaries(c.optimizer.step, device)
+    entry["peak_bytes"] = held + total + entry["temporaries"]
+    return entry
+
+
+def _phases(c: Contender, params, device, generator) -> dict[str, dict[str, float]]:
+    """Mean milliseconds of the phases over some steps of their own, and their shares."""
+    steps, whole = max(1, min(5, len(c.times))), 0.0
+    with phases(c.optimizer, device) as found:
+        for _ in range(steps):
+            new_gradients(params, generator)
+            whole += seconds(c.optimizer.step, device)
+    found["rest"] = max(0.0, whole - sum(found.values()))
+    return {
+        "phases_ms": {k: 1e3 * v / steps for k, v in found.items()},
+        "phase_share": {k: v / sum(found.values()) for k, v in found.items()},
+    }
+
+
+def new_gradients(params, generator) -> None:
+    """Random normal numbers: the same gradient twice would make rows that depend on each other."""
+    for p in params:
+        p.grad.normal_(generator=generator)
+
+
+def _installed_peers(m: int, size: int, skipped: dict[str, str]) -> Iterator[Contender]:
+    for name, (package, make) in PEERS.items():
+        if version(package) is None:
+            skipped[name] = f"{package} is not installed"
+        else:
+            yield Contender(name, lambda model, make=make: make(model, m), size)
+
+
+def _batches(contenders: list[Contender], memory: int, skipped: dict[str, str]) -> Iterator[list[Contender]]:
+    """The contenders in lists that fit into memory together."""
+    batch, used = [], 0
+    for c in contenders:
+        if c.size > memory:
+            skipped[c.name] = f"its state of {gibibytes(c.size)} does not fit into the {gibibytes(max(0, memory))} that are left"
+            continue
+        if used + c.size > memory:
+            yield batch
+            batch, used = [], 0
+        batch.append(c)
+        used += c.size
+    if batch:
+        yield batch
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise OptionError(f"device={name!r}: must be cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise OptionError(f"device={name!r}: torch finds no CUDA device here")
+    return torch.device(name)
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(_SHARE * torch.cuda.mem_get_info(device)[0])
+    try:
+        return int(_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError, AttributeError):  # not on this system
+        return 2**63
+
+
+def _say(line: str) -> None:
+    print(f"[bench] {line}", file=sys.stderr, flush=True)

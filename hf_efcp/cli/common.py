@@ -1,0 +1,125 @@
+"""What `estimate` and `bench` share: names and options from the command line, bytes as text, tables, files of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..integrations.groups import parameter_groups
+from ..optim.options import OptionError, unknown_name
+from ..registry import get_optimizer_info, list_optimizers, parse_optim_args
+from .shapes import BUILT_IN_HELP
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+# Bytes of memory that usual GPUs are sold with.
+GPUS = {"t4": 16, "v100": 32, "a10": 24, "l4": 24, "rtx3090": 24, "rtx4090": 24, "rtx5090": 32, "l40s": 48, "a100-40gb": 40}
+GPUS |= {"a100": 80, "h100": 80, "h200": 141, "b200": 180}
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{letter}{suffix}": base**i for i, letter in enumerate("kmgt", 1) for suffix, base in (("b", 1000), ("ib", 1024))}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    """MODEL, --optim, --optim_args, --optim_target_modules, --dtype, --json."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?" if optional else None,
+        help=f"one of {BUILT_IN_HELP}; a .json file of shapes ({{name: [rows, cols]}} or a list); a folder or file with a "
+        "model's configuration; or a name of the hub. No weights are needed",
+    )
+    parser.add_argument("--optim", metavar="NAME[,NAME]", help="as `hf-efcp list` has them; default: all of them")
+    parser.add_argument("--optim_args", help='as in training: "rank=8,window_size=64", or JSON; on top of the --optim defaults')
+    parser.add_argument("--optim_target_modules", help="as in training: whose matrices are compressed")
+    parser.add_argument("--dtype", default="float32", help="of the parameters: float32 (default), bfloat16, float16, float64")
+    parser.add_argument("--json", metavar="FILE", help="also write everything to this file, bytes exact")
+
+
+def dtype_of(text: str) -> torch.dtype:
+    """A dtype by name; raises OptionError."""
+    name = text.lower().removeprefix("torch.")
+    if name not in DTYPES:
+        raise OptionError(unknown_name("dtype", text, DTYPES))
+    return DTYPES[name]
+
+
+def chosen(names: str | None, optim_args: str | None) -> dict[str, dict[str, Any]]:
+    """Optimizer name -> options under `--optim NAME`, for names with commas; None: all.
+
+    With several names an option goes to those that have it.
+
+    Raises:
+        OptionError: an unknown name, an option that none of them has, or a bad value.
+    """
+    wanted = list_optimizers() if names is None else list(dict.fromkeys(filter(None, map(str.strip, names.split(",")))))
+    if not wanted:
+        raise OptionError(f"optim={names!r}: names no optimizer; there are {', '.join(list_optimizers())}")
+    infos = [get_optimizer_info(name) for name in wanted]
+    given = parse_optim_args(optim_args)
+    for option in given:
+        if not any(option in info.options() for info in infos):
+            infos[0].check({option: given[option]})  # raises
+    return {
+        info.name: {"lr": 1e-4, **info.hf_defaults, **info.check({k: v for k, v in given.items() if k in info.options()})}
+        for info in infos
+    }
+
+
+def build(name: str, options: dict[str, Any], model: nn.Module, targets: str | None) -> torch.optim.Optimizer:
+    """The optimizer, on the groups that the Trainer would make; no state is allocated yet."""
+    own = {k: v for k, v in options.items() if k != "weight_decay"}
+    groups = parameter_groups(model, options.get("weight_decay", 0.0), target_modules=targets)
+    return get_optimizer_info(name).cls(groups, **own)
+
+
+def size_of(text: str) -> int:
+    """Bytes of "24GiB", "80GB", or of a GPU by name; raises OptionError."""
+    plain = text.strip().lower().replace(" ", "")
+    if plain in GPUS:
+        return GPUS[plain] * 2**30
+    number = plain.rstrip("bikmgt")
+    try:
+        size = float(number) * _UNITS[plain[len(number) :]]
+        if not 1 <= size < math.inf:
+            raise ValueError
+        return int(size)
+    except (ValueError, KeyError):
+        raise OptionError(f"{unknown_name('gpu', text, GPUS)}, or a size such as 24GiB") from None
+
+
+def gibibytes(size: float) -> str:
+    """Bytes in a unit that suits them."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{round(size)} B"
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Rows as a Markdown table, the first one being its head; columns after the first are numbers."""
+    rows = [list(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("| " + " | ".join(cells) + " |")
+        if number == 0:
+            lines.append("|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|")
+    return "\n".join(lines)
+
+
+def write_json(file: str | None, content: dict[str, Any]) -> None:
+    """`content` to `file`, if one is named; raises OptionError where it cannot be written."""
+    if file is None:
+        return
+    try:
+        Path(file).write_text(json.dumps(content, indent=1, default=lambda value: str(value).removeprefix("torch.")) + "\n")
+    except OSError as error:
+        raise OptionError(f"json={file!r} cannot be written: {error.strerror}") from None

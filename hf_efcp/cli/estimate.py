@@ -1,0 +1,124 @@
+"""`hf-efcp estimate`: the memory that an optimizer will take, by kind, before anything is allocated."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from torch import nn
+
+from ..optim.options import OptionError
+from .common import add_model_arguments, build, chosen, dtype_of, gibibytes, size_of, table, write_json
+from .shapes import load
+
+ADAMW = "adamw_torch"
+# Kinds below this many bytes are shown as one.
+_SMALL = 4096
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "estimate",
+        help="bytes of optimizer state for a model, before anything is allocated",
+        description="Bytes of optimizer state by kind, as memory_footprint() will measure them; of all optimizers beside AdamW, "
+        "or of --optim.",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--num_processes", type=int, default=1, help="that share the state; shown is the one that holds most")
+    parser.add_argument("--fsdp", action="store_true", help="they share the parameters too (FSDP2)")
+    parser.add_argument("--gpu", metavar="SIZE", help="what fits there: 24GiB, 80GB, or a name such as l4, a100, h100")
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; returns the exit status. Raises OptionError for bad input."""
+    if args.num_processes < 1:
+        raise OptionError(f"num_processes={args.num_processes}: must be an integer >= 1")
+    gpu = size_of(args.gpu) if args.gpu else None
+    optimizers = chosen(args.optim, args.optim_args)
+    model = load(args.model, dtype_of(args.dtype))
+    found = estimate(model, optimizers, args.optim_target_modules, args.num_processes, args.fsdp, gpu)
+    found = {"model": args.model, **found}
+    write_json(args.json, found)
+    print(_report(found, single=args.optim is not None and len(optimizers) == 1))
+    return 0
+
+
+def estimate(
+    model: nn.Module,
+    optimizers: dict[str, dict[str, Any]],
+    targets: str | None = None,
+    processes: int = 1,
+    fsdp: bool = False,
+    gpu: int | None = None,
+) -> dict[str, Any]:
+    """Bytes of every optimizer for `model`, and of AdamW, on the process that holds most.
+
+    Args:
+        model: on any device; nothing of it is read but names, shapes, dtypes and kinds.
+        optimizers: name -> options, as `chosen` gives them.
+        targets: `optim_target_modules`.
+        processes, fsdp: as of `estimate_footprint`.
+        gpu: bytes; None: what fits is not asked.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in params)
+    if not count:
+        raise OptionError("the model has no trainable parameter")
+    shares = processes if fsdp else 1
+    held = [_chunk(p.shape, shares) * p.element_size() for p in model.parameters()]
+    grads = [_chunk(p.shape, shares) * p.element_size() for p in params]
+    kinds = {
+        name: build(name, options, model, targets).estimate_footprint(processes, fsdp) for name, options in optimizers.items()
+    }
+    # As torch has it: two moments like the parameter, on every process, and a count of steps in fp32 for each tensor.
+    kinds[ADAMW] = {"exp_avg": sum(grads), "exp_avg_sq": sum(grads), "step": 4 * len(params)}
+    entries = {}
+    for name, bytes_ in kinds.items():
+        total = sum(bytes_.values())
+        entry = {"bytes": bytes_, "total": total, "bytes_per_parameter": total / count, "needs": sum(held) + sum(grads) + total}
+        if gpu is not None:
+            entry["fits"] = entry["needs"] <= gpu
+        entries[name] = {**entry, "options": optimizers.get(name, {})}
+    return {
+        "parameters": count,
+        "dtype": str(params[0].dtype).removeprefix("torch."),
+        "processes": processes,
+        "fsdp": fsdp,
+        "parameter_bytes": sum(held),
+        "gradient_bytes": sum(grads),
+        "gpu_bytes": gpu,
+        "optimizers": entries,
+    }
+
+
+def _chunk(shape, processes: int) -> int:
+    """Numbers in the largest of the chunks that FSDP2 cuts a tensor into, by its first dimension."""
+    numel = shape.numel()
+    return numel if not len(shape) or not shape[0] else numel // shape[0] * -(-shape[0] // processes)
+
+
+def _report(found: dict[str, Any], single: bool) -> str:
+    entries = found["optimizers"]
+    where = "" if found["processes"] == 1 else f", the largest of {found['processes']} processes' parts"
+    where += " under FSDP2" if found["fsdp"] else ""
+    lines = [f"{found['model']}: {found['parameters']:,} trainable parameters, {found['dtype']}{where}", ""]
+    kinds = list(dict.fromkeys(k for e in entries.values() for k, n in e["bytes"].items() if n >= _SMALL and k[:3] != "exp"))
+    if single:
+        (name,) = (n for n in entries if n != ADAMW)
+        rows = [(name, "bytes"), *((k, f"{n:,}") for k, n in entries[name]["bytes"].items())]
+        lines += [table([*rows, ("total", f"{entries[name]['total']:,}")]), ""]
+    head = ["optimizer", *kinds, "other", "total bytes", "total", "bytes per parameter"]
+    gpu = found["gpu_bytes"]
+    rows = [[*head, "with parameters and gradients", f"fits {gibibytes(gpu)}"] if gpu else head]
+    for name, entry in entries.items():
+        cells = [gibibytes(entry["bytes"].get(k, 0)) for k in kinds]
+        other = sum(n for k, n in entry["bytes"].items() if k not in kinds)
+        row = [name, *cells, gibibytes(other), f"{entry['total']:,}", gibibytes(entry["total"])]
+        row.append(f"{entry['bytes_per_parameter']:.2f}")
+        rows.append([*row, gibibytes(entry["needs"]), "yes" if entry["fits"] else "no"] if gpu else row)
+    lines.append(table(rows))
+    size = gibibytes(found["parameter_bytes"]), gibibytes(found["gradient_bytes"])
+    lines += ["", f"Beside it: parameters {size[0]}, gradients {size[1]}; activations and temporaries are not counted."]
+    return "\n".join(lines)

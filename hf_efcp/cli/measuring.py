@@ -1,0 +1,261 @@
+"""What `bench` measures: the machine's rates, times of steps and of their phases, and the memory that a step takes.
+
+The phases are timed from outside, by wrapping the calls that the step makes; there is no second copy of the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ..core.linalg import ieee_matmul
+from ..optim.sharding import ROW_DIM
+
+# Phase -> calls of a Stack that belong to it; what is in none of these is "rest".
+_STACK_CALLS = {"stage": "compress", "dots": "dots", "commit": "feedback", "apply": "apply"}
+PHASES = ("compress", "dots", "feedback", "solve", "combine", "apply", "rest")
+# By device type: bytes of the buffer that is copied, and the size of the square matrices.
+_COPY = {"cpu": 128 * 2**20, "cuda": 2**30}
+# Slots of a window that are filled at once: a multiple of the steps before.
+_COPIED_SLOTS = 64
+_SQUARE = {"cpu": {torch.float32: 2048, torch.float64: 1536}, "cuda": {torch.float32: 8192, torch.float64: 4096}}
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """What the figures were taken on."""
+    found = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return found
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    numbers = ", ".join(f"{k} {facts[k]}" for k in ("cpu family", "model") if k in facts)
+    return f"{facts.get('model name', platform.machine())} ({numbers})" if numbers else platform.machine()
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Wall time of a call, and of the work that it starts on the device."""
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, quartiles, mean, least and most."""
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": median, "q1": q1, "q3": q3, "mean": statistics.fmean(values), "min": min(values), "max": max(values)}
+
+
+class Rates:
+    """Rates of the machine: bytes read plus bytes written, and operations of matrix products in fp32 and fp64, per second.
+
+    `bandwidth` is the faster of a copy and of a scaling in place: a CPU's caches read a line before they write to it, which a
+    copy pays for and an update in place does not.
+    Sampled once a round, between the optimizers, so that what else the machine does hits all alike. fp32 is IEEE fp32, as in a
+    step: no TF32.
+    """
+
+    def __init__(self, device: torch.device, small: bool = False):
+        self._device = device
+        kind = device.type if device.type in _COPY else "cuda"
+        size, squares = (2**20, dict.fromkeys(_SQUARE[kind], 128)) if small else (_COPY[kind], _SQUARE[kind])
+        source = torch.ones(size // 4, device=device)
+        target = torch.empty_like(source)
+        self._work = {
+            "copy_bytes": (2 * size, lambda: target.copy_(source)),
+            "scale_bytes": (2 * size, lambda: target.mul_(1.0)),
+        }
+        for dtype, n in squares.items():
+            a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+            out = torch.empty_like(a)
+            self._work[f"fp{dtype.itemsize * 8}_flops"] = (2 * n**3, lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+        self._samples: dict[str, list[float]] = {name: [] for name in ("bandwidth", *self._work)}
+        self._measure()  # first touches, libraries' start
+        self.sample()
+
+    def sample(self) -> None:
+        """Measure each once."""
+        for name, rate in self._measure().items():
+            self._samples[name].append(rate)
+
+    def _measure(self) -> dict[str, float]:
+        with ieee_matmul(self._device):
+            rates = {name: amount / seconds(call, self._device) for name, (amount, call) in self._work.items()}
+        return {"bandwidth": max(rates["copy_bytes"], rates["scale_bytes"]), **rates}
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """Name -> spread, per second."""
+        return {name: spread(samples) for name, samples in self._samples.items()}
+
+
+def fill(optimizer: torch.optim.Optimizer) -> None:
+    """Make the window full after a few steps: filling m = 1024 by steps would take longer than the measurement.
+
+    The other slots become copies of the rows so far, in the window's own format, rotated along the tensors' rows by another
+    amount for each, so that no two are alike; K gets their norms and zeros between them, which is nearly true of random rows.
+    """
+    stacks, gram = optimizer._prepare(), optimizer._gram
+    m, written = gram.window_size, int(gram.step)
+    if written >= m:
+        return
+    for s in stacks:
+        dim = s.window.slot_dim
+        for name, buffer in s.window.state.items():
+            row_dim = ROW_DIM[name] + 1 if name in ROW_DIM else None  # in front is the stack's own dimension
+            slot = written
+            while slot < m:  # a multiple of `written`: a copy of a copy has turned once for each
+                number = min(slot, m - slot, _COPIED_SLOTS)
+                rows = buffer.narrow(dim, 0, number)
+                rows = rows if row_dim is None else rows.roll(slot // written, row_dim)
+                buffer.narrow(dim, slot, number).copy_(rows)
+                slot += number
+    norms = gram.matrix.diagonal(dim1=-2, dim2=-1)[:, torch.arange(m, device=gram.matrix.device) % written].clone()
+    gram.matrix[:, written:] = 0
+    gram.matrix[:, :, written:] = 0
+    gram.matrix.diagonal(dim1=-2, dim2=-1).copy_(norms)
+    gram.step.fill_(m)
+
+
+@contextlib.contextmanager
+def phases(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[dict[str, float]]:
+    """Inside, the steps' phases are timed; afterwards the dict has seconds by phase, without "rest".
+
+    On a GPU the time between two events on the stream, in which the device may also have waited for the host.
+    """
+    found = dict.fromkeys(PHASES[:-1], 0.0)
+    marks: list[tuple[str, object, object]] = []
+    wrapped: list[tuple[object, str]] = []
+    inside = False
+
+    def mark() -> object:
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wrap(owner: object, name: str, phase: str) -> None:
+        original = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            nonlocal inside
+            if inside:  # commit() of a plain row stages it again
+                return original(*args, **kwargs)
+            inside, start = True, mark()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                inside = False
+                marks.append((phase, start, mark()))
+
+        setattr(owner, name, timed)
+        wrapped.append((owner, name))
+
+    for s in optimizer._prepare():
+        for name, phase in _STACK_CALLS.items():
+            wrap(s, name, phase)
+        wrap(s.window, "combine", "combine")
+    for owner, name in ((optimizer, "coefficients"), (optimizer, "_rescale"), (optimizer._gram, "update")):
+        wrap(owner, name, "solve")
+    try:
+        yield found
+    finally:
+        for owner, name in wrapped:
+            delattr(owner, name)
+        _wait(device)
+        for phase, start, end in marks:
+            found[phase] += end - start if device.type != "cuda" else start.elapsed_time(end) / 1e3
+
+
+def temporaries(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that were allocated at once during a call, above those before.
+
+    On a CPU as torch's profiler sees torch's allocator: the work space of libraries is not in it.
+    """
+    if device.type == "cuda":
+        _wait(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        _wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiled.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    if not events:
+        return 0
+    events.sort(key=lambda e: e["ts"])
+    first = events[0]["args"]
+    return max(0, max(e["args"]["Total Allocated"] for e in events) - (first["Total Allocated"] - first["Bytes"]))
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of state by name, for any optimizer: ours say it themselves, of others all tensors are counted that they hold."""
+    if hasattr(optimizer, "memory_footprint"):
+        return optimizer.memory_footprint()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    seen = {id(t) for p in params for t in (p, p.grad)}
+    seen |= {t.untyped_storage().data_ptr() for p in params for t in (p, p.grad) if t is not None}
+    found: dict[str, int] = {}
+
+    def walk(name: str, value: object, depth: int) -> None:
+        if id(value) in seen or depth > 6:
+            return
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
+            for inner in value.__tensor_flatten__()[0]:
+                walk(name, getattr(value, inner), depth + 1)
+        elif isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                found[name] = found.get(name, 0) + storage.nbytes()
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                walk(key if isinstance(key, str) and depth < 2 else name, inner, depth + 1)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                walk(name, inner, depth + 1)
+        elif hasattr(value, "__dict__") and not isinstance(value, type) and type(value).__module__ not in sys.stdlib_module_names:
+            walk(name, vars(value), depth + 1)
+
+    for entry in optimizer.state.values():
+        walk("state", entry, 1)
+    for name, value in vars(optimizer).items():
+        if name not in ("state", "param_groups", "defaults"):
+            walk(name, value, 3)
+    return found

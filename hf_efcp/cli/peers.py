@@ -1,0 +1,88 @@
+"""Other people's optimizers for `bench --peers`: name -> how to make it. What is missing or fails is skipped, and said so."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..integrations.groups import parameter_groups
+
+LR = 1e-4
+# Of the projections of GaLore and APOLLO; their papers' own choices for models of this size.
+_RANK = 128
+
+
+def _split(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The matrices inside the model, and everything else (embeddings, head, vectors)."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for group in parameter_groups(model):
+        for _, p in group["params"]:
+            (matrices if group["kind"] == "matrix" and p.ndim == 2 else others).append(p)
+    return matrices, others
+
+
+def _torch(name: str, **options: Any) -> Callable:
+    return lambda model, m: getattr(torch.optim, name)(model.parameters(), lr=LR, **options)
+
+
+def _low_rank(module: str, name: str, **options: Any) -> Callable:
+    def make(model: nn.Module, m: int) -> torch.optim.Optimizer:
+        matrices, others = _split(model)
+        groups = [{"params": others}, {"params": matrices, "rank": _RANK, "update_proj_gap": 200, "proj_type": "std", **options}]
+        return getattr(importlib.import_module(module), name)([g for g in groups if g["params"]], lr=LR)
+
+    return make
+
+
+def _plain(module: str, name: str, **options: Any) -> Callable:
+    return lambda model, m: getattr(importlib.import_module(module), name)(model.parameters(), lr=LR, **options)
+
+
+def _muon(model: nn.Module, m: int) -> torch.optim.Optimizer:
+    matrices, others = _split(model)
+    groups = [{"params": matrices, "use_muon": True}, {"params": others, "use_muon": False}]
+    return importlib.import_module("pytorch_optimizer").Muon([g for g in groups if g["params"]], lr=LR)
+
+
+def _sparse_mfac(model: nn.Module, m: int) -> torch.optim.Optimizer:
+    if not next(model.parameters()).is_cuda:
+        raise RuntimeError("needs a GPU")
+    cls = importlib.import_module("ista_daslab_optimizers").SparseMFAC
+    return cls(list(model.parameters()), lr=LR, damp=1e-6, m=m, k_init=0.01, weight_decay=0.0, use_bf16=False)
+
+
+# name -> (package, function of the model and the window size m).
+PEERS: dict[str, tuple[str, Callable[[nn.Module, int], torch.optim.Optimizer]]] = {
+    "torch AdamW foreach": ("torch", _torch("AdamW", foreach=True)),
+    "torch AdamW fused": ("torch", _torch("AdamW", fused=True)),
+    "torch Adafactor": ("torch", _torch("Adafactor")),
+    "GaLore AdamW": ("galore-torch", _low_rank("galore_torch", "GaLoreAdamW", scale=0.25)),
+    "APOLLO AdamW": ("apollo-torch", _low_rank("apollo_torch", "APOLLOAdamW", scale=1.0, proj="random", scale_type="channel")),
+    "torchao AdamW8bit": ("torchao", _plain("torchao.optim", "AdamW8bit")),
+    "torchao AdamW4bit": ("torchao", _plain("torchao.optim", "AdamW4bit")),
+    "bitsandbytes AdamW8bit": ("bitsandbytes", _plain("bitsandbytes.optim", "AdamW8bit")),
+    # Blocks of 512; inverse roots every 10 steps, beyond `steps` they would not be seen at all.
+    "pytorch-optimizer Shampoo": (
+        "pytorch_optimizer",
+        _plain("pytorch_optimizer", "ScalableShampoo", start_preconditioning_step=2, preconditioning_compute_steps=10),
+    ),
+    "pytorch-optimizer SOAP": ("pytorch_optimizer", _plain("pytorch_optimizer", "SOAP")),
+    "pytorch-optimizer Muon": ("pytorch_optimizer", _muon),
+    "ista-daslab SparseMFAC": ("ista-daslab-optimizers", _sparse_mfac),
+}
+# AdamW in plain fp32: their roofline is known too.
+ADAMW = ("torch AdamW foreach", "torch AdamW fused")
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None: it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

