@@ -138,6 +138,12 @@ def counted_noise(counter: Tensor, salt: Tensor, rows: int, cols: int) -> Tensor
     return (counted_bits(counter, salt, rows, cols) >> 16).float().add_(0.5).mul_(2.0**-15)
 
 
+def counted_uniform(counter: Tensor, salt: Tensor, rows: int, cols: int, first_row: int = 0) -> Tensor:
+    """`counted_bits` as uniform numbers in (0, 1), (n, rows, cols) fp32."""
+    bits = counted_bits(counter, salt, rows, cols, first_row).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    return bits.float().add_(0.5).mul_(2.0**-16)
+
+
 def stochastic_round(x: Tensor, dtype: torch.dtype, counter: Tensor, salt: Tensor, first_row: int = 0) -> Tensor:
     """x (n, rows, cols) in `dtype`; to bf16 stochastically, so that small additions survive in the mean.
 
