@@ -126,6 +126,20 @@ class WindowOptions:
         "dtype of the error feedback, bf16 rounded stochastically; none: fp64 for fp64 parameters, else fp32",
         choices=_STATE_DTYPES,
     )
+    window_format: str = option(
+        "plain",
+        "how the window is stored; plain: in window_dtype; low_bit: 8 bits a number, or 16 a sparse entry with its index",
+        choices=("plain", "low_bit"),
+    )
+    error_format: str = option(
+        "plain",
+        "how the error feedback is stored; plain: in error_dtype; int8, int4: with a scale for each 256 numbers, rounded "
+        "stochastically",
+        choices=("plain", "int8", "int4"),
+    )
+    stochastic_rounding: bool = option(
+        False, "bf16 parameters: round each update stochastically, so that small ones count in the mean; needs no fp32 copy"
+    )
     shard: str = option(
         "off",
         "auto: where torch.distributed runs, its processes share the state; off: unless given a process_group",
@@ -134,6 +148,11 @@ class WindowOptions:
     save_window: bool = option(
         True, "false: checkpoints leave the window out, which is most of them; a resumed run starts with an empty window"
     )
+
+    def __post_init__(self):
+        block = getattr(self, "block_size", 1)  # of the sparse methods
+        if self.window_format == "low_bit" and block > 1024:
+            raise OptionError(f"block_size={block}: at most 1024 with window_format=low_bit, where an index has 10 bits")
 
 
 @dataclasses.dataclass(frozen=True)

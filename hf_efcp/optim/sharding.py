@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 # Name of the folder of the shards in a checkpoint of Trainer or Accelerate.
 SHARD_FOLDER = "efcp_optim"
 # Of the state whose size goes with the rows: in which dimension they are.
-ROW_DIM = {"error": 0, "momentum": 0, "window_p": 2, "window_indices": 0, "window_values": 0, "window_rows": 1}
+ROW_DIM = {
+    **dict.fromkeys(("error", "error_scale", "momentum"), 0),
+    **dict.fromkeys(("window_indices", "window_values", "window_entries", "window_scale"), 0),
+    **dict.fromkeys(("window_rows", "window_rows_scale"), 1),
+    "window_p": 2,
+}
 # What the first parameter's entry holds for the whole optimizer; with scope="layer" every parameter has its own K.
 SHARED = ("gram", "step", "skipped")
 

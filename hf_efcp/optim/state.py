@@ -22,6 +22,9 @@ from .sharding import SHARED, of_window
 from .stacks import Stack
 
 FORMAT = 1
+# Options that a checkpoint has to agree in.
+MADE_WITH = ("window_size", "rank", "density", "block_size", "scope")
+MADE_WITH += ("window_dtype", "error_dtype", "window_format", "error_format")
 
 
 class StateDictMixin:
@@ -92,7 +95,7 @@ class StateDictMixin:
         kinds: dict[str, int] = {}
         for entry in self.state.values():
             for name, tensor in entry.items():
-                kind = "window" if name.startswith("window_") else name
+                kind = "window" if name.startswith("window_") else name.removesuffix("_scale")
                 kinds[kind] = kinds.get(kind, 0) + tensor.numel() * tensor.element_size()
         return kinds
 
@@ -211,8 +214,9 @@ class StateDictMixin:
             raise OptionError(f"checkpoint has format {saved['format']}, this version of hf_efcp reads up to {FORMAT}: upgrade")
         if saved["class"] != type(self).__name__:
             raise OptionError(f"checkpoint is of {saved['class']}, this optimizer is {type(self).__name__}")
-        for name in ("window_size", "rank", "density", "block_size", "scope", "window_dtype", "error_dtype"):
-            ours, theirs = getattr(self.options, name, None), saved["options"].get(name)
+        for name in MADE_WITH:
+            missing = "plain" if name.endswith("_format") else None
+            ours, theirs = getattr(self.options, name, missing), saved["options"].get(name, missing)
             if ours != theirs:
                 raise OptionError(f"checkpoint was made with {name}={theirs!r}, this optimizer has {name}={ours!r}")
 
