@@ -77,7 +77,7 @@ def optimizer_cls_and_kwargs(
     targets = getattr(args, "optim_target_modules", None)
     if targets is not None:
         parse_targets(targets)
-    kwargs = {"lr": own["lr"], **info.hf_defaults, **options}
+    kwargs = {"lr": own["lr"], **info.defaults(options), **options}
     if model is not None:
         kwargs["params"] = parameter_groups(model, own["weight_decay"], decay_names=decay_names, target_modules=targets)
     return info.cls, kwargs

@@ -18,6 +18,7 @@ from ..core.linalg import ieee_matmul
 from ..core.windows import Window
 from ..distributed.plan import Owners
 from ..distributed.shards import Shards
+from .budget import free_options
 from .diagnostics import DiagnosticsMixin
 from .options import GroupOptions, OptionError, ParamGroupOptions, annotations, build
 from .sharding import ShardingMixin
@@ -49,6 +50,7 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
         name = type(self).__name__
         group = build(GroupOptions, {"lr": lr, "weight_decay": weight_decay}, name)
         self.options = build(self.options_type, options, name)
+        self._free = free_options(self.options, options)  # what memory_budget chooses when the parameters are known
         self._process_group = process_group
         self._forget()
         super().__init__(params, {"lr": group.lr, "weight_decay": group.weight_decay})

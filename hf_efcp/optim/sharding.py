@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed.plan import Size, assign, describe
+from ..distributed.plan import Size, assign, describe, loads
 from ..distributed.shards import Shards
+from .budget import choose, described, shown
 from .options import OptionError
 from .stacks import Piece, Stack, build_stacks
 
 if TYPE_CHECKING:
     from ..distributed.checkpoint import Part
+
+_log = logging.getLogger("hf_efcp")
 
 # Name of the folder of the shards in a checkpoint of Trainer or Accelerate.
 SHARD_FOLDER = "efcp_optim"
@@ -79,16 +84,52 @@ class ShardingMixin:
                 "process's part only (a copy has no process_group): use save_shards, state_dict and load_state_dict"
             )
         self._copied_from = processes
+        if self._shards is not None:
+            self._agree()
+        self._keep_to_budget()
         formats = [self._format(g) for g in self.param_groups]
         number = {p: i for i, p in enumerate(self._params)}
         if self._shards is None:
             pieces = [[Piece(p, number[p]) for p in params] for params in groups]
             return build_stacks(pieces, self.options, formats)
-        self._agree()
         self._assign()
         rank, owners = self._shards.rank, self._owners
         pieces = [[Piece(p, number[p], owners[p][rank]) for p in params if rank in owners[p]] for params in groups]
         return build_stacks(pieces, self.options, formats, self._shards.sum)
+
+    def _keep_to_budget(self) -> None:
+        """Choose the options that `memory_budget` leaves open, once; afterwards see that it is kept."""
+        budget = self.options.memory_budget
+        if budget is None:
+            return
+        if self._free:
+            options = self.options
+            try:
+                chosen, size = choose(options, self._free, self._bytes_with)
+            finally:
+                self.options = options
+            self.options, self._free = chosen, ()
+            if self._shards is None or self._shards.rank == 0:
+                # A warning's level, because that is shown where nobody has set one.
+                what = f"{type(self).__name__}: memory_budget={shown(budget)}: {described(chosen)}"
+                _log.warning("%s: %s of state%s", what, shown(size), " for each process" if self._shards is not None else "")
+            return
+        size = self._bytes_with(self.options)
+        if size > budget and self.state:
+            warnings.warn(f"memory_budget={shown(budget)}: with the new parameters the state takes {shown(size)}", stacklevel=2)
+        elif size > budget:
+            raise OptionError(f"memory_budget={shown(budget)}: with {described(self.options)} the state takes {shown(size)}")
+
+    def _bytes_with(self, options) -> int:
+        self.options = options
+        return self.expected_bytes()
+
+    def expected_bytes(self) -> int:
+        """Bytes of state on the process that has most, as `memory_footprint` will measure them; nothing is allocated."""
+        sizes, processes = list(self._sizes().values()), 1 if self._shards is None else self._shards.size
+        held = loads(assign(sizes, processes), sizes, processes)
+        grams = len(sizes) if self.options.scope == "layer" else 1
+        return round(max(held)) + 8 * grams * self.options.window_size**2 + 16  # two counters
 
     def _hand_out(self) -> None:
         """Every process gets the parameters that the others have updated."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.gram import GramMatrix
+from .budget import BUDGETED
 from .options import GroupOptions, OptionError, build
 from .sharding import SHARED, of_window
 from .stacks import Stack
@@ -78,7 +79,8 @@ class StateDictMixin:
         state = super().__getstate__()
         copies = {p: {name: t.clone() for name, t in entry.items()} for p, entry in self.state.items()}
         owners = None if self._shards is None else (self._shards.size, self._owners)
-        return {**state, "state": collections.defaultdict(dict, copies), "options": self.options, "owners": owners}
+        found = {"options": self.options, "_free": self._free, "owners": owners}
+        return {**state, "state": collections.defaultdict(dict, copies), **found}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See torch.optim.Optimizer."""
@@ -128,6 +130,20 @@ class StateDictMixin:
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         _check_container(state_dict)
+        before = self.options, self._free
+        try:
+            self._load(state_dict)
+        except OptionError:
+            if self._free != before[1]:
+                self.options, self._free = before
+                self.state.clear()
+                self._forget()
+            raise
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        self._choose_as(state_dict.get("efcp"), state_dict["state"])
         self._check_options(state_dict.get("efcp"), state_dict["state"])
         groups, saved = state_dict["param_groups"], state_dict["state"]
         sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
@@ -155,8 +171,14 @@ class StateDictMixin:
         for ours, theirs, values in zip(self.param_groups, groups, checked, strict=True):
             kept = {k: ours[k] for k in ("params", "param_names") if k in ours}
             ours |= {**copy.deepcopy({k: v for k, v in theirs.items() if k not in kept}), **dataclasses.asdict(values)}
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+
+    def _choose_as(self, saved: dict[str, Any] | None, state: dict) -> None:
+        """What memory_budget chose in the run that was saved, it chooses in this one."""
+        if not self._free or not isinstance(saved, Mapping) or not (state or "sharded" in saved):
+            return
+        theirs = saved.get("options", {})
+        self.options = dataclasses.replace(self.options, **{name: theirs[name] for name in self._free if name in theirs})
+        self._free = ()
 
     def _load_entries(self, params: list[Tensor], entries: dict[Tensor, dict[str, Tensor]], with_window: bool) -> None:
         # A parameter that was frozen after it had been trained has state too.
@@ -214,7 +236,10 @@ class StateDictMixin:
             raise OptionError(f"checkpoint has format {saved['format']}, this version of hf_efcp reads up to {FORMAT}: upgrade")
         if saved["class"] != type(self).__name__:
             raise OptionError(f"checkpoint is of {saved['class']}, this optimizer is {type(self).__name__}")
+        without_state = not state and "sharded" not in saved  # nothing was chosen yet
         for name in MADE_WITH:
+            if without_state and self.options.memory_budget is not None and name in BUDGETED:
+                continue
             missing = "plain" if name.endswith("_format") else None
             ours, theirs = getattr(self.options, name, missing), saved["options"].get(name, missing)
             if ours != theirs:
