@@ -5,11 +5,12 @@ import torch.distributed as dist
 
 from tests.distributed.processes import run
 from tests.distributed.test_sharding import build, flat, problem, train
-from tests.reference import relative
+from tests.reference import make, relative
 
 NAMES = ["efcp_lowrank_mfac", "efcp_sparse_mfac", "efcp_dense_ggt"]
 FORMATS = {"window_format": "low_bit", "error_format": "int4"}
 HALF, END = 10, 20
+BUDGET = 100_000
 
 
 def start(name, group=None):
@@ -28,7 +29,14 @@ def save_half_way(rank, folder):
         plan = optimizer.sharding_plan()
         train(optimizer, params, HALF, END)
         ends[name] = flat(params), plan
+        ends[name, "budget"] = within_budget(name, dist.group.WORLD)
     return ends
+
+
+def within_budget(name, group=None):
+    optimizer = make(name, problem(), process_group=group, memory_budget=BUDGET)
+    held = sum(optimizer.memory_footprint().values())
+    return optimizer.options, held, optimizer.expected_bytes()
 
 
 def test_two_processes_are_one_and_one_goes_on(tmp_path):
@@ -41,6 +49,11 @@ def test_two_processes_are_one_and_one_goes_on(tmp_path):
         for theirs in everybody:
             assert "parameter 0: rank 0 rows 0-" in theirs[name][1]
             assert relative(theirs[name][0], flat(params)) <= 1e-9, name
+        options, *_ = everybody[0][name, "budget"]
+        for theirs in everybody:
+            chosen, held, expected = theirs[name, "budget"]
+            assert chosen == options and held <= expected <= BUDGET
+        assert options != within_budget(name)[0]  # one process has room for less
         again, others = start(name)
         state, values = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         for p, value in zip(others, values, strict=True):

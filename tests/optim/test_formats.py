@@ -80,6 +80,16 @@ def test_int8_and_int4_errors_take_their_bytes():
         assert optimizer.memory_footprint()["error"] == 64 * 512 * per_number + 64 * 2 * 4
 
 
+@FORMATS
+@pytest.mark.parametrize("scope", ["model", "layer"])
+@EVERY
+def test_expected_bytes_are_those_that_are_held(name, scope, formats):
+    optimizer = make(name, parameters(SHAPES, torch.bfloat16), window_size=M, scope=scope, momentum=0.5, **formats)
+    expected = optimizer.expected_bytes()
+    assert not optimizer.state
+    assert sum(optimizer.memory_footprint().values()) == expected
+
+
 def test_low_bit_windows_take_their_bytes():
     def bytes_of(name, shape, **options):
         optimizer = make(name, parameters([shape], torch.float32), window_size=M, window_format="low_bit", **options)
