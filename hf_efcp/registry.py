@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .optim import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
+from .optim.budget import BUDGETED
 from .optim.options import GroupOptions, OptionError, annotations, build, unknown_name
 
 
@@ -35,6 +36,11 @@ class OptimizerInfo:
     def options(self) -> dict[str, Any]:
         """Option name -> type annotation, the group options (lr, weight_decay) included."""
         return {**annotations(GroupOptions), **annotations(self.cls.options_type)}
+
+    def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The `--optim` defaults beside the options that are given: a memory_budget chooses some of them."""
+        chosen = BUDGETED if given.get("memory_budget") is not None else ()
+        return {name: value for name, value in self.hf_defaults.items() if name not in chosen}
 
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """`given` with every value typed and checked; raises OptionError for a bad one."""
@@ -104,15 +110,16 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
     return _REGISTRY[name]
 
 
-def optim_defaults(name: str) -> dict[str, Any]:
-    """The option values that `--optim NAME` starts from, where they differ from the class defaults.
+def optim_defaults(name: str, **options: Any) -> dict[str, Any]:
+    """The option values that `--optim NAME` starts from, where they differ from the class defaults, and `options` over them.
 
-    They make AdamW's learning rates work: `create_optimizer(name, model, lr=1e-4, **optim_defaults(name))`.
+    They make AdamW's learning rates work: `create_optimizer(name, model, lr=1e-4, **optim_defaults(name))`. With
+    `memory_budget` among the options, those that it chooses are left out.
 
     Raises:
         OptionError: unknown name.
     """
-    return dict(get_optimizer_info(name).hf_defaults)
+    return {**get_optimizer_info(name).defaults(options), **options}
 
 
 def create_optimizer(

@@ -3,6 +3,7 @@
 import torch
 
 import hf_efcp
+from hf_efcp.core.codecs import BlockQuantizer, decode_float8
 from hf_efcp.registry import get_optimizer_info
 
 NAMES = hf_efcp.list_optimizers()
@@ -41,12 +42,25 @@ def stack_of(optimizer, p):
 def row(optimizer, p, slot):
     """Row `slot` of p's window as a flat fp64 vector, from the public state."""
     state = {name: value.double() if value.is_floating_point() else value for name, value in optimizer.state[p].items()}
+    if "window_q_scale" in state:
+        q = BlockQuantizer(8).decode(state["window_q"][slot], state["window_q_scale"][slot], state["window_q"].shape[2])
+        return (decode_float8(state["window_p"][slot], torch.float64).mT @ q).flatten()
     if "window_p" in state:
         return (state["window_p"][slot].mT @ state["window_q"][slot]).flatten()
     if "window_indices" in state:
         indices, values = state["window_indices"][:, slot].long(), state["window_values"][:, slot]
         dense = torch.zeros(p.shape[0], p[0].numel(), dtype=torch.float64)
         return dense.scatter(1, indices + stack_of(optimizer, p).window.offsets, values).flatten()
+    if "window_entries" in state:
+        w = stack_of(optimizer, p).window
+        indices, values = w.codec.decode(
+            optimizer.state[p]["window_entries"][:, slot], state["window_scale"][:, slot], torch.float64
+        )
+        dense = torch.zeros(p.shape[0], p[0].numel(), dtype=torch.float64)
+        return dense.scatter(1, indices + w.offsets, values).flatten()
+    if "window_rows_scale" in state:
+        scale = state["window_rows_scale"][slot]
+        return BlockQuantizer(8).decode(state["window_rows"][slot].view(len(scale), -1), scale, p.numel() // len(scale)).flatten()
     return state["window_rows"][slot]
 
 
@@ -58,7 +72,10 @@ def window(optimizer, params):
 
 def error(optimizer, p):
     """e as a flat fp64 vector (zeros where rows are exact)."""
-    e = optimizer.state[p].get("error")
+    e, scale = optimizer.state[p].get("error"), optimizer.state[p].get("error_scale")
+    if scale is not None:
+        cols = p.numel() // len(scale)
+        return BlockQuantizer(8 if e.dtype == torch.int8 else 4).decode(e, scale.double(), cols).flatten()
     return torch.zeros(p.numel(), dtype=torch.float64) if e is None else e.double().flatten()
 
 

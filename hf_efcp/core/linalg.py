@@ -84,23 +84,27 @@ def orthonormalize(a: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) 
     Args:
         a: (n, rows, r) with r <= rows. Dependent columns are completed to an orthonormal set.
         reduce: where `a` is rows of larger matrices, sums a tensor over all processes that hold rows. The basis then comes from
-            the r x r Gram matrix in fp64, in two passes (the first leaves errors of condition^2 * 1e-16); dependent columns
-            become zero.
+            the r x r Gram matrix in fp64, in two passes (the first leaves errors of condition^2 * 1e-16), and is that of QR up
+            to signs; dependent columns become zero.
 
     Returns:
         (n, rows, r), same dtype.
     """
     if reduce is None:
         return torch.linalg.qr(a, mode="reduced").Q
-    p = a.double()
+    p, r = a.double(), torch.eye(a.shape[2], dtype=torch.float64, device=a.device)
     for _ in range(2):
         gram = reduce(p.mT @ p).nan_to_num(nan=0.0, posinf=0.0)  # eigh would raise; p itself keeps what is not finite
-        scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).rsqrt().nan_to_num(posinf=0.0)  # of columns: sizes do not matter
+        norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+        scale = norms.reciprocal().nan_to_num(posinf=0.0)  # of columns: sizes do not matter
         eigenvalues, v = torch.linalg.eigh(scale[..., None] * gram * scale[..., None, :])
         kept = eigenvalues > _DEPENDENT * eigenvalues[..., -1:]
-        basis = scale[..., None] * v * torch.where(kept, eigenvalues, 1.0).rsqrt().where(kept, 0.0)[..., None, :]
+        roots = torch.where(kept, eigenvalues, 0.0).sqrt()
+        basis = scale[..., None] * v * roots.reciprocal().nan_to_num(posinf=0.0)[..., None, :]
         p = p @ basis.flip(-1)  # dead columns last, as QR leaves them: the next step redraws the same ones
-    return p.to(a.dtype)
+        r = (roots[..., None] * v.mT * norms[..., None, :]).flip(-2) @ r
+    # a = P R: turned by the Q factor of R, P is that of a's own QR, and low-bit factors are those of one process, up to signs.
+    return (p @ torch.linalg.qr(r).Q).to(a.dtype)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -137,6 +141,12 @@ def counted_bits(counter: Tensor, salt: Tensor, rows: int, cols: int, first: tup
 def counted_noise(counter: Tensor, salt: Tensor, rows: int, cols: int) -> Tensor:
     """`counted_bits` as uniform numbers in (-1, 1), (n, rows, cols) fp32."""
     return (counted_bits(counter, salt, rows, cols) >> 16).float().add_(0.5).mul_(2.0**-15)
+
+
+def counted_uniform(counter: Tensor, salt: Tensor, rows: int, cols: int, first: tuple[int, int] = (0, 0)) -> Tensor:
+    """`counted_bits` as uniform numbers in (0, 1), (n, rows, cols) fp32."""
+    bits = counted_bits(counter, salt, rows, cols, first).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    return bits.float().add_(0.5).mul_(2.0**-16)
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, counter: Tensor, salt: Tensor, first: tuple[int, int] = (0, 0)) -> Tensor:

@@ -78,17 +78,23 @@ class DenseWindow(Window):
 
     def combine(self, c: Tensor) -> Tensor:
         """See Window."""
-        (rows,) = self.state.values()
-        g = rows.flatten(2)
-        n, m, length = g.shape
-        out = torch.zeros(n, 1, length, dtype=self.compute_dtype, device=g.device)
+        rows = self.state["window_rows"]
+        n, m, length = rows.flatten(2).shape
+        out = torch.zeros(n, 1, length, dtype=self.compute_dtype, device=rows.device)
         c = c.to(self.compute_dtype)[:, None]
-        for slots in chunks(m, 0 if g.dtype == self.compute_dtype else n * length * out.element_size()):
-            out.baddbmm_(c[..., slots], g[:, slots].to(self.compute_dtype))
+        for slots in chunks(m, 0 if rows.dtype == self.compute_dtype else n * length * out.element_size()):
+            out.baddbmm_(c[..., slots], self._slots(slots).flatten(2).to(self.compute_dtype))
         return out.view(n, *rows.shape[2:])
 
     def _dots_with_window(self) -> Tensor:
-        return inner(self.state["window_rows"].flatten(2), self._row[0].flatten(1)[:, None]).squeeze(2)
+        return self._dots_of(self.state["window_rows"])
+
+    def _slots(self, slots: slice) -> Tensor:
+        """The numbers of some rows, (n, slots, rows, cols)."""
+        return self.state["window_rows"][:, slots]
+
+    def _dots_of(self, rows: Tensor) -> Tensor:
+        return inner(rows.flatten(2), self._row[0].flatten(1)[:, None]).squeeze(2)
 
     def _staged_square(self) -> Tensor:
         row = self._row[0].flatten(1)[:, None]
@@ -117,21 +123,24 @@ class LowRankWindow(Window):
 
     def combine(self, c: Tensor) -> Tensor:
         """See Window. c scales the shorter factor, a few slots at a time."""
-        p, q = self.state.values()
+        p, q = self.state["window_p"], self.state["window_q"]
         n, m, rank, rows = p.shape
         cols = q.shape[3]
         out = torch.zeros(n, rows, cols, dtype=self.compute_dtype, device=p.device)
         c = c.to(self.compute_dtype)[:, :, None, None]
         converted = rows + cols if p.dtype != self.compute_dtype else min(rows, cols)
         for slots in chunks(m, n * rank * converted * out.element_size()):
-            left, right = p[:, slots].to(out.dtype), q[:, slots].to(out.dtype)
+            left, right = (factor.to(out.dtype) for factor in self._factors(slots))
             left, right = (left * c[:, slots], right) if rows <= cols else (left, right * c[:, slots])
             out.baddbmm_(left.flatten(1, 2).mT, right.flatten(1, 2))
         return out
 
     def _dots_with_window(self) -> Tensor:
-        p, q = self.state.values()
-        return self._factor_dots(p, q)
+        return self._factor_dots(*self._factors(slice(None)))
+
+    def _factors(self, slots: slice) -> tuple[Tensor, Tensor]:
+        """The numbers of P and Q of some rows."""
+        return self.state["window_p"][:, slots], self.state["window_q"][:, slots]
 
     def _staged_square(self) -> Tensor:
         return self._factor_dots(*(part[:, None] for part in self._row))[:, 0]
@@ -147,15 +156,22 @@ class SparseWindow(Window):
 
     Args:
         offsets: (k,) int64, first column of the block of each entry.
+
+    Attributes:
+        shape: (n, rows, m, k).
+        has_kernel: whether the state is as above, which kernels read; else there is only the path through `_pieces`.
+        entry_bytes: what `_pieces` takes for an entry.
     """
 
     slot_dim = 2
+    has_kernel = True
+    entry_bytes = 16
 
     def __init__(self, n: int, m: int, rows: int, cols: int, offsets: Tensor, *, dtype, compute_dtype, device):
-        shape = (n, rows, m, len(offsets))
+        self.shape = (n, rows, m, len(offsets))
         state = {
-            "window_indices": torch.zeros(shape, dtype=torch.int16, device=device),
-            "window_values": torch.zeros(shape, dtype=dtype, device=device),
+            "window_indices": torch.zeros(self.shape, dtype=torch.int16, device=device),
+            "window_values": torch.zeros(self.shape, dtype=dtype, device=device),
         }
         super().__init__(state, compute_dtype)
         self.cols = cols
@@ -177,7 +193,7 @@ class SparseWindow(Window):
 
     def _dots_with_window(self) -> Tensor:
         indices, values = self._row
-        n, _, m, _ = self.state["window_values"].shape
+        n, _, m, _ = self.shape
         dots = torch.zeros(n, m, dtype=torch.float64, device=values.device)
         for tensors, part, window_indices, window_values in self._pieces():
             shape = (*window_values.shape[:2], self.cols)
@@ -194,13 +210,17 @@ class SparseWindow(Window):
         return indices.long() + self.offsets
 
     def _rows_shape(self) -> tuple[int, int]:
-        return tuple(self.state["window_values"].shape[:2])
+        return self.shape[:2]
 
     def _pieces(self):
         """The window cut by tensors, then rows: (tensor slice, row slice, int64 columns, values) under the chunk limit."""
-        indices, values = self.state.values()
-        n, rows, m, k = values.shape
-        row_bytes = m * k * 16 + self.cols * 8
+        n, rows, m, k = self.shape
+        row_bytes = m * k * self.entry_bytes + self.cols * 8
         for tensors in chunks(n, rows * row_bytes):
             for part in chunks(rows, (tensors.stop - tensors.start) * row_bytes):
-                yield tensors, part, self._columns(indices[tensors, part]), values[tensors, part]
+                indices, values = self._read(tensors, part)
+                yield tensors, part, self._columns(indices), values
+
+    def _read(self, tensors: slice, rows: slice) -> tuple[Tensor, Tensor]:
+        """Indices and values of some rows of some tensors."""
+        return self.state["window_indices"][tensors, rows], self.state["window_values"][tensors, rows]

@@ -103,13 +103,18 @@ def _levelling_rows(loads: list[float], size: Size) -> list[int]:
     return rows
 
 
-def describe(names: Sequence[str], owners: Sequence[Owners], sizes: Sequence[Size], processes: int) -> tuple[str, str]:
-    """The plan as text: bytes of every process, and the tensors that are divided, each a line."""
-    loads = [0.0] * processes
+def loads(owners: Sequence[Owners], sizes: Sequence[Size], processes: int) -> list[float]:
+    """Bytes of every process."""
+    held = [0.0] * processes
     for who, size in zip(owners, sizes, strict=True):
         for rank, rows in who.items():
-            loads[rank] += size.of(rows)
-    held = [f"rank {rank}: {round(load):,} bytes" for rank, load in enumerate(loads)]
+            held[rank] += size.of(rows)
+    return held
+
+
+def describe(names: Sequence[str], owners: Sequence[Owners], sizes: Sequence[Size], processes: int) -> tuple[str, str]:
+    """The plan as text: bytes of every process, and the tensors that are divided, each a line."""
+    held = [f"rank {rank}: {round(load):,} bytes" for rank, load in enumerate(loads(owners, sizes, processes))]
     divided = ""
     for name, who in zip(names, owners, strict=True):
         if len(who) > 1:

@@ -80,7 +80,7 @@ def optimizer_cls_and_kwargs(
     targets = getattr(args, "optim_target_modules", None)
     if targets is not None:
         parse_targets(targets)
-    kwargs = {"lr": own["lr"], **info.hf_defaults, **options}
+    kwargs = {"lr": own["lr"], **info.defaults(options), **options}
     if config := deepspeed.config_of(args):
         deepspeed.check_config(config, info.cls, kwargs)
     if kwargs.get("comm") == "factors":

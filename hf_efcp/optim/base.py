@@ -19,15 +19,19 @@ from ..core.windows import Window
 from ..distributed.mesh import MeshShards, is_sharded, local_gradient, problem
 from ..distributed.plan import Owners
 from ..distributed.shards import Shards
+from .budget import free_options
 from .communication import CommunicationMixin
 from .diagnostics import DiagnosticsMixin
+from .footprint import FootprintMixin
 from .options import GroupOptions, OptionError, ParamGroupOptions, annotations, build
 from .sharding import ShardingMixin
 from .stacks import Layout, Stack, compute_dtype
 from .state import StateDictMixin
 
 
-class WindowedOptimizer(CommunicationMixin, ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer):
+class WindowedOptimizer(
+    CommunicationMixin, ShardingMixin, FootprintMixin, StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer
+):
     """A preconditioner phi(K) on a window of compressed gradients: u = G^T c, c = phi(K) w.
 
     Subclasses give `options_type`, `row_format` (compressor and window of a stack) and `coefficients` (phi).
@@ -51,6 +55,7 @@ class WindowedOptimizer(CommunicationMixin, ShardingMixin, StateDictMixin, Diagn
         name = type(self).__name__
         group = build(GroupOptions, {"lr": lr, "weight_decay": weight_decay}, name)
         self.options = build(self.options_type, options, name)
+        self._free = free_options(self.options, options)  # what memory_budget chooses when the parameters are known
         self._process_group = process_group
         self._given_plain = False
         self._forget()
@@ -115,7 +120,8 @@ class WindowedOptimizer(CommunicationMixin, ShardingMixin, StateDictMixin, Diagn
             group = self.param_groups[s.group]
             decay = 0.0 if l2[s.group] else group["weight_decay"]
             u = s.window.combine(self._share(c, s))                         # u = G^T c
-            s.apply(u, float(group["lr"]), decay, self.options.momentum, accepted)  # p <- (1 - lr*wd) p - lr u
+            rounding = gram.step if self.options.stochastic_rounding else None
+            s.apply(u, float(group["lr"]), decay, self.options.momentum, accepted, rounding)  # p <- (1 - lr*wd) p - lr u
         self._hand_out()
         self._last = c if self._last is None else masked(accepted, c, self._last)
         self._started = True

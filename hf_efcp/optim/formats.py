@@ -6,7 +6,9 @@ import math
 
 import torch
 
+from ..core.codecs import BlockQuantizer, SparseCodec
 from ..core.compressors import BlockTopK, PowerIteration
+from ..core.low_bit_windows import LowBitLowRankWindow, LowBitSparseWindow
 from ..core.windows import LowRankWindow, SparseWindow, Window
 from .stacks import Layout
 
@@ -15,7 +17,12 @@ class RowFormat:
     """What the formats share."""
 
     def _dtypes(self, layout: Layout) -> dict:
-        return {"dtype": self.options.window_dtype or layout.dtype, "compute_dtype": layout.dtype, "device": layout.device}
+        like = {"compute_dtype": layout.dtype, "device": layout.device}
+        return like if self._low_bit else {"dtype": self.options.window_dtype or layout.dtype, **like}
+
+    @property
+    def _low_bit(self) -> bool:
+        return self.options.window_format == "low_bit"
 
 
 class DenseRows(RowFormat):
@@ -34,13 +41,20 @@ class SparseRows(RowFormat):
         cols = layout.cols
         if math.prod(layout.matrix) == 0:
             return None
-        itemsize = (self.options.window_dtype or layout.dtype).itemsize
-        compressor = BlockTopK(cols, self.options.density, self.options.block_size)
-        if compressor.per_row * (itemsize + torch.int16.itemsize) >= cols * itemsize:
+        top = BlockTopK(cols, self.options.density, self.options.block_size)
+        if self._low_bit:
+            codec = SparseCodec(top.block, top.full, top.kept, top.kept_tail)
+            scales = BlockQuantizer(8).shapes(cols)[1][0] * layout.dtype.itemsize
+            compressed, whole = 2 * top.per_row + codec.blocks, cols + scales
+        else:
+            itemsize = (self.options.window_dtype or layout.dtype).itemsize
+            compressed, whole = top.per_row * (itemsize + torch.int16.itemsize), cols * itemsize
+        if compressed >= whole:
             return None
-        offsets = compressor.offsets(layout.device)
-        window = SparseWindow(layout.n, self.options.window_size, layout.rows, cols, offsets, **self._dtypes(layout))
-        return compressor, window
+        sizes = layout.n, self.options.window_size, layout.rows, cols, top.offsets(layout.device)
+        if self._low_bit:
+            return top, LowBitSparseWindow(*sizes, codec, **self._dtypes(layout))
+        return top, SparseWindow(*sizes, **self._dtypes(layout))
 
 
 class LowRankRows(RowFormat):
@@ -53,5 +67,6 @@ class LowRankRows(RowFormat):
             return None
         n, rows, cols = layout.n, layout.rows, layout.cols
         q = torch.zeros(n, cols, rank, dtype=layout.dtype, device=layout.device)
-        window = LowRankWindow(n, self.options.window_size, rows, cols, rank, **self._dtypes(layout))
+        make = LowBitLowRankWindow if self._low_bit else LowRankWindow
+        window = make(n, self.options.window_size, rows, cols, rank, **self._dtypes(layout))
         return PowerIteration(q, layout.numbers, self.options.power_iterations, layout.reduce), window

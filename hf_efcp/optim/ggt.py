@@ -23,6 +23,7 @@ from .options import GGTOptions, LowRankOptions, OptionError, SparseOptions, Win
 @dataclasses.dataclass(frozen=True)
 class _FamilyOptions(GGTOptions, WindowOptions):
     def __post_init__(self):
+        super().__post_init__()
         if self.beta1 and self.window_momentum:
             raise OptionError(
                 f"beta1={self.beta1} and window_momentum={self.window_momentum} are the same thing: give one of them"

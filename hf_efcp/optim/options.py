@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ class OptionError(ValueError):
     """A bad option: its message names the option, the value, what is allowed and the nearest valid name."""
 
 
-def option(default: Any, help: str, *, allowed: str = "", check=None, choices: tuple = ()) -> Any:
+def option(default: Any, help: str, *, allowed: str = "", check=None, choices: tuple = (), parse=None) -> Any:
     """A dataclass field with its help text and its range.
 
     Args:
@@ -43,11 +44,12 @@ def option(default: Any, help: str, *, allowed: str = "", check=None, choices: t
         allowed: the range in words, for the error message.
         check: predicate on the typed value; None values are not checked.
         choices: the allowed values, instead of `check`.
+        parse: (name, text) -> value, where the value's type does not say how to read it.
     """
     if choices:
         allowed = " or ".join(str(c).removeprefix("torch.") for c in choices)
         check = choices.__contains__
-    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed, "check": check})
+    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed, "check": check, "parse": parse})
 
 
 def as_text(value: object) -> str:
@@ -75,6 +77,26 @@ def non_negative(x) -> bool:
 def fraction(x) -> bool:
     """0 <= x < 1."""
     return 0 <= x < 1
+
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{letter}{i}b": (1024 if i else 1000) ** n for n, letter in enumerate("kmgt", 1) for i in ("", "i")}
+
+
+def parse_bytes(name: str, text: str) -> int | str:
+    """A number of bytes, as `2GiB`, `500 MB` or `1e9`; the text `none` stays as it is.
+
+    Raises:
+        OptionError: anything else.
+    """
+    if text.strip().lower() == "none":
+        return text
+    try:
+        number, unit = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([a-z]*)\s*", text.lower()).groups()
+        return int(float(number) * _UNITS[unit])
+    except (AttributeError, KeyError, ValueError):
+        units = "KB, MB, GB, KiB, MiB, GiB"
+        raise OptionError(f"{name}={text!r}: expected bytes (2GiB), as a number alone or with one of {units}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +148,27 @@ class WindowOptions:
         "dtype of the error feedback, bf16 rounded stochastically; none: fp64 for fp64 parameters, else fp32",
         choices=_STATE_DTYPES,
     )
+    window_format: str = option(
+        "plain",
+        "how the window is stored; plain: in window_dtype; low_bit: 8 bits a number, or 16 a sparse entry with its index",
+        choices=("plain", "low_bit"),
+    )
+    error_format: str = option(
+        "plain",
+        "how the error feedback is stored; plain: in error_dtype; int8, int4: with a scale for each 256 numbers, rounded "
+        "stochastically",
+        choices=("plain", "int8", "int4"),
+    )
+    memory_budget: int | None = option(
+        None,
+        "bytes of state (2GiB) for each process: chooses window_size, rank or density, and formats, unless they are given",
+        allowed="an integer >= 1, with a unit or without, or none",
+        check=positive,
+        parse=parse_bytes,
+    )
+    stochastic_rounding: bool = option(
+        False, "bf16 parameters: round each update stochastically, so that small ones count in the mean; needs no fp32 copy"
+    )
     shard: str = option(
         "off",
         "auto: where torch.distributed runs, its processes share the state; off: unless given a process_group",
@@ -134,6 +177,11 @@ class WindowOptions:
     save_window: bool = option(
         True, "false: checkpoints leave the window out, which is most of them; a resumed run starts with an empty window"
     )
+
+    def __post_init__(self):
+        block = getattr(self, "block_size", 1)  # of the sparse methods
+        if self.window_format == "low_bit" and block > 1024:
+            raise OptionError(f"block_size={block}: at most 1024 with window_format=low_bit, where an index has 10 bits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,12 +303,13 @@ def build(options_type: type, given: Mapping[str, Any], owner: str) -> Any:
     Raises:
         OptionError: unknown name, wrong type or value out of range.
     """
-    hints = annotations(options_type)
+    hints, fields = annotations(options_type), {f.name: f for f in dataclasses.fields(options_type)}
     values = {}
     for name, value in given.items():
         if name not in hints:
             raise OptionError(unknown_name("option", name, hints, owner))
-        values[name] = typed(name, value, hints[name])
+        parse = fields[name].metadata["parse"]
+        values[name] = typed(name, parse(name, value) if parse and isinstance(value, str) else value, hints[name])
     result = options_type(**values)
     for field in dataclasses.fields(options_type):
         value, check = getattr(result, field.name), field.metadata["check"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.gram import GramMatrix
 from ..distributed.mesh import MeshShards, is_sharded
-from ..distributed.plan import Owners, Size, assign, describe
+from ..distributed.plan import assign, describe
 from ..distributed.shards import Shards
 from .options import OptionError
 from .stacks import Piece, Stack, build_stacks
@@ -27,17 +25,18 @@ from .stacks import Piece, Stack, build_stacks
 if TYPE_CHECKING:
     from ..distributed.checkpoint import Part
 
+
 # Name of the folder of the shards in a checkpoint of Trainer or Accelerate.
 SHARD_FOLDER = "efcp_optim"
 # Of the state whose size goes with the rows: in which dimension they are.
-ROW_DIM = {"error": 0, "momentum": 0, "window_p": 2, "window_indices": 0, "window_values": 0, "window_rows": 1}
+ROW_DIM = {
+    **dict.fromkeys(("error", "error_scale", "momentum"), 0),
+    **dict.fromkeys(("window_indices", "window_values", "window_entries", "window_scale"), 0),
+    **dict.fromkeys(("window_rows", "window_rows_scale"), 1),
+    "window_p": 2,
+}
 # What the first parameter's entry holds for the whole optimizer; with scope="layer" every parameter has its own K.
 SHARED = ("gram", "step", "skipped")
-
-
-def kind_of(name: str) -> str:
-    """The kind of a state entry, as memory_footprint() counts it."""
-    return "window" if name.startswith("window_") else name
 
 
 def of_window(name: str) -> bool:
@@ -112,13 +111,16 @@ class ShardingMixin:
                 "process's part only (a copy has no process_group): use save_shards, state_dict and load_state_dict"
             )
         self._copied_from = processes
+        if self._shards is not None:
+            self._agree(self._shards)
+        self._keep_to_budget()
         formats = [self._format(g) for g in self.param_groups]
         number = {p: i for i, p in enumerate(self._params)}
         if self._shards is None:
             pieces = [[Piece(p, number[p]) for p in params] for params in groups]
             return self._with_factors(groups, build_stacks(pieces, self.options, formats, flat=self._flat is not None))
-        self._agree(self._shards)
         if follows:
+            self._check_blocks()
             self._owners = {p: self._shards.owners(p) for p in self._params}
         else:
             self._assign()
@@ -157,6 +159,16 @@ class ShardingMixin:
                 )
         return shards
 
+    def _check_blocks(self) -> None:
+        """FSDP2 cuts 1-D tensors anywhere, also inside a block of numbers that share a scale."""
+        for p, state in self._whole_state().items():
+            if p.ndim == 1 and any(name.endswith("_scale") for name in state):
+                o = self.options
+                raise OptionError(
+                    f"window_format={o.window_format!r}, error_format={o.error_format!r}: under FSDP2 1-D tensors cannot have "
+                    "blocks: use window_format='plain', and int8 or int4 errors only with an exact window_dtype"
+                )
+
     def _assign(self) -> None:
         sizes, held = self._sizes(), [0.0] * self._shards.size
         new = [p for p in sizes if p not in self._owners]
@@ -164,64 +176,6 @@ class ShardingMixin:
             for rank, rows in self._owners.get(p, {}).items():
                 held[rank] += size.of(rows)
         self._owners |= dict(zip(new, assign([sizes[p] for p in new], self._shards.size, held), strict=True))
-
-    def _sizes(self) -> dict[Tensor, Size]:
-        """Bytes of every parameter's state, but for what is on every process."""
-        sizes, least = {}, 1 if self._shards is not None and self._shards.follows else 2
-        for p, state in self._whole_state().items():
-            divided = {name: what for name, what in state.items() if name not in self._everywhere(state)}
-            bytes_ = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in divided.items()}
-            fixed, total = sum(n for name, n in bytes_.items() if name not in ROW_DIM), sum(bytes_.values())
-            divisible = p.ndim >= least and p.numel() > 0
-            sizes[p] = Size(len(p), fixed, (total - fixed) / len(p), True) if divisible else Size(1, total, 0.0, False)
-        return sizes
-
-    def _whole_state(self) -> dict[Tensor, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
-        """Shape and dtype of every parameter's state on one process, from buffers that are never allocated."""
-        known: dict[tuple, dict] = {}
-        found = {}
-        for group, params in zip(self.param_groups, self._trainable(), strict=True):
-            for p in params:
-                key = (p.shape, p.dtype, group.get("compress", True))
-                if key not in known:
-                    meta = Piece(torch.empty(p.shape, dtype=p.dtype, device="meta"), 0)
-                    (stack,) = build_stacks([[meta]], self.options, [self._format(group)])
-                    known[key] = {name: (tuple(b.shape[1:]), b.dtype) for name, b in stack.buffers().items()}
-                found[p] = known[key]
-        return found
-
-    def estimate_footprint(self, processes: int = 1, fsdp: bool = False) -> dict[str, int]:
-        """What `memory_footprint` of a fresh optimizer will measure, from its parameters' shapes: nothing is allocated.
-
-        Args:
-            processes: that share the state.
-            fsdp: they share the parameters too (FSDP2): each has the rows of its chunk of every tensor.
-
-        Returns:
-            Bytes by kind, of the process that holds most.
-        """
-        whole, sizes = self._whole_state(), self._sizes()
-        if fsdp:  # the first chunk is the largest
-            chunks = [slice(0, -(-len(p) // processes)) if p.ndim and p.numel() else None for p in whole]
-            plan, ranks = [{0: rows} for rows in chunks], 1
-        else:
-            plan, ranks = assign(list(sizes.values()), processes), processes
-        loads = [self._load(whole, plan, rank) for rank in range(ranks)]
-        return max(loads, key=lambda kinds: sum(kinds.values()))
-
-    def _load(self, whole: dict[Tensor, dict], plan: list[Owners], rank: int) -> dict[str, int]:
-        """Bytes by kind that the plan gives to a process."""
-        kinds: dict[str, int] = {}
-        for (p, state), owners in zip(whole.items(), plan, strict=True):
-            for name, (shape, dtype) in state.items() if rank in owners else ():
-                size, rows = math.prod(shape) * dtype.itemsize, owners[rank]
-                if rows is not None and name in ROW_DIM:
-                    size = size * (rows.stop - rows.start) // len(p)
-                kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + size
-        if whole:
-            gram = GramMatrix(len(whole) if self.options.scope == "layer" else 1, self.options.window_size, torch.device("meta"))
-            kinds |= {"gram": gram.matrix.nbytes, "step": gram.step.nbytes, "skipped": gram.skipped.nbytes}
-        return kinds
 
     # Checkpoints ------------------------------------------------------------------------------------------------------------
 

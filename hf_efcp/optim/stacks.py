@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from ..core.compressors import Identity
-from ..core.error_feedback import ErrorFeedback
-from ..core.linalg import add_scaled_, chunks
+from ..core.error_feedback import ErrorFeedback, QuantizedErrorFeedback
+from ..core.linalg import add_scaled_, chunks, stochastic_round
+from ..core.low_bit_windows import LowBitDenseWindow
 from ..core.windows import DenseWindow, Window
 from ..distributed.mesh import is_sharded, local, local_gradient
 
 # A stack's gradient is a temporary: it should stay in the cache on a CPU, and fill the device on a GPU.
 STACK_BYTES = {"cpu": 4 * 2**20}
 STACK_BYTES_ACCELERATOR = 32 * 2**20
+# Parameters are rounded by other numbers than their error feedback.
+_PARAMETER_SALT = 2**30
 
 
 def compute_dtype(p: Tensor) -> torch.dtype:
@@ -67,6 +70,12 @@ class Piece:
             return rows, cols
         length = self.rows.stop - self.rows.start
         return (length, cols) if self.param.ndim > 1 else (1, length)
+
+    @property
+    def first(self) -> tuple[int, int]:
+        """Where the piece begins in the parameter's 2-D view."""
+        start = 0 if self.rows is None else self.rows.start
+        return (start, 0) if self.param.ndim > 1 else (0, start)
 
 
 @dataclasses.dataclass(eq=False)
@@ -126,7 +135,8 @@ class Stack:
         if isinstance(self.compressor, Identity):
             self.stage(step, l2)
         gradient = self.gradient(l2) if self.feedback.error is not None else None
-        self.feedback.keep(gradient, self.window, step, accepted, self._owns(gradient))
+        absent = [i for i, piece in enumerate(self.pieces) if piece.grad is None]
+        self.feedback.keep(gradient, self.window, step, accepted, self._owns(gradient), absent)
         self.window.commit(j.to(self.device), accepted)
         self.compressor.commit(accepted)
 
@@ -156,17 +166,26 @@ class Stack:
     def buffers(self) -> dict[str, Tensor]:
         """State name -> buffer (n, ...)."""
         found = {
-            "error": self.feedback.error,
+            **self.feedback.state(),
             "warm_start": getattr(self.compressor, "q", None),
             **self.window.state,
             "momentum": self.momentum,
         }
         return {name: buffer for name, buffer in found.items() if buffer is not None}
 
-    def apply(self, update: Tensor, lr: float, weight_decay: float, momentum: float, accepted: bool | Tensor) -> None:
+    def apply(
+        self,
+        update: Tensor,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        accepted: bool | Tensor,
+        rounding: Tensor | None = None,
+    ) -> None:
         """v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v. Low-precision parameters are rounded once.
 
-        Of a step that is not `accepted`, u is zero; with lr and 1 - mu zero too, nothing moves.
+        Of a step that is not `accepted`, u is zero; with lr and 1 - mu zero too, nothing moves. With `rounding`, the number of
+        the step, bf16 parameters are rounded stochastically; None: to nearest.
         """
         new_part = 1 - momentum
         if accepted is not True:
@@ -174,10 +193,19 @@ class Stack:
             lr, new_part = lr * flag, new_part * flag
         if self.momentum is not None:
             update = self.momentum.lerp_(update, new_part)
-        for piece, u in zip(self.pieces, update, strict=True):
+        for i, (piece, u) in enumerate(zip(self.pieces, update, strict=True)):
             if not piece.param.requires_grad:  # frozen since; its rows stay in the window, which K counts
                 continue
             p = piece.data
+            if rounding is not None and p.dtype == torch.bfloat16:
+                salt = self.numbers[i : i + 1] + _PARAMETER_SALT
+                p = p[(None,) * max(0, 2 - p.ndim)]  # rows first, as in the 2-D view
+                for part in chunks(len(p), 24 * u.shape[1]):
+                    new = u[part].mul(-lr).add_(p[part].reshape(u[part].shape).to(u.dtype).mul_(1 - lr * weight_decay))
+                    first = piece.first[0] + part.start, piece.first[1]
+                    rounded = stochastic_round(new[None], p.dtype, rounding, salt, first)
+                    p[part] = rounded.view(p[part].shape)
+                continue
             u = u.view(p.shape)
             if p.dtype == u.dtype:
                 if weight_decay:
@@ -265,17 +293,29 @@ def _allocate(pieces: list[Piece], index: int, options, row_format: RowFormat | 
     n, first, (rows, cols) = len(pieces), pieces[0], pieces[0].shape
     dtype, device = compute_dtype(first.param), first.param.device
     numbers = torch.tensor([piece.number for piece in pieces], device=device)
-    window_dtype = options.window_dtype or dtype
     layout = Layout(n, rows, matrix_shape(first.param), dtype, device, numbers, reduce)
     compressed = row_format(layout) if row_format else None
+    exact = False
     if compressed is None:
-        window = DenseWindow(n, options.window_size, rows, cols, dtype=window_dtype, compute_dtype=dtype, device=device)
+        window, exact = _plain_window(options, (n, options.window_size, rows, cols), {"compute_dtype": dtype, "device": device})
         compressed = Identity(), window
-        exact = window_dtype.itemsize >= dtype.itemsize
-    else:
-        exact = False
-    error = None if exact else torch.zeros(n, rows, cols, dtype=options.error_dtype or dtype, device=device)
     momentum = torch.zeros(n, rows, cols, dtype=dtype, device=device) if options.momentum else None
-    start = first.rows.start if first.rows else 0
-    feedback = ErrorFeedback(error, numbers, (start, 0) if first.param.ndim > 1 else (0, start))
+    feedback = _feedback(options, exact, (n, rows, cols), dtype, numbers, first.first)
     return Stack(pieces, numbers, index, compressed[0], feedback, compressed[1], momentum)
+
+
+def _plain_window(options, shape: tuple[int, int, int, int], like: dict) -> tuple[Window, bool]:
+    """A window of whole rows, and whether it stores them exactly."""
+    if options.window_format == "low_bit":
+        return LowBitDenseWindow(*shape, **like), False
+    dtype = options.window_dtype or like["compute_dtype"]
+    return DenseWindow(*shape, dtype=dtype, **like), dtype.itemsize >= like["compute_dtype"].itemsize
+
+
+def _feedback(options, exact: bool, shape: tuple[int, int, int], dtype: torch.dtype, numbers: Tensor, first: tuple[int, int]):
+    if exact:
+        return ErrorFeedback(None)
+    if options.error_format != "plain":
+        return QuantizedErrorFeedback(int(options.error_format.removeprefix("int")), shape, dtype, numbers, first)
+    error = torch.zeros(shape, dtype=options.error_dtype or dtype, device=numbers.device)
+    return ErrorFeedback(error, numbers, first)

@@ -17,11 +17,15 @@ import torch
 from torch import Tensor
 
 from ..core.gram import GramMatrix
+from .budget import BUDGETED
 from .options import GroupOptions, OptionError, build
-from .sharding import SHARED, kind_of, of_window
+from .sharding import SHARED, of_window
 from .stacks import Stack
 
 FORMAT = 1
+# Options that a checkpoint has to agree in.
+MADE_WITH = ("window_size", "rank", "density", "block_size", "scope")
+MADE_WITH += ("window_dtype", "error_dtype", "window_format", "error_format")
 
 
 class StateDictMixin:
@@ -75,7 +79,8 @@ class StateDictMixin:
         state = super().__getstate__()
         copies = {p: {name: t.clone() for name, t in entry.items()} for p, entry in self.state.items()}
         owners = None if self._shards is None or self._shards.follows else (self._shards.size, self._owners)
-        return {**state, "state": collections.defaultdict(dict, copies), "options": self.options, "owners": owners}
+        found = {"options": self.options, "_free": self._free, "owners": owners}
+        return {**state, "state": collections.defaultdict(dict, copies), **found}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See torch.optim.Optimizer."""
@@ -85,15 +90,6 @@ class StateDictMixin:
         self._forget()
         if owners is not None:
             self._copied_from, self._owners = owners
-
-    def memory_footprint(self) -> dict[str, int]:
-        """Bytes of state by kind, measured on the tensors that are held (allocated now if no step was taken yet)."""
-        self._prepare()
-        kinds: dict[str, int] = {}
-        for entry in self.state.values():
-            for name, tensor in entry.items():
-                kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + tensor.numel() * tensor.element_size()
-        return kinds
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the optimizer's options under "efcp"; without the window if `save_window` is off.
@@ -127,6 +123,20 @@ class StateDictMixin:
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         _check_container(state_dict)
+        before = self.options, self._free
+        try:
+            self._load(state_dict)
+        except OptionError:
+            if self._free != before[1]:
+                self.options, self._free = before
+                self.state.clear()
+                self._forget()
+            raise
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        self._choose_as(state_dict.get("efcp"), state_dict["state"])
         self._check_options(state_dict.get("efcp"), state_dict["state"])
         groups, saved = state_dict["param_groups"], state_dict["state"]
         sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
@@ -157,8 +167,14 @@ class StateDictMixin:
         for ours, theirs, values in zip(self.param_groups, groups, checked, strict=True):
             kept = {k: ours[k] for k in ("params", "param_names") if k in ours}
             ours |= {**copy.deepcopy({k: v for k, v in theirs.items() if k not in kept}), **dataclasses.asdict(values)}
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+
+    def _choose_as(self, saved: dict[str, Any] | None, state: dict) -> None:
+        """What memory_budget chose in the run that was saved, it chooses in this one."""
+        if not self._free or not isinstance(saved, Mapping) or not (state or "sharded" in saved):
+            return
+        theirs = saved.get("options", {})
+        self.options = dataclasses.replace(self.options, **{name: theirs[name] for name in self._free if name in theirs})
+        self._free = ()
 
     def _load_entries(self, params: list[Tensor], entries: dict[Tensor, dict[str, Tensor]], with_window: bool) -> None:
         # A parameter that was frozen after it had been trained has state too.
@@ -216,8 +232,12 @@ class StateDictMixin:
             raise OptionError(f"checkpoint has format {saved['format']}, this version of hf_efcp reads up to {FORMAT}: upgrade")
         if saved["class"] != type(self).__name__:
             raise OptionError(f"checkpoint is of {saved['class']}, this optimizer is {type(self).__name__}")
-        for name in ("window_size", "rank", "density", "block_size", "scope", "window_dtype", "error_dtype"):
-            ours, theirs = getattr(self.options, name, None), saved["options"].get(name)
+        without_state = not state and "sharded" not in saved  # nothing was chosen yet
+        for name in MADE_WITH:
+            if without_state and self.options.memory_budget is not None and name in BUDGETED:
+                continue
+            missing = "plain" if name.endswith("_format") else None
+            ours, theirs = getattr(self.options, name, missing), saved["options"].get(name, missing)
             if ours != theirs:
                 raise OptionError(f"checkpoint was made with {name}={theirs!r}, this optimizer has {name}={ours!r}")
 

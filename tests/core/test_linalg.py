@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_efcp.core.linalg import chunks, counted_noise, ieee_matmul, inner, stochastic_round
+from hf_efcp.core.linalg import chunks, counted_noise, ieee_matmul, inner, orthonormalize, stochastic_round
 
 
 @pytest.mark.parametrize("length", [0, 1, 1000, 200_000])
@@ -62,3 +62,9 @@ def test_stochastic_rounding_keeps_small_additions_in_the_mean(dtype):
     for t in range(1000):
         x = stochastic_round(x.to(dtype) + 1e-3, torch.bfloat16, torch.tensor(t), torch.tensor([0]))
     assert (x.float().mean() - 2).abs() < 0.02
+
+
+def test_a_basis_from_the_gram_matrix_is_that_of_qr_up_to_signs():
+    a = torch.randn(2, 50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a[1] *= torch.tensor([1, 1e-6, 1e5, 1e-3], dtype=torch.float64)
+    torch.testing.assert_close(orthonormalize(a, lambda t: t).abs(), orthonormalize(a).abs(), rtol=0, atol=1e-13)

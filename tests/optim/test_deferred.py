@@ -15,7 +15,13 @@ NAN = float("nan")
 pytestmark = pytest.mark.filterwarnings("ignore:.*a gradient is not finite:RuntimeWarning")
 OPTIONS = pytest.mark.parametrize(
     "options",
-    [{}, {"scope": "layer"}, {"momentum": 0.9, "weight_decay": 0.1}, {"error_dtype": "bf16", "window_dtype": "bf16"}],
+    [
+        {},
+        {"scope": "layer"},
+        {"momentum": 0.9, "weight_decay": 0.1},
+        {"error_dtype": "bf16", "window_dtype": "bf16"},
+        {"error_format": "int4", "window_format": "low_bit", "stochastic_rounding": True},
+    ],
     ids=str,
 )
 

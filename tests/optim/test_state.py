@@ -24,6 +24,7 @@ OPTIONS = pytest.mark.parametrize(
         {"scope": "layer"},
         {"window_momentum": 0.5, "weight_decay": 0.1, "weight_decay_mode": "l2", "update_rms": None, "lr": 1e-4},
         {"scope": "layer", "momentum": 0.9, "error_dtype": "bf16", "window_dtype": "bf16", "weight_decay": 0.1},
+        {"window_format": "low_bit", "error_format": "int4", "stochastic_rounding": True, "weight_decay": 0.1},
     ],
     ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()) or "plain",
 )

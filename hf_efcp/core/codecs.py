@@ -1,0 +1,155 @@
+"""Low-bit storage: linear block quantization, 8-bit floats, and sparse entries of 16 bits.
+
+Tensors are (..., cols). Whatever shares a scale lies inside one run of the last dimension, so that a matrix that is divided
+by rows is stored as it is on one process. NaN and infinity come back as NaN: they are noticed before anything is written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Numbers that share a scale.
+BLOCK = 256
+
+
+class BlockQuantizer:
+    """Linear symmetric quantization, x = code * scale with scale = max |x| of the block / q, as absmax int8 and int4 have it.
+
+    q = 127 or 7: zero is a code of its own. Blocks are runs of `BLOCK` numbers in the last dimension, whose last block may be
+    shorter. Numbers whose scale would be subnormal become zero.
+
+    Args:
+        bits: 8, one int8 for each number; or 4, two codes to a uint8: entry 2i in the low half of byte i, 2i + 1 in the high
+            one, each as code + 8. An odd length leaves the last high half empty.
+    """
+
+    def __init__(self, bits: int):
+        self.bits = bits
+        self.largest = 2 ** (bits - 1) - 1
+
+    def shapes(self, *shape: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of codes and scales for numbers of `shape`."""
+        *lead, cols = shape
+        return (*lead, -(-cols * self.bits // 8)), (*lead, -(-cols // BLOCK))
+
+    def zeros(self, *shape: int, scale_dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Codes and scales of zeros of `shape`."""
+        codes, scales = self.shapes(*shape)
+        # A scale of zero makes a block zero, whatever its codes.
+        codes = torch.zeros(codes, dtype=torch.int8 if self.bits == 8 else torch.uint8, device=device)
+        return codes, torch.zeros(scales, dtype=scale_dtype, device=device)
+
+    def encode(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Codes and scales of x (..., cols).
+
+        Args:
+            x: fp32 or fp64; the scales are in its dtype.
+            noise: like x, uniform in (0, 1): rounding is stochastic, right in the mean, off by less than one scale. None: to
+                nearest, off by at most half a scale.
+        """
+        cols = x.shape[-1]
+        blocks, range_ = _blocks(x), torch.finfo(x.dtype)
+        largest = blocks.abs().amax(-1)
+        scale = (largest / self.largest).clamp_max(range_.max / self.largest * (1 - 2 * range_.eps))  # decoded: no overflow
+        scale = torch.where(scale < range_.tiny, 0.0, scale)
+        codes = blocks / torch.where(scale == 0, 1.0, scale)[..., None]
+        codes = codes.flatten(-2)[..., :cols]
+        codes = codes.round() if noise is None else codes.add_(noise).floor_()
+        codes = codes.nan_to_num(nan=0.0).clamp_(-self.largest, self.largest)
+        scale = torch.where(largest.isfinite(), scale, torch.nan)
+        return codes.to(torch.int8) if self.bits == 8 else _pack(codes.to(torch.int8)), scale
+
+    def decode(self, codes: Tensor, scale: Tensor, cols: int) -> Tensor:
+        """x (..., cols) in the dtype of the scales."""
+        codes = codes if self.bits == 8 else _unpack(codes, cols)
+        blocks = _blocks(codes.to(scale.dtype))
+        return blocks.mul_(scale[..., None]).flatten(-2)[..., :cols]
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """(..., cols) as (..., blocks, BLOCK) or one shorter block; the last is filled up with zeros. May share memory."""
+    cols = x.shape[-1]
+    size = max(1, min(BLOCK, cols))
+    if cols % size:
+        x = torch.nn.functional.pad(x, (0, -cols % size))
+    return x.unflatten(-1, (-1 if cols else 0, size))
+
+
+def _pack(codes: Tensor) -> Tensor:
+    codes = codes + 8
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    codes = codes.to(torch.uint8)
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def _unpack(codes: Tensor, cols: int) -> Tensor:
+    pairs = torch.stack([codes & 15, codes >> 4], dim=-1)
+    return pairs.flatten(-2)[..., :cols].to(torch.int8) - 8
+
+
+# Scaled so that the range of E4M3, 2^-9 ... 448, covers numbers up to 1.
+_FLOAT8_SCALE = 256.0
+
+
+def encode_float8(x: Tensor) -> Tensor:
+    """x with |x| <= 1 as E4M3 (4 bits of exponent, 3 of mantissa), without a scale, in uint8.
+
+    Down to 6e-5 a number is off by at most 1/16 of itself; below, by at most 4e-6. For orthonormal columns: nothing has to
+    be known of the rest of a column, which may be on another process.
+    """
+    return (x * _FLOAT8_SCALE).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def decode_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `encode_float8` stored, exactly, in `dtype`."""
+    return codes.view(torch.float8_e4m3fn).to(dtype).mul_(1 / _FLOAT8_SCALE)
+
+
+class SparseCodec:
+    """Entries of a block top-k row in 16 bits: 10 of index, 6 of value, and a scale of 8 bits for each block.
+
+    An entry is index << 6 | code + 32, code = round(value / 2^e) in -31 ... 31. The scale is e + 127 (E8M0 of the OCP
+    microscaling formats: the exponent of an fp32 number; 0: all zero, 255: a number that is not finite), for the least e
+    with max |value| <= 31 * 2^e.
+
+    Args:
+        block: length of a block, at most 1024.
+        full, kept, kept_tail: of each row: blocks of that length, entries kept in each, and in the shorter one after them.
+    """
+
+    LARGEST = 31
+
+    def __init__(self, block: int, full: int, kept: int, kept_tail: int):
+        if block > 1024:
+            raise ValueError(f"block must be at most 1024 (10 bits of index), got {block}")
+        self.full, self.kept, self.kept_tail = full, kept, kept_tail
+        self.blocks = full + (kept_tail > 0)
+
+    def encode(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Entries (..., k) int16 and scales (..., blocks) uint8, of indices and values (..., k) as BlockTopK has them."""
+        size, head = values.abs(), self.full * self.kept
+        largest = size[..., :head].unflatten(-1, (self.full, self.kept)).amax(-1)
+        if self.kept_tail:
+            largest = torch.cat([largest, size[..., head:].amax(-1, keepdim=True)], -1)
+        mantissa, exponent = torch.frexp(largest / self.LARGEST)
+        exponent = (exponent - (mantissa == 0.5).int()).clamp(-126, 127)
+        scales = torch.where(largest == 0, 0, exponent + 127)
+        scales = torch.where(largest.isfinite(), scales, 255).to(torch.uint8)
+        codes = (values / self._powers(scales, values.dtype)).round_().nan_to_num_(nan=0.0)
+        codes = codes.clamp_(-self.LARGEST, self.LARGEST).int()
+        return ((indices.int() << 6) | (codes + 32)).to(torch.int16), scales
+
+    def decode(self, entries: Tensor, scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Indices int64 and values in `dtype`, (..., k); the values exactly as stored."""
+        indices = (entries.long() & 0xFFFF) >> 6
+        return indices, ((entries & 63) - 32).to(dtype).mul_(self._powers(scales, dtype))
+
+    def _powers(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """2^e of every entry's block, (..., k)."""
+        powers = (scales.int() << 23).view(torch.float32).to(dtype)
+        head = powers[..., : self.full].repeat_interleave(self.kept, -1)
+        if not self.kept_tail:
+            return head
+        return torch.cat([head, powers[..., self.full :].expand(*head.shape[:-1], self.kept_tail)], -1)
