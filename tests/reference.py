@@ -61,7 +61,7 @@ def row(optimizer, p, slot):
     if "window_rows_scale" in state:
         scale = state["window_rows_scale"][slot]
         return BlockQuantizer(8).decode(state["window_rows"][slot].view(len(scale), -1), scale, p.numel() // len(scale)).flatten()
-    return state["window_rows"][slot]
+    return state["window_rows"][slot].flatten()
 
 
 def window(optimizer, params):

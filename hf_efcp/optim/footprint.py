@@ -77,10 +77,10 @@ class FootprintMixin:
             plan, ranks = [{0: rows} for rows in chunks], 1
         else:
             plan, ranks = assign(list(sizes.values()), processes), processes
-        loads = [self._load(whole, plan, rank) for rank in range(ranks)]
+        loads = [self._bytes_on(whole, plan, rank) for rank in range(ranks)]
         return max(loads, key=lambda kinds: sum(kinds.values()))
 
-    def _load(self, whole: dict[Tensor, dict], plan: list[Owners], rank: int) -> dict[str, int]:
+    def _bytes_on(self, whole: dict[Tensor, dict], plan: list[Owners], rank: int) -> dict[str, int]:
         """Bytes by kind that the plan gives to a process."""
         kinds: dict[str, int] = {}
         for (p, state), owners in zip(whole.items(), plan, strict=True):

@@ -68,7 +68,7 @@ def test_stochastic_rounding_is_right_in_the_mean(bits):
 def test_counted_uniform_is_uniform_and_that_of_the_whole():
     whole = counted_uniform(torch.tensor(3), torch.tensor([4, 9]), 50, 64)
     assert whole.min() > 0 and whole.max() < 1 and (whole.mean() - 0.5).abs() < 0.02
-    assert torch.equal(whole[:, 20:30], counted_uniform(torch.tensor(3), torch.tensor([4, 9]), 10, 64, 20))
+    assert torch.equal(whole[:, 20:30], counted_uniform(torch.tensor(3), torch.tensor([4, 9]), 10, 64, (20, 0)))
 
 
 @DTYPES

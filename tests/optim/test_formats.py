@@ -1,5 +1,7 @@
 """Low-bit state: the update is that of the rows as stored, the error is what they left out, and every byte is counted."""
 
+import collections
+
 import pytest
 import torch
 
@@ -169,10 +171,14 @@ def test_an_update_below_half_a_unit_moves_bf16_parameters_in_the_mean():
     assert abs(walk.mean() - 100 * 1e-4) < 4 * (100 * 1e-4 / 256 / 64**2) ** 0.5 and walk.std() > 0
 
 
+Processes = collections.namedtuple("Processes", "size sum follows")
+
+
 def applied(p, update, step, rows=None, weight_decay=0.1):
     """The parameter after p <- SR((1 - lr wd) p - lr u), done to some of its rows only."""
     p = torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format))
-    (stack,) = build_stacks([[Piece(p, 3, rows)]], make("efcp_dense_mfac", [p], stochastic_rounding=True).options, [None])
+    options, processes = make("efcp_dense_mfac", [p], stochastic_rounding=True).options, Processes(2, None, False)
+    (stack,) = build_stacks([[Piece(p, 3, rows)]], options, [None], processes)
     stack.apply(update[None], 0.01, weight_decay, 0.0, True, torch.tensor(step))
     return p.detach()
 
