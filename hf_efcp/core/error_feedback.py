@@ -7,13 +7,11 @@ so that sum of rows + e = sum of gradients (telescoping) and no gradient mass is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from .deferred import masked
-from .linalg import chunks, stochastic_round
+from .linalg import row_chunks, stochastic_round
 
 
 class ErrorFeedback:
@@ -31,35 +29,26 @@ class ErrorFeedback:
         self.salt = salt
         self.first_row = first_row
 
-    def accumulate(self, gradient: Tensor, in_place: bool = False) -> Tensor:
-        """a = e + g, (n, rows, cols), in the gradient's dtype and, if `in_place`, in its memory; the state stays as it is."""
-        if self.error is None:
-            return gradient
-        a = gradient if in_place else torch.empty_like(gradient, memory_format=torch.contiguous_format)
-        for part in self._row_chunks():
-            torch.add(gradient[:, part], self.error[:, part].to(a.dtype), out=a[:, part])
-        return a
+    def accumulate(self, gradient: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Rows `rows` of a = e + g, (n, rows, cols), in the gradient's dtype; without e, a view of g."""
+        a = gradient[:, rows]
+        return a if self.error is None else a + self.error[:, rows].to(a.dtype)
 
-    def keep(self, gradient: Tensor, window, step: Tensor, accepted: bool | Tensor = True, in_place: bool = False) -> None:
-        """e <- (e + g) - c where `accepted`, with c the row that `window` has staged; `in_place`: g may be overwritten."""
+    def keep(self, gradient: Tensor, window, step: Tensor, accepted: bool | Tensor = True) -> None:
+        """e <- (e + g) - c where `accepted`, with c the row that `window` has staged."""
         if self.error is None:
             return
         if accepted is True and self.error.dtype == gradient.dtype:
             window.subtract_row_(self.error.add_(gradient))
             return
-        a = window.subtract_row_(self.accumulate(gradient, in_place))
-        for part in self._row_chunks():
-            old = self.error[:, part]
-            new = stochastic_round(a[:, part], old.dtype, step, self.salt, self.first_row + part.start)
+        for part in row_chunks(gradient):
+            a, old = window.subtract_row_(self.accumulate(gradient, part), part), self.error[:, part]
+            new = stochastic_round(a, old.dtype, step, self.salt, self.first_row + part.start)
             old.copy_(masked(accepted, new, old))
 
     def square(self) -> Tensor | float:
         """|e|^2, summed in fp64."""
         if self.error is None:
             return 0.0
-        return sum(torch.linalg.vector_norm(self.error[:, part], dtype=torch.float64).square() for part in self._row_chunks())
-
-    def _row_chunks(self) -> Iterator[slice]:
-        """Rows at a time, so that converted copies stay small."""
-        n, rows, cols = self.error.shape
-        return chunks(rows, n * cols * 8)
+        parts = row_chunks(self.error)
+        return sum(torch.linalg.vector_norm(self.error[:, part], dtype=torch.float64).square() for part in parts)

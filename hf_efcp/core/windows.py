@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import kernels
 from .deferred import masked
 from .linalg import chunks, inner
 
@@ -51,12 +52,12 @@ class Window:
         """Forget the staged row: it may share memory with a gradient."""
         self._row = None
 
-    def subtract_row_(self, a: Tensor) -> Tensor:
-        """a <- a - c with c the staged row, (n, rows, cols), in place."""
+    def subtract_row_(self, a: Tensor, rows: slice = slice(None)) -> Tensor:
+        """a <- a - c with c the staged row, (n, rows, cols), or rows `rows` of it, in place."""
         raise NotImplementedError
 
-    def combine(self, c: Tensor) -> Tensor:
-        """G^T c: (n, rows, cols) in the compute dtype, for coefficients c (n, m) fp64."""
+    def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
+        """G^T c: (n, rows, cols) in the compute dtype, for coefficients c (n, m) fp64; or rows `rows` of it."""
         raise NotImplementedError
 
     def _dots_with_window(self) -> Tensor:
@@ -77,19 +78,21 @@ class DenseWindow(Window):
         """Take the gradient (n, rows, cols)."""
         super().stage((parts[0].flatten(1),))
 
-    def subtract_row_(self, a: Tensor) -> Tensor:
+    def subtract_row_(self, a: Tensor, rows: slice = slice(None)) -> Tensor:
         """See Window."""
-        return a.sub_(self._row[0].view_as(a))
+        return a.sub_(self._row[0].unflatten(1, self.shape)[:, rows])
 
-    def combine(self, c: Tensor) -> Tensor:
+    def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window."""
         (g,) = self.state.values()
+        if rows is not None:
+            g = g[..., rows.start * self.shape[1] : rows.stop * self.shape[1]]
         n, m, length = g.shape
         out = torch.zeros(n, 1, length, dtype=self.compute_dtype, device=g.device)
         c = c.to(self.compute_dtype)[:, None]
-        for rows in chunks(m, 0 if g.dtype == self.compute_dtype else n * length * out.element_size()):
-            out.baddbmm_(c[..., rows], g[:, rows].to(self.compute_dtype))
-        return out.view(n, *self.shape)
+        for slots in chunks(m, 0 if g.dtype == self.compute_dtype else n * length * out.element_size()):
+            out.baddbmm_(c[..., slots], g[:, slots].to(self.compute_dtype))
+        return out.view(n, -1, self.shape[1])
 
     def _dots_with_window(self) -> Tensor:
         return inner(self.state["window_rows"], self._row[0][:, None]).squeeze(2)
@@ -114,14 +117,15 @@ class LowRankWindow(Window):
         """Take P (n, rows, r) and Q (n, cols, r)."""
         super().stage(tuple(part.mT.contiguous() for part in parts))
 
-    def subtract_row_(self, a: Tensor) -> Tensor:
+    def subtract_row_(self, a: Tensor, rows: slice = slice(None)) -> Tensor:
         """See Window."""
         p, q = (part.to(a.dtype) for part in self._row)
-        return a.baddbmm_(p.mT, q, alpha=-1)
+        return a.baddbmm_(p[..., rows].mT, q, alpha=-1)
 
-    def combine(self, c: Tensor) -> Tensor:
+    def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window. c scales the shorter factor, a few slots at a time."""
         p, q = self.state.values()
+        p = p if rows is None else p[..., rows]
         n, m, rank, rows = p.shape
         cols = q.shape[3]
         out = torch.zeros(n, rows, cols, dtype=self.compute_dtype, device=p.device)
@@ -165,21 +169,29 @@ class SparseWindow(Window):
         self.cols = cols
         self.offsets = offsets
 
-    def subtract_row_(self, a: Tensor) -> Tensor:
+    def subtract_row_(self, a: Tensor, rows: slice = slice(None)) -> Tensor:
         """See Window."""
-        indices, values = self._row
+        indices, values = (part[:, rows] for part in self._row)
         return a.scatter_add_(2, self._columns(indices), -values.to(a.dtype))
 
-    def combine(self, c: Tensor) -> Tensor:
+    def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window."""
-        out = torch.zeros(*self._rows_shape(), self.cols, dtype=self.compute_dtype, device=c.device)
-        c = c.to(self.compute_dtype)[:, None, :, None]
-        for tensors, rows, indices, values in self._pieces():
+        n, all_rows = self._rows_shape()
+        rows, c = rows or slice(0, all_rows), c.to(self.compute_dtype)
+        fast = kernels.combine(*self.state.values(), c, self.offsets, self.cols, rows)
+        if fast is not None:
+            return fast
+        out = torch.zeros(n, rows.stop - rows.start, self.cols, dtype=self.compute_dtype, device=c.device)
+        c = c[:, None, :, None]
+        for tensors, part, indices, values in self._pieces(rows):
             weighted = values.to(self.compute_dtype) * c[tensors]
-            out[tensors, rows].scatter_add_(2, indices.flatten(2), weighted.flatten(2))
+            out[tensors, part].scatter_add_(2, indices.flatten(2), weighted.flatten(2))
         return out
 
     def _dots_with_window(self) -> Tensor:
+        fast = kernels.dots(*self.state.values(), self._row, self.offsets, self.cols)
+        if fast is not None:
+            return fast
         indices, values = self._row
         n, _, m, _ = self.state["window_values"].shape
         dots = torch.zeros(n, m, dtype=torch.float64, device=values.device)
@@ -200,9 +212,9 @@ class SparseWindow(Window):
     def _rows_shape(self) -> tuple[int, int]:
         return tuple(self.state["window_values"].shape[:2])
 
-    def _pieces(self):
-        """The window cut by tensors, then rows: (tensor slice, row slice, int64 columns, values) under the chunk limit."""
-        indices, values = self.state.values()
+    def _pieces(self, rows: slice = slice(None)):
+        """The window's `rows` cut by tensors, then rows: (tensor slice, row slice, int64 columns, values) of limited size."""
+        indices, values = (buffer[:, rows] for buffer in self.state.values())
         n, rows, m, k = values.shape
         row_bytes = m * k * 16 + self.cols * 8
         for tensors in chunks(n, rows * row_bytes):

@@ -108,8 +108,8 @@ class WindowedOptimizer(ShardingMixin, StateDictMixin, DiagnosticsMixin, torch.o
         for s in stacks:
             group = self.param_groups[s.group]
             decay = 0.0 if l2[s.group] else group["weight_decay"]
-            u = s.window.combine(self._share(c, s))                         # u = G^T c
-            s.apply(u, float(group["lr"]), decay, self.options.momentum, accepted)  # p <- (1 - lr*wd) p - lr u
+            share = self._share(c, s)                                       # u = G^T c;  p <- (1 - lr*wd) p - lr u
+            s.update(share, float(group["lr"]), decay, self.options.momentum, accepted)
         self._hand_out()
         self._last = c if self._last is None else masked(accepted, c, self._last)
         self._started = True

@@ -11,12 +11,8 @@ from torch import Tensor
 
 from ..core.compressors import Identity
 from ..core.error_feedback import ErrorFeedback
-from ..core.linalg import add_scaled_, chunks
+from ..core.linalg import add_scaled_, chunk_bytes, chunks
 from ..core.windows import DenseWindow, Window
-
-# A stack's gradient is a temporary: it should stay in the cache on a CPU, and fill the device on a GPU.
-STACK_BYTES = {"cpu": 4 * 2**20}
-STACK_BYTES_ACCELERATOR = 32 * 2**20
 
 
 def compute_dtype(p: Tensor) -> torch.dtype:
@@ -100,12 +96,11 @@ class Stack:
 
         A parameter without a gradient gives a zero row, and its error stays.
         """
-        gradient = self.gradient(l2)
-        a = self.feedback.accumulate(gradient, self._owns(gradient))
+        parts = self.compressor.compress(self.gradient(l2), step, self.feedback)
         for i, piece in enumerate(self.pieces):
             if piece.grad is None:
-                a[i] = 0
-        self.window.stage(self.compressor.compress(a, step))
+                parts[-1][i] = 0  # the values, or a factor
+        self.window.stage(parts)
 
     def dots(self, j: Tensor) -> Tensor:
         """(n, m) fp64: the staged row's inner products with the window. A plain row is not held, as it is the gradient."""
@@ -119,7 +114,7 @@ class Stack:
         if isinstance(self.compressor, Identity):
             self.stage(step, l2)
         gradient = self.gradient(l2) if self.feedback.error is not None else None
-        self.feedback.keep(gradient, self.window, step, accepted, self._owns(gradient))
+        self.feedback.keep(gradient, self.window, step, accepted)
         self.window.commit(j.to(self.device), accepted)
         self.compressor.commit(accepted)
 
@@ -156,8 +151,15 @@ class Stack:
         }
         return {name: buffer for name, buffer in found.items() if buffer is not None}
 
-    def apply(self, update: Tensor, lr: float, weight_decay: float, momentum: float, accepted: bool | Tensor) -> None:
-        """v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v. Low-precision parameters are rounded once.
+    def update(self, c: Tensor, lr: float, weight_decay: float, momentum: float, accepted: bool | Tensor) -> None:
+        """u = G^T c for coefficients c (n, m), applied; a large tensor's u is never whole."""
+        rows, cols = self.pieces[0].shape
+        bytes_each = len(self.pieces) * cols * self.window.compute_dtype.itemsize
+        for part in chunks(rows, bytes_each, chunk_bytes(self.device)):
+            self._apply(part, self.window.combine(c, part), lr, weight_decay, momentum, accepted)
+
+    def _apply(self, rows: slice, update: Tensor, lr, weight_decay: float, momentum: float, accepted: bool | Tensor) -> None:
+        """v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v, of some rows. Low-precision parameters are rounded once.
 
         Of a step that is not `accepted`, u is zero; with lr and 1 - mu zero too, nothing moves.
         """
@@ -166,11 +168,12 @@ class Stack:
             flag = accepted.to(update)
             lr, new_part = lr * flag, new_part * flag
         if self.momentum is not None:
-            update = self.momentum.lerp_(update, new_part)
+            update = self.momentum[:, rows].lerp_(update, new_part)
         for piece, u in zip(self.pieces, update, strict=True):
             if not piece.param.requires_grad:  # frozen since; its rows stay in the window, which K counts
                 continue
             p = piece.data
+            p = p[rows] if p.ndim > 1 else p
             u = u.view(p.shape)
             if p.dtype == u.dtype:
                 if weight_decay:
@@ -242,8 +245,7 @@ def build_stacks(groups: Iterable[list[Piece]], options, formats: list[RowFormat
 
 def _parts(members: list[Piece]) -> Iterator[list[Piece]]:
     first = members[0].param
-    limit = STACK_BYTES.get(first.device.type, STACK_BYTES_ACCELERATOR)
-    size = max(1, limit // max(1, first.numel() * compute_dtype(first).itemsize))
+    size = max(1, chunk_bytes(first.device) // max(1, first.numel() * compute_dtype(first).itemsize))
     for start in range(0, len(members), size):
         yield members[start : start + size]
 
