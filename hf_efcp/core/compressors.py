@@ -53,6 +53,11 @@ class BlockTopK:
         return max(1, round(density * length))
 
     @property
+    def blocks(self) -> tuple[int, int, int]:
+        """Length of a block, entries kept in each, entries kept in a shorter last one (0: there is none)."""
+        return self.block, self.kept, self.kept_tail
+
+    @property
     def per_row(self) -> int:
         """k, the number of entries kept in each row."""
         return self.full * self.kept + self.kept_tail
@@ -65,7 +70,7 @@ class BlockTopK:
 
     def compress(self, gradient: Tensor, step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor, Tensor]:
         """Block-relative indices (n, rows, k) int16 and values (n, rows, k) of a (n, rows, cols)."""
-        fast = kernels.top_k(gradient, feedback.error, self.block, self.kept, self.kept_tail)
+        fast = kernels.top_k(gradient, feedback.error, self.blocks)
         if fast is not None:
             return fast
         shape = (*gradient.shape[:2], self.per_row)

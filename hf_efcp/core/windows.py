@@ -155,11 +155,14 @@ class SparseWindow(Window):
 
     Args:
         offsets: (k,) int64, first column of the block of each entry.
+        blocks: length of a block, entries in each, and in a shorter last one.
     """
 
     slot_dim = 2
 
-    def __init__(self, n: int, m: int, rows: int, cols: int, offsets: Tensor, *, dtype, compute_dtype, device):
+    def __init__(
+        self, n: int, m: int, rows: int, cols: int, offsets: Tensor, blocks: kernels.Blocks, *, dtype, compute_dtype, device
+    ):
         shape = (n, rows, m, len(offsets))
         state = {
             "window_indices": torch.zeros(shape, dtype=torch.int16, device=device),
@@ -168,6 +171,7 @@ class SparseWindow(Window):
         super().__init__(state, compute_dtype)
         self.cols = cols
         self.offsets = offsets
+        self.blocks = blocks
 
     def subtract_row_(self, a: Tensor, rows: slice = slice(None)) -> Tensor:
         """See Window."""
@@ -178,7 +182,7 @@ class SparseWindow(Window):
         """See Window."""
         n, all_rows = self._rows_shape()
         rows, c = rows or slice(0, all_rows), c.to(self.compute_dtype)
-        fast = kernels.combine(*self.state.values(), c, self.offsets, self.cols, rows)
+        fast = kernels.combine(*self.state.values(), c, self.cols, self.blocks, rows)
         if fast is not None:
             return fast
         out = torch.zeros(n, rows.stop - rows.start, self.cols, dtype=self.compute_dtype, device=c.device)
@@ -189,7 +193,7 @@ class SparseWindow(Window):
         return out
 
     def _dots_with_window(self) -> Tensor:
-        fast = kernels.dots(*self.state.values(), self._row, self.offsets, self.cols)
+        fast = kernels.dots(*self.state.values(), self._row, self.cols, self.blocks)
         if fast is not None:
             return fast
         indices, values = self._row

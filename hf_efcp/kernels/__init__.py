@@ -14,6 +14,9 @@ import os
 import torch
 from torch import Tensor
 
+# Length of a block, entries kept in each, entries kept in a shorter last one (0: there is none).
+Blocks = tuple[int, int, int]
+
 _log = logging.getLogger("hf_efcp")
 # Device type -> module, in which all operations have the same signatures.
 _MODULES = {"cpu": "cpu", "cuda": "gpu"}
@@ -21,19 +24,19 @@ _NEEDS = {"cpu": "numba", "cuda": "triton"}
 _failed: set[str] = set()
 
 
-def top_k(gradient: Tensor, error: Tensor | None, block: int, kept: int, kept_tail: int) -> tuple[Tensor, Tensor] | None:
+def top_k(gradient: Tensor, error: Tensor | None, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
     """The largest magnitudes of every block of e + g: see `BlockTopK`."""
-    return _try("top_k", gradient, gradient, error, block, kept, kept_tail)
+    return _try("top_k", gradient, gradient, error, blocks)
 
 
-def dots(indices: Tensor, values: Tensor, row: tuple[Tensor, Tensor], offsets: Tensor, cols: int) -> Tensor | None:
+def dots(indices: Tensor, values: Tensor, row: tuple[Tensor, Tensor], cols: int, blocks: Blocks) -> Tensor | None:
     """Inner products of a sparse row with a sparse window, (n, m) fp64: see `SparseWindow`."""
-    return _try("dots", values, indices, values, row, offsets, cols)
+    return _try("dots", values, indices, values, row, cols, blocks)
 
 
-def combine(indices: Tensor, values: Tensor, c: Tensor, offsets: Tensor, cols: int, rows: slice) -> Tensor | None:
+def combine(indices: Tensor, values: Tensor, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor | None:
     """Rows `rows` of G^T c for a sparse window: see `SparseWindow`."""
-    return _try("combine", values, indices, values, c, offsets, cols, rows)
+    return _try("combine", values, indices, values, c, cols, blocks, rows)
 
 
 def _try(name: str, example: Tensor, *args):
@@ -49,5 +52,6 @@ def _try(name: str, example: Tensor, *args):
         if isinstance(error, ModuleNotFoundError):
             _log.info("%s is not installed: sparse windows run in plain torch on %s, which is slower", _NEEDS[kind], kind)
         else:
-            _log.warning("no %s kernels, sparse windows run in plain torch on %s: %r", _NEEDS[kind], kind, error)
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            _log.warning("no %s kernels, sparse windows run in plain torch on %s: %s", _NEEDS[kind], kind, what)
         return None

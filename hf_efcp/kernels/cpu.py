@@ -43,10 +43,10 @@ def _real(x):
     raise NotImplementedError  # compiled code only
 
 
-@overload(_real, inline="always")
+@overload(_real)
 def _real_compiled(x):
     if isinstance(x, types.Integer):  # the bits of a bf16
-        return lambda x: (np.int32(x) << np.int32(16)).view(np.float32)
+        return lambda x: np.int32(np.int32(x) << np.int32(16)).view(np.float32)
     return lambda x: x
 
 
@@ -142,7 +142,7 @@ def _top_k(lo, hi, gradient, error, bits, lanes, block, kept, kept_tail, indices
             width = min(block, cols - start)
             size = kept if width == block else kept_tail
             g = gradient[row, start : start + width]
-            if error is None:
+            if error.size == 0:
                 for i in range(width):
                     a[i] = g[i]
             else:
@@ -217,28 +217,30 @@ def _tiled(columns, length):
     return tiled
 
 
-def top_k(gradient: Tensor, error: Tensor | None, block: int, kept: int, kept_tail: int) -> tuple[Tensor, Tensor]:
-    """The `kept` largest magnitudes of every block of a = e + g, and `kept_tail` of a shorter last one; a is not formed.
+def top_k(gradient: Tensor, error: Tensor | None, blocks: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """The largest magnitudes of every block of a = e + g; a is not formed.
 
     Args:
         gradient: g, (n, rows, cols) fp32 or fp64.
         error: e, the same shape, fp32, fp64 or bf16; or None.
+        blocks: length of a block, how many numbers are kept in each, and how many in a shorter last one.
 
     Returns:
         (n, rows, k) int16 indices in the block, and values in g's dtype.
     """
     n, rows, cols = gradient.shape
+    block, kept, kept_tail = blocks
     full, tail = divmod(cols, block)
     shape = (n * rows, full * kept + (kept_tail if tail else 0))
     indices, values = torch.empty(shape, dtype=torch.int16), torch.empty(shape, dtype=gradient.dtype)
     bits = np.empty(0, np.int32 if gradient.itemsize == 4 else np.int64)
-    e = None if error is None else _array(error.reshape(n * rows, cols))
-    g = _array(gradient.reshape(n * rows, cols))
+    error = gradient.new_empty(0, cols) if error is None else error.reshape(n * rows, cols)
+    g, e = _array(gradient.reshape(n * rows, cols)), _array(error)
     _share(_top_k, n * rows, cols, g, e, bits, _LANES, block, kept, kept_tail, _array(indices), _array(values))
     return indices.view(n, rows, -1), values.view(n, rows, -1)
 
 
-def dots(indices: Tensor, values: Tensor, row: tuple[Tensor, Tensor], offsets: Tensor, cols: int) -> Tensor:
+def dots(indices: Tensor, values: Tensor, row: tuple[Tensor, Tensor], cols: int, blocks: tuple[int, int, int]) -> Tensor:
     """(n, m) fp64: inner products of `row`, indices and values (n, rows, k), with the window (n, rows, m, k).
 
     A row of which nothing was kept is not looked up.
@@ -247,17 +249,17 @@ def dots(indices: Tensor, values: Tensor, row: tuple[Tensor, Tensor], offsets: T
     parts = -(-_PARTS // n)
     out = torch.zeros(n, parts, m, dtype=torch.float64)
     window, new = [_array(x.flatten(2)) for x in (indices, values)], [_array(x) for x in row]
-    columns, dense = _columns(offsets), _dense(cols, torch.float64)
+    columns, dense = _columns(cols, blocks), _dense(cols, torch.float64)
     _share(_dots, n * parts, rows * m * k // parts, parts, *window, *new, columns, dense, _array(out))
     return out.sum(1)
 
 
-def combine(indices: Tensor, values: Tensor, c: Tensor, offsets: Tensor, cols: int, rows: slice) -> Tensor:
+def combine(indices: Tensor, values: Tensor, c: Tensor, cols: int, blocks: tuple[int, int, int], rows: slice) -> Tensor:
     """Rows `rows` of G^T c, (n, rows, cols) in c's dtype, fp32 or fp64; c is (n, m)."""
     n, _, m, k = values.shape
     out = torch.empty(n, rows.stop - rows.start, cols, dtype=c.dtype)
     window = [_array(x.flatten(2)) for x in (indices, values)]
-    columns, dense = _columns(offsets), _dense(cols, c.dtype)
+    columns, dense = _columns(cols, blocks), _dense(cols, c.dtype)
     _share(_combine, n * out.shape[1], m * k, rows.start, *window, _array(c), columns, dense, _array(out))
     return out
 
@@ -267,8 +269,11 @@ def _array(x: Tensor) -> np.ndarray:
     return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
-def _columns(offsets: Tensor) -> np.ndarray:
-    return (offsets + _ROOM).to(torch.int32).numpy()
+def _columns(cols: int, blocks: tuple[int, int, int]) -> np.ndarray:
+    """Where the block of each entry of a row starts in the row with room around it."""
+    block, kept, kept_tail = blocks
+    full = np.repeat(np.arange(cols // block, dtype=np.int32), kept)
+    return (np.append(full, np.full(kept_tail, cols // block, np.int32)) * np.int32(block)) + np.int32(_ROOM)
 
 
 def _dense(cols: int, dtype: torch.dtype) -> np.ndarray:

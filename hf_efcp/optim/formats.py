@@ -38,8 +38,8 @@ class SparseRows(RowFormat):
         compressor = BlockTopK(cols, self.options.density, self.options.block_size)
         if compressor.per_row * (itemsize + torch.int16.itemsize) >= cols * itemsize:
             return None
-        offsets = compressor.offsets(layout.device)
-        window = SparseWindow(layout.n, self.options.window_size, layout.rows, cols, offsets, **self._dtypes(layout))
+        shape = (layout.n, self.options.window_size, layout.rows, cols)
+        window = SparseWindow(*shape, compressor.offsets(layout.device), compressor.blocks, **self._dtypes(layout))
         return compressor, window
 
 
