@@ -30,8 +30,8 @@ class ErrorFeedback:
         self.first_row = first_row
 
     def accumulate(self, gradient: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Rows `rows` of a = e + g, (n, rows, cols), in the gradient's dtype; without e, a view of g."""
-        a = gradient[:, rows]
+        """Rows `rows` of a = e + g, (n, rows, cols), in the gradient's dtype; without e, g itself or a view."""
+        a = gradient if rows == slice(None) else gradient[:, rows]
         return a if self.error is None else a + self.error[:, rows].to(a.dtype)
 
     def keep(self, gradient: Tensor, window, step: Tensor, accepted: bool | Tensor = True) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import kernels
 from .deferred import masked
-from .linalg import chunks, inner
+from .linalg import chunk_bytes, chunks, inner
 
 
 class Window:
@@ -221,6 +221,7 @@ class SparseWindow(Window):
         indices, values = (buffer[:, rows] for buffer in self.state.values())
         n, rows, m, k = values.shape
         row_bytes = m * k * 16 + self.cols * 8
-        for tensors in chunks(n, rows * row_bytes):
-            for part in chunks(rows, (tensors.stop - tensors.start) * row_bytes):
+        limit = chunk_bytes(values.device)
+        for tensors in chunks(n, rows * row_bytes, limit):
+            for part in chunks(rows, (tensors.stop - tensors.start) * row_bytes, limit):
                 yield tensors, part, self._columns(indices[tensors, part]), values[tensors, part]
