@@ -85,14 +85,14 @@ class DenseWindow(Window):
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window."""
         (g,) = self.state.values()
-        if rows is not None:
-            g = g[..., rows.start * self.shape[1] : rows.stop * self.shape[1]]
+        rows, cols = rows or slice(0, self.shape[0]), self.shape[1]
+        g = g[..., rows.start * cols : rows.stop * cols]
         n, m, length = g.shape
         out = torch.zeros(n, 1, length, dtype=self.compute_dtype, device=g.device)
         c = c.to(self.compute_dtype)[:, None]
         for slots in chunks(m, 0 if g.dtype == self.compute_dtype else n * length * out.element_size()):
             out.baddbmm_(c[..., slots], g[:, slots].to(self.compute_dtype))
-        return out.view(n, -1, self.shape[1])
+        return out.view(n, rows.stop - rows.start, cols)
 
     def _dots_with_window(self) -> Tensor:
         return inner(self.state["window_rows"], self._row[0][:, None]).squeeze(2)

@@ -25,7 +25,7 @@ def deferred(monkeypatch):
     """From here on, reading a flag of the CPU counts as waiting."""
 
     def switch(on=True):
-        for module in (hf_efcp.optim.base, hf_efcp.core.deferred):
+        for module in (hf_efcp.optim.base, hf_efcp.core.deferred, hf_efcp.core.compressors):
             monkeypatch.setattr(module, "readable", lambda device: not on)
 
     return switch
