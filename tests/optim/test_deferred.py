@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hf_efcp.core.compressors
 import hf_efcp.core.deferred
 import hf_efcp.optim.base
 from tests.optim.helpers import EVERY, M, assert_unchanged, count, gradients_at, snapshot, started, step_quietly, train
