@@ -23,7 +23,7 @@ from ..core.linalg import ieee_matmul
 from ..optim.sharding import ROW_DIM
 
 # Phase -> calls of a Stack that belong to it; what is in none of these is "rest".
-_STACK_CALLS = {"stage": "compress", "dots": "dots", "commit": "feedback", "apply": "apply"}
+_STACK_CALLS = {"stage": "compress", "dots": "dots", "commit": "feedback", "update": "apply"}
 PHASES = ("compress", "dots", "feedback", "solve", "combine", "apply", "rest")
 # By device type: bytes of the buffer that is copied, and the size of the square matrices.
 _COPY = {"cpu": 128 * 2**20, "cuda": 2**30}
@@ -170,13 +170,13 @@ def phases(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[d
 
         def timed(*args, **kwargs):
             nonlocal inside
-            if inside:  # commit() of a plain row stages it again
+            if inside and phase != "combine":  # commit() of a plain row stages it again
                 return original(*args, **kwargs)
-            inside, start = True, mark()
+            outer, inside, start = inside, True, mark()
             try:
                 return original(*args, **kwargs)
             finally:
-                inside = False
+                inside = outer
                 marks.append((phase, start, mark()))
 
         setattr(owner, name, timed)
@@ -196,6 +196,7 @@ def phases(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[d
         _wait(device)
         for phase, start, end in marks:
             found[phase] += end - start if device.type != "cuda" else start.elapsed_time(end) / 1e3
+        found["apply"] -= found["combine"]  # one call does both
 
 
 def temporaries(call: Callable[[], object], device: torch.device) -> int:

@@ -1,26 +1,31 @@
 """Compressors: from the accumulated gradient a = e + g to the parts of a window row.
 
-Each has `compress(a, step)`, a pure function of its arguments and its state, and `commit(accepted)`, which makes the state
-that the last `compress` prepared the current one. A skipped step is one without `commit`, or one whose flag says so.
+Each has `compress(gradient, step, feedback)`, a pure function of its arguments and its state, and `commit(accepted)`, which
+makes the state that the last `compress` prepared the current one. A skipped step is one without `commit`, or one whose flag
+says so. Without `feedback`, a is the gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from .deferred import masked
-from .linalg import chunks, counted_noise, orthonormalize
+from .. import kernels
+from .deferred import masked, readable
+from .error_feedback import ErrorFeedback
+from .linalg import counted_noise, orthonormalize, row_chunks
+
+NONE = ErrorFeedback(None)
 
 
 class Identity:
     """C(a) = a."""
 
-    def compress(self, a: Tensor, step: Tensor) -> tuple[Tensor]:
+    def compress(self, gradient: Tensor, step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor]:
         """(a,) with a of shape (n, rows, cols)."""
-        return (a,)
+        return (feedback.accumulate(gradient),)
 
     def commit(self, accepted: bool | Tensor = True) -> None:
         """Nothing to keep."""
@@ -48,6 +53,11 @@ class BlockTopK:
         return max(1, round(density * length))
 
     @property
+    def blocks(self) -> tuple[int, int, int]:
+        """Length of a block, entries kept in each, entries kept in a shorter last one (0: there is none)."""
+        return self.block, self.kept, self.kept_tail
+
+    @property
     def per_row(self) -> int:
         """k, the number of entries kept in each row."""
         return self.full * self.kept + self.kept_tail
@@ -58,25 +68,27 @@ class BlockTopK:
         tail = torch.full((self.kept_tail,), self.full * self.block, device=device)
         return torch.cat([full, tail])
 
-    def compress(self, a: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    def compress(self, gradient: Tensor, step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor, Tensor]:
         """Block-relative indices (n, rows, k) int16 and values (n, rows, k) of a (n, rows, cols)."""
-        n, rows, cols = a.shape
-        flat = a.reshape(n * rows, cols)
-        indices = torch.empty(n * rows, self.per_row, dtype=torch.int16, device=a.device)
-        values = a.new_empty(n * rows, self.per_row)
-        for part in chunks(n * rows, cols * (a.element_size() + 1)):
-            self._compress_rows(flat[part], indices[part], values[part])
-        return indices.view(n, rows, self.per_row), values.view(n, rows, self.per_row)
+        fast = kernels.top_k(gradient, feedback.error, self.blocks) if feedback.plain else None
+        if fast is not None:
+            return fast
+        shape = (*gradient.shape[:2], self.per_row)
+        indices, values = torch.empty(shape, dtype=torch.int16, device=gradient.device), gradient.new_empty(shape)
+        for rows in row_chunks(gradient):
+            self._compress_rows(feedback.accumulate(gradient, rows), indices[:, rows], values[:, rows])
+        return indices, values
 
     def _compress_rows(self, a: Tensor, indices: Tensor, values: Tensor) -> None:
         split = self.full * self.block
         head = self.full * self.kept
-        blocks = a[:, :split].unflatten(1, (self.full, self.block))
-        for block, kept, out in ((blocks, self.kept, slice(0, head)), (a[:, None, split:], self.kept_tail, slice(head, None))):
+        blocks = a[..., :split].unflatten(2, (self.full, self.block))
+        tail = a[..., None, split:]
+        for block, kept, out in ((blocks, self.kept, slice(0, head)), (tail, self.kept_tail, slice(head, None))):
             if kept:
                 index = block.abs().topk(kept, dim=-1, sorted=False).indices
-                indices[:, out] = index.flatten(1)
-                values[:, out] = block.gather(-1, index).flatten(1)
+                indices[..., out] = index.flatten(2)
+                values[..., out] = block.gather(-1, index).flatten(2)
 
     def commit(self, accepted: bool | Tensor = True) -> None:
         """Nothing to keep."""
@@ -104,12 +116,16 @@ class PowerIteration:
         self.reduce = reduce
         self._next: Tensor | None = None
 
-    def compress(self, a: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """P (n, rows, r) and Q (n, cols, r) of a (n, rows, cols)."""
-        q = self.start(step).to(a.dtype)
+    def compress(self, gradient: Tensor, step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor, Tensor]:
+        """P (n, rows, r) and Q (n, cols, r) of a (n, rows, cols). Of a large tensor, a is formed anew for each product."""
+        sums = _sums(gradient, feedback)
+        q = self.start(step).to(gradient.dtype)
         for i in range(self.power_iterations):
-            p = orthonormalize(a @ (unit_columns(q) if i else q), self.reduce)
-            q = a.mT @ p if self.reduce is None else self.reduce(a.mT @ p)
+            # The factor first: CPU libraries are several times slower at a @ q and a.mT @ p.
+            q = (unit_columns(q) if i else q).mT.contiguous()
+            p = orthonormalize(torch.cat([(q @ a.mT).mT for _, a in sums()], 1), self.reduce)
+            q = sum(p[:, rows].mT @ a for rows, a in sums()).mT.contiguous()
+            q = q if self.reduce is None else self.reduce(q)
         self.prepare(q)
         return p, q
 
@@ -127,8 +143,19 @@ class PowerIteration:
         """The Q that this step starts from, (n, cols, r): unit columns of the last one, dead ones redrawn."""
         norms = _column_norms(self.q)
         dead = norms <= torch.finfo(self.q.dtype).eps * norms.amax(dim=-1, keepdim=True)
+        if readable(dead.device) and not dead.any():
+            return unit_columns(self.q)
         fresh = counted_noise(step, self.salt, self.q.shape[2], self.q.shape[1]).mT.to(self.q.dtype)
         return torch.where(dead, fresh, unit_columns(self.q))
+
+
+def _sums(gradient: Tensor, feedback: ErrorFeedback) -> Callable[[], Iterable[tuple[slice, Tensor]]]:
+    """What gives (rows, a) with a = e + g, all of it; of a large tensor a few rows at a time, formed anew at each call."""
+    parts = row_chunks(gradient)
+    if len(parts) > 1:
+        return lambda: ((rows, feedback.accumulate(gradient, rows)) for rows in parts)
+    whole = [(slice(None), feedback.accumulate(gradient))]
+    return lambda: whole
 
 
 def _column_norms(q: Tensor) -> Tensor:

@@ -7,14 +7,14 @@ so that sum of rows + e = sum of gradients (telescoping) and no gradient mass is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .codecs import BlockQuantizer
 from .deferred import masked
-from .linalg import chunks, counted_uniform, stochastic_round
+from .linalg import counted_uniform, row_chunks, stochastic_round
 
 
 class ErrorFeedback:
@@ -27,8 +27,8 @@ class ErrorFeedback:
         first: where the tensors are parts of larger ones, the row and the column at which they begin there.
     """
 
-    # Bytes of temporaries for each number that is converted.
-    _temporaries = 8
+    # Whether `error` holds the numbers themselves, for kernels to read.
+    plain = True
 
     def __init__(self, error: Tensor | None, salt: Tensor | None = None, first: tuple[int, int] = (0, 0)):
         self.error = error
@@ -39,28 +39,16 @@ class ErrorFeedback:
         """State name -> buffer (n, ...)."""
         return {} if self.error is None else {"error": self.error}
 
-    def accumulate(self, gradient: Tensor, in_place: bool = False) -> Tensor:
-        """a = e + g, (n, rows, cols), in the gradient's dtype and, if `in_place`, in its memory; the state stays as it is."""
-        if self.error is None:
-            return gradient
-        a = gradient if in_place else torch.empty_like(gradient, memory_format=torch.contiguous_format)
-        for part in self._row_chunks(gradient):
-            torch.add(gradient[:, part], self._read(part, a), out=a[:, part])
-        return a
+    def accumulate(self, gradient: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Rows `rows` of a = e + g, (n, rows, cols), in the gradient's dtype; without e, g itself or a view."""
+        a = gradient if rows == slice(None) else gradient[:, rows]
+        return a if self.error is None else a + self._read(rows, a.dtype)
 
-    def keep(
-        self,
-        gradient: Tensor,
-        window,
-        step: Tensor,
-        accepted: bool | Tensor = True,
-        in_place: bool = False,
-        absent: Sequence[int] = (),
-    ) -> None:
+    def keep(self, gradient: Tensor, window, step: Tensor, accepted: bool | Tensor = True, absent: Sequence[int] = ()) -> None:
         """e <- (e + g) - c where `accepted`, with c the row that `window` has staged.
 
         Args:
-            gradient: g, which may be overwritten if `in_place`.
+            gradient: g, which stays as it is.
             window: with the staged row.
             step: the number of the step, that rounding is counted by.
             accepted: whether to write at all.
@@ -71,38 +59,29 @@ class ErrorFeedback:
         if accepted is True and self.error.dtype == gradient.dtype:
             window.subtract_row_(self.error.add_(gradient))
             return
-        a = window.subtract_row_(self.accumulate(gradient, in_place))
-        for part in self._row_chunks(gradient):
-            self._write(part, a[:, part], step, accepted, absent)
+        for part in row_chunks(gradient):
+            a = window.subtract_row_(self.accumulate(gradient, part), part)
+            self._write(part, a, step, accepted, absent)
 
     def square(self) -> Tensor | float:
         """|e|^2, summed in fp64."""
         if self.error is None:
             return 0.0
-        return sum(torch.linalg.vector_norm(e, dtype=torch.float64).square() for e in self._all())
+        parts = row_chunks(self.error)
+        return sum(torch.linalg.vector_norm(self._read(p, self.error.dtype), dtype=torch.float64).square() for p in parts)
 
-    def _row_chunks(self, like: Tensor) -> Iterator[slice]:
-        """Rows at a time, so that converted copies of something of shape `like` (n, rows, cols) stay small."""
-        n, rows, cols = like.shape
-        return chunks(rows, n * cols * self._temporaries)
+    def _read(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of e."""
+        return self.error[:, rows].to(dtype)
 
-    def _all(self) -> Iterator[Tensor]:
-        """e, some rows at a time."""
-        for part in self._row_chunks(self.error):
-            yield self.error[:, part]
-
-    def _read(self, part: slice, like: Tensor) -> Tensor:
-        """Rows of e, in the dtype of `like` (n, rows, cols)."""
-        return self.error[:, part].to(like.dtype)
-
-    def _from(self, part: slice) -> tuple[int, int]:
+    def _from(self, rows: slice) -> tuple[int, int]:
         """Where these rows begin in the whole tensors."""
-        return self.first[0] + part.start, self.first[1]
+        return self.first[0] + rows.start, self.first[1]
 
-    def _write(self, part: slice, a: Tensor, step: Tensor, accepted: bool | Tensor, absent: Sequence[int]) -> None:
+    def _write(self, rows: slice, a: Tensor, step: Tensor, accepted: bool | Tensor, absent: Sequence[int]) -> None:
         """Rows of e <- a. Numbers that have been rounded stay as they are: nothing to do for the absent."""
-        old = self.error[:, part]
-        new = stochastic_round(a, old.dtype, step, self.salt, self._from(part))
+        old = self.error[:, rows]
+        new = stochastic_round(a, old.dtype, step, self.salt, self._from(rows))
         old.copy_(masked(accepted, new, old))
 
 
@@ -116,30 +95,24 @@ class QuantizedErrorFeedback(ErrorFeedback):
         salt, first: as in ErrorFeedback.
     """
 
-    _temporaries = 24
+    plain = False
 
     def __init__(self, bits: int, shape: tuple[int, int, int], dtype: torch.dtype, salt: Tensor, first: tuple[int, int] = (0, 0)):
-        self.quantizer = BlockQuantizer(bits)
+        self.quantizer, self.cols = BlockQuantizer(bits), shape[2]
         error, self.scale = self.quantizer.zeros(*shape, scale_dtype=dtype, device=salt.device)
         super().__init__(error, salt, first)
-        self.shape = shape
 
     def state(self) -> dict[str, Tensor]:
         """See ErrorFeedback."""
         return {"error": self.error, "error_scale": self.scale}
 
-    def _all(self) -> Iterator[Tensor]:
-        n, rows, cols = self.shape
-        for part in chunks(rows, n * cols * self._temporaries):
-            yield self.quantizer.decode(self.error[:, part], self.scale[:, part], cols)
+    def _read(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return self.quantizer.decode(self.error[:, rows], self.scale[:, rows], self.cols)
 
-    def _read(self, part: slice, like: Tensor) -> Tensor:
-        return self.quantizer.decode(self.error[:, part], self.scale[:, part], self.shape[2])
-
-    def _write(self, part: slice, a: Tensor, step: Tensor, accepted: bool | Tensor, absent: Sequence[int]) -> None:
-        noise = counted_uniform(step, self.salt, *a.shape[1:], self._from(part))
+    def _write(self, rows: slice, a: Tensor, step: Tensor, accepted: bool | Tensor, absent: Sequence[int]) -> None:
+        noise = counted_uniform(step, self.salt, *a.shape[1:], self._from(rows))
         for stored, new in zip((self.error, self.scale), self.quantizer.encode(a, noise), strict=True):
-            old = stored[:, part]
+            old = stored[:, rows]
             for i in absent:  # rounded again, they would be other numbers
                 new[i] = old[i]
             old.copy_(masked(accepted, new, old))

@@ -10,6 +10,15 @@ from torch import Tensor
 
 # Bytes that one temporary of a chunked loop may take.
 CHUNK_BYTES = 32 * 2**20
+# The same where it should stay in a CPU's cache.
+CACHE_BYTES = 4 * 2**20
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Bytes of a temporary that is used at once: it should stay in the cache on a CPU, and fill the device on a GPU."""
+    return CACHE_BYTES if device.type == "cpu" else CHUNK_BYTES
+
+
 # Eigenvalues of a correlation matrix in fp64 below this fraction of the largest are rounding noise.
 _DEPENDENT = 1e-14
 
@@ -19,6 +28,12 @@ def chunks(total: int, bytes_each: int, limit: int = CHUNK_BYTES) -> Iterator[sl
     size = max(1, limit // max(1, bytes_each))
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
+
+
+def row_chunks(x: Tensor) -> list[slice]:
+    """Rows of x (n, rows, cols) at a time, so that what is formed of them stays within `chunk_bytes`."""
+    n, rows, cols = x.shape
+    return list(chunks(rows, n * cols * (8 if x.dtype == torch.float64 else 4), chunk_bytes(x.device)))
 
 
 @contextlib.contextmanager
@@ -64,13 +79,14 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
         (n, M, N) fp64.
     """
     n, m, length = a.shape
-    out = a.new_zeros(n, m, b.shape[1], dtype=torch.float64)
-    # Columns are cut so that a converted piece stays in the cache, rows so that it stays small.
-    for cols in chunks(length, n * m * 8, 2**22 if a.device.type == "cpu" else CHUNK_BYTES):
-        b_cols = b[..., cols].double()
-        for rows in chunks(m, n * (cols.stop - cols.start) * 8):
-            out[:, rows] += torch.bmm(a[:, rows, cols].double(), b_cols.mT)
-    return out
+    # A converted piece of a should stay in the cache, in long runs. CPU libraries are fast where the short side comes first.
+    out, limit = a.new_zeros(n, b.shape[1], m, dtype=torch.float64), chunk_bytes(a.device)
+    for cols in chunks(length, n * b.shape[1] * 8, limit):
+        b_cols, each = b[..., cols].double(), (cols.stop - cols.start) * 8
+        for tensors in chunks(n, m * each, limit):
+            for rows in chunks(m, (tensors.stop - tensors.start) * each, limit):
+                out[tensors, :, rows] += torch.bmm(b_cols[tensors], a[tensors, rows, cols].double().mT)
+    return out.mT
 
 
 def add_scaled_(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:

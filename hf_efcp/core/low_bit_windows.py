@@ -47,17 +47,17 @@ class LowBitDenseWindow(_Coded, DenseWindow):
         self.state["window_rows_scale"] = torch.zeros(scales, dtype=compute_dtype, device=device)
 
     def stage(self, parts: tuple[Tensor, ...]) -> None:
-        """See DenseWindow."""
+        """Take a = e + g, a copy, which becomes the row as stored."""
         (a,) = parts
-        (n, rows, cols), row = a.shape, torch.empty_like(a, memory_format=torch.contiguous_format)
+        n, rows, cols = a.shape
         codes, scale = _INT8.zeros(n, rows, cols, scale_dtype=a.dtype, device=a.device)
         for part in chunks(rows, n * cols * 24):
             codes[:, part], scale[:, part] = _INT8.encode(a[:, part])
-            row[:, part] = _INT8.decode(codes[:, part], scale[:, part], cols)
-        self._codes, self._row = (codes, scale), (row,)
+            a[:, part] = _INT8.decode(codes[:, part], scale[:, part], cols)
+        self._codes, self._row = (codes, scale), (a,)
 
-    def _slots(self, slots: slice) -> Tensor:
-        codes, scale = (buffer[:, slots] for buffer in self.state.values())
+    def _slots(self, slots: slice, rows: slice = slice(None)) -> Tensor:
+        codes, scale = (buffer[:, slots, rows] for buffer in self.state.values())
         return _INT8.decode(codes, scale, codes.shape[3])
 
     def _dots_with_window(self) -> Tensor:
@@ -80,8 +80,9 @@ class LowBitLowRankWindow(_Coded, LowRankWindow):
         self._codes = encode_float8(p), *_INT8.encode(q)
         self._row = self._decode(*self._codes)
 
-    def _factors(self, slots: slice) -> tuple[Tensor, Tensor]:
-        return self._decode(*(buffer[:, slots] for buffer in self.state.values()))
+    def _factors(self, slots: slice, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        p, *q = (buffer[:, slots] for buffer in self.state.values())
+        return self._decode(p[..., rows], *q)
 
     def _decode(self, p: Tensor, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return decode_float8(p, self.compute_dtype), _INT8.decode(q, scale, q.shape[-1])
@@ -100,11 +101,10 @@ class LowBitSparseWindow(_Coded, SparseWindow):
         offsets: as in SparseWindow.
     """
 
-    has_kernel = False
     entry_bytes = 40  # of temporaries
 
     def __init__(self, n: int, m: int, rows: int, cols: int, offsets: Tensor, codec: SparseCodec, *, compute_dtype, device):
-        super().__init__(n, 0, rows, cols, offsets, dtype=compute_dtype, compute_dtype=compute_dtype, device=device)
+        super().__init__(n, 0, rows, cols, offsets, None, dtype=compute_dtype, compute_dtype=compute_dtype, device=device)
         self.codec = codec
         self.shape = (n, rows, m, len(offsets))
         self.state = {

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import kernels
 from .deferred import masked
-from .linalg import chunks, inner
+from .linalg import chunk_bytes, chunks, inner
 
 
 class Window:
@@ -51,12 +52,12 @@ class Window:
         """Forget the staged row: it may share memory with a gradient."""
         self._row = None
 
-    def subtract_row_(self, a: Tensor) -> Tensor:
-        """a <- a - c with c the staged row, (n, rows, cols), in place."""
+    def subtract_row_(self, a: Tensor, rows: slice = slice(None)) -> Tensor:
+        """a <- a - c with c the staged row, (n, rows, cols), or rows `rows` of it, in place."""
         raise NotImplementedError
 
-    def combine(self, c: Tensor) -> Tensor:
-        """G^T c: (n, rows, cols) in the compute dtype, for coefficients c (n, m) fp64."""
+    def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
+        """G^T c: (n, rows, cols) in the compute dtype, for coefficients c (n, m) fp64; or rows `rows` of it."""
         raise NotImplementedError
 
     def _dots_with_window(self) -> Tensor:
@@ -72,26 +73,27 @@ class DenseWindow(Window):
     def __init__(self, n: int, m: int, rows: int, cols: int, *, dtype, compute_dtype, device):
         super().__init__({"window_rows": torch.zeros(n, m, rows, cols, dtype=dtype, device=device)}, compute_dtype)
 
-    def subtract_row_(self, a: Tensor) -> Tensor:
+    def subtract_row_(self, a: Tensor, rows: slice = slice(None)) -> Tensor:
         """See Window."""
-        return a.sub_(self._row[0])
+        return a.sub_(self._row[0][:, rows])
 
-    def combine(self, c: Tensor) -> Tensor:
+    def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window."""
-        rows = self.state["window_rows"]
-        n, m, length = rows.flatten(2).shape
-        out = torch.zeros(n, 1, length, dtype=self.compute_dtype, device=rows.device)
+        n, m, all_rows, cols = self.state["window_rows"].shape
+        rows = rows or slice(0, all_rows)
+        length, same = (rows.stop - rows.start) * cols, self.state["window_rows"].dtype == self.compute_dtype
+        out = torch.zeros(n, 1, length, dtype=self.compute_dtype, device=c.device)
         c = c.to(self.compute_dtype)[:, None]
-        for slots in chunks(m, 0 if rows.dtype == self.compute_dtype else n * length * out.element_size()):
-            out.baddbmm_(c[..., slots], self._slots(slots).flatten(2).to(self.compute_dtype))
-        return out.view(n, *rows.shape[2:])
+        for slots in chunks(m, 0 if same else n * length * out.element_size()):
+            out.baddbmm_(c[..., slots], self._slots(slots, rows).flatten(2).to(self.compute_dtype))
+        return out.view(n, rows.stop - rows.start, cols)
 
     def _dots_with_window(self) -> Tensor:
         return self._dots_of(self.state["window_rows"])
 
-    def _slots(self, slots: slice) -> Tensor:
-        """The numbers of some rows, (n, slots, rows, cols)."""
-        return self.state["window_rows"][:, slots]
+    def _slots(self, slots: slice, rows: slice = slice(None)) -> Tensor:
+        """The numbers of some slots and rows, (n, slots, rows, cols)."""
+        return self.state["window_rows"][:, slots, rows]
 
     def _dots_of(self, rows: Tensor) -> Tensor:
         return inner(rows.flatten(2), self._row[0].flatten(1)[:, None]).squeeze(2)
@@ -116,21 +118,21 @@ class LowRankWindow(Window):
         """Take P (n, rows, r) and Q (n, cols, r)."""
         super().stage(tuple(part.mT.contiguous() for part in parts))
 
-    def subtract_row_(self, a: Tensor) -> Tensor:
+    def subtract_row_(self, a: Tensor, rows: slice = slice(None)) -> Tensor:
         """See Window."""
         p, q = (part.to(a.dtype) for part in self._row)
-        return a.baddbmm_(p.mT, q, alpha=-1)
+        return a.baddbmm_(p[..., rows].mT, q, alpha=-1)
 
-    def combine(self, c: Tensor) -> Tensor:
+    def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window. c scales the shorter factor, a few slots at a time."""
         p, q = self.state["window_p"], self.state["window_q"]
-        n, m, rank, rows = p.shape
-        cols = q.shape[3]
+        part, n, m, rank = rows or slice(0, p.shape[3]), *p.shape[:3]
+        rows, cols = part.stop - part.start, q.shape[3]
         out = torch.zeros(n, rows, cols, dtype=self.compute_dtype, device=p.device)
         c = c.to(self.compute_dtype)[:, :, None, None]
         converted = rows + cols if p.dtype != self.compute_dtype else min(rows, cols)
         for slots in chunks(m, n * rank * converted * out.element_size()):
-            left, right = (factor.to(out.dtype) for factor in self._factors(slots))
+            left, right = (factor.to(out.dtype) for factor in self._factors(slots, part))
             left, right = (left * c[:, slots], right) if rows <= cols else (left, right * c[:, slots])
             out.baddbmm_(left.flatten(1, 2).mT, right.flatten(1, 2))
         return out
@@ -138,9 +140,9 @@ class LowRankWindow(Window):
     def _dots_with_window(self) -> Tensor:
         return self._factor_dots(*self._factors(slice(None)))
 
-    def _factors(self, slots: slice) -> tuple[Tensor, Tensor]:
-        """The numbers of P and Q of some rows."""
-        return self.state["window_p"][:, slots], self.state["window_q"][:, slots]
+    def _factors(self, slots: slice, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The numbers of P, of some rows of the matrix, and of Q."""
+        return self.state["window_p"][:, slots, :, rows], self.state["window_q"][:, slots]
 
     def _staged_square(self) -> Tensor:
         return self._factor_dots(*(part[:, None] for part in self._row))[:, 0]
@@ -156,18 +158,29 @@ class SparseWindow(Window):
 
     Args:
         offsets: (k,) int64, first column of the block of each entry.
+        blocks: length of a block, entries in each, and in a shorter last one; None: what kernels cannot read.
 
     Attributes:
         shape: (n, rows, m, k).
-        has_kernel: whether the state is as above, which kernels read; else there is only the path through `_pieces`.
         entry_bytes: what `_pieces` takes for an entry.
     """
 
     slot_dim = 2
-    has_kernel = True
     entry_bytes = 16
 
-    def __init__(self, n: int, m: int, rows: int, cols: int, offsets: Tensor, *, dtype, compute_dtype, device):
+    def __init__(
+        self,
+        n: int,
+        m: int,
+        rows: int,
+        cols: int,
+        offsets: Tensor,
+        blocks: kernels.Blocks | None,
+        *,
+        dtype,
+        compute_dtype,
+        device,
+    ):
         self.shape = (n, rows, m, len(offsets))
         state = {
             "window_indices": torch.zeros(self.shape, dtype=torch.int16, device=device),
@@ -176,22 +189,33 @@ class SparseWindow(Window):
         super().__init__(state, compute_dtype)
         self.cols = cols
         self.offsets = offsets
+        self.blocks = blocks
 
-    def subtract_row_(self, a: Tensor) -> Tensor:
+    def subtract_row_(self, a: Tensor, rows: slice = slice(None)) -> Tensor:
         """See Window."""
-        indices, values = self._row
+        indices, values = (part[:, rows] for part in self._row)
         return a.scatter_add_(2, self._columns(indices), -values.to(a.dtype))
 
-    def combine(self, c: Tensor) -> Tensor:
+    def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window."""
-        out = torch.zeros(*self._rows_shape(), self.cols, dtype=self.compute_dtype, device=c.device)
-        c = c.to(self.compute_dtype)[:, None, :, None]
-        for tensors, rows, indices, values in self._pieces():
+        n, all_rows = self._rows_shape()
+        rows, c = rows or slice(0, all_rows), c.to(self.compute_dtype)
+        if self.blocks is not None:
+            fast = kernels.combine(*self.state.values(), c, self.cols, self.blocks, rows)
+            if fast is not None:
+                return fast
+        out = torch.zeros(n, rows.stop - rows.start, self.cols, dtype=self.compute_dtype, device=c.device)
+        c = c[:, None, :, None]
+        for tensors, part, indices, values in self._pieces(rows):
             weighted = values.to(self.compute_dtype) * c[tensors]
-            out[tensors, rows].scatter_add_(2, indices.flatten(2), weighted.flatten(2))
+            out[tensors, part].scatter_add_(2, indices.flatten(2), weighted.flatten(2))
         return out
 
     def _dots_with_window(self) -> Tensor:
+        if self.blocks is not None:
+            fast = kernels.dots(*self.state.values(), self._row, self.cols, self.blocks)
+            if fast is not None:
+                return fast
         indices, values = self._row
         n, _, m, _ = self.shape
         dots = torch.zeros(n, m, dtype=torch.float64, device=values.device)
@@ -212,13 +236,14 @@ class SparseWindow(Window):
     def _rows_shape(self) -> tuple[int, int]:
         return self.shape[:2]
 
-    def _pieces(self):
-        """The window cut by tensors, then rows: (tensor slice, row slice, int64 columns, values) under the chunk limit."""
-        n, rows, m, k = self.shape
-        row_bytes = m * k * self.entry_bytes + self.cols * 8
-        for tensors in chunks(n, rows * row_bytes):
-            for part in chunks(rows, (tensors.stop - tensors.start) * row_bytes):
-                indices, values = self._read(tensors, part)
+    def _pieces(self, rows: slice = slice(None)):
+        """The window's `rows` cut by tensors, then rows: (tensor slice, row slice, int64 columns, values) of limited size."""
+        n, all_rows, m, k = self.shape
+        start, stop, _ = rows.indices(all_rows)
+        row_bytes, limit = m * k * self.entry_bytes + self.cols * 8, chunk_bytes(self.offsets.device)
+        for tensors in chunks(n, (stop - start) * row_bytes, limit):
+            for part in chunks(stop - start, (tensors.stop - tensors.start) * row_bytes, limit):
+                indices, values = self._read(tensors, slice(start + part.start, start + part.stop))
                 yield tensors, part, self._columns(indices), values
 
     def _read(self, tensors: slice, rows: slice) -> tuple[Tensor, Tensor]:

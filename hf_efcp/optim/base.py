@@ -119,9 +119,9 @@ class WindowedOptimizer(
         for s in stacks:
             group = self.param_groups[s.group]
             decay = 0.0 if l2[s.group] else group["weight_decay"]
-            u = s.window.combine(self._share(c, s))                         # u = G^T c
             rounding = gram.step if self.options.stochastic_rounding else None
-            s.apply(u, float(group["lr"]), decay, self.options.momentum, accepted, rounding)  # p <- (1 - lr*wd) p - lr u
+            share = self._share(c, s)                                       # u = G^T c;  p <- (1 - lr*wd) p - lr u
+            s.update(share, float(group["lr"]), decay, self.options.momentum, accepted, rounding)
         self._hand_out()
         self._last = c if self._last is None else masked(accepted, c, self._last)
         self._started = True

@@ -91,7 +91,7 @@ class FactorStack(Stack):
     def commit(self, j: Tensor, step: Tensor, l2: float, accepted: bool | Tensor) -> None:
         """e <- e + g - P Q^T, and Q becomes the next warm start, where `accepted`."""
         gradient = self.gradient(l2)
-        self.feedback.keep(gradient, self.window, step, accepted, self._owns(gradient))
+        self.feedback.keep(gradient, self.window, step, accepted)
         self.compressor.commit(accepted)
         self.void()
 
@@ -223,6 +223,9 @@ class CommunicationMixin:
             return
         if any(is_sharded(p) for params in groups for p in params):
             raise OptionError("comm='factors' is for DDP: under FSDP2 gradients are sharded, take comm='gradients'")
+        for name in ("window_format", "error_format"):
+            if getattr(self.options, name) != "plain":
+                raise OptionError(f"comm='factors' takes {name}='plain', got {getattr(self.options, name)!r}")
         if self._comm is None:
             several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
             if several or self._shards is not None:

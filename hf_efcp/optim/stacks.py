@@ -11,14 +11,11 @@ from torch import Tensor
 
 from ..core.compressors import Identity
 from ..core.error_feedback import ErrorFeedback, QuantizedErrorFeedback
-from ..core.linalg import add_scaled_, chunks, stochastic_round
+from ..core.linalg import add_scaled_, chunk_bytes, chunks, stochastic_round
 from ..core.low_bit_windows import LowBitDenseWindow
 from ..core.windows import DenseWindow, Window
 from ..distributed.mesh import is_sharded, local, local_gradient
 
-# A stack's gradient is a temporary: it should stay in the cache on a CPU, and fill the device on a GPU.
-STACK_BYTES = {"cpu": 4 * 2**20}
-STACK_BYTES_ACCELERATOR = 32 * 2**20
 # Parameters are rounded by other numbers than their error feedback.
 _PARAMETER_SALT = 2**30
 
@@ -116,12 +113,11 @@ class Stack:
         if hasattr(self.compressor, "ready"):  # made during backward
             self.window.stage(self.compressor.ready())
             return
-        gradient = self.gradient(l2)
-        a = self.feedback.accumulate(gradient, self._owns(gradient))
+        parts = self.compressor.compress(self.gradient(l2), step, self.feedback)
         for i, piece in enumerate(self.pieces):
             if piece.grad is None:
-                a[i] = 0
-        self.window.stage(self.compressor.compress(a, step))
+                parts[-1][i] = 0  # the values, or a factor
+        self.window.stage(parts)
 
     def dots(self, j: Tensor) -> Tensor:
         """(n, m) fp64: the staged row's inner products with the window. A plain row is not held, as it is the gradient."""
@@ -136,7 +132,7 @@ class Stack:
             self.stage(step, l2)
         gradient = self.gradient(l2) if self.feedback.error is not None else None
         absent = [i for i, piece in enumerate(self.pieces) if piece.grad is None]
-        self.feedback.keep(gradient, self.window, step, accepted, self._owns(gradient), absent)
+        self.feedback.keep(gradient, self.window, step, accepted, absent)
         self.window.commit(j.to(self.device), accepted)
         self.compressor.commit(accepted)
 
@@ -173,51 +169,65 @@ class Stack:
         }
         return {name: buffer for name, buffer in found.items() if buffer is not None}
 
-    def apply(
+    def update(
         self,
-        update: Tensor,
+        c: Tensor,
         lr: float,
         weight_decay: float,
         momentum: float,
         accepted: bool | Tensor,
         rounding: Tensor | None = None,
     ) -> None:
-        """v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v. Low-precision parameters are rounded once.
+        """u = G^T c for coefficients c (n, m);  v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v.
 
-        Of a step that is not `accepted`, u is zero; with lr and 1 - mu zero too, nothing moves. With `rounding`, the number of
-        the step, bf16 parameters are rounded stochastically; None: to nearest.
+        A large tensor's u is never whole. Of a step that is not `accepted`, u is zero; with lr and 1 - mu zero too, nothing
+        moves. Low-precision parameters are rounded once: with `rounding`, the number of the step, bf16 ones stochastically; else
+        to nearest.
         """
         new_part = 1 - momentum
         if accepted is not True:
-            flag = accepted.to(update)
+            flag = accepted.to(self.window.compute_dtype)
             lr, new_part = lr * flag, new_part * flag
-        if self.momentum is not None:
-            update = self.momentum.lerp_(update, new_part)
-        for i, (piece, u) in enumerate(zip(self.pieces, update, strict=True)):
-            if not piece.param.requires_grad:  # frozen since; its rows stay in the window, which K counts
-                continue
-            p = piece.data
-            if rounding is not None and p.dtype == torch.bfloat16:
-                salt = self.numbers[i : i + 1] + _PARAMETER_SALT
-                p = p[(None,) * max(0, 2 - p.ndim)]  # rows first, as in the 2-D view
-                for part in chunks(len(p), 24 * u.shape[1]):
-                    new = u[part].mul(-lr).add_(p[part].reshape(u[part].shape).to(u.dtype).mul_(1 - lr * weight_decay))
-                    first = piece.first[0] + part.start, piece.first[1]
-                    rounded = stochastic_round(new[None], p.dtype, rounding, salt, first)
-                    p[part] = rounded.view(p[part].shape)
-                continue
-            u = u.view(p.shape)
-            if p.dtype == u.dtype:
-                if weight_decay:
-                    p.mul_(1 - lr * weight_decay)
-                add_scaled_(p, u, -lr)
-                continue
-            p, u = (p, u) if p.ndim else (p.view(1), u.view(1))
-            for part in chunks(len(p), 8 * p[:1].numel()):
-                new = p[part].to(u.dtype)
-                if weight_decay:
-                    new.mul_(1 - lr * weight_decay)
-                p[part] = add_scaled_(new, u[part], -lr)
+        rows, cols = self.pieces[0].shape
+        bytes_each = len(self.pieces) * cols * self.window.compute_dtype.itemsize
+        for part in chunks(rows, bytes_each, chunk_bytes(self.device)):
+            u = self.window.combine(c, part)
+            if self.momentum is not None:
+                u = self.momentum[:, part].lerp_(u, new_part)
+            for i, piece in enumerate(self.pieces):
+                if not piece.param.requires_grad:  # frozen since; its rows stay in the window, which K counts
+                    continue
+                p = piece.data
+                p = p[part] if p.ndim > 1 else p
+                if rounding is not None and p.dtype == torch.bfloat16:
+                    salt, (row, col) = self.numbers[i : i + 1] + _PARAMETER_SALT, piece.first
+                    _apply_rounded(p, u[i], lr, weight_decay, rounding, salt, (row + part.start, col))
+                else:
+                    _apply(p, u[i].view(p.shape), lr, weight_decay)
+
+
+def _apply(p: Tensor, u: Tensor, lr, weight_decay: float) -> None:
+    """p <- (1 - lr*wd) p - lr u, rounded to nearest."""
+    if p.dtype == u.dtype:
+        if weight_decay:
+            p.mul_(1 - lr * weight_decay)
+        add_scaled_(p, u, -lr)
+        return
+    p, u = (p, u) if p.ndim else (p.view(1), u.view(1))
+    for part in chunks(len(p), 8 * p[:1].numel()):
+        new = p[part].to(u.dtype)
+        if weight_decay:
+            new.mul_(1 - lr * weight_decay)
+        p[part] = add_scaled_(new, u[part], -lr)
+
+
+def _apply_rounded(p: Tensor, u: Tensor, lr, weight_decay: float, step: Tensor, salt: Tensor, first: tuple[int, int]) -> None:
+    """The same, rounded stochastically; u is (rows, cols), which begin at `first` in the whole parameter."""
+    p = p[(None,) * max(0, 2 - p.ndim)]  # rows first, as in the 2-D view
+    for part in chunks(len(p), 24 * u.shape[1]):
+        new = u[part].mul(-lr).add_(p[part].reshape(u[part].shape).to(u.dtype).mul_(1 - lr * weight_decay))
+        rounded = stochastic_round(new[None], p.dtype, step, salt, (first[0] + part.start, first[1]))
+        p[part] = rounded.view(p[part].shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +293,7 @@ def build_stacks(
 def batches(members: list[Piece], processes: int = 1) -> Iterator[list[Piece]]:
     """Pieces of one shape, each 1/processes of its parameter, in lists that are not too large for one stack."""
     first = members[0].param
-    limit = processes * STACK_BYTES.get(first.device.type, STACK_BYTES_ACCELERATOR)
+    limit = processes * chunk_bytes(first.device)
     size = max(1, limit // max(1, first.numel() * compute_dtype(first).itemsize))
     for start in range(0, len(members), size):
         yield members[start : start + size]

@@ -128,9 +128,9 @@ def test_phases_add_up_to_the_step_and_are_told_apart(monkeypatch):
     stack = stack_of(optimizer, next(model.parameters()))
     original = type(stack.window).combine
 
-    def slow(self, c):
+    def slow(self, *args):
         time.sleep(0.05)
-        return original(self, c)
+        return original(self, *args)
 
     monkeypatch.setattr(type(stack.window), "combine", slow)
     before = dict(vars(stack))

@@ -179,7 +179,9 @@ def applied(p, update, step, rows=None, weight_decay=0.1):
     p = torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format))
     options, processes = make("efcp_dense_mfac", [p], stochastic_rounding=True).options, Processes(2, None, False)
     (stack,) = build_stacks([[Piece(p, 3, rows)]], options, [None], processes)
-    stack.apply(update[None], 0.01, weight_decay, 0.0, True, torch.tensor(step))
+    stack.window.state["window_rows"][0, 0] = update
+    c = torch.zeros(1, options.window_size).index_fill_(1, torch.tensor(0), 1.0)
+    stack.update(c, 0.01, weight_decay, 0.0, True, torch.tensor(step))
     return p.detach()
 
 

@@ -1,0 +1,246 @@
+"""The fast kernels against plain torch: numba on CPU tensors, Triton in its interpreter."""
+
+import importlib
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from hf_efcp import SparseGGT, SparseMFAC, kernels
+from hf_efcp.core.compressors import BlockTopK
+from hf_efcp.core.error_feedback import ErrorFeedback
+from hf_efcp.core.windows import SparseWindow
+from tests.reference import parameters, relative, set_gradients, update_of
+
+NEEDS = {"cpu": "numba", "gpu": "triton"}
+STEP = torch.tensor(0)
+# n, rows, cols, block, density: one block, a ragged tail, many blocks, k = 1, tiny rows, a full block, one row
+SHAPES = [
+    (2, 5, 24, 1024, 0.15),
+    (1, 3, 70, 32, 0.1),
+    (3, 2, 64, 8, 0.3),
+    (1, 4, 200, 200, 0.001),
+    (2, 3, 3, 1024, 0.4),
+    (1, 2, 10, 4, 1.0),
+    (1, 1, 1500, 1024, 0.01),
+]
+EVERY_SHAPE = pytest.mark.parametrize(("n", "rows", "cols", "block", "density"), SHAPES)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def module(request, monkeypatch):
+    pytest.importorskip(NEEDS[request.param])
+    if request.param == "gpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("test_cuda.py is for GPUs")
+    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setitem(kernels._MODULES, "cpu", request.param)
+    loaded = importlib.import_module(f"hf_efcp.kernels.{request.param}")
+    used = []
+    for name in ("top_k", "dots", "combine"):
+        monkeypatch.setattr(loaded, name, _counting(getattr(loaded, name), used))
+    yield used
+    assert not kernels._failed
+
+
+def _counting(function, used):
+    def counted(*args):
+        result = function(*args)
+        if result is not None:
+            used.append(function.__name__)
+        return result
+
+    return counted
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Runs a function without the kernels."""
+
+    def run(function, *args):
+        monkeypatch.setenv("HF_EFCP_KERNELS", "0")
+        try:
+            return function(*args)
+        finally:
+            monkeypatch.delenv("HF_EFCP_KERNELS")
+
+    return run
+
+
+def dense(compressor, indices, values, cols):
+    zeros = torch.zeros(*indices.shape[:2], cols, dtype=values.dtype)
+    return zeros.scatter(2, indices.long() + compressor.offsets(zeros.device), values)
+
+
+@EVERY_DTYPE
+@EVERY_SHAPE
+def test_top_k_is_that_of_torch(module, plain, n, rows, cols, block, density, dtype):
+    generator = torch.Generator().manual_seed(0)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    a, e = (torch.randn(n, rows, cols, generator=generator, dtype=compute) for _ in range(2))
+    compressor = BlockTopK(cols, density, block)
+    for feedback in (ErrorFeedback(None), ErrorFeedback(e.to(dtype))):
+        mine, theirs = compressor.compress(a, STEP, feedback), plain(compressor.compress, a, STEP, feedback)
+        assert [x.shape for x in mine] == [x.shape for x in theirs] and [x.dtype for x in mine] == [x.dtype for x in theirs]
+        assert torch.equal(dense(compressor, *mine, cols), dense(compressor, *theirs, cols))
+    assert module == ["top_k"] * 2
+
+
+def test_top_k_of_ties_zeros_and_what_is_not_finite(module):
+    compressor = BlockTopK(200, 0.02, 100)
+    for a in (torch.zeros(1, 2, 200), torch.ones(1, 2, 200), -torch.ones(1, 2, 200)):
+        indices, values = compressor.compress(a, STEP)
+        assert all(len(set(half)) == 2 for half in indices.view(-1, 2).tolist())
+        assert values.eq(a.flatten()[0]).all()
+    a = torch.randn(1, 2, 200)
+    a[0, 0, 150], a[0, 1, 3], a[0, 1, 4] = torch.nan, torch.inf, -torch.inf
+    _, values = compressor.compress(a, STEP)
+    assert values[0, 0].isnan().sum() == 1 and values[0, 1].isinf().sum() == 2
+
+
+def window_of(n, rows, cols, block, density, dtype, m=6, filled=None):
+    """A window with `filled` rows and a staged one."""
+    generator = torch.Generator().manual_seed(1)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    compressor = BlockTopK(cols, density, block)
+    offsets = compressor.offsets(torch.device("cpu"))
+    window = SparseWindow(
+        n, m, rows, cols, offsets, compressor.blocks, dtype=dtype, compute_dtype=compute, device=torch.device("cpu")
+    )
+    for slot in range(m if filled is None else filled):
+        window.stage(compressor.compress(torch.randn(n, rows, cols, generator=generator, dtype=compute), STEP))
+        window.commit(torch.tensor([slot]))
+    new = torch.randn(n, rows, cols, generator=generator, dtype=compute)
+    new[:, 0] = 0  # a row of which nothing is kept
+    window.stage(compressor.compress(new, STEP))
+    return window, torch.randn(n, m, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("filled", [6, 2])
+@EVERY_DTYPE
+@EVERY_SHAPE
+def test_dots_and_combine_are_those_of_torch(module, plain, n, rows, cols, block, density, dtype, filled):
+    window, c = plain(window_of, n, rows, cols, block, density, dtype, 6, filled)
+    mine, theirs = window.dots(torch.tensor([1])), plain(window.dots, torch.tensor([1]))
+    torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-13)
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    for part in (None, slice(rows - 1, rows)):
+        mine, theirs = window.combine(c, part), plain(window.combine, c, part)
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+    assert module == ["dots", "combine", "combine"]
+
+
+def test_a_window_with_indices_out_of_range_does_no_harm(module):
+    window, c = window_of(1, 2, 40, 16, 0.2, torch.float32)
+    window.state["window_indices"].random_(-(2**15), 2**15)
+    window.dots(torch.tensor([1]))
+    assert window.combine(c).shape == (1, 2, 40)
+
+
+@pytest.mark.parametrize("options", [{}, {"window_dtype": "bf16", "error_dtype": "bf16"}, {"scope": "layer"}])
+@pytest.mark.parametrize("cls", [SparseMFAC, SparseGGT])
+def test_the_optimizer_gives_the_update_of_torch(module, plain, cls, options):
+    sparse = {"density": 0.2, "block_size": 16, "lr": 1.0, "window_size": 3, "update_rms": 0.5}
+    shapes = ((7,), (4, 30), (4, 30), (2, 3, 3, 3))
+    here, there = parameters(shapes, torch.float32), parameters(shapes, torch.float32)
+    fast, slow = cls(here, **sparse, **options), cls(there, **sparse, **options)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(5):
+        grads = set_gradients(here, generator)
+        if step == 3:
+            here[1].grad = grads[1] = None
+        for p, g in zip(there, grads, strict=True):
+            p.grad = g
+        assert relative(update_of(fast, here), plain(update_of, slow, there)) < 1e-4
+    assert set(module) == {"top_k", "dots", "combine"}
+
+
+@pytest.mark.parametrize("module", ["cpu"], indirect=True)
+def test_the_result_does_not_depend_on_threads(module, monkeypatch):
+    cpu = importlib.import_module("hf_efcp.kernels.cpu")
+    monkeypatch.setattr(cpu, "_SMALL", 1)
+    window, c = window_of(2, 37, 50, 16, 0.2, torch.float32, m=9)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((window.dots(torch.tensor([1])), window.combine(c)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+
+
+def _steps():
+    p = parameters(((64, 300),), torch.float32)
+    optimizer = SparseMFAC(p, lr=0.1, window_size=4, density=0.05)
+    for _ in range(3):
+        p[0].grad = p[0].detach().clone()
+        optimizer.step()
+
+
+def _in_a_fork(queue, window, c):
+    queue.put((window.dots(torch.tensor([1])).sum().item(), window.combine(c).sum().item()))
+
+
+@pytest.mark.parametrize("module", ["cpu"], indirect=True)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_processes_may_be_forked_after_a_step_and_use_the_kernels_too(module, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("hf_efcp.kernels.cpu"), "_SMALL", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        _steps()
+        window, c = window_of(2, 37, 50, 16, 0.2, torch.float32, m=9)
+        expected = window.dots(torch.tensor([1])).sum().item(), window.combine(c).sum().item()
+        loader = DataLoader(list(range(8)), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60)
+        assert [b.tolist() for b in loader] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+        child = context.Process(target=_in_a_fork, args=(queue, window, c))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0 and queue.get() == expected
+        _steps()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_numba_one_line_says_so_and_torch_goes_on():
+    script = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, format="%(name)s %(levelname)s %(message)s", stream=sys.stdout)
+sys.modules["numba"] = None
+import torch
+from hf_efcp import SparseMFAC
+p = torch.nn.Parameter(torch.ones(8, 90))
+optimizer = SparseMFAC([p], lr=0.1, window_size=2, density=0.1)
+for _ in range(3):
+    p.grad = torch.ones(8, 90)
+    optimizer.step()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("hf_efcp")]
+    assert lines == ["hf_efcp INFO numba is not installed: sparse windows run in plain torch on cpu, which is slower"]
+
+
+@pytest.mark.parametrize("module", ["cpu"], indirect=True)
+def test_a_kernel_that_fails_is_given_up_with_one_line(module, monkeypatch, caplog):
+    def fail(*args):
+        raise ValueError("no such instruction")
+
+    monkeypatch.setattr(importlib.import_module("hf_efcp.kernels.cpu"), "top_k", fail)
+    with caplog.at_level(logging.INFO, "hf_efcp"):
+        _steps()
+    assert [r.getMessage() for r in caplog.records] == [
+        "no numba kernels, sparse windows run in plain torch on cpu: ValueError: no such instruction"
+    ]
+    assert kernels._failed == {"cpu"} and not module
+    kernels._failed.clear()
