@@ -30,15 +30,15 @@ def divided(dtype=torch.float64, layout=None):
     return fully_shard(module, mesh=mesh)
 
 
-def gradients(params, step, perturbed=False):
-    """Those of tests.distributed.test_sharding, divided as the parameters are."""
+def gradients(params, step, perturbed=None):
+    """Those of tests.distributed.test_sharding, divided as the parameters are; `perturbed`: 1 ulp towards that number."""
     generator = torch.Generator().manual_seed(step)
     for p in params:
         whole = full(p)
         noise = torch.randn(whole.shape, generator=generator, dtype=torch.float64)
         g = (0.1 * noise + 0.05 * whole.double()).to(p.dtype)
-        if perturbed:
-            g = torch.nextafter(g, torch.full_like(g, torch.inf))
+        if perturbed is not None:
+            g = torch.nextafter(g, torch.full_like(g, perturbed))
         p.grad = distribute_tensor(g, p.device_mesh, p.placements) if hasattr(p, "device_mesh") else g
 
 

@@ -20,6 +20,7 @@ from tests.reference import parameters, relative, set_gradients, update_of
 
 NEEDS = {"cpu": "numba", "gpu": "triton"}
 STEP = torch.tensor(0)
+PLAIN = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
 # n, rows, cols, block, density: one block, a ragged tail, many blocks, k = 1, tiny rows, a full block, one row
 SHAPES = [
     (2, 5, 24, 1024, 0.15),
@@ -244,3 +245,13 @@ def test_a_kernel_that_fails_is_given_up_with_one_line(module, monkeypatch, capl
     ]
     assert kernels._failed == {"cpu"} and not module
     kernels._failed.clear()
+
+
+def test_a_shard_without_rows_is_no_failure(module):
+    """As FSDP2 makes them."""
+    window = SparseWindow(2, 3, 0, 40, BlockTopK(40, 0.1, 40).offsets(torch.device("cpu")), (40, 4, 0), **PLAIN)
+    top = BlockTopK(40, 0.1, 40)
+    window.stage(top.compress(torch.zeros(2, 0, 40), torch.tensor(0)))
+    assert window.dots(torch.tensor([1])).shape == (2, 3)
+    assert window.combine(torch.ones(2, 3)).shape == (2, 0, 40)
+    assert not kernels._failed
