@@ -57,9 +57,8 @@ def test_the_parameters_are_those_of_one_process(processes, dtype, layout, varia
             train(optimizer, alone)
             bound = 1e-9
             if dtype == torch.float32:
-                bound = max(
-                    1e-7, *(ulp_apart(name, VARIANTS[i], flat(alone), towards) for towards in (torch.inf, -torch.inf, 0.0))
-                )
+                # All of them amplify rounding; which gets furthest is chance.
+                bound = 2 * max(ulp_apart(name, VARIANTS[i], flat(alone), t) for t in (torch.inf, -torch.inf, 0.0))
             for theirs in everybody:
                 assert torch.equal(theirs[name, i], everybody[0][name, i])
             assert relative(everybody[0][name, i], flat(alone)) <= bound, (name, VARIANTS[i])
