@@ -67,7 +67,7 @@ def chosen(names: str | None, optim_args: str | None) -> dict[str, dict[str, Any
         if not any(option in info.options() for info in infos):
             infos[0].check({option: given[option]})  # raises
     return {
-        info.name: {"lr": 1e-4, **info.hf_defaults, **info.check({k: v for k, v in given.items() if k in info.options()})}
+        info.name: {"lr": 1e-4, **info.defaults(given), **info.check({k: v for k, v in given.items() if k in info.options()})}
         for info in infos
     }
 

@@ -118,13 +118,17 @@ class PowerIteration:
 
     def compress(self, gradient: Tensor, step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor, Tensor]:
         """P (n, rows, r) and Q (n, cols, r) of a (n, rows, cols). Of a large tensor, a is formed anew for each product."""
-        sums = _sums(gradient, feedback)
+        sums, error = _sums(gradient, feedback), feedback.error
         q = self.start(step).to(gradient.dtype)
         for i in range(self.power_iterations):
             # The factor first: CPU libraries are several times slower at a @ q and a.mT @ p.
             q = (unit_columns(q) if i else q).mT.contiguous()
-            p = orthonormalize(torch.cat([(q @ a.mT).mT for _, a in sums()], 1), self.reduce)
-            q = sum(p[:, rows].mT @ a for rows, a in sums()).mT.contiguous()
+            p = kernels.times(gradient, error, q) if feedback.plain else None
+            p = torch.cat([(q @ a.mT).mT for _, a in sums()], 1) if p is None else p
+            p = orthonormalize(p, self.reduce)
+            q = kernels.transposed_times(gradient, error, p.mT) if feedback.plain else None
+            q = sum(p[:, rows].mT @ a for rows, a in sums()) if q is None else q
+            q = q.mT.contiguous()
             q = q if self.reduce is None else self.reduce(q)
         self.prepare(q)
         return p, q
@@ -151,11 +155,16 @@ class PowerIteration:
 
 def _sums(gradient: Tensor, feedback: ErrorFeedback) -> Callable[[], Iterable[tuple[slice, Tensor]]]:
     """What gives (rows, a) with a = e + g, all of it; of a large tensor a few rows at a time, formed anew at each call."""
-    parts = row_chunks(gradient)
-    if len(parts) > 1:
-        return lambda: ((rows, feedback.accumulate(gradient, rows)) for rows in parts)
-    whole = [(slice(None), feedback.accumulate(gradient))]
-    return lambda: whole
+    parts, whole = row_chunks(gradient), []
+
+    def sums() -> Iterable[tuple[slice, Tensor]]:
+        if len(parts) > 1:
+            return ((rows, feedback.accumulate(gradient, rows)) for rows in parts)
+        if not whole:
+            whole.append((slice(None), feedback.accumulate(gradient)))
+        return whole
+
+    return sums
 
 
 def _column_norms(q: Tensor) -> Tensor:

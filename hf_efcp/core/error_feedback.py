@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .codecs import BlockQuantizer
 from .deferred import masked
-from .linalg import counted_uniform, row_chunks, stochastic_round
+from .linalg import counted_factors, counted_uniform, row_chunks, stochastic_round
 
 
 class ErrorFeedback:
@@ -56,6 +56,8 @@ class ErrorFeedback:
         """
         if self.error is None:
             return
+        if accepted is True and self.plain and window.keep(self.error, gradient, self._bits(gradient, step)):
+            return
         if accepted is True and self.error.dtype == gradient.dtype:
             window.subtract_row_(self.error.add_(gradient))
             return
@@ -69,6 +71,9 @@ class ErrorFeedback:
             return 0.0
         parts = row_chunks(self.error)
         return sum(torch.linalg.vector_norm(self._read(p, self.error.dtype), dtype=torch.float64).square() for p in parts)
+
+    def _bits(self, gradient: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        return counted_factors(step, self.salt, *gradient.shape[1:], self.first)
 
     def _read(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Rows of e."""

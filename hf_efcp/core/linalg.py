@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .. import kernels
+
 # Bytes that one temporary of a chunked loop may take.
 CHUNK_BYTES = 32 * 2**20
 # The same where it should stay in a CPU's cache.
@@ -78,6 +80,9 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (n, M, N) fp64.
     """
+    fast = kernels.inner(a, b)
+    if fast is not None:
+        return fast
     n, m, length = a.shape
     # A converted piece of a should stay in the cache, in long runs. CPU libraries are fast where the short side comes first.
     out, limit = a.new_zeros(n, b.shape[1], m, dtype=torch.float64), chunk_bytes(a.device)
@@ -131,6 +136,17 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def counted_factors(
+    counter: Tensor, salt: Tensor, rows: int, cols: int, first: tuple[int, int] = (0, 0)
+) -> tuple[Tensor, Tensor]:
+    """The factors of `counted_bits`: (n, rows) and (n, cols) int32."""
+    device = salt.device
+    key = _mix(_mix(counter.to(device) & 0x7FFFFFFF) ^ _mix(salt + 0x9E3779B9))
+    row = _mix(key[:, None] ^ torch.arange(first[0], first[0] + rows, device=device)) | 1
+    col = _mix(_mix(key[:, None]) ^ torch.arange(first[1], first[1] + cols, device=device)) | 1
+    return row.to(torch.int32), col.to(torch.int32)
+
+
 def counted_bits(counter: Tensor, salt: Tensor, rows: int, cols: int, first: tuple[int, int] = (0, 0)) -> Tensor:
     """Pseudo-random numbers that depend on (counter, salt, row, column) only; their upper 16 bits are uniform.
 
@@ -147,11 +163,8 @@ def counted_bits(counter: Tensor, salt: Tensor, rows: int, cols: int, first: tup
     Returns:
         (n, rows, cols) int32.
     """
-    device = salt.device
-    key = _mix(_mix(counter.to(device) & 0x7FFFFFFF) ^ _mix(salt + 0x9E3779B9))
-    row = _mix(key[:, None] ^ torch.arange(first[0], first[0] + rows, device=device)) | 1
-    col = _mix(_mix(key[:, None]) ^ torch.arange(first[1], first[1] + cols, device=device)) | 1
-    return row.to(torch.int32)[:, :, None] * col.to(torch.int32)[:, None, :]
+    row, col = counted_factors(counter, salt, rows, cols, first)
+    return row[:, :, None] * col[:, None, :]
 
 
 def counted_noise(counter: Tensor, salt: Tensor, rows: int, cols: int) -> Tensor:

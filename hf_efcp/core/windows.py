@@ -56,6 +56,14 @@ class Window:
         """a <- a - c with c the staged row, (n, rows, cols), or rows `rows` of it, in place."""
         raise NotImplementedError
 
+    def keep(self, error: Tensor, gradient: Tensor, bits: tuple[Tensor, Tensor]) -> bool:
+        """e <- e + g - c in place with c the staged row, by a kernel, rounded by the numbers that `bits` are the factors of.
+
+        Returns:
+            Whether it was done; else the caller does it in torch.
+        """
+        return False
+
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """G^T c: (n, rows, cols) in the compute dtype, for coefficients c (n, m) fp64; or rows `rows` of it."""
         raise NotImplementedError
@@ -122,6 +130,10 @@ class LowRankWindow(Window):
         """See Window."""
         p, q = (part.to(a.dtype) for part in self._row)
         return a.baddbmm_(p[..., rows].mT, q, alpha=-1)
+
+    def keep(self, error: Tensor, gradient: Tensor, bits: tuple[Tensor, Tensor]) -> bool:
+        """See Window."""
+        return kernels.keep(error, gradient, *self._row, bits)
 
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window. c scales the shorter factor, a few slots at a time."""

@@ -74,6 +74,7 @@ class WindowedOptimizer(
         """c = phi(K) w, (groups, m), for the newest slot j; `row_dtype` is that in which G^T c will be summed."""
         raise NotImplementedError
 
+    @torch._disable_dynamo  # as torch's own methods: a compiled training step calls this one as it is
     @torch.no_grad()
     def step(self, closure=None):
         """One step. A non-finite gradient skips it: nothing changes, and the skip is counted and warned about.

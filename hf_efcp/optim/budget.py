@@ -79,6 +79,9 @@ def _candidates(options: Any, free: tuple[str, ...], first: int) -> Iterator[Any
 
     smallest = None
     for formats in _FORMATS:
+        for kind in ("window", "error"):
+            if formats[f"{kind}_format"] != "plain" and f"{kind}_format" not in free:
+                formats = {**formats, f"{kind}_dtype": torch.bfloat16}
         try:
             smallest = changed(options, window_size=first, **formats)
         except OptionError:  # a block_size that is too long for low-bit entries

@@ -149,9 +149,10 @@ class CommunicationMixin:
         """The processes that train together."""
         return self._meeting or self._comm
 
-    def _everywhere(self, state: Iterable[str]) -> tuple[str, ...]:
+    def _everywhere(self, state: Iterable[str], processes: int = 1) -> tuple[str, ...]:
         """Of a parameter's state, what is whole on every process beside the shared entries."""
-        return ("error", "warm_start") if self._comm is not None and "warm_start" in state else ()
+        factors = self._comm is not None or (self._by_factors and processes > 1)
+        return ("error", "warm_start") if factors and "warm_start" in state else ()
 
     def register_comm_hook(self, model: DistributedDataParallel) -> None:
         """Make DDP all-reduce factors (comm="factors"); before the first backward, and before `load_state_dict`.

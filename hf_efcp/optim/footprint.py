@@ -36,11 +36,11 @@ class FootprintMixin:
                 kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + tensor.numel() * tensor.element_size()
         return kinds
 
-    def _sizes(self) -> dict[Tensor, Size]:
+    def _sizes(self, processes: int = 1) -> dict[Tensor, Size]:
         """Bytes of every parameter's state, but for what is on every process."""
         sizes, least = {}, 1 if self._shards is not None and self._shards.follows else 2
         for p, state in self._whole_state().items():
-            divided = {name: what for name, what in state.items() if name not in self._everywhere(state)}
+            divided = {name: what for name, what in state.items() if name not in self._everywhere(state, processes)}
             bytes_ = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in divided.items()}
             fixed, total = sum(n for name, n in bytes_.items() if name not in ROW_DIM), sum(bytes_.values())
             divisible = p.ndim >= least and p.numel() > 0
@@ -56,7 +56,7 @@ class FootprintMixin:
                 key = (p.shape, p.dtype, group.get("compress", True))
                 if key not in known:
                     meta = Piece(torch.empty(p.shape, dtype=p.dtype, device="meta"), 0)
-                    (stack,) = build_stacks([[meta]], self.options, [self._format(group)])
+                    (stack,) = build_stacks([[meta]], self.options, [self._format(group)], flat=self._flat is not None)
                     known[key] = {name: (tuple(b.shape[1:]), b.dtype) for name, b in stack.buffers().items()}
                 found[p] = known[key]
         return found
@@ -71,22 +71,40 @@ class FootprintMixin:
         Returns:
             Bytes by kind, of the process that holds most.
         """
-        whole, sizes = self._whole_state(), self._sizes()
+        options = self.options
+        try:
+            if self._free:
+                free = self._choosable(fsdp and processes > 1)
+                self.options, _ = choose(options, free, lambda o: self._bytes_with(o, processes, fsdp))
+            return self._footprint(processes, fsdp)
+        finally:
+            self.options = options
+
+    def _choosable(self, follows: bool) -> tuple[str, ...]:
+        """What is left to the budget: no codes for factors' errors, nor where FSDP2 cuts 1-D tensors inside a block."""
+        cut = follows and any(p.ndim == 1 for params in self._trainable() for p in params)
+        return tuple(n for n in self._free if not (n.endswith("_format") and (cut or self._by_factors)))
+
+    def _footprint(self, processes: int, fsdp: bool) -> dict[str, int]:
+        whole, sizes = self._whole_state(), self._sizes(processes)
         if fsdp:  # the first chunk is the largest
             chunks = [slice(0, -(-len(p) // processes)) if p.ndim and p.numel() else None for p in whole]
             plan, ranks = [{0: rows} for rows in chunks], 1
         else:
             plan, ranks = assign(list(sizes.values()), processes), processes
-        loads = [self._bytes_on(whole, plan, rank) for rank in range(ranks)]
+        loads = [self._bytes_on(whole, plan, rank, ranks) for rank in range(ranks)]
         return max(loads, key=lambda kinds: sum(kinds.values()))
 
-    def _bytes_on(self, whole: dict[Tensor, dict], plan: list[Owners], rank: int) -> dict[str, int]:
+    def _bytes_on(self, whole: dict[Tensor, dict], plan: list[Owners], rank: int, processes: int) -> dict[str, int]:
         """Bytes by kind that the plan gives to a process."""
         kinds: dict[str, int] = {}
         for (p, state), owners in zip(whole.items(), plan, strict=True):
-            for name, (shape, dtype) in state.items() if rank in owners else ():
-                size, rows = math.prod(shape) * dtype.itemsize, owners[rank]
-                if rows is not None and name in ROW_DIM:
+            everywhere = self._everywhere(state, processes)
+            for name, (shape, dtype) in state.items():
+                if rank not in owners and name not in everywhere:
+                    continue
+                size, rows = math.prod(shape) * dtype.itemsize, owners.get(rank)
+                if rows is not None and name in ROW_DIM and name not in everywhere:
                     size = size * (rows.stop - rows.start) // len(p)
                 kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + size
         if whole:
@@ -99,10 +117,11 @@ class FootprintMixin:
         budget = self.options.memory_budget
         if budget is None:
             return
+        processes, follows = (1, False) if self._shards is None else (self._shards.size, self._shards.follows)
         if self._free:
             options = self.options
             try:
-                chosen, size = choose(options, self._free, self._bytes_with)
+                chosen, size = choose(options, self._choosable(follows), lambda o: self._bytes_with(o, processes, follows))
             finally:
                 self.options = options
             self.options, self._free = chosen, ()
@@ -111,13 +130,12 @@ class FootprintMixin:
                 what = f"{type(self).__name__}: memory_budget={shown(budget)}: {described(chosen)}"
                 _log.warning("%s: %s of state%s", what, shown(size), " for each process" if self._shards is not None else "")
             return
-        size = self._bytes_with(self.options)
+        size = self._bytes_with(self.options, processes, follows)
         if size > budget and self.state:
             warnings.warn(f"memory_budget={shown(budget)}: with the new parameters the state takes {shown(size)}", stacklevel=2)
         elif size > budget:
             raise OptionError(f"memory_budget={shown(budget)}: with {described(self.options)} the state takes {shown(size)}")
 
-    def _bytes_with(self, options) -> int:
+    def _bytes_with(self, options, processes: int, follows: bool) -> int:
         self.options = options
-        processes, follows = (1, False) if self._shards is None else (self._shards.size, self._shards.follows)
-        return sum(self.estimate_footprint(processes, follows).values())
+        return sum(self._footprint(processes, follows).values())

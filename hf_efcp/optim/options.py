@@ -94,7 +94,7 @@ def parse_bytes(name: str, text: str) -> int | str:
     try:
         number, unit = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([a-z]*)\s*", text.lower()).groups()
         return int(float(number) * _UNITS[unit])
-    except (AttributeError, KeyError, ValueError):
+    except (AttributeError, KeyError, ValueError, OverflowError):
         units = "KB, MB, GB, KiB, MiB, GiB"
         raise OptionError(f"{name}={text!r}: expected bytes (2GiB), as a number alone or with one of {units}") from None
 

@@ -186,7 +186,7 @@ class Stack:
         """
         new_part = 1 - momentum
         if accepted is not True:
-            flag = accepted.to(self.window.compute_dtype)
+            flag = accepted.to(self.device, self.window.compute_dtype)
             lr, new_part = lr * flag, new_part * flag
         rows, cols = self.pieces[0].shape
         bytes_each = len(self.pieces) * cols * self.window.compute_dtype.itemsize

@@ -56,6 +56,7 @@ def with_accelerate(rank, processes, comm, folder=None):
             with torch.no_grad():
                 for p in model.parameters():
                     p.zero_()
+            accelerator.wait_for_everyone()  # save_state does not wait for the first process's files
             accelerator.load_state(folder)
     efcp = optimizer.optimizer.state_dict()["efcp"]
     return torch.cat([p.detach().flatten() for p in model.parameters()]), efcp.get("sharded", {}).get("errors")

@@ -229,7 +229,7 @@ for _ in range(3):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("hf_efcp")]
-    assert lines == ["hf_efcp INFO numba is not installed: sparse windows run in plain torch on cpu, which is slower"]
+    assert lines == ["hf_efcp INFO numba is not installed: steps on cpu run in plain torch, which is slower"]
 
 
 @pytest.mark.parametrize("module", ["cpu"], indirect=True)
@@ -241,7 +241,7 @@ def test_a_kernel_that_fails_is_given_up_with_one_line(module, monkeypatch, capl
     with caplog.at_level(logging.INFO, "hf_efcp"):
         _steps()
     assert [r.getMessage() for r in caplog.records] == [
-        "no numba kernels, sparse windows run in plain torch on cpu: ValueError: no such instruction"
+        "no numba kernels, steps on cpu run in plain torch: ValueError: no such instruction"
     ]
     assert kernels._failed == {"cpu"} and not module
     kernels._failed.clear()

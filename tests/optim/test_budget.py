@@ -158,3 +158,28 @@ def test_the_defaults_of_optim_do_not_stand_in_its_way():
     optimizer = hf_efcp.create_optimizer("efcp_lowrank_mfac", parameters(SHAPES, torch.float32), lr=0.1, **defaults)
     assert chosen(optimizer)[0] > 32 and optimizer.options.rank == 2
     assert hf_efcp.optim_defaults("efcp_lowrank_mfac", rank=2)["window_size"] == 32
+
+
+def test_a_format_that_is_given_leaves_its_dtype_to_the_budget():
+    """The smallest state with error_format=plain has bf16 errors, not fp32."""
+    params = [torch.nn.Parameter(torch.zeros(128, 96))]
+    least = hf_efcp.LowRankMFAC(params, 0.1, window_size=1, rank=1, window_format="low_bit", error_dtype=torch.bfloat16)
+    budget = sum(least.estimate_footprint().values())
+    optimizer = hf_efcp.LowRankMFAC(params, 0.1, memory_budget=budget, error_format="plain")
+    assert sum(optimizer.memory_footprint().values()) <= budget
+    assert optimizer.options.error_dtype == torch.bfloat16
+
+
+def test_an_estimate_lets_the_budget_choose():
+    params = [torch.nn.Parameter(torch.zeros(128, 96)), torch.nn.Parameter(torch.zeros(96))]
+    optimizer = hf_efcp.LowRankMFAC(params, 0.1, memory_budget=100_000)
+    estimated = optimizer.estimate_footprint()
+    assert optimizer.options.window_size == 1024  # an estimate settles nothing
+    assert estimated == optimizer.memory_footprint()
+    assert sum(estimated.values()) <= 100_000
+
+
+@pytest.mark.parametrize("text", ["1e999", "nan"])
+def test_numbers_of_bytes_that_are_none(text):
+    with pytest.raises(OptionError, match=r"memory_budget.*expected bytes"):
+        hf_efcp.LowRankMFAC([torch.nn.Parameter(torch.zeros(4, 4))], 0.1, memory_budget=text)

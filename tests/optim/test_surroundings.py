@@ -26,6 +26,7 @@ from tests.reference import (
     error,
     make,
     parameters,
+    set_gradients,
     update_of,
     window,
 )
@@ -204,3 +205,18 @@ def test_memory_is_constant_and_known_before_the_first_step(name):
     assert optimizer.memory_footprint() == before
     assert all(type(k) is str and type(v) is int for k, v in before.items())
     assert sum(before.values()) == sum(bits(t).numel() for entry in optimizer.state.values() for t in entry.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_step_is_the_same(name):
+    """torch.compile calls step() as it is."""
+    ends = []
+    for compiled in (False, True):
+        params = parameters(dtype=torch.float32)
+        optimizer = make(name, params, update_rms=0.5)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for seed in range(8):
+            set_gradients(params, torch.Generator().manual_seed(seed))
+            step()
+        ends.append(torch.cat([p.detach().flatten() for p in params]))
+    assert torch.equal(*ends)

@@ -1,0 +1,99 @@
+"""The low-rank family's passes by numba against plain torch."""
+
+import pytest
+import torch
+
+from hf_efcp import LowRankGGT, LowRankMFAC, kernels
+from hf_efcp.core.error_feedback import ErrorFeedback
+from hf_efcp.core.linalg import inner
+from hf_efcp.core.windows import LowRankWindow
+from tests.reference import parameters, relative, set_gradients
+
+pytest.importorskip("numba")
+SHAPES = pytest.mark.parametrize(("n", "rows", "cols", "rank"), [(1, 700, 33, 4), (3, 20, 64, 1), (2, 1, 5, 3), (1, 5, 300, 16)])
+BF16 = {"error_dtype": "bf16", "window_dtype": "bf16", "weight_decay_mode": "l2", "weight_decay": 0.1}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def none_failed(monkeypatch):
+    monkeypatch.setattr(kernels, "_failed", set())
+    yield
+    assert not kernels._failed
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@SHAPES
+@DTYPES
+@pytest.mark.parametrize("error_dtype", [None, torch.bfloat16, torch.float32], ids=str)
+def test_products_of_e_plus_g(n, rows, cols, rank, dtype, error_dtype):
+    g, q, p = random(n, rows, cols, dtype=dtype), random(n, rank, cols, dtype=dtype), random(n, rank, rows, dtype=dtype)
+    e = None if error_dtype is None else random(n, rows, cols, dtype=error_dtype, seed=1)
+    a = (g if e is None else g + e.to(dtype)).double()
+    bound = 1e-14 if dtype == torch.float64 else 1e-6
+    found = kernels.times(g, e, q), kernels.transposed_times(g, e, p)
+    for got, expected in zip(found, (a @ q.double().mT, p.double() @ a), strict=True):
+        assert got.dtype == dtype
+        assert relative(got.double(), expected) < bound
+
+
+@SHAPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_inner_products_are_formed_in_fp64(n, rows, cols, rank, dtype):
+    a, b = random(n, rows, cols, dtype=dtype), random(n, rank, cols, dtype=dtype, seed=1)
+    assert relative(kernels.inner(a, b), a.double() @ b.double().mT) < 1e-14
+
+
+def test_many_columns_are_left_to_torch():
+    a = random(1, 20, 40)
+    assert kernels.inner(a, a) is None
+    assert relative(inner(a, a), a.double() @ a.double().mT) < 1e-14
+
+
+@SHAPES
+@DTYPES
+@pytest.mark.parametrize("error_dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_error_is_torchs_and_rounded_by_the_same_numbers(n, rows, cols, rank, dtype, error_dtype, monkeypatch):
+    errors = []
+    for off in ("0", "1"):
+        monkeypatch.setenv("HF_EFCP_KERNELS", off)
+        window = LowRankWindow(n, 2, rows, cols, rank, dtype=dtype, compute_dtype=dtype, device=torch.device("cpu"))
+        window.stage((random(n, rows, rank, dtype=dtype) / 8, random(n, cols, rank, dtype=dtype, seed=1)))
+        feedback = ErrorFeedback(random(n, rows, cols, dtype=error_dtype, seed=2), torch.arange(n) + 5, (7, 3))
+        feedback.keep(random(n, rows, cols, dtype=dtype, seed=3), window, torch.tensor(4))
+        errors.append(feedback.error)
+    # A sum in another order may be rounded to the next number of bf16.
+    assert (errors[0] == errors[1]).double().mean() > (0.98 if error_dtype == torch.bfloat16 else 0)
+    assert relative(errors[1].double(), errors[0].double()) < {torch.bfloat16: 3e-3}.get(error_dtype, 1e-6)
+
+
+@pytest.mark.parametrize("cls", [LowRankMFAC, LowRankGGT])
+@pytest.mark.parametrize(
+    "options", [{}, {"error_dtype": "bf16", "window_dtype": "bf16", "weight_decay_mode": "l2", "weight_decay": 0.1}]
+)
+def test_a_run_is_that_of_plain_torch(cls, options, monkeypatch):
+    ends = []
+    for off in ("0", "1"):
+        monkeypatch.setenv("HF_EFCP_KERNELS", off)
+        params = parameters(dtype=torch.float32 if options else torch.float64)
+        optimizer = cls(params, 0.01, window_size=4, rank=2, update_rms=0.3, **options)
+        for seed in range(10):
+            set_gradients(params, torch.Generator().manual_seed(seed))
+            if seed == 5:
+                params[0].grad = None
+            optimizer.step()
+        ends.append(torch.cat([p.detach().double().flatten() for p in params]))
+    assert relative(*ends) < (1e-2 if options else 1e-9)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped():
+    params = parameters()
+    optimizer = LowRankMFAC(params, 0.01, window_size=4, rank=2)
+    set_gradients(params, torch.Generator().manual_seed(0))
+    params[0].grad.view(-1)[0] = torch.inf
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        optimizer.step()
+    assert optimizer.diagnostics()["skipped_steps"] == 1
