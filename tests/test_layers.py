@@ -18,7 +18,7 @@ ALLOWED = {
 }
 
 # Files that are imported only where they are used, and what they may need.
-COMPILERS = {"kernels/cpu.py": ("numba", "numpy"), "kernels/gpu.py": ("triton",)}
+COMPILERS = {"kernels/cpu.py": ("numba", "numpy"), "kernels/cpu_low_rank.py": ("numba", "numpy"), "kernels/gpu.py": ("triton",)}
 
 
 def imports(file):
