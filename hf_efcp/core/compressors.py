@@ -18,6 +18,8 @@ from .error_feedback import ErrorFeedback
 from .linalg import counted_noise, orthonormalize, row_chunks
 
 NONE = ErrorFeedback(None)
+# A column of Q this many rounding errors long, beside the longest, is made of nothing else.
+_DEAD = 32
 
 
 class Identity:
@@ -146,7 +148,7 @@ class PowerIteration:
     def start(self, step: Tensor) -> Tensor:
         """The Q that this step starts from, (n, cols, r): unit columns of the last one, dead ones redrawn."""
         norms = _column_norms(self.q)
-        dead = norms <= torch.finfo(self.q.dtype).eps * norms.amax(dim=-1, keepdim=True)
+        dead = norms <= _DEAD * torch.finfo(self.q.dtype).eps * norms.amax(dim=-1, keepdim=True)
         if readable(dead.device) and not dead.any():
             return unit_columns(self.q)
         fresh = counted_noise(step, self.salt, self.q.shape[2], self.q.shape[1]).mT.to(self.q.dtype)

@@ -16,6 +16,8 @@ from .cpu import DTYPES, _array, _real, _share
 _PARTS = 16
 # More columns than this are a matter for a library of matrix products.
 _SKINNY = 16
+# The new row is converted whole, and read from the cache for each row of the window.
+_LONG = 2**20
 # Sums may be taken in any order, so that loops are vectorized; NaN and infinity stay what they are.
 _FAST = {"reassoc", "contract", "nsz"}
 
@@ -134,7 +136,7 @@ def transposed_times(gradient: Tensor, error: Tensor | None, p: Tensor) -> Tenso
 
 def inner(a: Tensor, b: Tensor) -> Tensor | None:
     """Inner products of rows, formed and summed in fp64: (n, M, N) of a (n, M, L) and b (n, N, L)."""
-    if a.dtype not in DTYPES or b.shape[1] > _SKINNY:
+    if a.dtype not in DTYPES or b.shape[1] > _SKINNY or b.numel() > _LONG:
         return None
     n, many, length = a.shape
     out = torch.empty(n, many, b.shape[1], dtype=torch.float64)
