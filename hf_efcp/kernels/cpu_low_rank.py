@@ -18,6 +18,7 @@ _PARTS = 16
 _SKINNY = 16
 # The new row is converted whole, and read from the cache for each row of the window.
 _LONG = 2**20
+_RUN, _WHOLE = 256, 4096
 # Sums may be taken in any order, so that loops are vectorized; NaN and infinity stay what they are.
 _FAST = {"reassoc", "contract", "nsz"}
 
@@ -71,14 +72,17 @@ def _transposed_times(lo, hi, parts, gradient, error, p, out):
 @_jit
 def _inner(lo, hi, a, b, out):
     many, length = a.shape[1:]
-    for task in range(lo, hi):
-        t, i = task // many, task % many
-        x = a[t, i]
-        for s in range(b.shape[1]):
-            y, total = b[t, s], 0.0
-            for k in range(length):
-                total += np.float64(_real(x[k])) * y[k]
-            out[t, i, s] = total
+    run = length if length <= _WHOLE else _RUN  # so much of b stays in the cache; measured
+    for start in range(0, length, run):
+        stop = min(start + run, length)
+        for task in range(lo, hi):
+            t, i = task // many, task % many
+            x = a[t, i, start:stop]
+            for s in range(b.shape[1]):
+                y, total = b[t, s, start:stop], 0.0
+                for k in range(stop - start):
+                    total += np.float64(_real(x[k])) * y[k]
+                out[t, i, s] += total
 
 
 @_jit
@@ -139,7 +143,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor | None:
     if a.dtype not in DTYPES or b.shape[1] > _SKINNY or b.numel() > _LONG:
         return None
     n, many, length = a.shape
-    out = torch.empty(n, many, b.shape[1], dtype=torch.float64)
+    out = torch.zeros(n, many, b.shape[1], dtype=torch.float64)
     _share(_inner, n * many, length * b.shape[1], _array(a), _array(b.double()), _array(out))
     return out
 
