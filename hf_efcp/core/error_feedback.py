@@ -56,7 +56,7 @@ class ErrorFeedback:
         """
         if self.error is None:
             return
-        if accepted is True and self.plain and window.keep(self.error, gradient, self._bits(gradient, step)):
+        if accepted is True and self.plain and window.keep(self.error, gradient, lambda: self._bits(gradient, step)):
             return
         if accepted is True and self.error.dtype == gradient.dtype:
             window.subtract_row_(self.error.add_(gradient))

@@ -7,6 +7,8 @@ step can still be skipped. K is always computed from rows as stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,8 +58,8 @@ class Window:
         """a <- a - c with c the staged row, (n, rows, cols), or rows `rows` of it, in place."""
         raise NotImplementedError
 
-    def keep(self, error: Tensor, gradient: Tensor, bits: tuple[Tensor, Tensor]) -> bool:
-        """e <- e + g - c in place with c the staged row, by a kernel, rounded by the numbers that `bits` are the factors of.
+    def keep(self, error: Tensor, gradient: Tensor, bits: Callable[[], tuple[Tensor, Tensor]]) -> bool:
+        """e <- e + g - c in place with c the staged row, by a kernel, rounded by the numbers that `bits()` are the factors of.
 
         Returns:
             Whether it was done; else the caller does it in torch.
@@ -131,7 +133,7 @@ class LowRankWindow(Window):
         p, q = (part.to(a.dtype) for part in self._row)
         return a.baddbmm_(p[..., rows].mT, q, alpha=-1)
 
-    def keep(self, error: Tensor, gradient: Tensor, bits: tuple[Tensor, Tensor]) -> bool:
+    def keep(self, error: Tensor, gradient: Tensor, bits: Callable[[], tuple[Tensor, Tensor]]) -> bool:
         """See Window."""
         return kernels.keep(error, gradient, *self._row, bits)
 

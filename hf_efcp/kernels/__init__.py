@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor | None:
     return _try("inner", a, a, b, modules=_LOW_RANK)
 
 
-def keep(error: Tensor, gradient: Tensor, p: Tensor, q: Tensor, bits: tuple[Tensor, Tensor]) -> bool:
+def keep(error: Tensor, gradient: Tensor, p: Tensor, q: Tensor, bits: Callable[[], tuple[Tensor, Tensor]]) -> bool:
     """e <- e + g - p^T q, rounded: see `ErrorFeedback`. Whether it was done."""
     return bool(_try("keep", gradient, error, gradient, p, q, bits, modules=_LOW_RANK))
 

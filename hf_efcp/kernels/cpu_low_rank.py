@@ -5,6 +5,8 @@ torch has each as several passes, and the products with r columns on one core.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 import torch
@@ -148,8 +150,8 @@ def inner(a: Tensor, b: Tensor) -> Tensor | None:
     return out
 
 
-def keep(error: Tensor, gradient: Tensor, p: Tensor, q: Tensor, bits: tuple[Tensor, Tensor]) -> bool | None:
-    """e <- e + g - p^T q in place, for p (n, r, rows) and q (n, r, cols); to bf16 stochastically, by `counted_factors`.
+def keep(error: Tensor, gradient: Tensor, p: Tensor, q: Tensor, bits: Callable[[], tuple[Tensor, Tensor]]) -> bool | None:
+    """e <- e + g - p^T q in place, for p (n, r, rows) and q (n, r, cols); to bf16 stochastically, by `counted_factors`, `bits()`.
 
     Returns:
         Whether it was done; None: it cannot be.
@@ -157,8 +159,10 @@ def keep(error: Tensor, gradient: Tensor, p: Tensor, q: Tensor, bits: tuple[Tens
     if not _fits(gradient, error, p) or not error.is_contiguous():
         return None
     n, rows, cols = gradient.shape
-    arrays = [_array(x) for x in (error, gradient, p.to(gradient.dtype), q.to(gradient.dtype), *bits)]
-    _share(_keep, n * rows, cols * (2 + p.shape[1]), error.dtype == torch.bfloat16, *arrays)
+    rounded = error.dtype == torch.bfloat16
+    hashes = bits() if rounded else [torch.empty(0, 0, dtype=torch.int32)] * 2
+    arrays = [_array(x) for x in (error, gradient, p.to(gradient.dtype), q.to(gradient.dtype), *hashes)]
+    _share(_keep, n * rows, cols * (2 + p.shape[1]), rounded, *arrays)
     return True
 
 

@@ -53,6 +53,32 @@ def python(tmp_path):
 
 
 @pytest.fixture
+def arguments(tmp_path):
+    """A short run of glue_like.py, for two processes, that saves half-way."""
+    from tests.integration.test_scripts import COMMON, RUNS, SAVED, STEPS, save_model, write_data
+
+    save_model("glue_like", tmp_path / "model")
+    changed = {"max_steps": STEPS, "save_steps": SAVED, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
+    return {**COMMON, **write_data("glue_like", tmp_path), **RUNS["glue_like"], **changed}
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run glue_like.py by a launcher of processes; returns stderr."""
+    from tests.integration.test_scripts import command
+
+    def run(launcher, arguments, fails=False, module="hf_efcp.run"):
+        path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        argv = [sys.executable, "-m", *launcher, "-m", module, *command("glue_like", arguments)]
+        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert (done.returncode != 0) == fails, done.stderr
+        return done.stderr
+
+    return run
+
+
+@pytest.fixture
 def tiny_bert():
     """A BERT of two small layers with random weights, always the same ones."""
     config = BertConfig(

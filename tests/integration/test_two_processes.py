@@ -1,39 +1,15 @@
 """Scripts that know nothing of hf_efcp, on two processes of this machine: the state is sharded, saved and resumed."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from tests.integration.conftest import CHECKOUT
-from tests.integration.test_scripts import COMMON, RUNS, command, save_model, steps, write_data
+from tests.integration.test_scripts import SAVED, STEPS, command, steps
 
-STEPS, SAVED = 24, 12
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = ["accelerate.commands.launch", "--config_file", str(CHECKOUT / "recipes/configs/cpu.yaml")]
-
-
-@pytest.fixture
-def arguments(tmp_path):
-    save_model("glue_like", tmp_path / "model")
-    changed = {"max_steps": STEPS, "save_steps": SAVED, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
-    return {**COMMON, **write_data("glue_like", tmp_path), **RUNS["glue_like"], **changed}
-
-
-@pytest.fixture
-def launch(tmp_path):
-    def run(launcher, arguments, fails=False):
-        path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        argv = [sys.executable, "-m", *launcher, "-m", "hf_efcp.run", *command("glue_like", arguments)]
-        done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert (done.returncode != 0) == fails, done.stderr
-        return done.stderr
-
-    return run
 
 
 def shards(folder):
