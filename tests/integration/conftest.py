@@ -54,12 +54,12 @@ def python(tmp_path):
 
 @pytest.fixture
 def arguments(tmp_path):
-    """A short run of glue_like.py, for two processes, that saves half-way."""
-    from tests.integration.test_scripts import COMMON, RUNS, SAVED, STEPS, save_model, write_data
+    """Those of test_scripts.py's run of glue_like.py, for two processes."""
+    from tests.integration.test_scripts import COMMON, RUNS, save_model, write_data
 
     save_model("glue_like", tmp_path / "model")
-    changed = {"max_steps": STEPS, "save_steps": SAVED, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
-    return {**COMMON, **write_data("glue_like", tmp_path), **RUNS["glue_like"], **changed}
+    halved = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}
+    return {**COMMON, **write_data("glue_like", tmp_path), **RUNS["glue_like"], **halved}
 
 
 @pytest.fixture

@@ -36,8 +36,6 @@ COMMON = {
     "per_device_train_batch_size": 8,
 }
 # 96 examples are 12 batches of 8: the checkpoint lies inside an epoch, and after the window has wrapped around.
-# Of a run on two processes, and where it saves.
-STEPS, SAVED = 24, 12
 RUNS = {
     "glue_like": {"optim": "efcp_lowrank_mfac", "optim_args": "rank=2,window_size=6", "gradient_accumulation_steps": 2},
     "qa_like": {"optim": "efcp_sparse_mfac", "optim_args": "density=0.05,window_size=6"},
