@@ -18,7 +18,12 @@ ALLOWED = {
 }
 
 # Files that are imported only where they are used, and what they may need.
-COMPILERS = {"kernels/cpu.py": ("numba", "numpy"), "kernels/cpu_low_rank.py": ("numba", "numpy"), "kernels/gpu.py": ("triton",)}
+COMPILERS = {
+    "kernels/cpu_tools.py": ("numba", "numpy"),
+    "kernels/cpu_sparse.py": ("numba", "numpy"),
+    "kernels/cpu_low_rank.py": ("numba", "numpy"),
+    "kernels/gpu_sparse.py": ("triton",),
+}
 
 
 def imports(file):

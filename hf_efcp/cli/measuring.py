@@ -23,8 +23,8 @@ from ..core.linalg import ieee_matmul
 from ..optim.sharding import ROW_DIM
 
 # Phase -> calls of a Stack that belong to it; what is in none of these is "rest".
-_STACK_CALLS = {"stage": "compress", "dots": "dots", "commit": "feedback", "update": "apply"}
-PHASES = ("compress", "dots", "feedback", "solve", "combine", "apply", "rest")
+_STACK_CALLS = {"stage": "compress", "dots": "dots", "commit": "feedback", "update": "update"}
+PHASES = ("compress", "dots", "feedback", "solve", "update", "rest")
 # By device type: bytes of the buffer that is copied, and the size of the square matrices.
 _COPY = {"cpu": 128 * 2**20, "cuda": 2**30}
 # Slots of a window that are filled at once: a multiple of the steps before.
@@ -170,7 +170,7 @@ def phases(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[d
 
         def timed(*args, **kwargs):
             nonlocal inside
-            if inside and phase != "combine":  # commit() of a plain row stages it again
+            if inside:  # commit() of a plain row stages it again
                 return original(*args, **kwargs)
             outer, inside, start = inside, True, mark()
             try:
@@ -185,7 +185,6 @@ def phases(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[d
     for s in optimizer._prepare():
         for name, phase in _STACK_CALLS.items():
             wrap(s, name, phase)
-        wrap(s.window, "combine", "combine")
     for owner, name in ((optimizer, "coefficients"), (optimizer, "_rescale"), (optimizer._gram, "update")):
         wrap(owner, name, "solve")
     try:
@@ -196,7 +195,6 @@ def phases(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[d
         _wait(device)
         for phase, start, end in marks:
             found[phase] += end - start if device.type != "cuda" else start.elapsed_time(end) / 1e3
-        found["apply"] -= found["combine"]  # one call does both
 
 
 def temporaries(call: Callable[[], object], device: torch.device) -> int:

@@ -35,7 +35,7 @@ class Count:
 
 def count(optimizer: torch.optim.Optimizer) -> dict[str, Count]:
     """Phase -> count of one step of a WindowedOptimizer with a full window, all parameters having gradients."""
-    found = {phase: Count() for phase in ("compress", "dots", "feedback", "solve", "combine", "apply")}
+    found = {phase: Count() for phase in ("compress", "dots", "feedback", "solve", "update")}
     for s in optimizer._prepare():
         for phase, part in _of_stack(s, optimizer.options).items():
             found[phase] += part
@@ -59,9 +59,10 @@ def _of_stack(s: Stack, options) -> dict[str, Count]:
     compress = Count(bytes=d * p.element_size() + error)
     if options.weight_decay_mode == "l2":
         compress.bytes += d * p.element_size()
-    feedback, combine = Count(bytes=error + row), Count(bytes=window)
+    feedback = Count(bytes=error + row)
+    update = Count(bytes=window + 2 * d * p.element_size() + 2 * momentum)
     dots = Count(bytes=window - row)  # slot j is replaced; the new row is at hand
-    arithmetic = 0.0  # operations in the compute dtype, of compress, feedback, combine
+    arithmetic = 0.0  # operations in the compute dtype, of compress, feedback, update
     if isinstance(s.compressor, PowerIteration):
         r = s.compressor.q.shape[2]
         compress.bytes += s.compressor.q.nbytes
@@ -76,15 +77,14 @@ def _of_stack(s: Stack, options) -> dict[str, Count]:
         arithmetic = (0, 0, 2 * m * d)
         dots.fp64 = 2 * m * d
     precision = "fp64" if compute_dtype(p) == torch.float64 else "fp32"
-    for part, operations in zip((compress, feedback, combine), arithmetic, strict=True):
+    for part, operations in zip((compress, feedback, update), arithmetic, strict=True):
         setattr(part, precision, float(operations))
-    apply = Count(bytes=2 * d * p.element_size() + 2 * momentum)
-    return {"compress": compress, "dots": dots, "feedback": feedback, "combine": combine, "apply": apply}
+    return {"compress": compress, "dots": dots, "feedback": feedback, "update": update}
 
 
 def adamw(params: list[torch.Tensor]) -> dict[str, Count]:
     """AdamW in the parameters' dtype: the gradient is read; the parameter and two moments are read and written."""
-    return {"apply": Count(bytes=7 * sum(p.numel() * p.element_size() for p in params))}
+    return {"update": Count(bytes=7 * sum(p.numel() * p.element_size() for p in params))}
 
 
 def report(counts: Mapping[str, Count], rates: Mapping[str, float]) -> dict[str, object]:

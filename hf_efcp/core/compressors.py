@@ -1,13 +1,13 @@
 """Compressors: from the accumulated gradient a = e + g to the parts of a window row.
 
-Each has `compress(gradient, step, feedback)`, a pure function of its arguments and its state, and `commit(accepted)`, which
+Each has `compress(gradients, step, feedback)`, a pure function of its arguments and its state, and `commit(accepted)`, which
 makes the state that the last `compress` prepared the current one. A skipped step is one without `commit`, or one whose flag
-says so. Without `feedback`, a is the gradient.
+says so. Gradients are n matrices (rows, cols), a list of them or a tensor (n, rows, cols). Without `feedback`, a is the gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,9 +25,9 @@ _DEAD = 32
 class Identity:
     """C(a) = a."""
 
-    def compress(self, gradient: Tensor, step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor]:
+    def compress(self, gradients: Sequence[Tensor], step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor]:
         """(a,) with a of shape (n, rows, cols)."""
-        return (feedback.accumulate(gradient),)
+        return (feedback.accumulate(gradients),)
 
     def commit(self, accepted: bool | Tensor = True) -> None:
         """Nothing to keep."""
@@ -70,15 +70,16 @@ class BlockTopK:
         tail = torch.full((self.kept_tail,), self.full * self.block, device=device)
         return torch.cat([full, tail])
 
-    def compress(self, gradient: Tensor, step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor, Tensor]:
+    def compress(self, gradients: Sequence[Tensor], step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor, Tensor]:
         """Block-relative indices (n, rows, k) int16 and values (n, rows, k) of a (n, rows, cols)."""
-        fast = kernels.top_k(gradient, feedback.error, self.blocks) if feedback.plain else None
+        fast = kernels.top_k(gradients, feedback.error, self.blocks) if feedback.plain else None
         if fast is not None:
             return fast
-        shape = (*gradient.shape[:2], self.per_row)
-        indices, values = torch.empty(shape, dtype=torch.int16, device=gradient.device), gradient.new_empty(shape)
-        for rows in row_chunks(gradient):
-            self._compress_rows(feedback.accumulate(gradient, rows), indices[:, rows], values[:, rows])
+        first = gradients[0]
+        shape = (len(gradients), len(first), self.per_row)
+        indices, values = torch.empty(shape, dtype=torch.int16, device=first.device), first.new_empty(shape)
+        for rows in row_chunks(gradients):
+            self._compress_rows(feedback.accumulate(gradients, rows), indices[:, rows], values[:, rows])
         return indices, values
 
     def _compress_rows(self, a: Tensor, indices: Tensor, values: Tensor) -> None:
@@ -118,17 +119,17 @@ class PowerIteration:
         self.reduce = reduce
         self._next: Tensor | None = None
 
-    def compress(self, gradient: Tensor, step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor, Tensor]:
+    def compress(self, gradients: Sequence[Tensor], step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor, Tensor]:
         """P (n, rows, r) and Q (n, cols, r) of a (n, rows, cols). Of a large tensor, a is formed anew for each product."""
-        sums, error = _sums(gradient, feedback), feedback.error
-        q = self.start(step).to(gradient.dtype)
+        sums, error = _sums(gradients, feedback), feedback.error
+        q = self.start(step).to(gradients[0].dtype)
         for i in range(self.power_iterations):
             # The factor first: CPU libraries are several times slower at a @ q and a.mT @ p.
             q = (unit_columns(q) if i else q).mT.contiguous()
-            p = kernels.times(gradient, error, q) if feedback.plain else None
+            p = kernels.times(gradients, error, q) if feedback.plain else None
             p = torch.cat([(q @ a.mT).mT for _, a in sums()], 1) if p is None else p
             p = orthonormalize(p, self.reduce)
-            q = kernels.transposed_times(gradient, error, p.mT) if feedback.plain else None
+            q = kernels.transposed_times(gradients, error, p.mT) if feedback.plain else None
             q = sum(p[:, rows].mT @ a for rows, a in sums()) if q is None else q
             q = q.mT.contiguous()
             q = q if self.reduce is None else self.reduce(q)
@@ -155,15 +156,15 @@ class PowerIteration:
         return torch.where(dead, fresh, unit_columns(self.q))
 
 
-def _sums(gradient: Tensor, feedback: ErrorFeedback) -> Callable[[], Iterable[tuple[slice, Tensor]]]:
+def _sums(gradients: Sequence[Tensor], feedback: ErrorFeedback) -> Callable[[], Iterable[tuple[slice, Tensor]]]:
     """What gives (rows, a) with a = e + g, all of it; of a large tensor a few rows at a time, formed anew at each call."""
-    parts, whole = row_chunks(gradient), []
+    parts, whole = row_chunks(gradients), []
 
     def sums() -> Iterable[tuple[slice, Tensor]]:
         if len(parts) > 1:
-            return ((rows, feedback.accumulate(gradient, rows)) for rows in parts)
+            return ((rows, feedback.accumulate(gradients, rows)) for rows in parts)
         if not whole:
-            whole.append((slice(None), feedback.accumulate(gradient)))
+            whole.append((slice(None), feedback.accumulate(gradients)))
         return whole
 
     return sums

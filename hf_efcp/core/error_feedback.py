@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .codecs import BlockQuantizer
 from .deferred import masked
-from .linalg import counted_factors, counted_uniform, row_chunks, stochastic_round
+from .linalg import counted_uniform, row_chunks, stacked, stochastic_round
 
 
 class ErrorFeedback:
@@ -39,16 +39,26 @@ class ErrorFeedback:
         """State name -> buffer (n, ...)."""
         return {} if self.error is None else {"error": self.error}
 
-    def accumulate(self, gradient: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Rows `rows` of a = e + g, (n, rows, cols), in the gradient's dtype; without e, g itself or a view."""
-        a = gradient if rows == slice(None) else gradient[:, rows]
-        return a if self.error is None else a + self._read(rows, a.dtype)
+    def accumulate(self, gradients: Sequence[Tensor], rows: slice = slice(None)) -> Tensor:
+        """Rows `rows` of a = e + g, (n, rows, cols), in the gradients' dtype; without e, g itself, a view or a copy.
 
-    def keep(self, gradient: Tensor, window, step: Tensor, accepted: bool | Tensor = True, absent: Sequence[int] = ()) -> None:
+        Args:
+            gradients: g, n matrices (rows, cols): a list of them, or a tensor (n, rows, cols).
+            rows: which.
+        """
+        a = stacked(gradients, rows)
+        if self.error is None:
+            return a
+        copied = not isinstance(gradients, Tensor) and len(gradients) > 1
+        return a.add_(self._read(rows, a.dtype)) if copied else a + self._read(rows, a.dtype)
+
+    def keep(
+        self, gradients: Sequence[Tensor], window, step: Tensor, accepted: bool | Tensor = True, absent: Sequence[int] = ()
+    ) -> None:
         """e <- (e + g) - c where `accepted`, with c the row that `window` has staged.
 
         Args:
-            gradient: g, which stays as it is.
+            gradients: g, as for `accumulate`, which stay as they are.
             window: with the staged row.
             step: the number of the step, that rounding is counted by.
             accepted: whether to write at all.
@@ -56,14 +66,14 @@ class ErrorFeedback:
         """
         if self.error is None:
             return
-        if accepted is True and self.plain and window.keep(self.error, gradient, lambda: self._bits(gradient, step)):
+        if accepted is True and self.plain and window.keep(self.error, gradients, (step, self.salt, self.first)):
             return
-        if accepted is True and self.error.dtype == gradient.dtype:
-            window.subtract_row_(self.error.add_(gradient))
-            return
-        for part in row_chunks(gradient):
-            a = window.subtract_row_(self.accumulate(gradient, part), part)
-            self._write(part, a, step, accepted, absent)
+        for part in row_chunks(gradients):
+            if accepted is True and self.error.dtype == gradients[0].dtype:
+                window.subtract_row_(self.error[:, part].add_(stacked(gradients, part)), part)
+            else:
+                a = window.subtract_row_(self.accumulate(gradients, part), part)
+                self._write(part, a, step, accepted, absent)
 
     def square(self) -> Tensor | float:
         """|e|^2, summed in fp64."""
@@ -71,9 +81,6 @@ class ErrorFeedback:
             return 0.0
         parts = row_chunks(self.error)
         return sum(torch.linalg.vector_norm(self._read(p, self.error.dtype), dtype=torch.float64).square() for p in parts)
-
-    def _bits(self, gradient: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        return counted_factors(step, self.salt, *gradient.shape[1:], self.first)
 
     def _read(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Rows of e."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,10 +32,17 @@ def chunks(total: int, bytes_each: int, limit: int = CHUNK_BYTES) -> Iterator[sl
         yield slice(start, min(start + size, total))
 
 
-def row_chunks(x: Tensor) -> list[slice]:
-    """Rows of x (n, rows, cols) at a time, so that what is formed of them stays within `chunk_bytes`."""
-    n, rows, cols = x.shape
-    return list(chunks(rows, n * cols * (8 if x.dtype == torch.float64 else 4), chunk_bytes(x.device)))
+def row_chunks(x: Sequence[Tensor]) -> list[slice]:
+    """Rows of n matrices (rows, cols) at a time, so that what is formed of them stays within `chunk_bytes`."""
+    rows, cols = x[0].shape
+    return list(chunks(rows, len(x) * cols * (8 if x[0].dtype == torch.float64 else 4), chunk_bytes(x[0].device)))
+
+
+def stacked(matrices: Sequence[Tensor], rows: slice = slice(None)) -> Tensor:
+    """Rows `rows` of n matrices (rows, cols), as (n, rows, cols): a copy, or a view of the only one or of a tensor."""
+    if isinstance(matrices, Tensor):
+        return matrices if rows == slice(None) else matrices[:, rows]
+    return matrices[0][None, rows] if len(matrices) == 1 else torch.stack([x[rows] for x in matrices])
 
 
 @contextlib.contextmanager

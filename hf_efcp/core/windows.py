@@ -7,7 +7,7 @@ step can still be skipped. K is always computed from rows as stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -58,11 +58,19 @@ class Window:
         """a <- a - c with c the staged row, (n, rows, cols), or rows `rows` of it, in place."""
         raise NotImplementedError
 
-    def keep(self, error: Tensor, gradient: Tensor, bits: Callable[[], tuple[Tensor, Tensor]]) -> bool:
-        """e <- e + g - c in place with c the staged row, by a kernel, rounded by the numbers that `bits()` are the factors of.
+    def keep(self, error: Tensor, gradients: Sequence[Tensor], rounding: kernels.Rounding) -> bool:
+        """e <- e + g - c in place with c the staged row, by a kernel, rounded as `stochastic_round` does by those numbers.
 
         Returns:
             Whether it was done; else the caller does it in torch.
+        """
+        return False
+
+    def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float) -> bool:
+        """p <- decay * p + scale * G^T c in place for n matrices (rows, cols) in the compute dtype; `c` as in `combine`.
+
+        Returns:
+            Whether it was done; else the caller goes by `combine`.
         """
         return False
 
@@ -133,23 +141,35 @@ class LowRankWindow(Window):
         p, q = (part.to(a.dtype) for part in self._row)
         return a.baddbmm_(p[..., rows].mT, q, alpha=-1)
 
-    def keep(self, error: Tensor, gradient: Tensor, bits: Callable[[], tuple[Tensor, Tensor]]) -> bool:
+    def keep(self, error: Tensor, gradients: Sequence[Tensor], rounding: kernels.Rounding) -> bool:
         """See Window."""
-        return kernels.keep(error, gradient, *self._row, bits)
+        return kernels.keep_low_rank(error, gradients, self._row, rounding)
 
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window. c scales the shorter factor, a few slots at a time."""
-        p, q = self.state["window_p"], self.state["window_q"]
-        part, n, m, rank = rows or slice(0, p.shape[3]), *p.shape[:3]
-        rows, cols = part.stop - part.start, q.shape[3]
-        out = torch.zeros(n, rows, cols, dtype=self.compute_dtype, device=p.device)
-        c = c.to(self.compute_dtype)[:, :, None, None]
-        converted = rows + cols if p.dtype != self.compute_dtype else min(rows, cols)
-        for slots in chunks(m, n * rank * converted * out.element_size()):
-            left, right = (factor.to(out.dtype) for factor in self._factors(slots, part))
-            left, right = (left * c[:, slots], right) if rows <= cols else (left, right * c[:, slots])
-            out.baddbmm_(left.flatten(1, 2).mT, right.flatten(1, 2))
+        part = rows or slice(0, self.state["window_p"].shape[3])
+        n, cols = len(c), self.state["window_q"].shape[3]
+        out = torch.zeros(n, part.stop - part.start, cols, dtype=self.compute_dtype, device=c.device)
+        for left, right in self._products(c, part):
+            out.baddbmm_(left.mT, right)
         return out
+
+    def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float) -> bool:
+        """See Window. Products that are added to p itself: G^T c is not formed."""
+        for i, (left, right) in enumerate(self._products(c, slice(0, len(params[0])))):
+            for p, x, y in zip(params, left, right, strict=True):
+                p.addmm_(x.mT, y, beta=1.0 if i else decay, alpha=scale)
+        return True
+
+    def _products(self, c: Tensor, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """(X, Y), (n, slots r, rows) and (n, slots r, cols), whose X^T Y make up rows `part` of G^T c: some slots at a time."""
+        (n, m, rank, _), cols, dtype = self.state["window_p"].shape, self.state["window_q"].shape[3], self.compute_dtype
+        rows, c = part.stop - part.start, c.to(dtype)[:, :, None, None]
+        converted = rows + cols if self.state["window_p"].dtype != dtype else min(rows, cols)
+        for slots in chunks(m, n * rank * converted * dtype.itemsize):
+            left, right = (factor.to(dtype) for factor in self._factors(slots, part))
+            left, right = (left * c[:, slots], right) if rows <= cols else (left, right * c[:, slots])
+            yield left.flatten(1, 2), right.flatten(1, 2)
 
     def _dots_with_window(self) -> Tensor:
         return self._factor_dots(*self._factors(slice(None)))
@@ -209,6 +229,17 @@ class SparseWindow(Window):
         """See Window."""
         indices, values = (part[:, rows] for part in self._row)
         return a.scatter_add_(2, self._columns(indices), -values.to(a.dtype))
+
+    def keep(self, error: Tensor, gradients: Sequence[Tensor], rounding: kernels.Rounding) -> bool:
+        """See Window."""
+        return self.blocks is not None and kernels.keep_sparse(error, gradients, self._row, self.blocks, rounding)
+
+    def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float) -> bool:
+        """See Window."""
+        if self.blocks is None:
+            return False
+        c = c.to(self.compute_dtype)
+        return kernels.apply(*self.state.values(), c, self.cols, self.blocks, params, scale, decay)
 
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window."""

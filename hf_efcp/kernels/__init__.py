@@ -10,76 +10,88 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 # Length of a block, entries kept in each, entries kept in a shorter last one (0: there is none).
 Blocks = tuple[int, int, int]
+# The step, a number per tensor, and the row and column at which the tensors begin: see `core.linalg.counted_bits`.
+Rounding = tuple[Tensor, Tensor, tuple[int, int]]
 
 _log = logging.getLogger("hf_efcp")
 # Device type -> module, in which all operations have the same signatures.
-_MODULES = {"cpu": "cpu", "cuda": "gpu"}
-_LOW_RANK = {"cpu": "cpu_low_rank"}
+_SPARSE = {"cpu": "cpu_sparse", "cuda": "gpu_sparse"}
+_LOW_RANK = {"cpu": "cpu_low_rank"}  # a GPU's libraries need no help with these
 _NEEDS = {"cpu": "numba", "cuda": "triton"}
 _failed: set[str] = set()
 
+# What follows takes the gradients of n tensors of one shape as a sequence of matrices (rows, cols): nobody has to copy them
+# together. A tensor (n, rows, cols) is one too.
 
-def top_k(gradient: Tensor, error: Tensor | None, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+
+def top_k(gradients: Sequence[Tensor], error: Tensor | None, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
     """The largest magnitudes of every block of e + g: see `BlockTopK`."""
-    if _is_flat(gradient):
-        return None
-    return _try("top_k", gradient, gradient, error, blocks)
+    return _try(_SPARSE, "top_k", gradients[0], gradients, error, blocks)
 
 
 def dots(indices: Tensor, values: Tensor, row: tuple[Tensor, Tensor], cols: int, blocks: Blocks) -> Tensor | None:
     """Inner products of a sparse row with a sparse window, (n, m) fp64: see `SparseWindow`."""
-    if _is_flat(values):
-        return None
-    return _try("dots", values, indices, values, row, cols, blocks)
+    return _try(_SPARSE, "dots", values[0], indices, values, row, cols, blocks)
 
 
 def combine(indices: Tensor, values: Tensor, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor | None:
     """Rows `rows` of G^T c for a sparse window: see `SparseWindow`."""
-    if _is_flat(values):
-        return None
-    return _try("combine", values, indices, values, c, cols, blocks, rows)
+    return _try(_SPARSE, "combine", values[0], indices, values, c, cols, blocks, rows)
 
 
-def times(gradient: Tensor, error: Tensor | None, q: Tensor) -> Tensor | None:
-    """(e + g) q^T: see `PowerIteration`. A GPU's libraries need no help with this and what follows."""
-    return _try("times", gradient, gradient, error, q, modules=_LOW_RANK)
+def apply(
+    indices: Tensor, values: Tensor, c: Tensor, cols: int, blocks: Blocks, params: Sequence[Tensor], scale: float, decay: float
+) -> bool:
+    """p <- decay * p + scale * G^T c for a sparse window, in place: see `SparseWindow`. Whether it was done."""
+    return bool(_try(_SPARSE, "apply", values[0], indices, values, c, cols, blocks, params, scale, decay))
 
 
-def transposed_times(gradient: Tensor, error: Tensor | None, p: Tensor) -> Tensor | None:
+def keep_sparse(
+    error: Tensor, gradients: Sequence[Tensor], row: tuple[Tensor, Tensor], blocks: Blocks, rounding: Rounding
+) -> bool:
+    """e <- e + g - c, rounded, for a sparse row c: see `ErrorFeedback`. Whether it was done."""
+    return bool(_try(_SPARSE, "keep_sparse", error[0], error, gradients, row, blocks, rounding))
+
+
+def times(gradients: Sequence[Tensor], error: Tensor | None, q: Tensor) -> Tensor | None:
+    """(e + g) q^T: see `PowerIteration`."""
+    return _try(_LOW_RANK, "times", q[0], gradients, error, q)
+
+
+def transposed_times(gradients: Sequence[Tensor], error: Tensor | None, p: Tensor) -> Tensor | None:
     """p (e + g): see `PowerIteration`."""
-    return _try("transposed_times", gradient, gradient, error, p, modules=_LOW_RANK)
+    return _try(_LOW_RANK, "transposed_times", p[0], gradients, error, p)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor | None:
     """Inner products of rows in fp64: see `core.linalg.inner`."""
-    return _try("inner", a, a, b, modules=_LOW_RANK)
+    return _try(_LOW_RANK, "inner", a, a, b)
 
 
-def keep(error: Tensor, gradient: Tensor, p: Tensor, q: Tensor, bits: Callable[[], tuple[Tensor, Tensor]]) -> bool:
-    """e <- e + g - p^T q, rounded: see `ErrorFeedback`. Whether it was done."""
-    return bool(_try("keep", gradient, error, gradient, p, q, bits, modules=_LOW_RANK))
+def keep_low_rank(error: Tensor, gradients: Sequence[Tensor], row: tuple[Tensor, Tensor], rounding: Rounding) -> bool:
+    """e <- e + g - p^T q, rounded, for the row (p, q): see `ErrorFeedback`. Whether it was done."""
+    return bool(_try(_LOW_RANK, "keep_low_rank", error, error, gradients, row, rounding))
 
 
-def _is_flat(x: Tensor) -> bool:
-    """One row that is the piece of a whole model (DeepSpeed): kernels divide their work by rows."""
-    return x.shape[1] == 1 and x[0].numel() > 2**20
-
-
-def _try(name: str, example: Tensor, *args, modules: dict[str, str] | None = None):
-    kind, modules = example.device.type, modules or _MODULES
+def _try(modules: dict[str, str], name: str, example: Tensor, *args):
+    """The operation by the device of `example`; None where there is no rows' work to divide, or no kernel."""
+    kind = example.device.type
     if not example.numel():  # a shard without rows
         return None
+    if modules is _SPARSE and len(example) == 1 and example.numel() > 2**20:
+        return None  # a piece of a whole model (DeepSpeed) as one row, and kernels divide their work by rows
     if kind not in modules or kind in _failed or os.environ.get("HF_EFCP_KERNELS", "1") == "0":
         return None
     try:
-        return getattr(importlib.import_module(f".{modules[kind]}", __name__), name)(*args)
+        operation = getattr(importlib.import_module(f".{modules[kind]}", __name__), name, None)
+        return None if operation is None else operation(*args)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the compiler's own errors are of many types

@@ -90,8 +90,7 @@ class FactorStack(Stack):
 
     def commit(self, j: Tensor, step: Tensor, l2: float, accepted: bool | Tensor) -> None:
         """e <- e + g - P Q^T, and Q becomes the next warm start, where `accepted`."""
-        gradient = self.gradient(l2)
-        self.feedback.keep(gradient, self.window, step, accepted)
+        self.feedback.keep(self.gradients(l2), self.window, step, accepted)
         self.compressor.commit(accepted)
         self.void()
 

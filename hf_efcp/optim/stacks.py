@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.compressors import Identity
 from ..core.error_feedback import ErrorFeedback, QuantizedErrorFeedback
-from ..core.linalg import add_scaled_, chunk_bytes, chunks, stochastic_round
+from ..core.linalg import CHUNK_BYTES, add_scaled_, chunk_bytes, chunks, stochastic_round
 from ..core.low_bit_windows import LowBitDenseWindow
 from ..core.windows import DenseWindow, Window
 from ..distributed.mesh import is_sharded, local, local_gradient
@@ -113,7 +113,7 @@ class Stack:
         if hasattr(self.compressor, "ready"):  # made during backward
             self.window.stage(self.compressor.ready())
             return
-        parts = self.compressor.compress(self.gradient(l2), step, self.feedback)
+        parts = self.compressor.compress(self.gradients(l2), step, self.feedback)
         for i, piece in enumerate(self.pieces):
             if piece.grad is None:
                 parts[-1][i] = 0  # the values, or a factor
@@ -130,34 +130,31 @@ class Stack:
         """e <- a - c, and c enters slot j, where `accepted`."""
         if isinstance(self.compressor, Identity):
             self.stage(step, l2)
-        gradient = self.gradient(l2) if self.feedback.error is not None else None
-        absent = [i for i, piece in enumerate(self.pieces) if piece.grad is None]
-        self.feedback.keep(gradient, self.window, step, accepted, absent)
+        if self.feedback.error is not None:
+            absent = [i for i, piece in enumerate(self.pieces) if piece.grad is None]
+            self.feedback.keep(self.gradients(l2), self.window, step, accepted, absent)
         self.window.commit(j.to(self.device), accepted)
         self.compressor.commit(accepted)
 
-    def gradient(self, l2: float = 0.0) -> Tensor:
-        """g + l2 * p, (n, rows, cols) in the compute dtype; zeros where a parameter has no gradient.
+    def gradients(self, l2: float = 0.0) -> list[Tensor]:
+        """g + l2 * p, n matrices (rows, cols) in the compute dtype; zeros where a parameter has no gradient.
 
         May share memory with `p.grad`, which is never written to.
         """
-        shape, dtype = self.pieces[0].shape, compute_dtype(self.pieces[0].param)
-        grads = [piece.grad for piece in self.pieces]
-        dense = [torch.zeros_like(p.data) if g is None else g for g, p in zip(grads, self.pieces, strict=True)]
-        dense = [g.reshape(shape).to(dtype) for g in dense]
-        stacked = torch.stack(dense) if len(dense) > 1 else dense[0][None]
-        if l2:
-            stacked = stacked if self._owns(stacked) else stacked.clone()
-            for a, g, piece in zip(stacked, grads, self.pieces, strict=True):
+        shape, dtype, found = self.pieces[0].shape, compute_dtype(self.pieces[0].param), []
+        for piece in self.pieces:
+            g = piece.grad
+            if g is None:
+                found.append(torch.zeros(shape, dtype=dtype, device=self.device))
+                continue
+            dense = g.reshape(shape).to(dtype)
+            if l2:
+                dense = dense.clone() if dense.data_ptr() == g.data_ptr() else dense
                 matrix = piece.data.reshape(shape)
-                for part in chunks(shape[0], 8 * shape[1]) if g is not None else ():
-                    a[part].add_(matrix[part].to(dtype), alpha=l2)
-        return stacked
-
-    def _owns(self, gradient: Tensor | None) -> bool:
-        """Whether `gradient` is a copy, which may be overwritten."""
-        grad = self.pieces[0].grad
-        return gradient is not None and (grad is None or gradient.data_ptr() != grad.data_ptr())
+                for part in chunks(shape[0], 8 * shape[1]):
+                    dense[part].add_(matrix[part].to(dtype), alpha=l2)
+            found.append(dense)
+        return found
 
     def buffers(self) -> dict[str, Tensor]:
         """State name -> buffer (n, ...)."""
@@ -184,6 +181,8 @@ class Stack:
         moves. Low-precision parameters are rounded once: with `rounding`, the number of the step, bf16 ones stochastically; else
         to nearest.
         """
+        if self._apply_at_once(c, lr, weight_decay, accepted):
+            return
         new_part = 1 - momentum
         if accepted is not True:
             flag = accepted.to(self.device, self.window.compute_dtype)
@@ -204,6 +203,21 @@ class Stack:
                     _apply_rounded(p, u[i], lr, weight_decay, rounding, salt, (row + part.start, col))
                 else:
                     _apply(p, u[i].view(p.shape), lr, weight_decay)
+
+    def _apply_at_once(self, c: Tensor, lr: float, weight_decay: float, accepted: bool | Tensor) -> bool:
+        """The plain case of `update`, without forming u; whether the window can."""
+        pieces, dtype = self.pieces, self.window.compute_dtype
+        plain = accepted is True and self.momentum is None and all(piece.param.requires_grad for piece in pieces)
+        params = [piece.data for piece in pieces] if plain else []
+        if not plain or any(p.dtype != dtype for p in params):
+            return False
+        matrices = [p.reshape(pieces[0].shape).contiguous() for p in params]  # copies where the layout is another
+        if not self.window.apply(c, matrices, -lr, 1 - lr * weight_decay):
+            return False
+        for p, matrix in zip(params, matrices, strict=True):
+            if matrix.data_ptr() != p.data_ptr():
+                p.copy_(matrix.view(p.shape))
+        return True
 
 
 def _apply(p: Tensor, u: Tensor, lr, weight_decay: float) -> None:
@@ -293,7 +307,7 @@ def build_stacks(
 def batches(members: list[Piece], processes: int = 1) -> Iterator[list[Piece]]:
     """Pieces of one shape, each 1/processes of its parameter, in lists that are not too large for one stack."""
     first = members[0].param
-    limit = processes * chunk_bytes(first.device)
+    limit = processes * CHUNK_BYTES
     size = max(1, limit // max(1, first.numel() * compute_dtype(first).itemsize))
     for start in range(0, len(members), size):
         yield members[start : start + size]

@@ -19,6 +19,7 @@ from hf_efcp.core.windows import SparseWindow
 from tests.reference import parameters, relative, set_gradients, update_of
 
 NEEDS = {"cpu": "numba", "gpu": "triton"}
+OPERATIONS = {"cpu": ("top_k", "dots", "combine", "apply", "keep_sparse"), "gpu": ("top_k", "dots", "combine")}
 STEP = torch.tensor(0)
 PLAIN = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
 # n, rows, cols, block, density: one block, a ragged tail, many blocks, k = 1, tiny rows, a full block, one row
@@ -41,10 +42,11 @@ def module(request, monkeypatch):
     if request.param == "gpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("test_cuda.py is for GPUs")
     monkeypatch.setattr(kernels, "_failed", set())
-    monkeypatch.setitem(kernels._MODULES, "cpu", request.param)
-    loaded = importlib.import_module(f"hf_efcp.kernels.{request.param}")
+    name = f"{request.param}_sparse"
+    monkeypatch.setitem(kernels._SPARSE, "cpu", name)
+    loaded = importlib.import_module(f"hf_efcp.kernels.{name}")
     used = []
-    for name in ("top_k", "dots", "combine"):
+    for name in OPERATIONS[request.param]:
         monkeypatch.setattr(loaded, name, _counting(getattr(loaded, name), used))
     yield used
     assert not kernels._failed
@@ -159,13 +161,12 @@ def test_the_optimizer_gives_the_update_of_torch(module, plain, cls, options):
         for p, g in zip(there, grads, strict=True):
             p.grad = g
         assert relative(update_of(fast, here), plain(update_of, slow, there)) < 1e-4
-    assert set(module) == {"top_k", "dots", "combine"}
+    assert set(module) == {"top_k", "dots", *(("apply", "keep_sparse") if "apply" in module else ("combine",))}
 
 
 @pytest.mark.parametrize("module", ["cpu"], indirect=True)
 def test_the_result_does_not_depend_on_threads(module, monkeypatch):
-    cpu = importlib.import_module("hf_efcp.kernels.cpu")
-    monkeypatch.setattr(cpu, "_SMALL", 1)
+    monkeypatch.setattr(importlib.import_module("hf_efcp.kernels.cpu_tools"), "_SMALL", 1)
     window, c = window_of(2, 37, 50, 16, 0.2, torch.float32, m=9)
     found = []
     before = torch.get_num_threads()
@@ -193,7 +194,7 @@ def _in_a_fork(queue, window, c):
 @pytest.mark.parametrize("module", ["cpu"], indirect=True)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_processes_may_be_forked_after_a_step_and_use_the_kernels_too(module, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("hf_efcp.kernels.cpu"), "_SMALL", 1)
+    monkeypatch.setattr(importlib.import_module("hf_efcp.kernels.cpu_tools"), "_SMALL", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -237,7 +238,7 @@ def test_a_kernel_that_fails_is_given_up_with_one_line(module, monkeypatch, capl
     def fail(*args):
         raise ValueError("no such instruction")
 
-    monkeypatch.setattr(importlib.import_module("hf_efcp.kernels.cpu"), "top_k", fail)
+    monkeypatch.setattr(importlib.import_module("hf_efcp.kernels.cpu_sparse"), "top_k", fail)
     with caplog.at_level(logging.INFO, "hf_efcp"):
         _steps()
     assert [r.getMessage() for r in caplog.records] == [

@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 runs the kernels on CPU tensors, which is how they are tested
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -98,8 +99,9 @@ def _combine(
         tl.debug_barrier()
 
 
-def top_k(gradient: Tensor, error: Tensor | None, blocks: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """As in cpu.py; of equal magnitudes the first ones."""
+def top_k(gradients: Sequence[Tensor], error: Tensor | None, blocks: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """As in cpu_sparse.py; of equal magnitudes the first ones."""
+    gradient = gradients if isinstance(gradients, Tensor) else torch.stack(gradients)
     n, rows, cols = gradient.shape
     block, kept, kept_tail = blocks
     full, tail = divmod(cols, block)
@@ -117,7 +119,7 @@ def top_k(gradient: Tensor, error: Tensor | None, blocks: tuple[int, int, int]) 
 
 
 def dots(indices: Tensor, values: Tensor, row: tuple[Tensor, Tensor], cols: int, blocks: tuple[int, int, int]) -> Tensor | None:
-    """As in cpu.py."""
+    """As in cpu_sparse.py."""
     n, rows, m, per_row = values.shape
     block, kept, kept_tail = blocks
     if max(kept, kept_tail) > _PAIRS:
@@ -135,7 +137,7 @@ def dots(indices: Tensor, values: Tensor, row: tuple[Tensor, Tensor], cols: int,
 
 
 def combine(indices: Tensor, values: Tensor, c: Tensor, cols: int, blocks: tuple[int, int, int], rows: slice) -> Tensor:
-    """As in cpu.py."""
+    """As in cpu_sparse.py."""
     n, window_rows, m, per_row = values.shape
     block, kept, kept_tail = blocks
     many = rows.stop - rows.start

@@ -1,0 +1,356 @@
+"""The sparse family on CPUs, by numba: a row's window is one run of memory, which is streamed once, past a row in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba.cpython.unsafe.numbers import trailing_zeros
+from torch import Tensor
+
+from .cpu_tools import (
+    DTYPES,
+    PARTS,
+    Matrices,
+    add_error,
+    array,
+    column_keys,
+    compiled,
+    errors,
+    matrix_row,
+    real,
+    share,
+    write_error,
+)
+
+Blocks = tuple[int, int, int]
+Rounding = tuple[Tensor, Tensor, tuple[int, int]]
+
+# Where more is kept, a heap over the whole block.
+_MANY = 64
+# Running maxima of a block: at least this many, and twice what is kept.
+_LANES = 32
+# Up to this many new entries in a row, each is compared with all of the window; else they are marked in a row of flags.
+_FEW = 16
+# Entries that meet the new row, to be read at once.
+_MET = 2**12
+# int16 indices cannot leave a row with so much room around it, whatever a damaged checkpoint holds.
+_ROOM = 2**15
+
+
+@compiled
+def _flagged(words, where):
+    """Where the bytes of `words` are 1, in order, into `where`; returns how many."""
+    found = 0
+    for w in range(words.size):
+        word = words[w]
+        while word != 0:
+            where[found] = 8 * w + (trailing_zeros(word) >> 3)
+            found += 1
+            word &= word - 1
+    return found
+
+
+@compiled
+def _select(bits, kept, lanes, words, where):
+    """Indices of the `kept` largest of `bits` into where[:kept]."""
+    width = bits.size
+    if kept > _MANY or width < 4 * kept:
+        for i in range(width):
+            where[i] = i
+        _largest(bits, width, kept, where)
+        return
+    least = _bound(bits, kept, lanes)
+    flags = words.view(np.uint8)
+    for i in range(width):
+        flags[i] = np.uint8(bits[i] >= least)
+    for i in range(width, flags.size):
+        flags[i] = 0
+    _largest(bits, _flagged(words, where), kept, where)
+
+
+@compiled
+def _bound(bits, kept, lanes):
+    """A number that `kept` of `bits` reach, and not many more: the kept-th largest maximum of disjoint subsets."""
+    many = (bits.size + 1) // 2
+    low, high = bits[:many], bits[many:]  # slices start at 0, which lets loops be vectorized
+    for i in range(high.size):
+        lanes[i] = max(low[i], high[i])
+    if high.size < many:
+        lanes[many - 1] = bits[many - 1]
+    while many >= 2 * max(_LANES, 2 * kept):
+        before, many = many, (many + 1) // 2
+        low, high = lanes[:many], lanes[many:before]
+        for i in range(high.size):
+            low[i] = max(low[i], high[i])
+    left, nothing = lanes[:many], bits.dtype.type(-1)
+    least = nothing
+    for _ in range(kept):
+        largest = nothing
+        for i in range(many):
+            largest = max(largest, left[i])
+        if largest < 0:  # equal numbers went together
+            break
+        least = largest
+        for i in range(many):
+            left[i] = nothing if left[i] == largest else left[i]
+    return least
+
+
+@compiled
+def _largest(bits, found, kept, where):
+    """Move those of where[:found] with the `kept` largest of `bits` to the front: a heap of the largest so far."""
+    if found == kept:
+        return
+    for start in range(kept // 2 - 1, -1, -1):
+        _sift(bits, where, start, kept)
+    for i in range(kept, found):
+        if bits[where[i]] > bits[where[0]]:
+            where[0] = where[i]
+            _sift(bits, where, 0, kept)
+
+
+@compiled
+def _sift(bits, where, start, size):
+    """Let the entry at `start` sink until no child is smaller."""
+    index = where[start]
+    value = bits[index]
+    while True:
+        child = 2 * start + 1
+        if child >= size:
+            break
+        if child + 1 < size and bits[where[child + 1]] < bits[where[child]]:
+            child += 1
+        if bits[where[child]] >= value:
+            break
+        where[start] = where[child]
+        start = child
+    where[start] = index
+
+
+@compiled
+def _top_k(lo, hi, gradients, error, unsigned, block, kept, kept_tail, cols, indices, values):
+    rows = values.shape[1]
+    a, magnitudes, lanes = np.empty(block, values.dtype), np.empty(block, unsigned.dtype), np.empty(block, unsigned.dtype)
+    words, where = np.empty(-(-block // 8), np.int64), np.empty(block, np.int32)
+    bits, top = a.view(unsigned.dtype), np.iinfo(unsigned.dtype).max
+    for task in range(lo, hi):
+        t, row = task // rows, task % rows
+        g, index, value = matrix_row(gradients[t], row, cols, values), indices[t, row], values[t, row]
+        entry = 0
+        for start in range(0, cols, block):
+            width = min(block, cols - start)
+            size = kept if width == block else kept_tail
+            add_error(a[:width], g[start : start + width], error, t, row, start)
+            # Without the sign, the bits of numbers are ordered as their magnitudes are, with NaN above all.
+            for i in range(width):
+                magnitudes[i] = bits[i] & top
+            _select(magnitudes[:width], size, lanes, words[: -(-width // 8)], where)
+            for i in range(size):
+                index[entry], value[entry] = where[i], a[where[i]]
+                entry += 1
+
+
+@compiled
+def _dots(lo, hi, parts, indices, values, row_indices, row_values, columns, dense, out):
+    """Of a row's window few entries lie where the new row has one: these are found by their indices, in bulk.
+
+    Their values are read later, many at a time: they are scattered over memory, and to wait for each would take longer than
+    all the rest.
+    """
+    rows, length = values.shape[1:]
+    kept = row_values.shape[2]
+    dense, marks = np.zeros(dense.size, row_values.dtype), np.zeros(dense.size, np.uint8)
+    columns, slots = _tiled(columns, length), np.empty(length, np.int32)
+    for j in range(length):
+        slots[j] = j // kept
+    words, where = np.zeros(-(-length // 8), np.int64), np.empty(length, np.int32)
+    flags = words.view(np.uint8)
+    room = max(_MET, length)
+    met, met_slots, places, count = np.empty(room, np.float64), np.empty(room, np.int32), np.empty(room, np.int64), 0
+    for task in range(lo, hi):
+        t, part = task // parts, task % parts
+        stop = rows * (part + 1) // parts
+        for row in range(rows * part // parts, stop):
+            new_i, new_v = row_indices[t, row], row_values[t, row]
+            empty = True
+            for e in range(kept):
+                place = columns[e] + new_i[e]
+                dense[place], marks[place] = new_v[e], 1
+                empty = empty and real(new_v[e]) == 0
+            if not empty:
+                index = indices[t, row]
+                if kept <= _FEW:  # of all blocks: elsewhere the new row is 0 there
+                    for j in range(length):
+                        flags[j] = 0
+                    for e in range(kept):
+                        wanted = new_i[e]
+                        for j in range(length):
+                            flags[j] |= np.uint8(index[j] == wanted)
+                else:
+                    for j in range(length):
+                        flags[j] = marks[np.uint32(columns[j] + np.int32(index[j]))]
+                for i in range(_flagged(words, where)):
+                    j = where[i]
+                    number = np.float64(real(dense[np.uint32(columns[j] + np.int32(index[j]))]))
+                    met[count], met_slots[count], places[count] = number, slots[j], row * length + j
+                    count += number != 0
+            for e in range(kept):
+                place = columns[e] + new_i[e]
+                dense[place], marks[place] = 0, 0
+            if count + length > room or row == stop - 1:
+                products, value = out[t, part], values[t].reshape(rows * length)
+                for i in range(count):
+                    products[met_slots[i]] += met[i] * np.float64(real(value[places[i]]))
+                count = 0
+
+
+@compiled
+def _sum_row(index, value, columns, weights, products, places, dense):
+    """The row's part of G^T c is added to `dense`, which is zero."""
+    for j in range(value.size):  # in loops of their own, these are vectorized
+        products[j] = weights[j] * real(value[j])
+    for j in range(value.size):
+        places[j] = columns[j] + np.int32(index[j])
+    for j in range(value.size):
+        dense[np.uint32(places[j])] += products[j]
+
+
+@compiled
+def _combine(lo, hi, first, indices, values, c, columns, dense, rows, cols, out, params, scale, decay):
+    """Rows of u = G^T c into `out`; or, where that is empty, p <- decay * p + scale * u for the matrices at `params`."""
+    length = values.shape[2]
+    kept = length // c.shape[1]
+    dense, columns = np.zeros(dense.size, dense.dtype), _tiled(columns, length)
+    weights, products, places = np.empty(length, c.dtype), np.empty(length, c.dtype), np.empty(length, np.int32)
+    u = dense[_ROOM : _ROOM + cols]
+    for task in range(lo, hi):
+        t, row = task // rows, task % rows
+        if task == lo or row == 0:
+            for j in range(length):
+                weights[j] = c[t, j // kept]
+        _sum_row(indices[t, first + row], values[t, first + row], columns, weights, products, places, dense)
+        if out.size:
+            to = out[t, row]
+            for x in range(cols):
+                to[x] = u[x]
+        else:
+            p = matrix_row(params[t], row, cols, dense)
+            for x in range(cols):
+                p[x] = decay * p[x] + scale * u[x]
+        for x in range(cols):
+            u[x] = 0
+
+
+@compiled
+def _keep(lo, hi, rounded, error, gradients, indices, values, columns, step, salts, first_row, first_col, like):
+    rows, cols = error.shape[1:]
+    a, single = np.empty(cols, like.dtype), np.empty(cols, np.float32)
+    bits, keys, key = single.view(np.int32), np.empty(cols if rounded else 0, np.int32), np.int64(0)
+    for task in range(lo, hi):
+        t, row = task // rows, task % rows
+        if rounded and (task == lo or row == 0):
+            key = column_keys(step, salts[t], first_col, keys)
+        add_error(a, matrix_row(gradients[t], row, cols, like), error, t, row, 0)
+        index, value = indices[t, row], values[t, row]
+        for e in range(value.size):
+            a[columns[e] - _ROOM + index[e]] -= real(value[e])
+        write_error(error[t, row], a, key, first_row + row, keys, single, bits)
+
+
+@compiled
+def _tiled(columns, length):
+    tiled = np.empty(length, np.int32)
+    for j in range(length):
+        tiled[j] = columns[j % columns.size]
+    return tiled
+
+
+def top_k(gradients: Sequence[Tensor], error: Tensor | None, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """The largest magnitudes of every block of a = e + g; a is not formed.
+
+    Args:
+        gradients: g, n matrices (rows, cols) in fp32 or fp64.
+        error: e, (n, rows, cols) in fp32, fp64 or bf16; or None.
+        blocks: length of a block, how many numbers are kept in each, and how many in a shorter last one.
+
+    Returns:
+        (n, rows, k) int16 indices in the block, and values in g's dtype.
+    """
+    g = Matrices(gradients)
+    n, rows, cols = g.shape
+    block, kept, kept_tail = blocks
+    full, tail = divmod(cols, block)
+    shape = (n, rows, full * kept + (kept_tail if tail else 0))
+    indices, values = torch.empty(shape, dtype=torch.int16), torch.empty(shape, dtype=g.dtype)
+    unsigned = np.empty(0, np.int32 if g.dtype.itemsize == 4 else np.int64)
+    arrays = g.addresses, errors(error, g.dtype), unsigned, block, kept, kept_tail, cols, array(indices), array(values)
+    share(_top_k, n * rows, cols, *arrays)
+    return indices, values
+
+
+def dots(indices: Tensor, values: Tensor, row: tuple[Tensor, Tensor], cols: int, blocks: Blocks) -> Tensor:
+    """(n, m) fp64: inner products of `row`, indices and values (n, rows, k), with the window (n, rows, m, k)."""
+    n, rows, m, k = values.shape
+    parts = -(-PARTS // n)
+    out = torch.zeros(n, parts, m, dtype=torch.float64)
+    window, new = [array(x.flatten(2)) for x in (indices, values)], [array(x) for x in row]
+    columns, dense = _columns(cols, blocks), np.empty(cols + 2 * _ROOM, bool)
+    share(_dots, n * parts, rows * m * k // parts, parts, *window, *new, columns, dense, array(out))
+    return out.sum(1)
+
+
+def combine(indices: Tensor, values: Tensor, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor:
+    """Rows `rows` of G^T c, (n, rows, cols) in c's dtype, fp32 or fp64; c is (n, m)."""
+    out = torch.empty(len(c), rows.stop - rows.start, cols, dtype=c.dtype)
+    _each_row(indices, values, c, cols, blocks, rows, array(out), np.empty(0, np.int64), 0.0, 0.0)
+    return out
+
+
+def apply(
+    indices: Tensor, values: Tensor, c: Tensor, cols: int, blocks: Blocks, params: Sequence[Tensor], scale: float, decay: float
+) -> bool:
+    """p <- decay * p + scale * u with u = G^T c, which is not formed, for n contiguous matrices (rows, cols) in c's dtype."""
+    at, out = Matrices(params), np.empty((0, 0, 0), array(c).dtype)
+    _each_row(indices, values, c, cols, blocks, slice(0, values.shape[1]), out, at.addresses, scale, decay)
+    return True
+
+
+def _each_row(indices, values, c, cols, blocks, rows, out, params, scale, decay) -> None:
+    n, _, m, k = values.shape
+    many = rows.stop - rows.start
+    window, weights = [array(x.flatten(2)) for x in (indices, values)], array(c)
+    dense, number = np.empty(cols + 2 * _ROOM, weights.dtype), weights.dtype.type
+    columns = _columns(cols, blocks)
+    arrays = rows.start, *window, weights, columns, dense, many, cols, out, params, number(scale), number(decay)
+    share(_combine, n * many, m * k + cols, *arrays)
+
+
+def keep_sparse(
+    error: Tensor, gradients: Sequence[Tensor], row: tuple[Tensor, Tensor], blocks: Blocks, rounding: Rounding
+) -> bool | None:
+    """e <- e + g - c in place, with c the row of indices and values (n, rows, k); to bf16 stochastically.
+
+    Args:
+        rounding: the step, a number per tensor, and where the tensors begin: as `core.linalg.counted_bits` takes them.
+
+    Returns:
+        Whether it was done; None: it cannot be.
+    """
+    if error.dtype not in DTYPES or not error.is_contiguous():
+        return None
+    g, (step, salt, first) = Matrices(gradients), rounding
+    n, rows, cols = g.shape
+    where = array(error), g.addresses, *(array(x) for x in row), _columns(cols, blocks)
+    noise = int(step), array(salt), *first, array(torch.empty(0, dtype=g.dtype))
+    share(_keep, n * rows, cols, error.dtype == torch.bfloat16, *where, *noise)
+    return True
+
+
+def _columns(cols: int, blocks: Blocks) -> np.ndarray:
+    """Where the block of each entry of a row starts in the row with room around it."""
+    block, kept, kept_tail = blocks
+    full = np.repeat(np.arange(cols // block, dtype=np.int32), kept)
+    tail = np.full(kept_tail if cols % block else 0, cols // block, np.int32)
+    return np.append(full, tail) * np.int32(block) + np.int32(_ROOM)

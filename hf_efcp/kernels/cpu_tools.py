@@ -1,0 +1,199 @@
+"""What the compiled CPU functions share: matrices by address, bf16, rounding by hashes, and threads.
+
+Work is cut by rows of the tensors and given to plain Python threads, as many as torch uses: the compiled functions hold no
+lock. numba's own thread pools would abort where two threads step at once (workqueue) or in a process forked after a step
+(OpenMP), and choosing one is a global setting. Every row is one thread's, and sums over rows are cut by the shape alone: the
+result does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import numpy as np
+import torch
+from numba import types
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+# Less than this many entries are not worth a turn of another thread.
+_SMALL = 2**16
+# Turns of each thread: what else a core has to do delays one of them, not half of the work.
+_TURNS = 4
+# Into how many parts a sum over rows is cut, whatever the number of threads.
+PARTS = 16
+# Sums may be taken in any order, so that loops are vectorized; NaN and infinity stay what they are.
+REORDERED = {"reassoc", "contract", "nsz"}
+# dtypes that the kernels read and write; bf16, which numpy does not know, as its bits.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def compiled(function=None, *, reordered: bool = False):
+    """Decorator: compile at the first call, keep the code on disk, hold no lock."""
+    if function is None:
+        return functools.partial(compiled, reordered=reordered)
+    options = {"nogil": True, "fastmath": REORDERED if reordered else False}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # nowhere to keep compiled code: compile in every process
+        return numba.njit(**options)(function)
+
+
+def real(x):
+    """The number x, or the one whose bf16 bits x are."""
+    raise NotImplementedError  # compiled code only
+
+
+@overload(real)
+def _real(x):
+    if isinstance(x, types.Integer):
+        return lambda x: np.int32(np.int32(x) << np.int32(16)).view(np.float32)
+    return lambda x: x
+
+
+@intrinsic
+def _pointer(typing, address, like):
+    """`address` as a pointer to numbers of the dtype of the array `like`."""
+    pointer = types.CPointer(like.dtype)
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+    return pointer(address, like), generate
+
+
+@compiled
+def matrix_row(address, row, cols, like):
+    """Row `row` of the matrix with `cols` columns at `address`, in the dtype of `like`."""
+    return numba.carray(_pointer(address + row * cols * like.itemsize, like), (cols,))
+
+
+@compiled
+def add_error(a, g, error, t, row, start):
+    """a <- g + e, for the columns from `start` on of a row; `error` is (n, rows, cols), or empty."""
+    if error.size == 0:
+        for x in range(a.size):
+            a[x] = g[x]
+    else:
+        e = error[t, row, start : start + a.size]
+        for x in range(a.size):
+            a[x] = g[x] + real(e[x])
+
+
+@compiled
+def _mix(x):
+    """`core.linalg._mix`."""
+    x = ((x ^ (x >> 16)) * 0x045D9F3B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x045D9F3B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+@compiled
+def column_keys(step, salt, first, keys):
+    """The columns' factors of `core.linalg.counted_bits`, into `keys`; returns what the rows' are made from."""
+    key = _mix(_mix(step & 0x7FFFFFFF) ^ _mix(salt + 0x9E3779B9))
+    mixed = _mix(key)
+    for x in range(keys.size):
+        keys[x] = np.int32(_mix(mixed ^ (first + x)) | 1)
+    return key
+
+
+@compiled
+def write_error(e, a, key, row, keys, single, bits):
+    """e <- a; to bf16 as `core.linalg.stochastic_round` does. `bits` are those of `single`, a row of fp32."""
+    if keys.size == 0:
+        for x in range(a.size):
+            e[x] = a[x]
+        return
+    for x in range(a.size):
+        single[x] = a[x]
+    factor = np.int32(_mix(key ^ row) | 1)
+    for x in range(a.size):
+        noise = (np.int32(factor * keys[x]) >> np.int32(16)) & np.int32(0xFFFF)
+        e[x] = np.int16(np.int32(bits[x] + noise) >> np.int32(16))
+
+
+def array(x: Tensor) -> np.ndarray:
+    """x for compiled functions; shares memory where x is contiguous."""
+    x = x.contiguous()
+    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+class Matrices:
+    """n matrices of one shape and dtype for compiled functions, where they are.
+
+    Attributes:
+        addresses: (n,) int64; valid as long as this object lives.
+        shape: (n, rows, cols).
+        dtype: of the numbers.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor]):
+        self._held = [x.contiguous() for x in matrices]
+        self.addresses = np.array([x.data_ptr() for x in self._held], np.int64)
+        self.shape = (len(self._held), *self._held[0].shape)
+        self.dtype = self._held[0].dtype
+
+
+def errors(error: Tensor | None, dtype: torch.dtype) -> np.ndarray:
+    """(n, rows, cols), or empty: no error."""
+    return array(torch.empty(0, 0, 0, dtype=dtype) if error is None else error)
+
+
+def share(function, total: int, work: int, *args) -> None:
+    """function(lo, hi, *args) over range(total), each item of `work` entries, by as many threads as torch uses."""
+    turns = max(1, min(total, total * work // _SMALL))
+    threads = min(torch.get_num_threads(), turns)
+    turns = min(turns, _TURNS * threads) if threads > 1 else 1
+    todo = itertools.pairwise([total * i // turns for i in range(turns + 1)])
+
+    def work_off() -> None:
+        for lo, hi in todo:
+            function(lo, hi, *args)
+
+    if threads == 1:
+        work_off()
+    elif _gomp_parallel is not None and os.getpid() == _HOME:
+        _in_team(work_off)
+    else:
+        others = [_pool(os.getpid()).submit(work_off) for _ in range(threads - 1)]
+        try:
+            work_off()
+        finally:
+            for other in others:
+                other.result()
+
+
+# torch's own threads, where it has GNU's OpenMP: after each of torch's loops they look for work, at full speed, for some
+# milliseconds, and threads of our own would share their cores with them. They do not survive a fork.
+_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_gomp_parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform == "linux" else None
+_HOME = os.getpid()
+
+
+def _in_team(work: Callable[[], None]) -> None:
+    """work() in every thread of the team that torch's loops have when called from this thread."""
+    raised = []
+
+    def guarded(_) -> None:
+        try:
+            work()
+        except BaseException as error:  # would be printed and forgotten
+            raised.append(error)
+
+    _gomp_parallel(_CALLBACK(guarded), None, ctypes.c_uint(torch.get_num_threads()), ctypes.c_uint(0))
+    if raised:
+        raise raised[0]
+
+
+@functools.cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Of this process: threads do not survive a fork. A thread is started when none is idle."""
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="hf_efcp")
