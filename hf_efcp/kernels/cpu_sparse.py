@@ -28,9 +28,9 @@ Blocks = tuple[int, int, int]
 Rounding = tuple[Tensor, Tensor, tuple[int, int]]
 
 # Where more is kept, a heap over the whole block.
-_MANY = 64
-# Running maxima of a block: at least this many, and twice what is kept.
-_LANES = 32
+_MANY = 32
+# Maxima of parts of a block: at most this many, at least what is kept.
+_LANES = 64
 # Up to this many new entries in a row, each is compared with all of the window; else they are marked in a row of flags.
 _FEW = 16
 # Entries that meet the new row, to be read at once.
@@ -79,22 +79,19 @@ def _bound(bits, kept, lanes):
         lanes[i] = max(low[i], high[i])
     if high.size < many:
         lanes[many - 1] = bits[many - 1]
-    while many >= 2 * max(_LANES, 2 * kept):
+    while many > _LANES:
         before, many = many, (many + 1) // 2
         low, high = lanes[:many], lanes[many:before]
         for i in range(high.size):
             low[i] = max(low[i], high[i])
-    left, nothing = lanes[:many], bits.dtype.type(-1)
-    least = nothing
+    left, least = lanes[:many], bits.dtype.type(np.iinfo(bits.dtype).max)
     for _ in range(kept):
-        largest = nothing
+        largest = bits.dtype.type(-1)
         for i in range(many):
-            largest = max(largest, left[i])
-        if largest < 0:  # equal numbers went together
+            largest = max(largest, left[i] if left[i] < least else bits.dtype.type(-1))
+        if largest < 0:  # equal numbers count once
             break
         least = largest
-        for i in range(many):
-            left[i] = nothing if left[i] == largest else left[i]
     return least
 
 

@@ -1,0 +1,48 @@
+"""How many rows of the window hardly enter the update, and what leaving them out would change. Takes text_classification.py's
+arguments:
+
+python recipes/negligible_rows.py --optim efcp_lowrank_mfac --optim_args window_size=128 --max_steps 300
+"""
+
+import statistics
+import sys
+
+import text_classification
+import torch
+
+from hf_efcp.core.coefficients import quadratic
+from hf_efcp.optim.base import WindowedOptimizer
+
+SHARES = (1e-1, 1e-2, 1e-3, 1e-4)
+
+
+def main(argv: list[str]) -> None:
+    """Train, and print the table."""
+    dropped = {share: [] for share in SHARES}
+    rescale = WindowedOptimizer._rescale
+
+    def measured(self, c: torch.Tensor) -> torch.Tensor:
+        gram, c = self._gram, rescale(self, c)
+        if int(gram.step) >= gram.window_size:
+            sizes = c.abs() * gram.matrix.diagonal(dim1=-2, dim2=-1).sqrt()  # |c_i| |row_i|
+            for share in SHARES:
+                small = sizes < share * sizes.amax(-1, keepdim=True)
+                left_out = quadratic(gram.matrix, torch.where(small, c, 0.0)) / quadratic(gram.matrix, c)
+                dropped[share].append((small.double().mean().item(), left_out.mean().sqrt().item()))
+        return c
+
+    WindowedOptimizer._rescale = measured
+    text_classification.main(argv)
+    steps = len(dropped[SHARES[0]])
+    if not steps:
+        raise SystemExit("the window was never full: give more --max_steps, or a smaller window_size")
+    print(f"\n{steps} steps with a full window; medians\n")
+    print("| rows below this part of the largest | are | without them u changes by |")
+    print("|---|---|---|")
+    for share, found in dropped.items():
+        rows, change = (statistics.median(part) for part in zip(*found, strict=True))
+        print(f"| {share:g} | {rows:.1%} | {change:.2e} of its norm |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
