@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import kernels
 from .codecs import BlockQuantizer, SparseCodec, decode_float8, encode_float8
 from .linalg import chunks
 from .windows import DenseWindow, LowRankWindow, SparseWindow
@@ -94,17 +95,29 @@ class LowBitLowRankWindow(_Coded, LowRankWindow):
 
 
 class LowBitSparseWindow(_Coded, SparseWindow):
-    """Rows as kept entries in 16 bits: entries (n, rows, m, k) int16, scales (n, rows, m, blocks) uint8. No kernel: plain torch.
+    """Rows as kept entries in 16 bits: entries (n, rows, m, k) int16, scales (n, rows, m, blocks) uint8.
 
     Args:
         codec: of the rows' entries.
-        offsets: as in SparseWindow.
+        offsets, blocks: as in SparseWindow.
     """
 
     entry_bytes = 40  # of temporaries
 
-    def __init__(self, n: int, m: int, rows: int, cols: int, offsets: Tensor, codec: SparseCodec, *, compute_dtype, device):
-        super().__init__(n, 0, rows, cols, offsets, None, dtype=compute_dtype, compute_dtype=compute_dtype, device=device)
+    def __init__(
+        self,
+        n: int,
+        m: int,
+        rows: int,
+        cols: int,
+        offsets: Tensor,
+        blocks: kernels.Blocks,
+        codec: SparseCodec,
+        *,
+        compute_dtype,
+        device,
+    ):
+        super().__init__(n, 0, rows, cols, offsets, blocks, dtype=compute_dtype, compute_dtype=compute_dtype, device=device)
         self.codec = codec
         self.shape = (n, rows, m, len(offsets))
         self.state = {
@@ -116,6 +129,10 @@ class LowBitSparseWindow(_Coded, SparseWindow):
         """See SparseWindow."""
         self._codes = self.codec.encode(*parts)
         self._row = parts[0], self.codec.decode(*self._codes, self.compute_dtype)[1]
+
+    def _stored(self) -> kernels.Stored:
+        entries, scales = self.state.values()
+        return entries, None, scales
 
     def _read(self, tensors: slice, rows: slice) -> tuple[Tensor, Tensor]:
         entries, scales = (buffer[tensors, rows] for buffer in self.state.values())

@@ -192,7 +192,7 @@ class SparseWindow(Window):
 
     Args:
         offsets: (k,) int64, first column of the block of each entry.
-        blocks: length of a block, entries in each, and in a shorter last one; None: what kernels cannot read.
+        blocks: length of a block, entries in each, and in a shorter last one.
 
     Attributes:
         shape: (n, rows, m, k).
@@ -209,7 +209,7 @@ class SparseWindow(Window):
         rows: int,
         cols: int,
         offsets: Tensor,
-        blocks: kernels.Blocks | None,
+        blocks: kernels.Blocks,
         *,
         dtype,
         compute_dtype,
@@ -232,23 +232,20 @@ class SparseWindow(Window):
 
     def keep(self, error: Tensor, gradients: Sequence[Tensor], rounding: kernels.Rounding) -> bool:
         """See Window."""
-        return self.blocks is not None and kernels.keep_sparse(error, gradients, self._row, self.blocks, rounding)
+        return kernels.keep_sparse(error, gradients, self._row, self.blocks, rounding)
 
     def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float) -> bool:
         """See Window."""
-        if self.blocks is None:
-            return False
         c = c.to(self.compute_dtype)
-        return kernels.apply(*self.state.values(), c, self.cols, self.blocks, params, scale, decay)
+        return kernels.apply(self._stored(), c, self.cols, self.blocks, params, scale, decay)
 
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window."""
         n, all_rows = self._rows_shape()
         rows, c = rows or slice(0, all_rows), c.to(self.compute_dtype)
-        if self.blocks is not None:
-            fast = kernels.combine(*self.state.values(), c, self.cols, self.blocks, rows)
-            if fast is not None:
-                return fast
+        fast = kernels.combine(self._stored(), c, self.cols, self.blocks, rows)
+        if fast is not None:
+            return fast
         out = torch.zeros(n, rows.stop - rows.start, self.cols, dtype=self.compute_dtype, device=c.device)
         c = c[:, None, :, None]
         for tensors, part, indices, values in self._pieces(rows):
@@ -257,10 +254,9 @@ class SparseWindow(Window):
         return out
 
     def _dots_with_window(self) -> Tensor:
-        if self.blocks is not None:
-            fast = kernels.dots(*self.state.values(), self._row, self.cols, self.blocks)
-            if fast is not None:
-                return fast
+        fast = kernels.dots(self._stored(), self._row, self.cols, self.blocks)
+        if fast is not None:
+            return fast
         indices, values = self._row
         n, _, m, _ = self.shape
         dots = torch.zeros(n, m, dtype=torch.float64, device=values.device)
@@ -290,6 +286,10 @@ class SparseWindow(Window):
             for part in chunks(stop - start, (tensors.stop - tensors.start) * row_bytes, limit):
                 indices, values = self._read(tensors, slice(start + part.start, start + part.stop))
                 yield tensors, part, self._columns(indices), values
+
+    def _stored(self) -> kernels.Stored:
+        """The buffers, for kernels."""
+        return *self.state.values(), None
 
     def _read(self, tensors: slice, rows: slice) -> tuple[Tensor, Tensor]:
         """Indices and values of some rows of some tensors."""

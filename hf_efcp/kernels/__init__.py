@@ -17,6 +17,8 @@ from torch import Tensor
 
 # Length of a block, entries kept in each, entries kept in a shorter last one (0: there is none).
 Blocks = tuple[int, int, int]
+# A sparse window: indices, values and scales as its format has them; None for what it has not.
+Stored = tuple[Tensor, Tensor | None, Tensor | None]
 # The step, a number per tensor, and the row and column at which the tensors begin: see `core.linalg.counted_bits`.
 Rounding = tuple[Tensor, Tensor, tuple[int, int]]
 
@@ -36,21 +38,19 @@ def top_k(gradients: Sequence[Tensor], error: Tensor | None, blocks: Blocks) -> 
     return _try(_SPARSE, "top_k", gradients[0], gradients, error, blocks)
 
 
-def dots(indices: Tensor, values: Tensor, row: tuple[Tensor, Tensor], cols: int, blocks: Blocks) -> Tensor | None:
+def dots(stored: Stored, row: tuple[Tensor, Tensor], cols: int, blocks: Blocks) -> Tensor | None:
     """Inner products of a sparse row with a sparse window, (n, m) fp64: see `SparseWindow`."""
-    return _try(_SPARSE, "dots", values[0], indices, values, row, cols, blocks)
+    return _try(_SPARSE, "dots", stored[0][0], stored, row, cols, blocks)
 
 
-def combine(indices: Tensor, values: Tensor, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor | None:
+def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor | None:
     """Rows `rows` of G^T c for a sparse window: see `SparseWindow`."""
-    return _try(_SPARSE, "combine", values[0], indices, values, c, cols, blocks, rows)
+    return _try(_SPARSE, "combine", stored[0][0], stored, c, cols, blocks, rows)
 
 
-def apply(
-    indices: Tensor, values: Tensor, c: Tensor, cols: int, blocks: Blocks, params: Sequence[Tensor], scale: float, decay: float
-) -> bool:
+def apply(stored: Stored, c: Tensor, cols: int, blocks: Blocks, params: Sequence[Tensor], scale: float, decay: float) -> bool:
     """p <- decay * p + scale * G^T c for a sparse window, in place: see `SparseWindow`. Whether it was done."""
-    return bool(_try(_SPARSE, "apply", values[0], indices, values, c, cols, blocks, params, scale, decay))
+    return bool(_try(_SPARSE, "apply", stored[0][0], stored, c, cols, blocks, params, scale, decay))
 
 
 def keep_sparse(

@@ -26,6 +26,8 @@ from .cpu_tools import (
 
 Blocks = tuple[int, int, int]
 Rounding = tuple[Tensor, Tensor, tuple[int, int]]
+# A window: indices and values (n, rows, m, k); or entries of 16 bits, None, and scales (n, rows, m, blocks): see `SparseCodec`.
+Stored = tuple[Tensor, Tensor | None, Tensor | None]
 
 # Where more is kept, a heap over the whole block.
 _MANY = 32
@@ -35,8 +37,8 @@ _LANES = 64
 _FEW = 16
 # Entries that meet the new row, to be read at once.
 _MET = 2**12
-# int16 indices cannot leave a row with so much room around it, whatever a damaged checkpoint holds.
-_ROOM = 2**15
+# 16-bit indices cannot leave a row with so much room around it, whatever a damaged checkpoint holds.
+_ROOM = 2**16
 
 
 @compiled
@@ -150,22 +152,60 @@ def _top_k(lo, hi, gradients, error, unsigned, block, kept, kept_tail, cols, ind
 
 
 @compiled
-def _dots(lo, hi, parts, indices, values, row_indices, row_values, columns, dense, out):
+def _index(stored, shift):
+    """The index of an entry: int16, or the upper 10 bits of a low-bit one (`SparseCodec`)."""
+    return (np.int32(stored) & np.int32(0xFFFF)) >> shift
+
+
+@compiled
+def _code(stored):
+    """The value of a low-bit entry, in units of its block's scale."""
+    return np.float32((np.int32(stored) & np.int32(63)) - np.int32(32))
+
+
+@compiled
+def _power(scale):
+    """2^e for a scale e + 127; 0 for 0."""
+    return np.int32(np.int32(scale) << np.int32(23)).view(np.float32)
+
+
+@compiled
+def _flag(index, shift, new_i, columns, marks, flags):
+    """Flag the entries of a row's window that may meet the new row: the indices are equal, if in another block."""
+    length = index.size
+    if new_i.size > _FEW:
+        for j in range(length):
+            flags[j] = marks[np.uint32(columns[j] + _index(index[j], shift))]
+        return
+    for j in range(length):
+        flags[j] = 0
+    for e in range(new_i.size):
+        wanted = np.int16(new_i[e] << shift)
+        if shift == 0:  # comparisons of 16 bits, 32 at once
+            for j in range(length):
+                flags[j] |= np.uint8(index[j] == wanted)
+        else:  # equal above the bits of the value
+            for j in range(length):
+                flags[j] |= np.uint8(np.uint16(index[j] ^ wanted) < np.uint16(64))
+
+
+@compiled
+def _dots(lo, hi, parts, shift, indices, values, scales, row_indices, row_values, columns, blocks_of, dense, out):
     """Of a row's window few entries lie where the new row has one: these are found by their indices, in bulk.
 
     Their values are read later, many at a time: they are scattered over memory, and to wait for each would take longer than
     all the rest.
     """
-    rows, length = values.shape[1:]
-    kept = row_values.shape[2]
+    rows, length = indices.shape[1:]
+    kept, (m, blocks) = row_values.shape[2], scales.shape[2:]
     dense, marks = np.zeros(dense.size, row_values.dtype), np.zeros(dense.size, np.uint8)
     columns, slots = _tiled(columns, length), np.empty(length, np.int32)
     for j in range(length):
         slots[j] = j // kept
     words, where = np.zeros(-(-length // 8), np.int64), np.empty(length, np.int32)
-    flags = words.view(np.uint8)
     room = max(_MET, length)
-    met, met_slots, places, count = np.empty(room, np.float64), np.empty(room, np.int32), np.empty(room, np.int64), 0
+    met, met_slots, places = np.empty(room, np.float64), np.empty(room, np.int32), np.empty(room, np.int64)
+    scale_places, count = np.empty(room, np.int64), 0
     for task in range(lo, hi):
         t, part = task // parts, task % parts
         stop = rows * (part + 1) // parts
@@ -178,56 +218,65 @@ def _dots(lo, hi, parts, indices, values, row_indices, row_values, columns, dens
                 empty = empty and real(new_v[e]) == 0
             if not empty:
                 index = indices[t, row]
-                if kept <= _FEW:  # of all blocks: elsewhere the new row is 0 there
-                    for j in range(length):
-                        flags[j] = 0
-                    for e in range(kept):
-                        wanted = new_i[e]
-                        for j in range(length):
-                            flags[j] |= np.uint8(index[j] == wanted)
-                else:
-                    for j in range(length):
-                        flags[j] = marks[np.uint32(columns[j] + np.int32(index[j]))]
+                _flag(index, shift, new_i, columns, marks, words.view(np.uint8))
                 for i in range(_flagged(words, where)):
                     j = where[i]
-                    number = np.float64(real(dense[np.uint32(columns[j] + np.int32(index[j]))]))
+                    number = np.float64(real(dense[np.uint32(columns[j] + _index(index[j], shift))]))
                     met[count], met_slots[count], places[count] = number, slots[j], row * length + j
+                    scale_places[count] = (row * m + slots[j]) * blocks + blocks_of[j % kept]
                     count += number != 0
             for e in range(kept):
                 place = columns[e] + new_i[e]
                 dense[place], marks[place] = 0, 0
             if count + length > room or row == stop - 1:
-                products, value = out[t, part], values[t].reshape(rows * length)
-                for i in range(count):
-                    products[met_slots[i]] += met[i] * np.float64(real(value[places[i]]))
+                products = out[t, part]
+                if blocks == 0:
+                    value = values[t].reshape(rows * length)
+                    for i in range(count):
+                        products[met_slots[i]] += met[i] * np.float64(real(value[places[i]]))
+                else:
+                    entry, scale = indices[t].reshape(rows * length), scales[t].reshape(rows * m * blocks)
+                    for i in range(count):
+                        power = np.float64(_power(scale[scale_places[i]]))
+                        products[met_slots[i]] += met[i] * (np.float64(_code(entry[places[i]])) * power)
                 count = 0
 
 
 @compiled
-def _sum_row(index, value, columns, weights, products, places, dense):
+def _weigh(c, scale, blocks_of, weights):
+    """Weights of a row's entries: of a slot its coefficient, times the scale of the block where there are scales."""
+    kept = blocks_of.size
+    for slot in range(c.size):
+        for e in range(kept):
+            weights[slot * kept + e] = c[slot] if scale.size == 0 else c[slot] * _power(scale[slot, blocks_of[e]])
+
+
+@compiled
+def _sum_row(shift, index, value, columns, weights, products, places, dense):
     """The row's part of G^T c is added to `dense`, which is zero."""
-    for j in range(value.size):  # in loops of their own, these are vectorized
-        products[j] = weights[j] * real(value[j])
-    for j in range(value.size):
-        places[j] = columns[j] + np.int32(index[j])
-    for j in range(value.size):
+    for j in range(index.size):  # in loops of their own, these are vectorized
+        products[j] = weights[j] * (_code(index[j]) if shift else real(value[j]))
+    for j in range(index.size):
+        places[j] = columns[j] + _index(index[j], shift)
+    for j in range(index.size):
         dense[np.uint32(places[j])] += products[j]
 
 
 @compiled
-def _combine(lo, hi, first, indices, values, c, columns, dense, rows, cols, out, params, scale, decay):
+def _combine(
+    lo, hi, first, shift, indices, values, scales, c, columns, blocks_of, dense, rows, cols, out, params, scale, decay
+):  # fmt: skip
     """Rows of u = G^T c into `out`; or, where that is empty, p <- decay * p + scale * u for the matrices at `params`."""
-    length = values.shape[2]
-    kept = length // c.shape[1]
+    length = indices.shape[2]
     dense, columns = np.zeros(dense.size, dense.dtype), _tiled(columns, length)
     weights, products, places = np.empty(length, c.dtype), np.empty(length, c.dtype), np.empty(length, np.int32)
     u = dense[_ROOM : _ROOM + cols]
     for task in range(lo, hi):
         t, row = task // rows, task % rows
-        if task == lo or row == 0:
-            for j in range(length):
-                weights[j] = c[t, j // kept]
-        _sum_row(indices[t, first + row], values[t, first + row], columns, weights, products, places, dense)
+        if task == lo or row == 0 or scales.size:
+            _weigh(c[t], scales[t, first + row] if scales.size else scales[0, 0], blocks_of, weights)
+        value = values[t, first + row] if values.size else values[0, 0]
+        _sum_row(shift, indices[t, first + row], value, columns, weights, products, places, dense)
         if out.size:
             to = out[t, row]
             for x in range(cols):
@@ -287,41 +336,47 @@ def top_k(gradients: Sequence[Tensor], error: Tensor | None, blocks: Blocks) -> 
     return indices, values
 
 
-def dots(indices: Tensor, values: Tensor, row: tuple[Tensor, Tensor], cols: int, blocks: Blocks) -> Tensor:
-    """(n, m) fp64: inner products of `row`, indices and values (n, rows, k), with the window (n, rows, m, k)."""
-    n, rows, m, k = values.shape
+def dots(stored: Stored, row: tuple[Tensor, Tensor], cols: int, blocks: Blocks) -> Tensor:
+    """(n, m) fp64: inner products of `row`, indices and values (n, rows, k), with the window `stored`."""
+    n, rows, m, k = stored[0].shape
     parts = -(-PARTS // n)
     out = torch.zeros(n, parts, m, dtype=torch.float64)
-    window, new = [array(x.flatten(2)) for x in (indices, values)], [array(x) for x in row]
-    columns, dense = _columns(cols, blocks), np.empty(cols + 2 * _ROOM, bool)
-    share(_dots, n * parts, rows * m * k // parts, parts, *window, *new, columns, dense, array(out))
+    shift, *window = _window(stored)
+    new, dense = [array(x) for x in row], np.empty(cols + 2 * _ROOM, bool)
+    share(_dots, n * parts, rows * m * k // parts, parts, shift, *window, *new, *_columns(cols, blocks), dense, array(out))
     return out.sum(1)
 
 
-def combine(indices: Tensor, values: Tensor, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor:
+def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor:
     """Rows `rows` of G^T c, (n, rows, cols) in c's dtype, fp32 or fp64; c is (n, m)."""
     out = torch.empty(len(c), rows.stop - rows.start, cols, dtype=c.dtype)
-    _each_row(indices, values, c, cols, blocks, rows, array(out), np.empty(0, np.int64), 0.0, 0.0)
+    _each_row(stored, c, cols, blocks, rows, array(out), np.empty(0, np.int64), 0.0, 0.0)
     return out
 
 
-def apply(
-    indices: Tensor, values: Tensor, c: Tensor, cols: int, blocks: Blocks, params: Sequence[Tensor], scale: float, decay: float
-) -> bool:
+def apply(stored: Stored, c: Tensor, cols: int, blocks: Blocks, params: Sequence[Tensor], scale: float, decay: float) -> bool:
     """p <- decay * p + scale * u with u = G^T c, which is not formed, for n contiguous matrices (rows, cols) in c's dtype."""
     at, out = Matrices(params), np.empty((0, 0, 0), array(c).dtype)
-    _each_row(indices, values, c, cols, blocks, slice(0, values.shape[1]), out, at.addresses, scale, decay)
+    _each_row(stored, c, cols, blocks, slice(0, stored[0].shape[1]), out, at.addresses, scale, decay)
     return True
 
 
-def _each_row(indices, values, c, cols, blocks, rows, out, params, scale, decay) -> None:
-    n, _, m, k = values.shape
-    many = rows.stop - rows.start
-    window, weights = [array(x.flatten(2)) for x in (indices, values)], array(c)
+def _each_row(stored, c, cols, blocks, rows, out, params, scale, decay) -> None:
+    n, _, m, k = stored[0].shape
+    many, weights = rows.stop - rows.start, array(c)
+    shift, *window = _window(stored)
     dense, number = np.empty(cols + 2 * _ROOM, weights.dtype), weights.dtype.type
-    columns = _columns(cols, blocks)
-    arrays = rows.start, *window, weights, columns, dense, many, cols, out, params, number(scale), number(decay)
-    share(_combine, n * many, m * k + cols, *arrays)
+    arrays = *window, weights, *_columns(cols, blocks), dense, many, cols, out, params, number(scale), number(decay)
+    share(_combine, n * many, m * k + cols, rows.start, shift, *arrays)
+
+
+def _window(stored: Stored) -> tuple[np.int32, np.ndarray, np.ndarray, np.ndarray]:
+    """By how much an entry's index is shifted; indices and values (n, rows, m k), scales (n, rows, m, blocks)."""
+    indices, values, scales = stored
+    n, _, m, _ = indices.shape
+    values = indices[:1, :1, :0] if values is None else values
+    scales = torch.empty(n, 1, m, 0, dtype=torch.uint8) if scales is None else scales
+    return np.int32(6 if scales.numel() else 0), *(array(x.flatten(2)) for x in (indices, values)), array(scales)
 
 
 def keep_sparse(
@@ -339,15 +394,15 @@ def keep_sparse(
         return None
     g, (step, salt, first) = Matrices(gradients), rounding
     n, rows, cols = g.shape
-    where = array(error), g.addresses, *(array(x) for x in row), _columns(cols, blocks)
+    where = array(error), g.addresses, *(array(x) for x in row), _columns(cols, blocks)[0]
     noise = int(step), array(salt), *first, array(torch.empty(0, dtype=g.dtype))
     share(_keep, n * rows, cols, error.dtype == torch.bfloat16, *where, *noise)
     return True
 
 
-def _columns(cols: int, blocks: Blocks) -> np.ndarray:
-    """Where the block of each entry of a row starts in the row with room around it."""
+def _columns(cols: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """Of each entry of a row: where its block starts in the row with room around it, and the block."""
     block, kept, kept_tail = blocks
     full = np.repeat(np.arange(cols // block, dtype=np.int32), kept)
-    tail = np.full(kept_tail if cols % block else 0, cols // block, np.int32)
-    return np.append(full, tail) * np.int32(block) + np.int32(_ROOM)
+    number = np.append(full, np.full(kept_tail if cols % block else 0, cols // block, np.int32))
+    return number * np.int32(block) + np.int32(_ROOM), number

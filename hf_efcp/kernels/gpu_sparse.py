@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+Stored = tuple[Tensor, Tensor | None, Tensor | None]
+
 # How many rows one program of `dots` sums over, and how many slots at once.
 _ROWS = 64
 _SLOTS = 64
@@ -118,8 +120,11 @@ def top_k(gradients: Sequence[Tensor], error: Tensor | None, blocks: tuple[int, 
     return indices, values
 
 
-def dots(indices: Tensor, values: Tensor, row: tuple[Tensor, Tensor], cols: int, blocks: tuple[int, int, int]) -> Tensor | None:
-    """As in cpu_sparse.py."""
+def dots(stored: Stored, row: tuple[Tensor, Tensor], cols: int, blocks: tuple[int, int, int]) -> Tensor | None:
+    """As in cpu_sparse.py; None for low-bit entries."""
+    indices, values, scales = stored
+    if scales is not None:
+        return None
     n, rows, m, per_row = values.shape
     block, kept, kept_tail = blocks
     if max(kept, kept_tail) > _PAIRS:
@@ -136,8 +141,11 @@ def dots(indices: Tensor, values: Tensor, row: tuple[Tensor, Tensor], cols: int,
     return out.sum(1)
 
 
-def combine(indices: Tensor, values: Tensor, c: Tensor, cols: int, blocks: tuple[int, int, int], rows: slice) -> Tensor:
-    """As in cpu_sparse.py."""
+def combine(stored: Stored, c: Tensor, cols: int, blocks: tuple[int, int, int], rows: slice) -> Tensor | None:
+    """As in cpu_sparse.py; None for low-bit entries."""
+    indices, values, scales = stored
+    if scales is not None:
+        return None
     n, window_rows, m, per_row = values.shape
     block, kept, kept_tail = blocks
     many = rows.stop - rows.start

@@ -53,7 +53,7 @@ class SparseRows(RowFormat):
             return None
         sizes = layout.n, self.options.window_size, layout.rows, cols, top.offsets(layout.device)
         if self._low_bit:
-            return top, LowBitSparseWindow(*sizes, codec, **self._dtypes(layout))
+            return top, LowBitSparseWindow(*sizes, top.blocks, codec, **self._dtypes(layout))
         return top, SparseWindow(*sizes, top.blocks, **self._dtypes(layout))
 
 

@@ -13,8 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from hf_efcp import SparseGGT, SparseMFAC, kernels
+from hf_efcp.core.codecs import SparseCodec
 from hf_efcp.core.compressors import BlockTopK
 from hf_efcp.core.error_feedback import ErrorFeedback
+from hf_efcp.core.low_bit_windows import LowBitSparseWindow
 from hf_efcp.core.windows import SparseWindow
 from tests.reference import parameters, relative, set_gradients, update_of
 
@@ -33,6 +35,8 @@ SHAPES = [
     (1, 1, 1500, 1024, 0.01),
 ]
 EVERY_SHAPE = pytest.mark.parametrize(("n", "rows", "cols", "block", "density"), SHAPES)
+LOW_BIT = "low_bit"
+EVERY_FORMAT = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, LOW_BIT], ids=str)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
 
@@ -95,6 +99,25 @@ def test_top_k_is_that_of_torch(module, plain, n, rows, cols, block, density, dt
     assert module == ["top_k"] * 2
 
 
+@pytest.mark.parametrize("module", ["cpu"], indirect=True)
+@pytest.mark.parametrize("kept", [1, 3, 16, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("values", ["normal", "few", "rising", "falling", "one", "subnormal"])
+def test_top_k_however_much_is_kept_and_however_it_is_distributed(module, kept, values):
+    cols = 257
+    a = {
+        "normal": torch.randn(1, 4, cols),
+        "few": torch.randint(-3, 4, (1, 4, cols)).float(),
+        "rising": torch.arange(4.0 * cols).view(1, 4, cols),
+        "falling": -torch.arange(4.0 * cols).flip(0).view(1, 4, cols),
+        "one": torch.zeros(1, 4, cols).index_fill_(2, torch.tensor(200), 5.0),
+        "subnormal": torch.randn(1, 4, cols) * 1e-42,
+    }[values]
+    indices, found = BlockTopK(cols, kept / cols, cols).compress(a, STEP)
+    assert torch.equal(found, a.gather(2, indices.long()))
+    assert all(len(set(row)) == kept for row in indices[0].tolist())
+    assert torch.equal(found.abs().sort(-1).values, a.abs().topk(kept).values.sort(-1).values)
+
+
 def test_top_k_of_ties_zeros_and_what_is_not_finite(module):
     compressor = BlockTopK(200, 0.02, 100)
     for a in (torch.zeros(1, 2, 200), torch.ones(1, 2, 200), -torch.ones(1, 2, 200)):
@@ -113,9 +136,12 @@ def window_of(n, rows, cols, block, density, dtype, m=6, filled=None):
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     compressor = BlockTopK(cols, density, block)
     offsets = compressor.offsets(torch.device("cpu"))
-    window = SparseWindow(
-        n, m, rows, cols, offsets, compressor.blocks, dtype=dtype, compute_dtype=compute, device=torch.device("cpu")
-    )
+    like = {"compute_dtype": compute, "device": torch.device("cpu")}
+    if dtype == LOW_BIT:
+        codec = SparseCodec(compressor.block, compressor.full, compressor.kept, compressor.kept_tail)
+        window = LowBitSparseWindow(n, m, rows, cols, offsets, compressor.blocks, codec, **like)
+    else:
+        window = SparseWindow(n, m, rows, cols, offsets, compressor.blocks, dtype=dtype, **like)
     for slot in range(m if filled is None else filled):
         window.stage(compressor.compress(torch.randn(n, rows, cols, generator=generator, dtype=compute), STEP))
         window.commit(torch.tensor([slot]))
@@ -126,7 +152,7 @@ def window_of(n, rows, cols, block, density, dtype, m=6, filled=None):
 
 
 @pytest.mark.parametrize("filled", [6, 2])
-@EVERY_DTYPE
+@EVERY_FORMAT
 @EVERY_SHAPE
 def test_dots_and_combine_are_those_of_torch(module, plain, n, rows, cols, block, density, dtype, filled):
     window, c = plain(window_of, n, rows, cols, block, density, dtype, 6, filled)
@@ -136,12 +162,45 @@ def test_dots_and_combine_are_those_of_torch(module, plain, n, rows, cols, block
     for part in (None, slice(rows - 1, rows)):
         mine, theirs = window.combine(c, part), plain(window.combine, c, part)
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
-    assert module == ["dots", "combine", "combine"]
+    gpu = kernels._SPARSE["cpu"] == "gpu_sparse"
+    assert module == ([] if gpu and dtype == LOW_BIT else ["dots", "combine", "combine"])
 
 
-def test_a_window_with_indices_out_of_range_does_no_harm(module):
-    window, c = window_of(1, 2, 40, 16, 0.2, torch.float32)
-    window.state["window_indices"].random_(-(2**15), 2**15)
+@pytest.mark.parametrize("module", ["cpu"], indirect=True)
+@EVERY_FORMAT
+@EVERY_SHAPE
+def test_apply_is_combine_and_a_sum(module, plain, n, rows, cols, block, density, dtype):
+    window, c = plain(window_of, n, rows, cols, block, density, dtype)
+    params = list(torch.randn(n, rows, cols, dtype=window.compute_dtype))
+    expected = 0.9 * torch.stack(params) - 0.3 * plain(window.combine, c)
+    assert window.apply(c, params, -0.3, 0.9)
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(torch.stack(params), expected, rtol=tolerance, atol=tolerance)
+    assert module == ["apply"]
+
+
+@pytest.mark.parametrize("module", ["cpu"], indirect=True)
+@pytest.mark.parametrize("error_dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@EVERY_SHAPE
+def test_the_error_is_torchs_and_rounded_by_the_same_numbers(module, plain, n, rows, cols, block, density, error_dtype):
+    compute = torch.float64 if error_dtype == torch.float64 else torch.float32
+    e, g = (torch.randn(n, rows, cols, dtype=compute) for _ in range(2))
+    kept = []
+    for run in (lambda f, *args: f(*args), plain):
+        window, _ = plain(window_of, n, rows, cols, block, density, compute)
+        feedback = ErrorFeedback(e.to(error_dtype), torch.arange(n) + 5, (7, 3))
+        run(feedback.keep, list(g), window, torch.tensor(4))
+        kept.append(feedback.error)
+    assert torch.equal(*kept)
+    assert module == ["keep_sparse"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW_BIT], ids=str)
+def test_a_window_with_indices_out_of_range_does_no_harm(module, dtype):
+    if dtype == LOW_BIT and kernels._SPARSE["cpu"] == "gpu_sparse":
+        pytest.skip("no kernel; torch raises")
+    window, c = window_of(1, 2, 40, 16, 0.2, dtype)
+    next(iter(window.state.values())).random_(-(2**15), 2**15)
     window.dots(torch.tensor([1]))
     assert window.combine(c).shape == (1, 2, 40)
 
