@@ -106,17 +106,27 @@ def load(
     _raise_together(problem, group)
     try:
         planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
-            dcp.load(parts, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
-            for name, part in means.items():
-                copies = torch.empty(expected[name][0][0], *part.tensor.shape, dtype=part.tensor.dtype)
-                dim = None if part.dim is None else part.dim + 1
-                read = {name: Part(copies, expected[name][0], dim, part.start)}
-                dcp.load(read, storage_reader=reader, planner=planner, no_dist=True)
-                part.tensor.copy_(copies.mean(0, dtype=torch.promote_types(copies.dtype, torch.float32)))
+        if group is None:
+            _read_alone(parts, reader, planner)
+        else:
+            dcp.load(parts, storage_reader=reader, planner=planner, process_group=group)
+        for name, part in means.items():
+            copies = torch.empty(expected[name][0][0], *part.tensor.shape, dtype=part.tensor.dtype)
+            dim = None if part.dim is None else part.dim + 1
+            _read_alone({name: Part(copies, expected[name][0], dim, part.start)}, reader, planner)
+            part.tensor.copy_(copies.mean(0, dtype=torch.promote_types(copies.dtype, torch.float32)))
     except dcp.CheckpointException as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from None
+
+
+def _read_alone(parts: dict[str, Part], reader: dcp.FileSystemReader, planner: _LoadPlanner) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
+        if torch.__version__ >= (2, 7):
+            dcp.load(parts, storage_reader=reader, planner=planner, no_dist=True)
+        else:  # in torch 2.6 only the older function, deprecated then, can leave other processes out
+            warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+            dcp.load_state_dict(parts, reader, no_dist=True, planner=planner)
 
 
 def _raise_together(problem: str | None, group) -> None:

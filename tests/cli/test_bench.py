@@ -178,7 +178,8 @@ def test_all_optimizers_and_torchs_in_one_run(tmp_path, shape_file, monkeypatch,
         "absent": "no-such-package is not installed",
         "broken": "raised ZeroDivisionError: division by zero",
     }
-    assert found["machine"]["threads"] == 1 and found["machine"]["cpu"] and found["versions"]["torch"] == torch.__version__
+    assert found["machine"]["threads"] == 1 and found["machine"]["cpu"] and found["machine"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["versions"]["torch"])  # the package's may not tell the build
     rates = found["rates"]
     assert set(rates) == {"bandwidth", "copy_bytes", "scale_bytes", "fp32_flops", "fp64_flops"}
     assert rates["bandwidth"]["max"] == max(rates["copy_bytes"]["max"], rates["scale_bytes"]["max"])

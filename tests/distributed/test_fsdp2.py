@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import hf_efcp
 from hf_efcp import OptionError
-from tests.distributed.fsdp2 import HSDP, Parameters, divided, flat, full, gradients, train
+from tests.distributed.fsdp2 import HSDP, Parameters, divided, flat, full, gradients, runs_models, train
 from tests.distributed.processes import run
 from tests.distributed.test_sharding import VARIANTS, build
 from tests.reference import NAMES, relative
@@ -262,6 +262,7 @@ def policies(rank):
     return ends
 
 
+@runs_models
 def test_mixed_precision_and_offload_policies():
     for ends in run(2, policies):
         for first, last, dtypes in ends:

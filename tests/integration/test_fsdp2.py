@@ -2,12 +2,14 @@
 
 import pytest
 
+from tests.distributed.fsdp2 import runs_models
 from tests.integration.conftest import CHECKOUT
 from tests.integration.test_scripts import SAVED, steps
 
 LAUNCH = ["accelerate.commands.launch", "--config_file", str(CHECKOUT / "recipes/configs/fsdp2.yaml"), "--num_processes", "2"]
 FULL = [*LAUNCH, "--fsdp_state_dict_type", "FULL_STATE_DICT"]
 RUNNER = "tests.integration.fsdp_on_cpu"
+pytestmark = runs_models
 
 
 def test_trainer_saves_and_resumes_bit_for_bit(launch, arguments, tmp_path):
