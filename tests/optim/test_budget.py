@@ -2,8 +2,11 @@
 
 import copy
 import logging
+import math
 import pickle
+import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,11 +148,22 @@ def test_bytes_are_read_with_their_units(text, value):
     assert build("efcp_dense_mfac", text)[0].options.memory_budget == value
 
 
-@pytest.mark.parametrize("bad", ["2 gigs", "GiB", "", "-1GiB", "1e", 0, 1.5, True, "0"])
+@pytest.mark.parametrize("value", [2e9, 2_000_000_000, np.float32(2e9), np.int64(2e9), "2e+9"], ids=repr)
+def test_a_number_of_python_is_bytes(value):
+    budget = build("efcp_dense_mfac", value)[0].options.memory_budget
+    assert (budget, type(budget)) == (2_000_000_000, int)
+    assert build("efcp_dense_mfac", 1.5)[0].options.memory_budget == 1
+
+
+BAD = ["2 gigs", "GiB", "", "-1GiB", "1e", "0", "0.5", 0, 0.5, -1, -2e9, math.nan, math.inf, -math.inf, True, False, [1], 1j]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=repr)
 def test_a_bad_budget_is_refused_at_once(bad):
-    with pytest.raises(OptionError, match="memory_budget="):
+    with pytest.raises(OptionError, match=rf"memory_budget={re.escape(repr(bad))}: expected bytes .*, a number >= 1"):
         build("efcp_lowrank_mfac", bad)
-    assert build("efcp_lowrank_mfac", "none")[0].options.memory_budget is None
+    for none in ("none", None):
+        assert build("efcp_lowrank_mfac", none)[0].options.memory_budget is None
 
 
 def test_the_defaults_of_optim_do_not_stand_in_its_way():
