@@ -174,7 +174,9 @@ class WindowOptions:
         parse=parse_bytes,
     )
     stochastic_rounding: bool = option(
-        False, "bf16 parameters: round each update stochastically, so that small ones count in the mean; needs no fp32 copy"
+        False,
+        "bf16 parameters: round each update stochastically, so that small ones count in the mean; needs no fp32 copy (refused "
+        "under DeepSpeed ZeRO, which trains one)",
     )
     shard: str = option(
         "off",
