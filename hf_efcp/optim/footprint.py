@@ -70,15 +70,28 @@ class FootprintMixin:
 
         Returns:
             Bytes by kind, of the process that holds most.
+
+        Raises:
+            OptionError: such a run would be refused.
         """
         options = self.options
         try:
             if self._free:
-                free = self._choosable(fsdp and processes > 1)
-                self.options, _ = choose(options, free, lambda o: self._bytes_with(o, processes, fsdp))
+                self.options, _ = choose(options, self._choosable(fsdp), lambda o: self._bytes_with(o, processes, fsdp))
+            if fsdp:
+                self._check_fsdp()
             return self._footprint(processes, fsdp)
         finally:
             self.options = options
+
+    def _check_fsdp(self) -> None:
+        """Raise what a run under FSDP2 would."""
+        if self._by_factors:
+            raise OptionError("comm='factors' is for DDP: under FSDP2 gradients are sharded, take comm='gradients'")
+        scalars = sum(p.ndim == 0 for params in self._trainable() for p in params)
+        if scalars:
+            raise OptionError(f"FSDP2 divides no 0-D parameters, and the model has {scalars}: make them 1-D")
+        self._check_blocks()
 
     def _choosable(self, follows: bool) -> tuple[str, ...]:
         """What is left to the budget: no codes for factors' errors, nor where FSDP2 cuts 1-D tensors inside a block."""

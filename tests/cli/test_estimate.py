@@ -151,6 +151,50 @@ def test_fsdp_gives_every_process_its_rows(tmp_path, capsys):
     assert "3 processes" in capsys.readouterr().out
 
 
+def test_what_fsdp_refuses_is_marked(tmp_path, capsys):
+    """Factors are for DDP: the names that have the option are refused, the others have their bytes."""
+    file = tmp_path / "list.json"
+    file.write_text("[[30, 12], [30]]")
+    fsdp = ["--num_processes", "2", "--fsdp"]
+    found = estimated(tmp_path, file, "--optim_args", "comm=factors", *fsdp)["optimizers"]
+    said = capsys.readouterr().out
+    for name in NAMES:
+        refused = "lowrank" in name
+        assert ("refused" in found[name], "bytes" in found[name]) == (refused, not refused)
+        assert (f"refused: {name}: comm='factors' is for DDP" in said) == refused
+        assert (f"| {name} " in said) == (not refused)
+
+
+@pytest.mark.parametrize(
+    ("shapes_", "optim_args", "flags", "message"),
+    [
+        ([[30, 12], [30]], "window_format=low_bit", ["--num_processes", "2", "--fsdp"], "under FSDP2 1-D tensors cannot have"),
+        ([[30, 12], [30]], "window_format=low_bit", ["--fsdp"], "under FSDP2 1-D tensors cannot have"),
+        ([[30, 12], [30]], "error_format=int8,window_dtype=bf16", ["--fsdp"], "under FSDP2 1-D tensors cannot have"),
+        ([[30, 12], []], "", ["--num_processes", "2", "--fsdp"], "FSDP2 divides no 0-D parameters, and the model has 1"),
+        ([[30, 12], [30]], "comm=factors", ["--num_processes", "2", "--fsdp"], "comm='factors' is for DDP"),
+    ],
+    ids=["low_bit", "low_bit on one process", "coded errors", "a scalar", "factors"],
+)
+def test_a_run_that_would_be_refused_has_no_bytes(tmp_path, shapes_, optim_args, flags, message, capsys):
+    file = tmp_path / "list.json"
+    file.write_text(json.dumps(shapes_))
+    assert main(["estimate", str(file), "--optim", "efcp_lowrank_mfac", "--optim_args", optim_args, *flags]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and message in said.err
+    file.write_text(json.dumps(shapes_[:1]))  # a matrix alone is divided by rows
+    if "factors" not in optim_args:
+        estimated(tmp_path, file, "--optim", "efcp_lowrank_mfac", "--optim_args", optim_args, *flags)
+
+
+def test_a_budget_under_fsdp_keeps_to_what_is_allowed_there(tmp_path):
+    file = tmp_path / "list.json"
+    file.write_text("[[300, 200], [300]]")
+    args = ["--optim", "efcp_lowrank_mfac", "--optim_args", "memory_budget=210KB"]
+    kinds = [estimated(tmp_path, file, *args, *more)["optimizers"]["efcp_lowrank_mfac"]["bytes"] for more in ([], ["--fsdp"])]
+    assert kinds[0]["error"] < 300 * 200 * 2 <= kinds[1]["error"]
+
+
 def test_what_fits(tmp_path, capsys):
     found = estimated(tmp_path, "minilm", "--gpu", "300MiB")
     size = 4 * 22713216
