@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..optim.options import OptionError
-from .common import add_model_arguments, build, chosen, dtype_of, gibibytes, size_of, table, write_json
+from .common import add_command, build, check_integers, chosen, dtype_of, gibibytes, size_of, table, write_json
 from .shapes import load
 
 ADAMW = "adamw_torch"
@@ -18,23 +18,22 @@ _SMALL = 4096
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "estimate",
+        run,
         help="bytes of optimizer state for a model, before anything is allocated",
         description="Bytes of optimizer state by kind, as memory_footprint() will measure them; of all optimizers beside AdamW, "
         "or of --optim.",
     )
-    add_model_arguments(parser)
     parser.add_argument("--num_processes", type=int, default=1, help="that share the state; shown is the one that holds most")
     parser.add_argument("--fsdp", action="store_true", help="they share the parameters too (FSDP2)")
     parser.add_argument("--gpu", metavar="SIZE", help="what fits there: 24GiB, 80GB, or a name such as l4, a100, h100")
-    parser.set_defaults(handler=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit status. Raises OptionError for bad input."""
-    if args.num_processes < 1:
-        raise OptionError(f"num_processes={args.num_processes}: must be an integer >= 1")
+    check_integers(args, num_processes=1)
     gpu = size_of(args.gpu) if args.gpu else None
     optimizers = chosen(args.optim, args.optim_args)
     model = load(args.model, dtype_of(args.dtype))
