@@ -19,7 +19,7 @@ from torch import nn
 
 from ..optim.options import OptionError
 from . import roofline
-from .common import add_model_arguments, build, chosen, dtype_of, gibibytes, size_of, write_json
+from .common import add_command, build, check_integers, chosen, dtype_of, gibibytes, size_of, write_json
 from .measuring import Rates, fill, machine, phases, seconds, spread, state_bytes, temporaries
 from .peers import ADAMW, PEERS, version
 from .reporting import text, versions_used
@@ -50,13 +50,15 @@ class Contender:
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "bench",
+        run,
         help="times of optimizer steps, their phases, and the machine's limit for them",
         description="Times steps of our optimizers on random gradients of a model's shapes, with full windows, and compares them "
         "with the least that the machine needs for them (docs/benchmarks/roofline.md).",
+        needs_model=False,
     )
-    add_model_arguments(parser, optional=True)
     parser.add_argument("--peers", action="store_true", help="also other packages' optimizers, those that are installed")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each, by turns (default 10)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before, with the window full (default 2)")
@@ -64,15 +66,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
     parser.add_argument("--memory", metavar="SIZE", help="what may be used, such as 20GiB; default: most of what is free")
     add_sweep_arguments(parser)
-    parser.set_defaults(handler=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit status. Raises OptionError for bad input."""
-    for name, least in (("steps", 1), ("warmup", 0), ("threads", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise OptionError(f"{name}={value}: must be an integer >= {least}")
+    check_integers(args, steps=1, warmup=0, threads=1)
     device, dtype = _device(args.device), dtype_of(args.dtype)
     memory = size_of(args.memory) if args.memory else _free(device)
     if args.plot:
@@ -196,21 +194,7 @@ def _measure(batch, model, device, generator, rates, steps, warmup, skipped) -> 
     params = [p for p in model.parameters() if p.requires_grad]
     for c in batch:
         _say(f"{c.name}: starting")
-        new_gradients(params, generator)
-
-        def start(c=c):
-            c.optimizer = c.make(model)
-            c.first = seconds(c.optimizer.step, device)
-            if c.options is not None:
-                for _ in range(min(_REAL_ROWS, c.options.get("window_size", _REAL_ROWS)) - 1):
-                    new_gradients(params, generator)
-                    c.optimizer.step()
-                fill(c.optimizer)
-            for _ in range(warmup):
-                new_gradients(params, generator)
-                c.optimizer.step()
-
-        _guarded(c, start, skipped)
+        _guarded(skipped, _start, c, model, params, device, generator, warmup)
     for number in range(steps):
         new_gradients(params, generator)
         rates.sample()
@@ -218,13 +202,32 @@ def _measure(batch, model, device, generator, rates, steps, warmup, skipped) -> 
         first = number % max(1, len(running))
         _say(f"step {number + 1} of {steps}")
         for c in running[first:] + running[:first]:
-            _guarded(c, lambda c=c: c.times.append(seconds(c.optimizer.step, device)), skipped)
+            _guarded(skipped, _time_step, c, device)
 
 
-def _guarded(c: Contender, work: Callable[[], None], skipped: dict[str, str]) -> None:
-    """Run; a peer that raises is out, one of ours only where memory ends."""
+def _start(c: Contender, model, params, device, generator, warmup) -> None:
+    """Make the optimizer, take its first steps, fill its window, and warm it up."""
+    new_gradients(params, generator)
+    c.optimizer = c.make(model)
+    c.first = seconds(c.optimizer.step, device)
+    if c.options is not None:
+        for _ in range(min(_REAL_ROWS, c.options.get("window_size", _REAL_ROWS)) - 1):
+            new_gradients(params, generator)
+            c.optimizer.step()
+        fill(c.optimizer)
+    for _ in range(warmup):
+        new_gradients(params, generator)
+        c.optimizer.step()
+
+
+def _time_step(c: Contender, device: torch.device) -> None:
+    c.times.append(seconds(c.optimizer.step, device))
+
+
+def _guarded(skipped: dict[str, str], work: Callable[..., None], c: Contender, *args: Any) -> None:
+    """work(c, *args); a peer that raises is out, one of ours only where memory ends."""
     try:
-        work()
+        work(c, *args)
     except Exception as error:
         out_of_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
         if c.options is not None and not out_of_memory:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from ..integrations.groups import parameter_groups
-from ..optim.options import OptionError, unknown_name
+from ..optim.options import OptionError, parse_bytes, unknown_name
 from ..registry import get_optimizer_info, list_optimizers, parse_optim_args
 from .shapes import BUILT_IN_HELP
 
@@ -22,16 +21,18 @@ DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 # Bytes of memory that usual GPUs are sold with.
 GPUS = {"t4": 16, "v100": 32, "a10": 24, "l4": 24, "rtx3090": 24, "rtx4090": 24, "rtx5090": 32, "l40s": 48, "a100-40gb": 40}
 GPUS |= {"a100": 80, "h100": 80, "h200": 141, "b200": 180}
-_UNITS = {"": 1, "b": 1}
-_UNITS |= {f"{letter}{suffix}": base**i for i, letter in enumerate("kmgt", 1) for suffix, base in (("b", 1000), ("ib", 1024))}
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
-    """MODEL, --optim, --optim_args, --optim_target_modules, --dtype, --json."""
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, help: str, description: str, needs_model: bool = True
+) -> argparse.ArgumentParser:
+    """A command about models and optimizers, with MODEL, --optim, --optim_args, --optim_target_modules, --dtype, --json."""
+    parser = commands.add_parser(name, help=help, description=description)
+    parser.set_defaults(handler=run)
     parser.add_argument(
         "model",
         metavar="MODEL",
-        nargs="?" if optional else None,
+        nargs=None if needs_model else "?",
         help=f"one of {BUILT_IN_HELP}; a .json file of shapes ({{name: [rows, cols]}} or a list); a folder or file with a "
         "model's configuration; or a name of the hub. No weights are needed",
     )
@@ -40,6 +41,15 @@ def add_model_arguments(parser: argparse.ArgumentParser, optional: bool = False)
     parser.add_argument("--optim_target_modules", help="as in training: whose matrices are compressed")
     parser.add_argument("--dtype", default="float32", help="of the parameters: float32 (default), bfloat16, float16, float64")
     parser.add_argument("--json", metavar="FILE", help="also write everything to this file, bytes exact")
+    return parser
+
+
+def check_integers(args: argparse.Namespace, **least: int) -> None:
+    """Raise OptionError for an argument below the least that is allowed; None: it was not given."""
+    for name, lowest in least.items():
+        value = getattr(args, name)
+        if value is not None and value < lowest:
+            raise OptionError(f"{name}={value}: must be an integer >= {lowest}")
 
 
 def dtype_of(text: str) -> torch.dtype:
@@ -84,14 +94,12 @@ def size_of(text: str) -> int:
     plain = text.strip().lower().replace(" ", "")
     if plain in GPUS:
         return GPUS[plain] * 2**30
-    number = plain.rstrip("bikmgt")
     try:
-        size = float(number) * _UNITS[plain[len(number) :]]
-        if not 1 <= size < math.inf:
-            raise ValueError
-        return int(size)
-    except (ValueError, KeyError):
-        raise OptionError(f"{unknown_name('gpu', text, GPUS)}, or a size such as 24GiB") from None
+        if plain != "none":
+            return parse_bytes("gpu", text)
+    except OptionError:
+        pass
+    raise OptionError(f"{unknown_name('gpu', text, GPUS)}, or a size such as 24GiB")
 
 
 def gibibytes(size: float) -> str:

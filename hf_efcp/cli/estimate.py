@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..optim.options import OptionError
-from .common import add_model_arguments, build, chosen, dtype_of, gibibytes, size_of, table, write_json
+from .common import add_command, build, check_integers, chosen, dtype_of, gibibytes, size_of, table, write_json
 from .shapes import load
 
 ADAMW = "adamw_torch"
@@ -18,23 +18,22 @@ _SMALL = 4096
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "estimate",
+        run,
         help="bytes of optimizer state for a model, before anything is allocated",
         description="Bytes of optimizer state by kind, as memory_footprint() will measure them; of all optimizers beside AdamW, "
         "or of --optim.",
     )
-    add_model_arguments(parser)
     parser.add_argument("--num_processes", type=int, default=1, help="that share the state; shown is the one that holds most")
     parser.add_argument("--fsdp", action="store_true", help="they share the parameters too (FSDP2)")
     parser.add_argument("--gpu", metavar="SIZE", help="what fits there: 24GiB, 80GB, or a name such as l4, a100, h100")
-    parser.set_defaults(handler=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit status. Raises OptionError for bad input."""
-    if args.num_processes < 1:
-        raise OptionError(f"num_processes={args.num_processes}: must be an integer >= 1")
+    check_integers(args, num_processes=1)
     gpu = size_of(args.gpu) if args.gpu else None
     optimizers = chosen(args.optim, args.optim_args)
     model = load(args.model, dtype_of(args.dtype))
@@ -61,6 +60,12 @@ def estimate(
         targets: `optim_target_modules`.
         processes, fsdp: as of `estimate_footprint`.
         gpu: bytes; None: what fits is not asked.
+
+    Returns:
+        As written to JSON. An optimizer that would be refused has "refused", the reason, in place of bytes.
+
+    Raises:
+        OptionError: a model without parameters, or all optimizers would be refused.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in params)
@@ -69,9 +74,15 @@ def estimate(
     shares = processes if fsdp else 1
     held = [_chunk(p.shape, shares) * p.element_size() for p in model.parameters()]
     grads = [_chunk(p.shape, shares) * p.element_size() for p in params]
-    kinds = {
-        name: build(name, options, model, targets).estimate_footprint(processes, fsdp) for name, options in optimizers.items()
-    }
+    kinds, refused = {}, {}
+    for name, options in optimizers.items():
+        optimizer = build(name, options, model, targets)
+        try:
+            kinds[name] = optimizer.estimate_footprint(processes, fsdp)
+        except OptionError as error:
+            refused[name] = str(error)
+    if refused and not kinds:
+        raise OptionError(next(iter(refused.values())))
     # As torch has it: two moments like the parameter, on every process, and a count of steps in fp32 for each tensor.
     kinds[ADAMW] = {"exp_avg": sum(grads), "exp_avg_sq": sum(grads), "step": 4 * len(params)}
     entries = {}
@@ -81,6 +92,7 @@ def estimate(
         if gpu is not None:
             entry["fits"] = entry["needs"] <= gpu
         entries[name] = {**entry, "options": optimizers.get(name, {})}
+    entries |= {name: {"refused": why, "options": optimizers[name]} for name, why in refused.items()}
     return {
         "parameters": count,
         "dtype": str(params[0].dtype).removeprefix("torch."),
@@ -100,7 +112,7 @@ def _chunk(shape, processes: int) -> int:
 
 
 def _report(found: dict[str, Any], single: bool) -> str:
-    entries = found["optimizers"]
+    entries = {name: entry for name, entry in found["optimizers"].items() if "refused" not in entry}
     where = "" if found["processes"] == 1 else f", the largest of {found['processes']} processes' parts"
     where += " under FSDP2" if found["fsdp"] else ""
     lines = [f"{found['model']}: {found['parameters']:,} trainable parameters, {found['dtype']}{where}", ""]
@@ -121,4 +133,5 @@ def _report(found: dict[str, Any], single: bool) -> str:
     lines.append(table(rows))
     size = gibibytes(found["parameter_bytes"]), gibibytes(found["gradient_bytes"])
     lines += ["", f"Beside it: parameters {size[0]}, gradients {size[1]}; activations and temporaries are not counted."]
+    lines += [f"refused: {name}: {entry['refused']}" for name, entry in found["optimizers"].items() if "refused" in entry]
     return "\n".join(lines)

@@ -159,6 +159,7 @@ def phases(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[d
     inside = False
 
     def mark() -> object:
+        """Now: on the host, or on the device's stream."""
         if device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -166,9 +167,11 @@ def phases(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[d
         return event
 
     def wrap(owner: object, name: str, phase: str) -> None:
+        """Put a timed call in the place of `owner.name`."""
         original = getattr(owner, name)
 
         def timed(*args, **kwargs):
+            """The original, with a mark before and after it; but for "combine", calls inside another one belong to that one."""
             nonlocal inside
             if inside:  # commit() of a plain row stages it again
                 return original(*args, **kwargs)
@@ -232,6 +235,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     found: dict[str, int] = {}
 
     def walk(name: str, value: object, depth: int) -> None:
+        """Count the storages that are reached from `value`, each once, under `name` or a key near the top."""
         if id(value) in seen or depth > 6:
             return
         seen.add(id(value))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -141,16 +142,31 @@ def _raise_together(problem: str | None, group) -> None:
             raise CheckpointError(text if text == problem else f"rank {rank}: {text}")
 
 
+def entries(folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Last part of the name, shape and dtype of every tensor in a folder that torch.distributed.checkpoint has written.
+
+    Raises:
+        CheckpointError: as of `load`.
+    """
+    found = _metadata(dcp.FileSystemReader(folder), folder).state_dict_metadata
+    tensors = {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+    return [(name.rpartition(".")[2], tuple(entry.size), entry.properties.dtype) for name, entry in tensors.items()]
+
+
 def _check(reader: dcp.FileSystemReader, expected: dict, folder: Path) -> None:
+    metadata = _metadata(reader, folder)
+    _check_entries(metadata.state_dict_metadata, expected, folder)
+    _check_files(metadata.storage_data, folder)
+
+
+def _metadata(reader: dcp.FileSystemReader, folder: Path) -> Metadata:
     if not (folder / ".metadata").is_file():
         what = "it has no .metadata: the save was interrupted" if folder.is_dir() else "there is no such folder"
         raise CheckpointError(f"{folder} is no whole checkpoint: {what}")
     try:
-        metadata = reader.read_metadata()
+        return reader.read_metadata()
     except Exception as error:  # whatever unpickling a damaged file ends in
         raise CheckpointError(f"{folder / '.metadata'} is damaged: {error}") from None
-    _check_entries(metadata.state_dict_metadata, expected, folder)
-    _check_files(metadata.storage_data, folder)
 
 
 def _check_entries(found: dict, expected: dict, folder: Path) -> None:

@@ -13,6 +13,9 @@ from ..optim.base import WindowedOptimizer
 from ..optim.options import OptionError
 from ..optim.sharding import SHARD_FOLDER
 
+# As accelerate.utils.constants has it.
+_OPTIMIZER_NAME = "optimizer"
+
 
 def unwrapped(optimizer: Any) -> WindowedOptimizer | None:
     """Our optimizer inside what Accelerate made of it; None if it is another one."""
@@ -66,6 +69,21 @@ def hook_states(original: Any) -> Any:
         return original(self, optimizer, *args, **kwargs)
 
     return prepare_optimizer
+
+
+def load_fsdp(original: Any) -> Any:
+    """Accelerate's `load_fsdp_optimizer`, which Trainer calls too: memory_budget first chooses what the saved run had."""
+
+    def load_fsdp_optimizer(fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index=0, *args, **kwargs):
+        ours = unwrapped(optimizer)
+        if ours is not None and kwargs.get("use_dcp", True):  # else each process has a file of its own
+            name = f"{_OPTIMIZER_NAME}_{optimizer_index}"
+            folder = Path(input_dir) if Path(input_dir).name == name else Path(input_dir, name)
+            file = Path(input_dir, f"{name if optimizer_index else _OPTIMIZER_NAME}.bin")
+            ours.choose_as(file if file.is_file() else folder)
+        return original(fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index, *args, **kwargs)
+
+    return load_fsdp_optimizer
 
 
 def _save(optimizers: list, folder: str | Path) -> None:

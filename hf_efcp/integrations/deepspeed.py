@@ -69,6 +69,11 @@ def check_config(config: Mapping[str, Any], cls: type[WindowedOptimizer], option
         )
     if options.get("scope") == "layer":
         raise OptionError(f"scope='layer': DeepSpeed zero_optimization.stage={stage} leaves no layers; use scope=model")
+    if options.get("stochastic_rounding") and not (config.get("bf16") or {}).get("bf16_master_weights_and_grads"):
+        raise OptionError(
+            f"stochastic_rounding=true has no effect: DeepSpeed zero_optimization.stage={stage} trains an fp32 copy of the "
+            "parameters; leave it out, or set bf16_master_weights_and_grads and bf16_optimizer_states in its bf16 section"
+        )
     for key, where in (("elastic_checkpoint", zero), ("load_universal", config.get("checkpoint") or {})):
         if where.get(key):
             raise OptionError(f"DeepSpeed {key}=true takes the optimizer's state for copies of the parameters: set it to false")

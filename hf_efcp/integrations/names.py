@@ -8,7 +8,8 @@ transformers has no plug-in mechanism for optimizers. Five things are changed, e
   or model is loaded, and in `Trainer.create_optimizer` if the arguments were changed in between;
 - `Accelerator.prepare_model` and `prepare_optimizer` give DDP the hook of comm="factors" (communication.py);
 - `Trainer._save_optimizer_and_scheduler`, `_load_...` and `Accelerator.prepare_optimizer` keep sharded state too
-  (checkpoints.py), and `Accelerator._prepare_deepspeed` refuses what cannot be right (deepspeed.py);
+  (checkpoints.py), as does `load_fsdp_optimizer` under FSDP2; `Accelerator._prepare_deepspeed` refuses what cannot be right
+  (deepspeed.py);
 - `Trainer.get_optimizer_cls_and_kwargs` (and 5.x's `_OPTIMIZER_HANDLERS`) answers for our names. It does so before
   transformers parses `optim_args`, because that parser fails on JSON and on a trailing comma. Any other name goes to
   the original, untouched.
@@ -31,7 +32,7 @@ import torch
 from ..optim.options import OptionError, as_text, unknown_name
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, parse_optim_args
 from . import deepspeed
-from .checkpoints import hook_states, load_beside, save_beside
+from .checkpoints import hook_states, load_beside, load_fsdp, save_beside
 from .communication import hook_model, hook_optimizer
 from .groups import parameter_groups, parse_targets
 
@@ -227,7 +228,7 @@ def _restore(value: str) -> Any:
     return OptimizerNames(value)
 
 
-def _replace(owner: type, name: str, make: Any, kind: Any = lambda function: function) -> None:
+def _replace(owner: Any, name: str, make: Any, kind: Any = lambda function: function) -> None:
     """`owner.name = kind(make(original))`; a version of ours that is already there is replaced, not wrapped again."""
     current = getattr(owner, name)
     original = getattr(current, "_hf_efcp_original", current)
@@ -259,6 +260,7 @@ def _patch_trainer(module: Any) -> None:
     _replace(module.Trainer, name, _dispatch, staticmethod)
     _replace(module.Trainer, "_save_optimizer_and_scheduler", save_beside)
     _replace(module.Trainer, "_load_optimizer_and_scheduler", load_beside)
+    _replace(module, "load_fsdp_optimizer", load_fsdp)
 
 
 def _dispatch(original: Any) -> Any:
@@ -290,6 +292,7 @@ def _patch_accelerator(module: Any) -> None:
     _replace(module.Accelerator, "prepare_optimizer", lambda original: hook_optimizer(hook_states(original)))
     _replace(module.Accelerator, "prepare_model", hook_model)
     _replace(module.Accelerator, "_prepare_deepspeed", deepspeed.prepare)
+    _replace(module, "load_fsdp_optimizer", load_fsdp)
 
 
 _PATCHES = {

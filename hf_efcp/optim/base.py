@@ -20,6 +20,7 @@ from ..distributed.mesh import MeshShards, is_sharded, local_gradient, problem
 from ..distributed.plan import Owners
 from ..distributed.shards import Shards
 from .budget import free_options
+from .choice import ChoiceMixin
 from .communication import CommunicationMixin
 from .diagnostics import DiagnosticsMixin
 from .footprint import FootprintMixin
@@ -30,7 +31,7 @@ from .state import StateDictMixin
 
 
 class WindowedOptimizer(
-    CommunicationMixin, ShardingMixin, FootprintMixin, StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer
+    CommunicationMixin, ShardingMixin, ChoiceMixin, FootprintMixin, StateDictMixin, DiagnosticsMixin, torch.optim.Optimizer
 ):
     """A preconditioner phi(K) on a window of compressed gradients: u = G^T c, c = phi(K) w.
 
@@ -55,7 +56,7 @@ class WindowedOptimizer(
         name = type(self).__name__
         group = build(GroupOptions, {"lr": lr, "weight_decay": weight_decay}, name)
         self.options = build(self.options_type, options, name)
-        self._free = free_options(self.options, options)  # what memory_budget chooses when the parameters are known
+        self._free, self._chosen = free_options(self.options, options), False  # when the parameters are known
         self._process_group = process_group
         self._given_plain = False
         self._forget()

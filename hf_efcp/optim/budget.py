@@ -54,7 +54,7 @@ def choose(options: Any, free: tuple[str, ...], bytes_of: Callable[[Any], int]) 
     longest = options.window_size
     budget, first = options.memory_budget, min(_FIRST_WINDOW, longest)
     least = None
-    for candidate in _candidates(options, free, first):
+    for candidate in candidates(options, free):
         size = bytes_of(candidate)
         least = size if least is None else min(size, least)
         if size > budget:
@@ -73,7 +73,10 @@ def choose(options: Any, free: tuple[str, ...], bytes_of: Callable[[Any], int]) 
     )
 
 
-def _candidates(options: Any, free: tuple[str, ...], first: int) -> Iterator[Any]:
+def candidates(options: Any, free: tuple[str, ...]) -> Iterator[Any]:
+    """What may be chosen, in order, at the shortest window that is tried for each."""
+    first = min(_FIRST_WINDOW, options.window_size)
+
     def changed(start: Any, **values: Any) -> Any:
         return dataclasses.replace(start, **{name: value for name, value in values.items() if name in free})
 

@@ -1,22 +1,17 @@
-"""How many bytes the state takes: measured, estimated from shapes, and kept to a budget."""
+"""How many bytes the state takes: measured, or estimated from shapes."""
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 
 import torch
 from torch import Tensor
 
 from ..core.gram import GramMatrix
 from ..distributed.plan import Owners, Size, assign
-from .budget import choose, described, shown
 from .options import OptionError
 from .sharding import ROW_DIM
 from .stacks import Piece, build_stacks
-
-_log = logging.getLogger("hf_efcp")
 
 
 def kind_of(name: str) -> str:
@@ -70,20 +65,31 @@ class FootprintMixin:
 
         Returns:
             Bytes by kind, of the process that holds most.
+
+        Raises:
+            OptionError: such a run would be refused.
         """
-        options = self.options
+        options, budget = self.options, self.options.memory_budget
         try:
-            if self._free:
-                free = self._choosable(fsdp and processes > 1)
-                self.options, _ = choose(options, free, lambda o: self._bytes_with(o, processes, fsdp))
-            return self._footprint(processes, fsdp)
+            if self._free and not self._chosen:
+                self.options, _ = self._choice(processes, fsdp)
+            if fsdp:
+                self._check_fsdp()
+            found = self._footprint(processes, fsdp)
+            if budget is not None and not self._free and sum(found.values()) > budget:
+                raise self._too_large(sum(found.values()))
+            return found
         finally:
             self.options = options
 
-    def _choosable(self, follows: bool) -> tuple[str, ...]:
-        """What is left to the budget: no codes for factors' errors, nor where FSDP2 cuts 1-D tensors inside a block."""
-        cut = follows and any(p.ndim == 1 for params in self._trainable() for p in params)
-        return tuple(n for n in self._free if not (n.endswith("_format") and (cut or self._by_factors)))
+    def _check_fsdp(self) -> None:
+        """Raise what a run under FSDP2 would."""
+        if self._by_factors:
+            raise OptionError("comm='factors' is for DDP: under FSDP2 gradients are sharded, take comm='gradients'")
+        scalars = sum(p.ndim == 0 for params in self._trainable() for p in params)
+        if scalars:
+            raise OptionError(f"FSDP2 divides no 0-D parameters, and the model has {scalars}: make them 1-D")
+        self._check_blocks()
 
     def _footprint(self, processes: int, fsdp: bool) -> dict[str, int]:
         whole, sizes = self._whole_state(), self._sizes(processes)
@@ -111,31 +117,3 @@ class FootprintMixin:
             gram = GramMatrix(len(whole) if self.options.scope == "layer" else 1, self.options.window_size, torch.device("meta"))
             kinds |= {"gram": gram.matrix.nbytes, "step": gram.step.nbytes, "skipped": gram.skipped.nbytes}
         return kinds
-
-    def _keep_to_budget(self) -> None:
-        """Choose the options that `memory_budget` leaves open, once; afterwards see that it is kept."""
-        budget = self.options.memory_budget
-        if budget is None:
-            return
-        processes, follows = (1, False) if self._shards is None else (self._shards.size, self._shards.follows)
-        if self._free:
-            options = self.options
-            try:
-                chosen, size = choose(options, self._choosable(follows), lambda o: self._bytes_with(o, processes, follows))
-            finally:
-                self.options = options
-            self.options, self._free = chosen, ()
-            if self._shards is None or self._shards.rank == 0:
-                # A warning's level, because that is shown where nobody has set one.
-                what = f"{type(self).__name__}: memory_budget={shown(budget)}: {described(chosen)}"
-                _log.warning("%s: %s of state%s", what, shown(size), " for each process" if self._shards is not None else "")
-            return
-        size = self._bytes_with(self.options, processes, follows)
-        if size > budget and self.state:
-            warnings.warn(f"memory_budget={shown(budget)}: with the new parameters the state takes {shown(size)}", stacklevel=2)
-        elif size > budget:
-            raise OptionError(f"memory_budget={shown(budget)}: with {described(self.options)} the state takes {shown(size)}")
-
-    def _bytes_with(self, options, processes: int, follows: bool) -> int:
-        self.options = options
-        return sum(self._footprint(processes, follows).values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import re
 import types
 import typing
@@ -44,7 +45,7 @@ def option(default: Any, help: str, *, allowed: str = "", check=None, choices: t
         allowed: the range in words, for the error message.
         check: predicate on the typed value; None values are not checked.
         choices: the allowed values, instead of `check`.
-        parse: (name, text) -> value, where the value's type does not say how to read it.
+        parse: (name, value from Python or text) -> value, where the value's type does not say how to read it.
     """
     if choices:
         allowed = " or ".join(str(c).removeprefix("torch.") for c in choices)
@@ -83,20 +84,26 @@ _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{letter}{i}b": (1024 if i else 1000) ** n for n, letter in enumerate("kmgt", 1) for i in ("", "i")}
 
 
-def parse_bytes(name: str, text: str) -> int | str:
-    """A number of bytes, as `2GiB`, `500 MB` or `1e9`; the text `none` stays as it is.
+def parse_bytes(name: str, value: Any) -> Any:
+    """A number of bytes, from `2GiB`, `500 MB`, `1e9` or a number of Python's; None and the text `none` stay as they are.
 
     Raises:
-        OptionError: anything else.
+        OptionError: anything else, and what is less than a byte or infinite.
     """
-    if text.strip().lower() == "none":
-        return text
+    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+        return value
     try:
-        number, unit = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([a-z]*)\s*", text.lower()).groups()
-        return int(float(number) * _UNITS[unit])
+        number, unit = value, ""
+        if isinstance(value, str):
+            number, unit = re.fullmatch(r"\s*([\d.]+(?:e\+?\d+)?)\s*([a-z]*)\s*", value.lower()).groups()
+            number = float(number)
+        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError
+        if (size := int(number * _UNITS[unit])) >= 1:
+            return size
     except (AttributeError, KeyError, ValueError, OverflowError):
-        units = "KB, MB, GB, KiB, MiB, GiB"
-        raise OptionError(f"{name}={text!r}: expected bytes (2GiB), as a number alone or with one of {units}") from None
+        pass
+    raise OptionError(f"{name}={value!r}: expected bytes (2GiB), a number >= 1 alone or with KB, MB, GB, KiB, MiB or GiB")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,12 +169,14 @@ class WindowOptions:
     memory_budget: int | None = option(
         None,
         "bytes of state (2GiB) for each process: chooses window_size, rank or density, and formats, unless they are given",
-        allowed="an integer >= 1, with a unit or without, or none",
+        allowed="a number >= 1, with a unit or without, or none",
         check=positive,
         parse=parse_bytes,
     )
     stochastic_rounding: bool = option(
-        False, "bf16 parameters: round each update stochastically, so that small ones count in the mean; needs no fp32 copy"
+        False,
+        "bf16 parameters: round each update stochastically, so that small ones count in the mean; needs no fp32 copy (refused "
+        "under DeepSpeed ZeRO, which trains one)",
     )
     shard: str = option(
         "off",
@@ -309,7 +318,7 @@ def build(options_type: type, given: Mapping[str, Any], owner: str) -> Any:
         if name not in hints:
             raise OptionError(unknown_name("option", name, hints, owner))
         parse = fields[name].metadata["parse"]
-        values[name] = typed(name, parse(name, value) if parse and isinstance(value, str) else value, hints[name])
+        values[name] = typed(name, parse(name, value) if parse else value, hints[name])
     result = options_type(**values)
     for field in dataclasses.fields(options_type):
         value, check = getattr(result, field.name), field.metadata["check"]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.gram import GramMatrix
 from .budget import BUDGETED
+from .choice import entries_of
 from .options import GroupOptions, OptionError, build
 from .sharding import SHARED, of_window
 from .stacks import Stack
@@ -26,6 +27,8 @@ FORMAT = 1
 # Options that a checkpoint has to agree in.
 MADE_WITH = ("window_size", "rank", "density", "block_size", "scope")
 MADE_WITH += ("window_dtype", "error_dtype", "window_format", "error_format")
+# Where torch.distributed.checkpoint has mixed the state that it loads with the one that was there.
+_BEFORE = "call choose_as with what was saved before torch.distributed.checkpoint loads it, or "
 
 
 class StateDictMixin:
@@ -79,7 +82,7 @@ class StateDictMixin:
         state = super().__getstate__()
         copies = {p: {name: t.clone() for name, t in entry.items()} for p, entry in self.state.items()}
         owners = None if self._shards is None or self._shards.follows else (self._shards.size, self._owners)
-        found = {"options": self.options, "_free": self._free, "owners": owners}
+        found = {"options": self.options, "_free": self._free, "_chosen": self._chosen, "owners": owners}
         return {**state, "state": collections.defaultdict(dict, copies), **found}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -123,21 +126,20 @@ class StateDictMixin:
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         _check_container(state_dict)
-        before = self.options, self._free
+        before = {**vars(self), "state": copy.copy(self.state)}
         try:
             self._load(state_dict)
         except OptionError:
-            if self._free != before[1]:
-                self.options, self._free = before
-                self.state.clear()
-                self._forget()
+            if (self.options, self._chosen) != (before["options"], before["_chosen"]):
+                vars(self).update(before)
             raise
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        self._choose_as(state_dict.get("efcp"), state_dict["state"])
-        self._check_options(state_dict.get("efcp"), state_dict["state"])
+        named = state_dict.get("efcp")
+        self._take_saved_choice(named, state_dict["state"])
+        self._check_options(named, state_dict["state"])
         groups, saved = state_dict["param_groups"], state_dict["state"]
         sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
         if sizes[0] != sizes[1]:
@@ -148,15 +150,15 @@ class StateDictMixin:
         params = [p for g in self.param_groups for p in g["params"]]
         index = [i for g in groups for i in g["params"]]
         entries = {p: saved[i] for i, p in zip(index, params, strict=True) if i in saved}
-        stub = (state_dict.get("efcp") or {}).get("sharded")
-        if (ours := state_dict.get("efcp")) is not None:
-            with_window = ours["options"].get("save_window", True)
+        stub = (named or {}).get("sharded")
+        if named is not None:
+            with_window = named["options"].get("save_window", True)
         else:  # torch.distributed.checkpoint keeps state and groups only
             with_window = any("step" in entry for entry in entries.values() if isinstance(entry, Mapping))
         if stub is not None:
             self._load_shards(stub, with_window)
         elif entries:
-            self._load_entries(params, entries, with_window)
+            self._load_entries(params, entries, with_window, named is not None)
             self.shard_folder = None
         else:  # a fresh optimizer's
             self.state.clear()
@@ -168,15 +170,19 @@ class StateDictMixin:
             kept = {k: ours[k] for k in ("params", "param_names") if k in ours}
             ours |= {**copy.deepcopy({k: v for k, v in theirs.items() if k not in kept}), **dataclasses.asdict(values)}
 
-    def _choose_as(self, saved: dict[str, Any] | None, state: dict) -> None:
+    def _take_saved_choice(self, saved: dict[str, Any] | None, state: dict) -> None:
         """What memory_budget chose in the run that was saved, it chooses in this one."""
-        if not self._free or not isinstance(saved, Mapping) or not (state or "sharded" in saved):
+        if not self._free:
             return
-        theirs = saved.get("options", {})
-        self.options = dataclasses.replace(self.options, **{name: theirs[name] for name in self._free if name in theirs})
-        self._free = ()
+        if isinstance(saved, Mapping) and (state or "sharded" in saved):
+            theirs = saved.get("options", {})
+            self._take_choice({name: theirs[name] for name in self._free if name in theirs})
+        elif saved is None:
+            self._take_choice_of(entries_of(state))
 
-    def _load_entries(self, params: list[Tensor], entries: dict[Tensor, dict[str, Tensor]], with_window: bool) -> None:
+    def _load_entries(
+        self, params: list[Tensor], entries: dict[Tensor, dict[str, Tensor]], with_window: bool, named: bool
+    ) -> None:
         # A parameter that was frozen after it had been trained has state too.
         frozen = [p for p in entries if p not in self.state and not p.requires_grad]
         self.state.update({p: {} for p in frozen})
@@ -187,10 +193,12 @@ class StateDictMixin:
                 ours = {k: v for k, v in whole.get(p, {}).items() if with_window or not of_window(k)}
                 _check_entry(number, ours, entries.get(p, {}))
             entries = {p: self._own_part(p, entry) for p, entry in entries.items()}
-        except OptionError:
+        except OptionError as error:
             for p in frozen:
                 del self.state[p]
-            raise
+            if named or not self._free:
+                raise
+            raise OptionError(f"{error}: {self._misfit(entries_of(dict(enumerate(entries.values()))), _BEFORE)}") from None
         for p, entry in entries.items():
             for name, view in self.state[p].items():
                 if name in entry:

@@ -1,14 +1,14 @@
 """`hf-efcp bench`: counts against numbers worked out by hand, what it measures, and what it refuses."""
 
-import json
 import time
 
 import pytest
 import torch
 
-from hf_efcp.cli import bench, measuring, peers, roofline, shapes
-from hf_efcp.cli.common import build, chosen
+from hf_efcp.cli import bench, measuring, peers, roofline
+from hf_efcp.cli.common import chosen
 from hf_efcp.cli.main import main
+from tests.cli.helpers import assert_one_line_of_error, module, optimizer_of, write_shapes, written
 from tests.reference import NAMES, stack_of, window
 
 CPU = torch.device("cpu")
@@ -16,14 +16,13 @@ LIST = {"a.weight": (64, 48), "a.bias": (48,)}
 
 
 def allocated(shapes_=LIST, dtype=torch.float32):
-    model = shapes.module(dict(shapes_), dtype)
+    model = module(shapes_, dtype)
     return model, bench.materialize(model, CPU)
 
 
 def started(name, optim_args="", steps=1, shapes_=LIST, dtype=torch.float32):
     model, generator = allocated(shapes_, dtype)
-    (options,) = chosen(name, optim_args).values()
-    optimizer = build(name, options, model, None)
+    optimizer = optimizer_of(name, model, optim_args)
     for _ in range(steps):
         bench.new_gradients(list(model.parameters()), generator)
         optimizer.step()
@@ -32,9 +31,7 @@ def started(name, optim_args="", steps=1, shapes_=LIST, dtype=torch.float32):
 
 @pytest.fixture
 def shape_file(tmp_path):
-    file = tmp_path / "shapes.json"
-    file.write_text(json.dumps({name: list(shape) for name, shape in LIST.items()}))
-    return str(file)
+    return str(write_shapes(tmp_path, LIST))
 
 
 # As in docs/benchmarks/roofline.md: (fp32, fp64, bytes) by phase.
@@ -169,10 +166,8 @@ def test_all_optimizers_and_torchs_in_one_run(tmp_path, shape_file, monkeypatch,
     broken = {"absent": ("no-such-package", None), "broken": ("torch", lambda model, m: 1 / 0)}
     monkeypatch.setattr(peers, "PEERS", mine | broken)
     monkeypatch.setattr(bench, "PEERS", mine | broken)
-    out = tmp_path / "bench.json"
-    flags = ["--steps", "2", "--warmup", "1", "--quick", "--peers", "--device", "cpu", "--threads", "1", "--json", str(out)]
-    assert main(["bench", shape_file, "--optim_args", "window_size=8", *flags]) == 0
-    found = json.loads(out.read_text())
+    flags = ["--steps", "2", "--warmup", "1", "--quick", "--peers", "--device", "cpu", "--threads", "1"]
+    found = written("bench", tmp_path, shape_file, "--optim_args", "window_size=8", *flags)
     assert set(found["optimizers"]) == {*NAMES, *mine}
     assert found["skipped"] == {
         "absent": "no-such-package is not installed",
@@ -215,10 +210,8 @@ def test_low_precision_and_tied_parameters():
 
 
 def test_sweep(tmp_path, capsys):
-    out = tmp_path / "sweep.json"
     flags = ["--sweep_parameters", "1e6,2e6", "--sweep_windows", "2,8", "--steps", "1", "--warmup", "0", "--quick"]
-    assert main(["bench", "--sweep", "--optim", "efcp_sparse_mfac", "--json", str(out), *flags]) == 0
-    found = json.loads(out.read_text())
+    found = written("bench", tmp_path, "--sweep", "--optim", "efcp_sparse_mfac", *flags)
     assert [(p["parameters"], p["window_size"]) for p in found["points"]] == [(n * 2**20, m) for n in (1, 2) for m in (2, 8)]
     assert set(found["exponents"]["efcp_sparse_mfac"]) == {"parameters", "window_size"}
     assert "time grows like d^" in capsys.readouterr().out
@@ -264,13 +257,10 @@ BAD = {
 @pytest.mark.parametrize("flags", BAD, ids=" ".join)
 def test_bad_input_is_one_line(flags, capsys):
     threads = torch.get_num_threads()
-    assert main(["bench", *flags]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1 and BAD[flags] in said.err
+    assert_one_line_of_error(capsys, BAD[flags], "bench", *flags)
     assert torch.get_num_threads() == threads
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_cuda_is_said(capsys):
-    assert main(["bench", "minilm", "--device", "cuda"]) == 2
-    assert "no CUDA device" in capsys.readouterr().err
+    assert_one_line_of_error(capsys, "no CUDA device", "bench", "minilm", "--device", "cuda")

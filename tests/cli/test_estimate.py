@@ -1,7 +1,6 @@
 """`hf-efcp estimate`: what it says is what memory_footprint() measures, to the byte."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,8 @@ from transformers import AutoModel, BertConfig, BertModel, LlamaConfig, LlamaFor
 
 from hf_efcp.cli import common, shapes
 from hf_efcp.cli.estimate import ADAMW
-from hf_efcp.cli.main import main
 from hf_efcp.optim.options import OptionError
+from tests.cli.helpers import assert_one_line_of_error, module, optimizer_of, write_shapes, written
 from tests.reference import NAMES
 
 LIST = {
@@ -27,26 +26,20 @@ VARIANTS = ["", "scope=layer", "momentum=0.5", "error_dtype=fp32", "window_dtype
 
 
 def estimated(tmp_path, model, *flags):
-    out = tmp_path / "estimate.json"
-    assert main(["estimate", str(model), "--json", str(out), *flags]) == 0
-    return json.loads(out.read_text())
+    return written("estimate", tmp_path, model, *flags)
 
 
 def measured(name, model, optim_args="", targets=None):
-    (options,) = common.chosen(name, optim_args).values()
-    return common.build(name, options, model, targets).memory_footprint()
+    return optimizer_of(name, model, optim_args, targets).memory_footprint()
 
 
 def allocated(listed, dtype=torch.float32):
-    model = shapes.module({k: tuple(v) for k, v in listed.items()}, dtype)
-    return model.to_empty(device="cpu")
+    return module(listed, dtype).to_empty(device="cpu")
 
 
 @pytest.fixture
 def shape_file(tmp_path):
-    file = tmp_path / "shapes.json"
-    file.write_text(json.dumps(LIST))
-    return file
+    return write_shapes(tmp_path, LIST)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -133,15 +126,13 @@ def test_a_configuration_of_another_class(tmp_path):
 
 
 def test_a_list_without_names(tmp_path):
-    file = tmp_path / "list.json"
-    file.write_text("[[30, 12], [30]]")
+    file = write_shapes(tmp_path, [[30, 12], [30]])
     assert estimated(tmp_path, file, "--optim", NAMES[0])["parameters"] == 390
 
 
 def test_fsdp_gives_every_process_its_rows(tmp_path, capsys):
     """By hand: 5 x 40 at rank 1, m = 8, bf16 errors; of 3 processes the first has 2 rows, Q and its warm start are whole."""
-    file = tmp_path / "list.json"
-    file.write_text("[[5, 40], [7]]")
+    file = write_shapes(tmp_path, [[5, 40], [7]])
     args = ["--optim", "efcp_lowrank_mfac", "--optim_args", "rank=1,window_size=8", "--num_processes", "3", "--fsdp"]
     found = estimated(tmp_path, file, *args)["optimizers"]
     window = 8 * (2 + 40) * 4 + 8 * 3 * 4
@@ -149,6 +140,47 @@ def test_fsdp_gives_every_process_its_rows(tmp_path, capsys):
     assert found["efcp_lowrank_mfac"]["bytes"] == expected
     assert found[ADAMW]["bytes"]["exp_avg"] == (2 * 40 + 3) * 4
     assert "3 processes" in capsys.readouterr().out
+
+
+def test_what_fsdp_refuses_is_marked(tmp_path, capsys):
+    """Factors are for DDP: the names that have the option are refused, the others have their bytes."""
+    file = write_shapes(tmp_path, [[30, 12], [30]])
+    fsdp = ["--num_processes", "2", "--fsdp"]
+    found = estimated(tmp_path, file, "--optim_args", "comm=factors", *fsdp)["optimizers"]
+    said = capsys.readouterr().out
+    for name in NAMES:
+        refused = "lowrank" in name
+        assert ("refused" in found[name], "bytes" in found[name]) == (refused, not refused)
+        assert (f"refused: {name}: comm='factors' is for DDP" in said) == refused
+        assert (f"| {name} " in said) == (not refused)
+
+
+@pytest.mark.parametrize(
+    ("shapes_", "optim_args", "flags", "message"),
+    [
+        ([[30, 12], [30]], "window_format=low_bit", ["--num_processes", "2", "--fsdp"], "under FSDP2 1-D tensors cannot have"),
+        ([[30, 12], [30]], "window_format=low_bit", ["--fsdp"], "under FSDP2 1-D tensors cannot have"),
+        ([[30, 12], [30]], "error_format=int8,window_dtype=bf16", ["--fsdp"], "under FSDP2 1-D tensors cannot have"),
+        ([[30, 12], []], "", ["--num_processes", "2", "--fsdp"], "FSDP2 divides no 0-D parameters, and the model has 1"),
+        ([[30, 12], [30]], "comm=factors", ["--num_processes", "2", "--fsdp"], "comm='factors' is for DDP"),
+    ],
+    ids=["low_bit", "low_bit on one process", "coded errors", "a scalar", "factors"],
+)
+def test_a_run_that_would_be_refused_has_no_bytes(tmp_path, shapes_, optim_args, flags, message, capsys):
+    file = write_shapes(tmp_path, shapes_)
+    assert_one_line_of_error(
+        capsys, message, "estimate", file, "--optim", "efcp_lowrank_mfac", "--optim_args", optim_args, *flags
+    )
+    write_shapes(tmp_path, shapes_[:1])  # a matrix alone is divided by rows
+    if "factors" not in optim_args:
+        estimated(tmp_path, file, "--optim", "efcp_lowrank_mfac", "--optim_args", optim_args, *flags)
+
+
+def test_a_budget_under_fsdp_keeps_to_what_is_allowed_there(tmp_path):
+    file = write_shapes(tmp_path, [[300, 200], [300]])
+    args = ["--optim", "efcp_lowrank_mfac", "--optim_args", "memory_budget=210KB"]
+    kinds = [estimated(tmp_path, file, *args, *more)["optimizers"]["efcp_lowrank_mfac"]["bytes"] for more in ([], ["--fsdp"])]
+    assert kinds[0]["error"] < 300 * 200 * 2 <= kinds[1]["error"]
 
 
 def test_what_fits(tmp_path, capsys):
@@ -163,7 +195,7 @@ def test_what_fits(tmp_path, capsys):
 def test_sizes():
     assert common.size_of("24GiB") == common.size_of("L4") == 24 * 2**30
     assert (common.size_of("1.5 GB"), common.size_of("100"), common.size_of("2KiB")) == (1500000000, 100, 2048)
-    for bad in ("", "GiB", "0", "-1GB", "nan", "inf", "2k"):
+    for bad in ("", "GiB", "0", "-1GB", "nan", "inf", "none", "2k"):
         with pytest.raises(OptionError):
             common.size_of(bad)
 
@@ -196,7 +228,4 @@ def test_bad_input_is_one_line(flags, tmp_path, monkeypatch, capsys):
     files = {"bad": "{", "wrong": '{"a": [3, 2.5]}', "clash": '{"a": [3], "a.b": [3]}', "empty": "[]", "nothing": "[[0, 4]]"}
     for name, content in files.items():
         Path(f"{name}.json").write_text(content)
-    assert main(["estimate", *flags]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and BAD[flags] in said.err
+    assert_one_line_of_error(capsys, BAD[flags], "estimate", *flags)

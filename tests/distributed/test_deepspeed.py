@@ -26,6 +26,7 @@ OPTIONS = {"lr": 0.05, "window_size": 4, "update_rms": 0.1, "weight_decay": 0.1}
 SPARSE = {"density": 0.05, "block_size": 64}
 GGT = {"eps": 1e-3}
 BF16 = {**SPARSE, "dtype": "bf16"}
+MASTER = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 
 
 @pytest.fixture(autouse=True)
@@ -56,11 +57,11 @@ def create(name, params, **options):
     return hf_efcp.create_optimizer(name, params, **{**OPTIONS, **damping, **options})
 
 
-def prepared(name, stage, groups=None, shard="auto", dtype=None, **options):
+def prepared(name, stage, groups=None, shard="auto", dtype=None, bf16=None, **options):
     environment()
     config = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
     config["gradient_clipping"] = 0.0
-    config["bf16"] = {"enabled": dtype == "bf16"}
+    config["bf16"] = {"enabled": dtype == "bf16", **(bf16 or {})}
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), mixed_precision=dtype)
     model, x, y = model_and_data()
     params = model.parameters() if groups is None else groups(model)
@@ -129,6 +130,22 @@ def test_sparse_trains_on_flat_pieces():
         assert a[4]["step"] == STEPS + 1 and "error_norm" not in a[4]
 
 
+def small_steps(rank, rounding):
+    """How many parameters 8 steps of less than half a unit have changed, where ZeRO trains bf16 pieces."""
+    options = {**BF16, "stochastic_rounding": rounding, "lr": 1e-5, "weight_decay": 0.0, "update_rms": 1.0, "density": 1.0}
+    accelerator, engine, wrapped, optimizer, x, y = prepared("efcp_sparse_mfac", 2, bf16=MASTER, **options)
+    before = flat(engine.module)
+    end, _ = train(accelerator, engine, wrapped, x, y, 0, 8, rank)
+    (piece,) = optimizer.param_groups[0]["params"]
+    return int((end != before).sum()), piece.dtype
+
+
+def test_small_steps_of_bf16_pieces_count_by_stochastic_rounding():
+    for (rounded, dtype), (nearest, _) in zip(run(2, small_steps, True), run(2, small_steps, False), strict=True):
+        assert dtype == torch.bfloat16
+        assert rounded > 2 * nearest
+
+
 def save_and_resume(rank, folder, cases):
     for i, (name, stage, options) in enumerate(cases):
         accelerator, engine, wrapped, optimizer, x, y = prepared(name, stage, **options)
@@ -157,6 +174,7 @@ def refused(rank):
         "flattens the parameters, and LowRankMFAC needs matrices": ("efcp_lowrank_mfac", 2, {}),
         "stage=3: SparseMFAC allows": ("efcp_sparse_mfac", 3, {}),
         "scope='layer'": ("efcp_dense_mfac", 1, {"scope": "layer"}),
+        "trains an fp32 copy": ("efcp_sparse_mfac", 2, {**BF16, "stochastic_rounding": True}),
         "one window takes one group, got 2": ("efcp_dense_mfac", 1, {"groups": two}),
         "finds a plain tensor|hands DenseMFAC copies": ("efcp_dense_mfac", 0, {"dtype": "bf16"}),
     }

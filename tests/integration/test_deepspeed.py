@@ -101,6 +101,25 @@ def test_scope_layer_is_refused(model):
         prepare(ZERO, model, optimizer)
 
 
+def test_stochastic_rounding_of_an_fp32_copy_is_refused(model, make_args):
+    optimizer = hf_efcp.create_optimizer("efcp_dense_mfac", model.parameters(), lr=0.1, stochastic_rounding=True)
+    args = make_args(optim="efcp_sparse_mfac", optim_args="stochastic_rounding=true")
+    for stage in (1, 2):
+        config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+        args.hf_deepspeed_config = SimpleNamespace(config=config)
+        message = f"stochastic_rounding=true has no effect: DeepSpeed zero_optimization.stage={stage} trains an fp32 copy"
+        for attempt in (lambda config=config: prepare(config, model, optimizer), lambda: optimizer_cls_and_kwargs(args)):
+            with pytest.raises(OptionError, match=message):
+                attempt()
+
+
+@pytest.mark.parametrize("config", [{}, {"zero_optimization": {"stage": 2}, "bf16": {"bf16_master_weights_and_grads": True}}])
+def test_stochastic_rounding_of_the_parameters_themselves_is_not(config, model, make_args):
+    args = make_args(optim="efcp_sparse_mfac", optim_args="stochastic_rounding=true")
+    args.hf_deepspeed_config = SimpleNamespace(config=config)
+    assert optimizer_cls_and_kwargs(args)[1]["stochastic_rounding"] is True
+
+
 def test_two_groups_are_refused(model):
     groups = hf_efcp.parameter_groups(model, 0.1)
     optimizer = hf_efcp.create_optimizer("efcp_dense_mfac", groups, lr=0.1)

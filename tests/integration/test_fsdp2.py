@@ -1,5 +1,7 @@
 """FSDP2 under Trainer, with a script that knows nothing of hf_efcp: divided parameters, saved and resumed."""
 
+import re
+
 import pytest
 
 from tests.distributed.fsdp2 import runs_models
@@ -8,6 +10,8 @@ from tests.integration.test_scripts import SAVED, steps
 
 LAUNCH = ["accelerate.commands.launch", "--config_file", str(CHECKOUT / "recipes/configs/fsdp2.yaml"), "--num_processes", "2"]
 FULL = [*LAUNCH, "--fsdp_state_dict_type", "FULL_STATE_DICT"]
+# Bytes with which two and three processes choose differently.
+BUDGET = 250_000
 RUNNER = "tests.integration.fsdp_on_cpu"
 pytestmark = runs_models
 
@@ -37,3 +41,18 @@ def test_accelerate_launch_with_sharded_checkpoints(name, launch, arguments, tmp
     files = {path.name for path in (tmp_path / f"out/checkpoint-{SAVED}/optimizer_0").iterdir()}
     assert files == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     assert steps(tmp_path / "again") == steps(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [LAUNCH, FULL], ids=["sharded", "full"])
+def test_a_budget_is_spent_as_in_the_run_that_was_saved(launcher, launch, arguments, tmp_path):
+    """Three processes would choose a longer window than the two that have saved."""
+    three = [*launcher]
+    three[three.index("--num_processes") + 1] = "3"
+    arguments |= {"optim": "efcp_lowrank_mfac", "optim_args": f"update_rms=0.5,memory_budget={BUDGET}"}
+    said = [launch(which, {**arguments, "output_dir": out}, module=RUNNER) for which, out in ((launcher, "two"), (three, "out"))]
+    two, three_alone = (re.search(r"memory_budget=.*?: (window_size=.*?): .* for each process", text)[1] for text in said)
+    assert two != three_alone
+    again = {**arguments, "output_dir": "again", "resume_from_checkpoint": str(tmp_path / f"two/checkpoint-{SAVED}")}
+    assert "for each process" not in launch(three, again, module=RUNNER)  # nothing is chosen
+    assert len(steps(tmp_path / "again")) == len(steps(tmp_path / "two"))

@@ -9,6 +9,7 @@ import pickle
 import types
 import warnings
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -37,6 +38,9 @@ def test_the_private_attributes_exist():
         assert list(inspect.signature(getattr(Trainer, name)._hf_efcp_original).parameters) == ["self", *parameters]
     assert list(inspect.signature(Trainer.get_decay_parameter_names).parameters) == ["self", "model"]
     assert list(inspect.signature(Accelerator.prepare_optimizer._hf_efcp_original).parameters)[:2] == ["self", "optimizer"]
+    for module in (transformers.trainer, accelerate.accelerator):
+        parameters = list(inspect.signature(module.load_fsdp_optimizer._hf_efcp_original).parameters)
+        assert parameters[:6] == ["fsdp_plugin", "accelerator", "optimizer", "model", "input_dir", "optimizer_index"]
     assert issubclass(OptimizerNames, str)
     for attribute in ("_member_map_", "_value2member_map_", "_member_names_"):
         assert "ADAMW_TORCH" in str(getattr(OptimizerNames, attribute))
