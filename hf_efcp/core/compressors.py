@@ -72,7 +72,7 @@ class BlockTopK:
 
     def compress(self, gradients: Sequence[Tensor], step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor, Tensor]:
         """Block-relative indices (n, rows, k) int16 and values (n, rows, k) of a (n, rows, cols)."""
-        fast = kernels.top_k(gradients, feedback.error, self.blocks) if feedback.plain else None
+        fast = kernels.top_k(gradients, feedback.stored(), self.blocks)
         if fast is not None:
             return fast
         first = gradients[0]
@@ -121,15 +121,15 @@ class PowerIteration:
 
     def compress(self, gradients: Sequence[Tensor], step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor, Tensor]:
         """P (n, rows, r) and Q (n, cols, r) of a (n, rows, cols). Of a large tensor, a is formed anew for each product."""
-        sums, error = _sums(gradients, feedback), feedback.error
+        sums, error = _sums(gradients, feedback), feedback.stored()
         q = self.start(step).to(gradients[0].dtype)
         for i in range(self.power_iterations):
             # The factor first: CPU libraries are several times slower at a @ q and a.mT @ p.
             q = (unit_columns(q) if i else q).mT.contiguous()
-            p = kernels.times(gradients, error, q) if feedback.plain else None
+            p = kernels.times(gradients, error, q)
             p = torch.cat([(q @ a.mT).mT for _, a in sums()], 1) if p is None else p
             p = orthonormalize(p, self.reduce)
-            q = kernels.transposed_times(gradients, error, p.mT) if feedback.plain else None
+            q = kernels.transposed_times(gradients, error, p.mT)
             q = sum(p[:, rows].mT @ a for rows, a in sums()) if q is None else q
             q = q.mT.contiguous()
             q = q if self.reduce is None else self.reduce(q)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import kernels
 from .codecs import BlockQuantizer
 from .deferred import masked
 from .linalg import counted_uniform, row_chunks, stacked, stochastic_round
@@ -27,9 +28,6 @@ class ErrorFeedback:
         first: where the tensors are parts of larger ones, the row and the column at which they begin there.
     """
 
-    # Whether `error` holds the numbers themselves, for kernels to read.
-    plain = True
-
     def __init__(self, error: Tensor | None, salt: Tensor | None = None, first: tuple[int, int] = (0, 0)):
         self.error = error
         self.salt = salt
@@ -38,6 +36,10 @@ class ErrorFeedback:
     def state(self) -> dict[str, Tensor]:
         """State name -> buffer (n, ...)."""
         return {} if self.error is None else {"error": self.error}
+
+    def stored(self) -> kernels.Error:
+        """The buffers, for kernels."""
+        return None if self.error is None else (self.error, None)
 
     def accumulate(self, gradients: Sequence[Tensor], rows: slice = slice(None)) -> Tensor:
         """Rows `rows` of a = e + g, (n, rows, cols), in the gradients' dtype; without e, g itself, a view or a copy.
@@ -66,7 +68,8 @@ class ErrorFeedback:
         """
         if self.error is None:
             return
-        if accepted is True and self.plain and window.keep(self.error, gradients, (step, self.salt, self.first)):
+        rounding = step, self.salt, self.first
+        if accepted is True and window.keep(self.stored(), gradients, rounding, absent):
             return
         for part in row_chunks(gradients):
             if accepted is True and self.error.dtype == gradients[0].dtype:
@@ -107,8 +110,6 @@ class QuantizedErrorFeedback(ErrorFeedback):
         salt, first: as in ErrorFeedback.
     """
 
-    plain = False
-
     def __init__(self, bits: int, shape: tuple[int, int, int], dtype: torch.dtype, salt: Tensor, first: tuple[int, int] = (0, 0)):
         self.quantizer, self.cols = BlockQuantizer(bits), shape[2]
         error, self.scale = self.quantizer.zeros(*shape, scale_dtype=dtype, device=salt.device)
@@ -117,6 +118,10 @@ class QuantizedErrorFeedback(ErrorFeedback):
     def state(self) -> dict[str, Tensor]:
         """See ErrorFeedback."""
         return {"error": self.error, "error_scale": self.scale}
+
+    def stored(self) -> kernels.Error:
+        """See ErrorFeedback."""
+        return self.error, self.scale
 
     def _read(self, rows: slice, dtype: torch.dtype) -> Tensor:
         return self.quantizer.decode(self.error[:, rows], self.scale[:, rows], self.cols)

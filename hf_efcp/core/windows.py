@@ -58,8 +58,8 @@ class Window:
         """a <- a - c with c the staged row, (n, rows, cols), or rows `rows` of it, in place."""
         raise NotImplementedError
 
-    def keep(self, error: Tensor, gradients: Sequence[Tensor], rounding: kernels.Rounding) -> bool:
-        """e <- e + g - c in place with c the staged row, by a kernel, rounded as `stochastic_round` does by those numbers.
+    def keep(self, error: kernels.Error, gradients: Sequence[Tensor], rounding: kernels.Rounding, absent: Sequence[int]) -> bool:
+        """e <- e + g - c in place with c the staged row, by a kernel, but for the tensors `absent`: see `ErrorFeedback.keep`.
 
         Returns:
             Whether it was done; else the caller does it in torch.
@@ -141,9 +141,9 @@ class LowRankWindow(Window):
         p, q = (part.to(a.dtype) for part in self._row)
         return a.baddbmm_(p[..., rows].mT, q, alpha=-1)
 
-    def keep(self, error: Tensor, gradients: Sequence[Tensor], rounding: kernels.Rounding) -> bool:
+    def keep(self, error: kernels.Error, gradients: Sequence[Tensor], rounding: kernels.Rounding, absent: Sequence[int]) -> bool:
         """See Window."""
-        return kernels.keep_low_rank(error, gradients, self._row, rounding)
+        return kernels.keep_low_rank(error, gradients, self._row, rounding, absent)
 
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window. c scales the shorter factor, a few slots at a time."""
@@ -230,9 +230,9 @@ class SparseWindow(Window):
         indices, values = (part[:, rows] for part in self._row)
         return a.scatter_add_(2, self._columns(indices), -values.to(a.dtype))
 
-    def keep(self, error: Tensor, gradients: Sequence[Tensor], rounding: kernels.Rounding) -> bool:
+    def keep(self, error: kernels.Error, gradients: Sequence[Tensor], rounding: kernels.Rounding, absent: Sequence[int]) -> bool:
         """See Window."""
-        return kernels.keep_sparse(error, gradients, self._row, self.blocks, rounding)
+        return kernels.keep_sparse(error, gradients, self._row, self.blocks, rounding, absent)
 
     def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float) -> bool:
         """See Window."""

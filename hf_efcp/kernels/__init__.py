@@ -19,6 +19,8 @@ from torch import Tensor
 Blocks = tuple[int, int, int]
 # A sparse window: indices, values and scales as its format has them; None for what it has not.
 Stored = tuple[Tensor, Tensor | None, Tensor | None]
+# The error feedback: (n, rows, cols) and None, or codes and their scales (`codecs.BlockQuantizer`); None: there is none.
+Error = tuple[Tensor, Tensor | None] | None
 # The step, a number per tensor, and the row and column at which the tensors begin: see `core.linalg.counted_bits`.
 Rounding = tuple[Tensor, Tensor, tuple[int, int]]
 
@@ -33,7 +35,7 @@ _failed: set[str] = set()
 # together. A tensor (n, rows, cols) is one too.
 
 
-def top_k(gradients: Sequence[Tensor], error: Tensor | None, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
+def top_k(gradients: Sequence[Tensor], error: Error, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
     """The largest magnitudes of every block of e + g: see `BlockTopK`."""
     return _try(_SPARSE, "top_k", gradients[0], gradients, error, blocks)
 
@@ -54,18 +56,23 @@ def apply(stored: Stored, c: Tensor, cols: int, blocks: Blocks, params: Sequence
 
 
 def keep_sparse(
-    error: Tensor, gradients: Sequence[Tensor], row: tuple[Tensor, Tensor], blocks: Blocks, rounding: Rounding
+    error: Error,
+    gradients: Sequence[Tensor],
+    row: tuple[Tensor, Tensor],
+    blocks: Blocks,
+    rounding: Rounding,
+    absent: Sequence[int],
 ) -> bool:
     """e <- e + g - c, rounded, for a sparse row c: see `ErrorFeedback`. Whether it was done."""
-    return bool(_try(_SPARSE, "keep_sparse", error[0], error, gradients, row, blocks, rounding))
+    return bool(_try(_SPARSE, "keep_sparse", gradients[0], error, gradients, row, blocks, rounding, absent))
 
 
-def times(gradients: Sequence[Tensor], error: Tensor | None, q: Tensor) -> Tensor | None:
+def times(gradients: Sequence[Tensor], error: Error, q: Tensor) -> Tensor | None:
     """(e + g) q^T: see `PowerIteration`."""
     return _try(_LOW_RANK, "times", q[0], gradients, error, q)
 
 
-def transposed_times(gradients: Sequence[Tensor], error: Tensor | None, p: Tensor) -> Tensor | None:
+def transposed_times(gradients: Sequence[Tensor], error: Error, p: Tensor) -> Tensor | None:
     """p (e + g): see `PowerIteration`."""
     return _try(_LOW_RANK, "transposed_times", p[0], gradients, error, p)
 
@@ -75,9 +82,11 @@ def inner(a: Tensor, b: Tensor) -> Tensor | None:
     return _try(_LOW_RANK, "inner", a, a, b)
 
 
-def keep_low_rank(error: Tensor, gradients: Sequence[Tensor], row: tuple[Tensor, Tensor], rounding: Rounding) -> bool:
+def keep_low_rank(
+    error: Error, gradients: Sequence[Tensor], row: tuple[Tensor, Tensor], rounding: Rounding, absent: Sequence[int]
+) -> bool:
     """e <- e + g - p^T q, rounded, for the row (p, q): see `ErrorFeedback`. Whether it was done."""
-    return bool(_try(_LOW_RANK, "keep_low_rank", error, error, gradients, row, rounding))
+    return bool(_try(_LOW_RANK, "keep_low_rank", gradients[0], error, gradients, row, rounding, absent))
 
 
 def _try(modules: dict[str, str], name: str, example: Tensor, *args):

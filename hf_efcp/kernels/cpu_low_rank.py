@@ -14,14 +14,18 @@ from torch import Tensor
 from .cpu_tools import (
     DTYPES,
     PARTS,
+    Error,
+    Errors,
     Matrices,
     add_error,
     array,
     column_keys,
     compiled,
-    errors,
+    marked,
     matrix_row,
+    reads,
     real,
+    row_key,
     share,
     write_error,
 )
@@ -57,23 +61,23 @@ def _products(x, y, start, out):
 
 
 @compiled(reordered=True)
-def _times(lo, hi, gradients, error, q, out):
+def _times(lo, hi, gradients, error, scale, q, out):
     rows, cols = out.shape[1], q.shape[2]
     a = np.empty(cols, q.dtype)
     for task in range(lo, hi):
         t, row = task // rows, task % rows
-        add_error(a, matrix_row(gradients[t], row, cols, q), error, t, row, 0)
+        add_error(a, matrix_row(gradients[t], row, cols, q), error, scale, t, row, 0)
         _products(a, q[t], 0, out[t, row])
 
 
 @compiled(reordered=True)
-def _transposed_times(lo, hi, parts, gradients, error, p, out):
+def _transposed_times(lo, hi, parts, gradients, error, scale, p, out):
     rows, cols = p.shape[2], out.shape[3]
     a = np.empty(cols, p.dtype)
     for task in range(lo, hi):
         t, part = task // parts, task % parts
         for row in range(rows * part // parts, rows * (part + 1) // parts):
-            add_error(a, matrix_row(gradients[t], row, cols, p), error, t, row, 0)
+            add_error(a, matrix_row(gradients[t], row, cols, p), error, scale, t, row, 0)
             for s in range(p.shape[1]):
                 weight, to = p[t, s, row], out[t, part, s]
                 for x in range(cols):
@@ -92,28 +96,30 @@ def _inner(lo, hi, a, b, out):
 
 
 @compiled(reordered=True)
-def _keep(lo, hi, rounded, error, gradients, p, q, step, salts, first_row, first_col):
-    rows, cols = error.shape[1:]
-    a, single = np.empty(cols, p.dtype), np.empty(cols, np.float32)
-    bits, keys, key = single.view(np.int32), np.empty(cols if rounded else 0, np.int32), np.int64(0)
+def _keep(lo, hi, error, scale, limit, absent, gradients, p, q, step, salts, first_row, first_col):
+    rows, cols = p.shape[2], q.shape[2]
+    a, single, keys, key = np.empty(cols, p.dtype), np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
     for task in range(lo, hi):
         t, row = task // rows, task % rows
-        if rounded and (task == lo or row == 0):
+        if absent[t]:
+            continue
+        if task == lo or row == 0:
             key = column_keys(step, salts[t], first_col, keys)
-        add_error(a, matrix_row(gradients[t], row, cols, p), error, t, row, 0)
+        add_error(a, matrix_row(gradients[t], row, cols, p), error, scale, t, row, 0)
         for s in range(p.shape[1]):
             weight, y = p[t, s, row], q[t, s]
             for x in range(cols):
                 a[x] -= weight * y[x]
-        write_error(error[t, row], a, key, first_row + row, keys, single, bits)
+        to = scale[t, row] if scale.size else a
+        write_error(error[t, row], to, a, row_key(key, first_row + row), keys, single, limit)
 
 
-def times(gradients: Sequence[Tensor], error: Tensor | None, q: Tensor) -> Tensor | None:
+def times(gradients: Sequence[Tensor], error: Error, q: Tensor) -> Tensor | None:
     """a q^T for a = e + g, which is not formed: (n, rows, r) in g's dtype.
 
     Args:
         gradients: g, n matrices (rows, cols) in fp32 or fp64.
-        error: e, (n, rows, cols) in fp32, fp64 or bf16; or None.
+        error: e, as `Errors` takes it.
         q: (n, r, cols) in g's dtype.
     """
     if not _fits(gradients, error, q):
@@ -121,11 +127,11 @@ def times(gradients: Sequence[Tensor], error: Tensor | None, q: Tensor) -> Tenso
     g = Matrices(gradients)
     n, rows, cols = g.shape
     out = torch.zeros(n, rows, q.shape[1], dtype=g.dtype)
-    share(_times, n * rows, cols * q.shape[1], g.addresses, errors(error, g.dtype), array(q), array(out))
+    share(_times, n * rows, cols * q.shape[1], g.addresses, *Errors(error, g.dtype).arrays, array(q), array(out))
     return out
 
 
-def transposed_times(gradients: Sequence[Tensor], error: Tensor | None, p: Tensor) -> Tensor | None:
+def transposed_times(gradients: Sequence[Tensor], error: Error, p: Tensor) -> Tensor | None:
     """p a for a = e + g and p (n, r, rows): (n, r, cols) in g's dtype; otherwise as `times`."""
     if not _fits(gradients, error, p):
         return None
@@ -133,7 +139,7 @@ def transposed_times(gradients: Sequence[Tensor], error: Tensor | None, p: Tenso
     n, rows, cols = g.shape
     parts = -(-PARTS // n)
     out = torch.zeros(n, parts, p.shape[1], cols, dtype=g.dtype)
-    arrays = g.addresses, errors(error, g.dtype), array(p), array(out)
+    arrays = g.addresses, *Errors(error, g.dtype).arrays, array(p), array(out)
     share(_transposed_times, n * parts, rows * cols * p.shape[1] // parts, parts, *arrays)
     return out.sum(1)
 
@@ -148,25 +154,27 @@ def inner(a: Tensor, b: Tensor) -> Tensor | None:
     return out
 
 
-def keep_low_rank(error: Tensor, gradients: Sequence[Tensor], row: tuple[Tensor, Tensor], rounding: Rounding) -> bool | None:
-    """e <- e + g - p^T q in place, for the row p (n, r, rows) and q (n, r, cols); to bf16 stochastically.
+def keep_low_rank(
+    error: Error, gradients: Sequence[Tensor], row: tuple[Tensor, Tensor], rounding: Rounding, absent: Sequence[int]
+) -> bool:
+    """e <- e + g - p^T q in place, for the row p (n, r, rows) and q (n, r, cols); to few bits stochastically.
 
     Args:
         rounding: the step, a number per tensor, and where the tensors begin: as `core.linalg.counted_bits` takes them.
+        absent: tensors whose error stays as it is.
 
     Returns:
-        Whether it was done; None: it cannot be.
+        Whether it was done.
     """
-    if not _fits(gradients, error, row[0]) or not error.is_contiguous():
-        return None
-    g, (step, salt, first) = Matrices(gradients), rounding
+    if not _fits(gradients, error, row[0]):
+        return False
+    g, kept, (step, salt, first) = Matrices(gradients), Errors(error, gradients[0].dtype), rounding
     n, rows, cols = g.shape
     factors = [array(x.to(g.dtype)) for x in row]
-    arrays = array(error), g.addresses, *factors, int(step), array(salt), *first
-    share(_keep, n * rows, cols * (2 + row[0].shape[1]), error.dtype == torch.bfloat16, *arrays)
+    where = *kept.arrays, kept.limit, marked(absent, n), g.addresses
+    share(_keep, n * rows, cols * (2 + row[0].shape[1]), *where, *factors, int(step), array(salt), *first)
     return True
 
 
-def _fits(gradients: Sequence[Tensor], error: Tensor | None, factor: Tensor) -> bool:
-    known = error is None or error.dtype in DTYPES
-    return known and factor.shape[1] <= _SKINNY and gradients[0].dtype in (torch.float32, torch.float64)
+def _fits(gradients: Sequence[Tensor], error: Error, factor: Tensor) -> bool:
+    return reads(error) and factor.shape[1] <= _SKINNY and gradients[0].dtype in (torch.float32, torch.float64)

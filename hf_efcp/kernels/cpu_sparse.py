@@ -10,16 +10,19 @@ from numba.cpython.unsafe.numbers import trailing_zeros
 from torch import Tensor
 
 from .cpu_tools import (
-    DTYPES,
     PARTS,
+    Error,
+    Errors,
     Matrices,
     add_error,
     array,
     column_keys,
     compiled,
-    errors,
+    marked,
     matrix_row,
+    reads,
     real,
+    row_key,
     share,
     write_error,
 )
@@ -129,7 +132,7 @@ def _sift(bits, where, start, size):
 
 
 @compiled
-def _top_k(lo, hi, gradients, error, unsigned, block, kept, kept_tail, cols, indices, values):
+def _top_k(lo, hi, gradients, error, scale, unsigned, block, kept, kept_tail, cols, indices, values):
     rows = values.shape[1]
     a, magnitudes, lanes = np.empty(block, values.dtype), np.empty(block, unsigned.dtype), np.empty(block, unsigned.dtype)
     words, where = np.empty(-(-block // 8), np.int64), np.empty(block, np.int32)
@@ -141,7 +144,7 @@ def _top_k(lo, hi, gradients, error, unsigned, block, kept, kept_tail, cols, ind
         for start in range(0, cols, block):
             width = min(block, cols - start)
             size = kept if width == block else kept_tail
-            add_error(a[:width], g[start : start + width], error, t, row, start)
+            add_error(a[:width], g[start : start + width], error, scale, t, row, start)
             # Without the sign, the bits of numbers are ordered as their magnitudes are, with NaN above all.
             for i in range(width):
                 magnitudes[i] = bits[i] & top
@@ -290,19 +293,23 @@ def _combine(
 
 
 @compiled
-def _keep(lo, hi, rounded, error, gradients, indices, values, columns, step, salts, first_row, first_col, like):
-    rows, cols = error.shape[1:]
-    a, single = np.empty(cols, like.dtype), np.empty(cols, np.float32)
-    bits, keys, key = single.view(np.int32), np.empty(cols if rounded else 0, np.int32), np.int64(0)
+def _keep(
+    lo, hi, error, scale, limit, absent, gradients, cols, indices, values, columns, step, salts, first_row, first_col, like
+):
+    rows = indices.shape[1]
+    a, single, keys, key = np.empty(cols, like.dtype), np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
     for task in range(lo, hi):
         t, row = task // rows, task % rows
-        if rounded and (task == lo or row == 0):
+        if absent[t]:
+            continue
+        if task == lo or row == 0:
             key = column_keys(step, salts[t], first_col, keys)
-        add_error(a, matrix_row(gradients[t], row, cols, like), error, t, row, 0)
+        add_error(a, matrix_row(gradients[t], row, cols, like), error, scale, t, row, 0)
         index, value = indices[t, row], values[t, row]
         for e in range(value.size):
             a[columns[e] - _ROOM + index[e]] -= real(value[e])
-        write_error(error[t, row], a, key, first_row + row, keys, single, bits)
+        to = scale[t, row] if scale.size else like
+        write_error(error[t, row], to, a, row_key(key, first_row + row), keys, single, limit)
 
 
 @compiled
@@ -313,17 +320,19 @@ def _tiled(columns, length):
     return tiled
 
 
-def top_k(gradients: Sequence[Tensor], error: Tensor | None, blocks: Blocks) -> tuple[Tensor, Tensor]:
+def top_k(gradients: Sequence[Tensor], error: Error, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
     """The largest magnitudes of every block of a = e + g; a is not formed.
 
     Args:
         gradients: g, n matrices (rows, cols) in fp32 or fp64.
-        error: e, (n, rows, cols) in fp32, fp64 or bf16; or None.
+        error: e, as `Errors` takes it.
         blocks: length of a block, how many numbers are kept in each, and how many in a shorter last one.
 
     Returns:
-        (n, rows, k) int16 indices in the block, and values in g's dtype.
+        (n, rows, k) int16 indices in the block, and values in g's dtype; None: it cannot be done.
     """
+    if not reads(error):
+        return None
     g = Matrices(gradients)
     n, rows, cols = g.shape
     block, kept, kept_tail = blocks
@@ -331,7 +340,7 @@ def top_k(gradients: Sequence[Tensor], error: Tensor | None, blocks: Blocks) -> 
     shape = (n, rows, full * kept + (kept_tail if tail else 0))
     indices, values = torch.empty(shape, dtype=torch.int16), torch.empty(shape, dtype=g.dtype)
     unsigned = np.empty(0, np.int32 if g.dtype.itemsize == 4 else np.int64)
-    arrays = g.addresses, errors(error, g.dtype), unsigned, block, kept, kept_tail, cols, array(indices), array(values)
+    arrays = g.addresses, *Errors(error, g.dtype).arrays, unsigned, block, kept, kept_tail, cols, array(indices), array(values)
     share(_top_k, n * rows, cols, *arrays)
     return indices, values
 
@@ -380,23 +389,29 @@ def _window(stored: Stored) -> tuple[np.int32, np.ndarray, np.ndarray, np.ndarra
 
 
 def keep_sparse(
-    error: Tensor, gradients: Sequence[Tensor], row: tuple[Tensor, Tensor], blocks: Blocks, rounding: Rounding
-) -> bool | None:
-    """e <- e + g - c in place, with c the row of indices and values (n, rows, k); to bf16 stochastically.
+    error: Error,
+    gradients: Sequence[Tensor],
+    row: tuple[Tensor, Tensor],
+    blocks: Blocks,
+    rounding: Rounding,
+    absent: Sequence[int],
+) -> bool:
+    """e <- e + g - c in place, with c the row of indices and values (n, rows, k); to few bits stochastically.
 
     Args:
         rounding: the step, a number per tensor, and where the tensors begin: as `core.linalg.counted_bits` takes them.
+        absent: tensors whose error stays as it is.
 
     Returns:
-        Whether it was done; None: it cannot be.
+        Whether it was done.
     """
-    if error.dtype not in DTYPES or not error.is_contiguous():
-        return None
-    g, (step, salt, first) = Matrices(gradients), rounding
+    if not reads(error):
+        return False
+    g, kept, (step, salt, first) = Matrices(gradients), Errors(error, gradients[0].dtype), rounding
     n, rows, cols = g.shape
-    where = array(error), g.addresses, *(array(x) for x in row), _columns(cols, blocks)[0]
     noise = int(step), array(salt), *first, array(torch.empty(0, dtype=g.dtype))
-    share(_keep, n * rows, cols, error.dtype == torch.bfloat16, *where, *noise)
+    where = *kept.arrays, kept.limit, marked(absent, n), g.addresses, cols, *(array(x) for x in row)
+    share(_keep, n * rows, cols, *where, _columns(cols, blocks)[0], *noise)
     return True
 
 

@@ -31,6 +31,9 @@ _TURNS = 4
 PARTS = 16
 # Sums may be taken in any order, so that loops are vectorized; NaN and infinity stay what they are.
 REORDERED = {"reassoc", "contract", "nsz"}
+# Numbers that share a scale: `core.codecs.BLOCK`.
+BLOCK = 256
+Error = tuple[Tensor, Tensor | None] | None
 # dtypes that the kernels read and write; bf16, which numpy does not know, as its bits.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -75,16 +78,39 @@ def matrix_row(address, row, cols, like):
     return numba.carray(_pointer(address + row * cols * like.itemsize, like), (cols,))
 
 
+def _code(codes, x):
+    raise NotImplementedError  # compiled code only
+
+
+@overload(_code)
+def _code_compiled(codes, x):
+    """Code x of a row of `core.codecs.BlockQuantizer`, in 8 or 4 bits."""
+    if codes.dtype == types.uint8:
+        return lambda codes, x: np.float32(((codes[x >> 1] >> (4 * (x & 1))) & 15) - 8)
+    return lambda codes, x: np.float32(codes[x])
+
+
 @compiled
-def add_error(a, g, error, t, row, start):
-    """a <- g + e, for the columns from `start` on of a row; `error` is (n, rows, cols), or empty."""
+def add_error(a, g, error, scale, t, row, start):
+    """a <- g + e, for the columns from `start` on of a row.
+
+    `error` is (n, rows, cols), or empty; or codes, with the scales of their blocks in `scale`, which is empty else.
+    """
     if error.size == 0:
         for x in range(a.size):
             a[x] = g[x]
-    else:
+    elif scale.size == 0:
         e = error[t, row, start : start + a.size]
         for x in range(a.size):
             a[x] = g[x] + real(e[x])
+    else:
+        codes, scales, first = error[t, row], scale[t, row], 0
+        while first < a.size:
+            block = (start + first) // BLOCK
+            stop, size = min((block + 1) * BLOCK - start, a.size), scales[block]
+            for x in range(first, stop):
+                a[x] = g[x] + _code(codes, start + x) * size
+            first = stop
 
 
 @compiled
@@ -97,7 +123,7 @@ def _mix(x):
 
 @compiled
 def column_keys(step, salt, first, keys):
-    """The columns' factors of `core.linalg.counted_bits`, into `keys`; returns what the rows' are made from."""
+    """The columns' factors of `core.linalg.counted_bits`, into `keys`; returns what `row_key` takes."""
     key = _mix(_mix(step & 0x7FFFFFFF) ^ _mix(salt + 0x9E3779B9))
     mixed = _mix(key)
     for x in range(keys.size):
@@ -106,18 +132,82 @@ def column_keys(step, salt, first, keys):
 
 
 @compiled
-def write_error(e, a, key, row, keys, single, bits):
-    """e <- a; to bf16 as `core.linalg.stochastic_round` does. `bits` are those of `single`, a row of fp32."""
-    if keys.size == 0:
-        for x in range(a.size):
-            e[x] = a[x]
-        return
+def row_key(key, row):
+    """A row's factor."""
+    return np.int32(_mix(key ^ row) | 1)
+
+
+def write_error(e, scale, a, factor, keys, single, limit):
+    """e <- a for a row, as `core.error_feedback` does it: plain, or rounded by the hashes factor * keys.
+
+    Args:
+        e: fp32 or fp64; the bits of bf16; or int8 or packed 4-bit codes.
+        scale: where e is codes, those of its blocks.
+        a: the row, which may be overwritten.
+        factor, keys: what the numbers of `counted_bits` are the products of.
+        single: room for a row of fp32.
+        limit: the largest scale that may be stored.
+    """
+    raise NotImplementedError  # compiled code only
+
+
+@compiled
+def _noise(factor, key):
+    return (np.int32(factor * key) >> np.int32(16)) & np.int32(0xFFFF)
+
+
+@overload(write_error)
+def _write_error(e, scale, a, factor, keys, single, limit):
+    if isinstance(e.dtype, types.Float):
+        return _write_plain
+    if e.dtype == types.int16:
+        return _write_bf16
+    return _write_bytes if e.dtype == types.int8 else _write_halves
+
+
+def _write_plain(e, scale, a, factor, keys, single, limit):
+    for x in range(a.size):
+        e[x] = a[x]
+
+
+def _write_bf16(e, scale, a, factor, keys, single, limit):
+    bits = single.view(np.int32)
     for x in range(a.size):
         single[x] = a[x]
-    factor = np.int32(_mix(key ^ row) | 1)
     for x in range(a.size):
-        noise = (np.int32(factor * keys[x]) >> np.int32(16)) & np.int32(0xFFFF)
-        e[x] = np.int16(np.int32(bits[x] + noise) >> np.int32(16))
+        e[x] = np.int16(np.int32(bits[x] + _noise(factor, keys[x])) >> np.int32(16))
+
+
+def _write_bytes(e, scale, a, factor, keys, single, limit):
+    _quantize(scale, a, factor, keys, 127, limit)
+    for x in range(a.size):
+        e[x] = np.int8(a[x])
+
+
+def _write_halves(e, scale, a, factor, keys, single, limit):
+    _quantize(scale, a, factor, keys, 7, limit)
+    for x in range(0, a.size - 1, 2):
+        e[x >> 1] = np.uint8((np.int32(a[x]) + 8) | ((np.int32(a[x + 1]) + 8) << 4))
+    if a.size % 2:
+        e[a.size >> 1] = np.uint8(np.int32(a[a.size - 1]) + 8)
+
+
+@compiled
+def _quantize(scale, a, factor, keys, largest_code, limit):
+    """a <- its codes, rounded stochastically: `core.codecs.BlockQuantizer.encode`."""
+    tiny, half, unit = np.finfo(a.dtype).tiny, np.float32(0.5), np.float32(2.0**-16)
+    top = a.dtype.type(largest_code)
+    for block in range(scale.size):
+        part, key = a[block * BLOCK : (block + 1) * BLOCK], keys[block * BLOCK : (block + 1) * BLOCK]
+        largest = a.dtype.type(0)
+        for x in range(part.size):
+            largest = max(largest, abs(part[x]))
+        size = min(largest / top, limit)
+        size = a.dtype.type(0) if size < tiny else size
+        scale[block], by = size, (a.dtype.type(1) if size == 0 else size)
+        for x in range(part.size):
+            noise = (np.float32(_noise(factor, key[x])) + half) * unit
+            part[x] = min(max(np.floor(part[x] / by + noise), -top), top)
 
 
 def array(x: Tensor) -> np.ndarray:
@@ -142,9 +232,38 @@ class Matrices:
         self.dtype = self._held[0].dtype
 
 
-def errors(error: Tensor | None, dtype: torch.dtype) -> np.ndarray:
-    """(n, rows, cols), or empty: no error."""
-    return array(torch.empty(0, 0, 0, dtype=dtype) if error is None else error)
+class Errors:
+    """The error e for compiled functions.
+
+    Args:
+        error: e, (n, rows, cols) in fp32, fp64 or bf16, and None; or its codes and scales (`BlockQuantizer`); or None.
+        dtype: of the gradients.
+
+    Attributes:
+        arrays: e or its codes, and its scales; empty where there are none.
+        limit: the largest scale that may be stored.
+    """
+
+    def __init__(self, error: Error, dtype: torch.dtype):
+        stored, scale = (torch.empty(0, 0, 0, dtype=dtype), None) if error is None else error
+        scale = torch.empty(0, 0, 0, dtype=dtype) if scale is None else scale
+        self.arrays = array(stored), array(scale)
+        range_ = torch.finfo(dtype)
+        largest = 127 if stored.dtype == torch.int8 else 7
+        self.limit = self.arrays[1].dtype.type(range_.max / largest * (1 - 2 * range_.eps))
+
+
+def reads(error: Error) -> bool:
+    """Whether `Errors` knows the format."""
+    known = error is None or error[0].dtype in DTYPES or error[1] is not None
+    return known and (error is None or all(x is None or x.is_contiguous() for x in error))
+
+
+def marked(some: Sequence[int], n: int) -> np.ndarray:
+    """(n,) bool: whether a number is among `some`."""
+    flags = np.zeros(n, bool)
+    flags[list(some)] = True
+    return flags
 
 
 def share(function, total: int, work: int, *args) -> None:
@@ -152,7 +271,7 @@ def share(function, total: int, work: int, *args) -> None:
     turns = max(1, min(total, total * work // _SMALL))
     threads = min(torch.get_num_threads(), turns)
     turns = min(turns, _TURNS * threads) if threads > 1 else 1
-    todo = itertools.pairwise([total * i // turns for i in range(turns + 1)])
+    todo = iter(list(itertools.pairwise([total * i // turns for i in range(turns + 1)])))  # next() gives a turn to one thread
 
     def work_off() -> None:
         for lo, hi in todo:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 Stored = tuple[Tensor, Tensor | None, Tensor | None]
+Error = tuple[Tensor, Tensor | None] | None
 
 # How many rows one program of `dots` sums over, and how many slots at once.
 _ROWS = 64
@@ -101,8 +102,11 @@ def _combine(
         tl.debug_barrier()
 
 
-def top_k(gradients: Sequence[Tensor], error: Tensor | None, blocks: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """As in cpu_sparse.py; of equal magnitudes the first ones."""
+def top_k(gradients: Sequence[Tensor], error: Error, blocks: tuple[int, int, int]) -> tuple[Tensor, Tensor] | None:
+    """As in cpu_sparse.py; of equal magnitudes the first ones. None for errors in codes."""
+    error, scale = error or (None, None)
+    if scale is not None:
+        return None
     gradient = gradients if isinstance(gradients, Tensor) else torch.stack(gradients)
     n, rows, cols = gradient.shape
     block, kept, kept_tail = blocks

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_efcp import LowRankGGT, LowRankMFAC, kernels
-from hf_efcp.core.error_feedback import ErrorFeedback
+from hf_efcp.core.error_feedback import ErrorFeedback, QuantizedErrorFeedback
 from hf_efcp.core.linalg import inner
 from hf_efcp.core.windows import LowRankWindow
 from tests.reference import parameters, relative, set_gradients
@@ -34,7 +34,8 @@ def test_products_of_e_plus_g(n, rows, cols, rank, dtype, error_dtype):
     e = None if error_dtype is None else random(n, rows, cols, dtype=error_dtype, seed=1)
     a = (g if e is None else g + e.to(dtype)).double()
     bound = 1e-14 if dtype == torch.float64 else 1e-6
-    found = kernels.times(g, e, q), kernels.transposed_times(g, e, p)
+    stored = None if e is None else (e, None)
+    found = kernels.times(g, stored, q), kernels.transposed_times(g, stored, p)
     for got, expected in zip(found, (a @ q.double().mT, p.double() @ a), strict=True):
         assert got.dtype == dtype
         assert relative(got.double(), expected) < bound
@@ -68,6 +69,28 @@ def test_the_error_is_torchs_and_rounded_by_the_same_numbers(n, rows, cols, rank
     # A sum in another order may be rounded to the next number of bf16.
     assert (errors[0] == errors[1]).double().mean() > (0.98 if error_dtype == torch.bfloat16 else 0)
     assert relative(errors[1].double(), errors[0].double()) < {torch.bfloat16: 3e-3}.get(error_dtype, 1e-6)
+
+
+@SHAPES
+@DTYPES
+@pytest.mark.parametrize("bits", [8, 4])
+def test_errors_in_codes(n, rows, cols, rank, dtype, bits, monkeypatch):
+    ends, g = [], random(n, rows, cols, dtype=dtype, seed=3)
+    for off in ("0", "1"):
+        monkeypatch.setenv("HF_EFCP_KERNELS", off)
+        window = LowRankWindow(n, 2, rows, cols, rank, dtype=dtype, compute_dtype=dtype, device=torch.device("cpu"))
+        window.stage((random(n, rows, rank, dtype=dtype) / 8, random(n, cols, rank, dtype=dtype, seed=1)))
+        feedback = QuantizedErrorFeedback(bits, (n, rows, cols), dtype, torch.arange(n) + 5, (7, 3))
+        feedback.keep(list(g), window, torch.tensor(4))
+        codes = feedback.error.clone()
+        feedback.keep(list(g), window, torch.tensor(5), absent=[0])
+        assert torch.equal(feedback.error[0], codes[0])
+        q = random(n, rank, cols, dtype=dtype)
+        products = kernels.times(g, feedback.stored(), q) if off == "1" else feedback.accumulate(g) @ q.mT
+        ends.append((feedback.accumulate(g), products, feedback.scale))
+    for mine, theirs in zip(*ends, strict=True):
+        # A sum in another order may end at the next code.
+        assert relative(mine.double(), theirs.double()) < (1e-3 if bits == 8 else 2e-2)
 
 
 @pytest.mark.parametrize("cls", [LowRankMFAC, LowRankGGT])

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from hf_efcp import SparseGGT, SparseMFAC, kernels
 from hf_efcp.core.codecs import SparseCodec
 from hf_efcp.core.compressors import BlockTopK
-from hf_efcp.core.error_feedback import ErrorFeedback
+from hf_efcp.core.error_feedback import ErrorFeedback, QuantizedErrorFeedback
 from hf_efcp.core.low_bit_windows import LowBitSparseWindow
 from hf_efcp.core.windows import SparseWindow
 from tests.reference import parameters, relative, set_gradients, update_of
@@ -203,6 +203,27 @@ def test_a_window_with_indices_out_of_range_does_no_harm(module, dtype):
     next(iter(window.state.values())).random_(-(2**15), 2**15)
     window.dots(torch.tensor([1]))
     assert window.combine(c).shape == (1, 2, 40)
+
+
+@pytest.mark.parametrize("module", ["cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+@EVERY_SHAPE
+def test_an_error_in_codes_is_read_and_written_as_torch_does(module, plain, n, rows, cols, block, density, bits, dtype):
+    g, ends = torch.randn(n, rows, cols, dtype=dtype), []
+    g[0, 0] = 0  # a scale of zero
+    for run in (lambda f, *args: f(*args), plain):
+        window, _ = plain(window_of, n, rows, cols, block, density, dtype)
+        feedback = QuantizedErrorFeedback(bits, (n, rows, cols), dtype, torch.arange(n) + 5, (7, 3))
+        compressor = BlockTopK(cols, density, block)
+        for step in range(3):
+            absent = [n - 1] if step == 1 else []
+            parts = run(compressor.compress, g, STEP, feedback)
+            run(feedback.keep, list(g), window, torch.tensor(step), True, absent)
+        ends.append([feedback.error, feedback.scale, dense(compressor, *parts, cols)])
+    for mine, theirs in zip(*ends, strict=True):
+        assert torch.equal(mine, theirs)
+    assert module == ["top_k", "keep_sparse"] * 3
 
 
 @pytest.mark.parametrize("options", [{}, {"window_dtype": "bf16", "error_dtype": "bf16"}, {"scope": "layer"}])
