@@ -14,6 +14,7 @@ from torch import Tensor
 from .cpu_tools import (
     DTYPES,
     PARTS,
+    REORDERED,
     Error,
     Errors,
     Matrices,
@@ -39,7 +40,7 @@ _LONG = 2**20
 _RUN, _WHOLE = 2048, 4096
 
 
-@compiled(reordered=True)
+@compiled(relaxed=REORDERED)
 def _products(x, y, start, out):
     """out[s] += <x, y[s]> with y from the column `start` on, four at a time: x is read and converted once for them."""
     many, stop = len(out), start + x.size
@@ -60,7 +61,7 @@ def _products(x, y, start, out):
         out[s] = t0
 
 
-@compiled(reordered=True)
+@compiled(relaxed=REORDERED)
 def _times(lo, hi, gradients, error, scale, q, out):
     rows, cols = out.shape[1], q.shape[2]
     a = np.empty(cols, q.dtype)
@@ -70,7 +71,7 @@ def _times(lo, hi, gradients, error, scale, q, out):
         _products(a, q[t], 0, out[t, row])
 
 
-@compiled(reordered=True)
+@compiled(relaxed=REORDERED)
 def _transposed_times(lo, hi, parts, gradients, error, scale, p, out):
     rows, cols = p.shape[2], out.shape[3]
     a = np.empty(cols, p.dtype)
@@ -84,7 +85,7 @@ def _transposed_times(lo, hi, parts, gradients, error, scale, p, out):
                     to[x] += weight * a[x]
 
 
-@compiled(reordered=True)
+@compiled(relaxed=REORDERED)
 def _inner(lo, hi, a, b, out):
     many, length = a.shape[1:]
     run = length if length <= _WHOLE else _RUN  # so much of b stays in the cache; measured
@@ -95,7 +96,7 @@ def _inner(lo, hi, a, b, out):
             _products(a[t, i, start:stop], b[t], start, out[t, i])
 
 
-@compiled(reordered=True)
+@compiled(relaxed=REORDERED)
 def _keep(lo, hi, error, scale, limit, absent, gradients, p, q, step, salts, first_row, first_col):
     rows, cols = p.shape[2], q.shape[2]
     a, single, keys, key = np.empty(cols, p.dtype), np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)

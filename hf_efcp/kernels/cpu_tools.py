@@ -31,6 +31,8 @@ _TURNS = 4
 PARTS = 16
 # Sums may be taken in any order, so that loops are vectorized; NaN and infinity stay what they are.
 REORDERED = {"reassoc", "contract", "nsz"}
+# There is no NaN: maxima are vectorized.
+FINITE = {"nnan", "nsz"}
 # Numbers that share a scale: `core.codecs.BLOCK`.
 BLOCK = 256
 Error = tuple[Tensor, Tensor | None] | None
@@ -38,11 +40,11 @@ Error = tuple[Tensor, Tensor | None] | None
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def compiled(function=None, *, reordered: bool = False):
-    """Decorator: compile at the first call, keep the code on disk, hold no lock."""
+def compiled(function=None, *, relaxed: set[str] | None = None):
+    """Decorator: compile at the first call, keep the code on disk, hold no lock. `relaxed`: LLVM's fast-math flags."""
     if function is None:
-        return functools.partial(compiled, reordered=reordered)
-    options = {"nogil": True, "fastmath": REORDERED if reordered else False}
+        return functools.partial(compiled, relaxed=relaxed)
+    options = {"nogil": True, "fastmath": relaxed or False}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # nowhere to keep compiled code: compile in every process
@@ -86,7 +88,8 @@ def _code(codes, x):
 def _code_compiled(codes, x):
     """Code x of a row of `core.codecs.BlockQuantizer`, in 8 or 4 bits."""
     if codes.dtype == types.uint8:
-        return lambda codes, x: np.float32(((codes[x >> 1] >> (4 * (x & 1))) & 15) - 8)
+        one = np.uint64(1)
+        return lambda codes, x: np.float32(np.int32((codes[x >> one] >> np.uint8(np.uint8(4) * np.uint8(x & one))) & 15) - 8)
     return lambda codes, x: np.float32(codes[x])
 
 
@@ -108,8 +111,9 @@ def add_error(a, g, error, scale, t, row, start):
         while first < a.size:
             block = (start + first) // BLOCK
             stop, size = min((block + 1) * BLOCK - start, a.size), scales[block]
-            for x in range(first, stop):
-                a[x] = g[x] + _code(codes, start + x) * size
+            part, g_part, at = a[first:stop], g[first:stop], np.uint64(start + first)
+            for x in range(part.size):
+                part[x] = g_part[x] + _code(codes, at + np.uint64(x)) * size
             first = stop
 
 
@@ -192,7 +196,7 @@ def _write_halves(e, scale, a, factor, keys, single, limit):
         e[a.size >> 1] = np.uint8(np.int32(a[a.size - 1]) + 8)
 
 
-@compiled
+@compiled(relaxed=FINITE)
 def _quantize(scale, a, factor, keys, largest_code, limit):
     """a <- its codes, rounded stochastically: `core.codecs.BlockQuantizer.encode`."""
     tiny, half, unit = np.finfo(a.dtype).tiny, np.float32(0.5), np.float32(2.0**-16)
