@@ -1,11 +1,13 @@
 """Bit-for-bit comparison of everything that an optimizer and its parameters hold, and short deterministic runs."""
 
+import io
 import warnings
 
 import pytest
 import torch
+from torch.nn import Parameter
 
-from tests.reference import NAMES, make, parameters
+from tests.reference import NAMES, SHAPES, make, parameters
 
 M = 4  # window size: a few steps wrap around
 
@@ -76,9 +78,6 @@ def started(name, steps=M + 2, dtype=torch.float32, shapes=None, **options):
     return optimizer, params
 
 
-__all__ = ["NAMES", "M", "bits", "count", "differences", "gradients_at", "same", "shared", "snapshot", "started", "train"]
-
-
 EVERY = pytest.mark.parametrize("name", NAMES)
 COMPRESSED = pytest.mark.parametrize("name", [n for n in NAMES if "dense" not in n])
 SCOPES = pytest.mark.parametrize("scope", ["model", "layer"])
@@ -98,3 +97,72 @@ def assert_unchanged(before, optimizer, params, **kwargs):
 def all_finite(optimizer, params):
     state = [t for entry in optimizer.state.values() for t in entry.values()]
     return all(t.isfinite().all() for t in [*params, *state])
+
+
+# Checkpoints -------------------------------------------------------------------------------------------------------------
+
+CHECKPOINT_OPTIONS = pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9},
+        {"error_dtype": "bf16"},
+        {"window_dtype": "bf16"},
+        {"scope": "layer"},
+        {"window_momentum": 0.5, "weight_decay": 0.1, "weight_decay_mode": "l2", "update_rms": None, "lr": 1e-4},
+        {"scope": "layer", "momentum": 0.9, "error_dtype": "bf16", "window_dtype": "bf16", "weight_decay": 0.1},
+        {"window_format": "low_bit", "error_format": "int4", "stochastic_rounding": True, "weight_decay": 0.1},
+    ],
+    ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()) or "plain",
+)
+
+
+def through_a_file(saved):
+    """What a state dict is after torch.save and torch.load(weights_only=True)."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def clones(params, dtype=None):
+    return [Parameter(p.detach().clone().to(dtype or p.dtype), requires_grad=p.requires_grad) for p in params]
+
+
+def fresh(name, params, **options):
+    """A new optimizer as `started` makes it, before its first step."""
+    return make(name, params, **{"lr": 0.01, "window_size": M, "update_rms": 0.1, **options})
+
+
+def resumed(name, optimizer, params, **options):
+    """Another process's optimizer and parameters, from the checkpoint of this one."""
+    others = clones(params)
+    other = fresh(name, others, **options)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    return other, others
+
+
+def expected_dtypes(key, compute=torch.float32, window=None, error=None):
+    return {
+        "window_indices": torch.int16,
+        "gram": torch.float64,
+        "step": torch.int64,
+        "skipped": torch.int64,
+        "error": error or compute,
+        "momentum": compute,
+        "warm_start": compute,
+    }.get(key, window or compute)
+
+
+def assert_dtypes(optimizer, **kwargs):
+    seen = {key: value.dtype for entry in optimizer.state.values() for key, value in entry.items()}
+    assert seen and seen == {key: expected_dtypes(key, **kwargs) for key in seen}
+    return set(seen)
+
+
+class Model(torch.nn.Module):
+    """The parameters of tests.reference, as a module."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.tensors = torch.nn.ParameterList(parameters(SHAPES, dtype))
