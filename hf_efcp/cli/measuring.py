@@ -171,15 +171,15 @@ def phases(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[d
         original = getattr(owner, name)
 
         def timed(*args, **kwargs):
-            """The original, with a mark before and after it; but for "combine", calls inside another one belong to that one."""
+            """The original, with a mark before and after it; calls inside another one belong to that one."""
             nonlocal inside
             if inside:  # commit() of a plain row stages it again
                 return original(*args, **kwargs)
-            outer, inside, start = inside, True, mark()
+            inside, start = True, mark()
             try:
                 return original(*args, **kwargs)
             finally:
-                inside = outer
+                inside = False
                 marks.append((phase, start, mark()))
 
         setattr(owner, name, timed)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 # Length of a block, entries kept in each, entries kept in a shorter last one (0: there is none).
 Blocks = tuple[int, int, int]
-# A sparse window: indices, values and scales as its format has them; None for what it has not.
+# A sparse window: indices and values (n, rows, m, k), and None; or, in 16 bits (`codecs.SparseCodec`), entries, None, and scales
+# (n, rows, m, blocks).
 Stored = tuple[Tensor, Tensor | None, Tensor | None]
 # The error feedback: (n, rows, cols) and None, or codes and their scales (`codecs.BlockQuantizer`); None: there is none.
 Error = tuple[Tensor, Tensor | None] | None
@@ -101,7 +102,7 @@ def _try(modules: dict[str, str], name: str, example: Tensor, *args):
     try:
         operation = getattr(importlib.import_module(f".{modules[kind]}", __name__), name, None)
         return None if operation is None else operation(*args)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):  # of one that writes in place, a part may be done
         raise
     except Exception as error:  # the compiler's own errors are of many types
         _failed.add(kind)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import Error, Rounding
 from .cpu_tools import (
     DTYPES,
     PARTS,
     REORDERED,
-    Error,
     Errors,
     Matrices,
     add_error,
@@ -30,8 +30,6 @@ from .cpu_tools import (
     share,
     write_error,
 )
-
-Rounding = tuple[Tensor, Tensor, tuple[int, int]]
 
 # More columns than this are a matter for a library of matrix products.
 _SKINNY = 16

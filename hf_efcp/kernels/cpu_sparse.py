@@ -9,9 +9,9 @@ import torch
 from numba.cpython.unsafe.numbers import trailing_zeros
 from torch import Tensor
 
+from . import Blocks, Error, Rounding, Stored
 from .cpu_tools import (
     PARTS,
-    Error,
     Errors,
     Matrices,
     add_error,
@@ -26,11 +26,6 @@ from .cpu_tools import (
     share,
     write_error,
 )
-
-Blocks = tuple[int, int, int]
-Rounding = tuple[Tensor, Tensor, tuple[int, int]]
-# A window: indices and values (n, rows, m, k); or entries of 16 bits, None, and scales (n, rows, m, blocks): see `SparseCodec`.
-Stored = tuple[Tensor, Tensor | None, Tensor | None]
 
 # Where more is kept, a heap over the whole block.
 _MANY = 32
@@ -161,7 +156,7 @@ def _index(stored, shift):
 
 
 @compiled
-def _code(stored):
+def _value(stored):
     """The value of a low-bit entry, in units of its block's scale."""
     return np.float32((np.int32(stored) & np.int32(63)) - np.int32(32))
 
@@ -193,7 +188,7 @@ def _flag(index, shift, new_i, columns, marks, flags):
 
 
 @compiled
-def _dots(lo, hi, parts, shift, indices, values, scales, row_indices, row_values, columns, blocks_of, dense, out):
+def _dots(lo, hi, parts, shift, indices, values, scales, row_indices, row_values, columns, blocks_of, cols, out):
     """Of a row's window few entries lie where the new row has one: these are found by their indices, in bulk.
 
     Their values are read later, many at a time: they are scattered over memory, and to wait for each would take longer than
@@ -201,7 +196,7 @@ def _dots(lo, hi, parts, shift, indices, values, scales, row_indices, row_values
     """
     rows, length = indices.shape[1:]
     kept, (m, blocks) = row_values.shape[2], scales.shape[2:]
-    dense, marks = np.zeros(dense.size, row_values.dtype), np.zeros(dense.size, np.uint8)
+    dense, marks = np.zeros(cols + 2 * _ROOM, row_values.dtype), np.zeros(cols + 2 * _ROOM, np.uint8)
     columns, slots = _tiled(columns, length), np.empty(length, np.int32)
     for j in range(length):
         slots[j] = j // kept
@@ -241,7 +236,7 @@ def _dots(lo, hi, parts, shift, indices, values, scales, row_indices, row_values
                     entry, scale = indices[t].reshape(rows * length), scales[t].reshape(rows * m * blocks)
                     for i in range(count):
                         power = np.float64(_power(scale[scale_places[i]]))
-                        products[met_slots[i]] += met[i] * (np.float64(_code(entry[places[i]])) * power)
+                        products[met_slots[i]] += met[i] * (np.float64(_value(entry[places[i]])) * power)
                 count = 0
 
 
@@ -258,7 +253,7 @@ def _weigh(c, scale, blocks_of, weights):
 def _sum_row(shift, index, value, columns, weights, products, places, dense):
     """The row's part of G^T c is added to `dense`, which is zero."""
     for j in range(index.size):  # in loops of their own, these are vectorized
-        products[j] = weights[j] * (_code(index[j]) if shift else real(value[j]))
+        products[j] = weights[j] * (_value(index[j]) if shift else real(value[j]))
     for j in range(index.size):
         places[j] = columns[j] + _index(index[j], shift)
     for j in range(index.size):
@@ -266,12 +261,10 @@ def _sum_row(shift, index, value, columns, weights, products, places, dense):
 
 
 @compiled
-def _combine(
-    lo, hi, first, shift, indices, values, scales, c, columns, blocks_of, dense, rows, cols, out, params, scale, decay
-):  # fmt: skip
-    """Rows of u = G^T c into `out`; or, where that is empty, p <- decay * p + scale * u for the matrices at `params`."""
+def _update(lo, hi, first, shift, indices, values, scales, c, columns, blocks_of, params, rows, cols, factor, decay):
+    """p <- decay * p + factor * u with u = G^T c, of `rows` rows from `first` on, for the matrices at `params`."""
     length = indices.shape[2]
-    dense, columns = np.zeros(dense.size, dense.dtype), _tiled(columns, length)
+    dense, columns = np.zeros(cols + 2 * _ROOM, c.dtype), _tiled(columns, length)
     weights, products, places = np.empty(length, c.dtype), np.empty(length, c.dtype), np.empty(length, np.int32)
     u = dense[_ROOM : _ROOM + cols]
     for task in range(lo, hi):
@@ -280,14 +273,9 @@ def _combine(
             _weigh(c[t], scales[t, first + row] if scales.size else scales[0, 0], blocks_of, weights)
         value = values[t, first + row] if values.size else values[0, 0]
         _sum_row(shift, indices[t, first + row], value, columns, weights, products, places, dense)
-        if out.size:
-            to = out[t, row]
-            for x in range(cols):
-                to[x] = u[x]
-        else:
-            p = matrix_row(params[t], row, cols, dense)
-            for x in range(cols):
-                p[x] = decay * p[x] + scale * u[x]
+        p = matrix_row(params[t], row, cols, dense)
+        for x in range(cols):
+            p[x] = decay * p[x] + factor * u[x]
         for x in range(cols):
             u[x] = 0
 
@@ -351,32 +339,37 @@ def dots(stored: Stored, row: tuple[Tensor, Tensor], cols: int, blocks: Blocks) 
     parts = -(-PARTS // n)
     out = torch.zeros(n, parts, m, dtype=torch.float64)
     shift, *window = _window(stored)
-    new, dense = [array(x) for x in row], np.empty(cols + 2 * _ROOM, bool)
-    share(_dots, n * parts, rows * m * k // parts, parts, shift, *window, *new, *_columns(cols, blocks), dense, array(out))
+    new = [array(x) for x in row]
+    share(_dots, n * parts, rows * m * k // parts, parts, shift, *window, *new, *_columns(cols, blocks), cols, array(out))
     return out.sum(1)
 
 
 def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor:
     """Rows `rows` of G^T c, (n, rows, cols) in c's dtype, fp32 or fp64; c is (n, m)."""
-    out = torch.empty(len(c), rows.stop - rows.start, cols, dtype=c.dtype)
-    _each_row(stored, c, cols, blocks, rows, array(out), np.empty(0, np.int64), 0.0, 0.0)
-    return out
+    u = torch.zeros(len(c), rows.stop - rows.start, cols, dtype=c.dtype)
+    _update_rows(stored, c, blocks, rows.start, u, 1.0, 0.0)
+    return u
 
 
 def apply(stored: Stored, c: Tensor, cols: int, blocks: Blocks, params: Sequence[Tensor], scale: float, decay: float) -> bool:
-    """p <- decay * p + scale * u with u = G^T c, which is not formed, for n contiguous matrices (rows, cols) in c's dtype."""
-    at, out = Matrices(params), np.empty((0, 0, 0), array(c).dtype)
-    _each_row(stored, c, cols, blocks, slice(0, stored[0].shape[1]), out, at.addresses, scale, decay)
+    """p <- decay * p + scale * u with u = G^T c, which is not formed, for n matrices (rows, cols) in c's dtype.
+
+    Returns:
+        Whether it was done: matrices have to be contiguous.
+    """
+    if not all(p.is_contiguous() for p in params):
+        return False
+    _update_rows(stored, c, blocks, 0, params, scale, decay)
     return True
 
 
-def _each_row(stored, c, cols, blocks, rows, out, params, scale, decay) -> None:
-    n, _, m, k = stored[0].shape
-    many, weights = rows.stop - rows.start, array(c)
+def _update_rows(stored, c, blocks, first, params, factor, decay) -> None:
+    p, weights = Matrices(params), array(c)
+    n, rows, cols = p.shape
     shift, *window = _window(stored)
-    dense, number = np.empty(cols + 2 * _ROOM, weights.dtype), weights.dtype.type
-    arrays = *window, weights, *_columns(cols, blocks), dense, many, cols, out, params, number(scale), number(decay)
-    share(_combine, n * many, m * k + cols, rows.start, shift, *arrays)
+    number = weights.dtype.type
+    arrays = *window, weights, *_columns(cols, blocks), p.addresses, rows, cols, number(factor), number(decay)
+    share(_update, n * rows, window[0].shape[2] + cols, first, shift, *arrays)
 
 
 def _window(stored: Stored) -> tuple[np.int32, np.ndarray, np.ndarray, np.ndarray]:

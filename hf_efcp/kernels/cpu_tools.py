@@ -1,13 +1,15 @@
-"""What the compiled CPU functions share: matrices by address, bf16, rounding by hashes, and threads.
+"""What the compiled CPU functions share: matrices by address, the error's formats, rounding by hashes, and threads.
 
-Work is cut by rows of the tensors and given to plain Python threads, as many as torch uses: the compiled functions hold no
-lock. numba's own thread pools would abort where two threads step at once (workqueue) or in a process forked after a step
-(OpenMP), and choosing one is a global setting. Every row is one thread's, and sums over rows are cut by the shape alone: the
-result does not depend on the number of threads.
+Work is cut by rows of the tensors and given to as many threads as torch uses: the compiled functions hold no lock. Every row is
+one thread's, and sums over rows are cut by the shape alone: the result does not depend on the number of threads.
+
+numba keeps compiled code by the file that a function is in. Who edits what others compile in, as all that is here, has to delete
+`__pycache__`.
 """
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import functools
 import itertools
@@ -23,6 +25,8 @@ from numba import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from . import Error
+
 # Less than this many entries are not worth a turn of another thread.
 _SMALL = 2**16
 # Turns of each thread: what else a core has to do delays one of them, not half of the work.
@@ -35,7 +39,6 @@ REORDERED = {"reassoc", "contract", "nsz"}
 FINITE = {"nnan", "nsz"}
 # Numbers that share a scale: `core.codecs.BLOCK`.
 BLOCK = 256
-Error = tuple[Tensor, Tensor | None] | None
 # dtypes that the kernels read and write; bf16, which numpy does not know, as its bits.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -183,22 +186,37 @@ def _write_bf16(e, scale, a, factor, keys, single, limit):
 
 
 def _write_bytes(e, scale, a, factor, keys, single, limit):
-    _quantize(scale, a, factor, keys, 127, limit)
+    _encode(scale, a, factor, keys, 127, limit)
     for x in range(a.size):
         e[x] = np.int8(a[x])
 
 
 def _write_halves(e, scale, a, factor, keys, single, limit):
-    _quantize(scale, a, factor, keys, 7, limit)
+    _encode(scale, a, factor, keys, 7, limit)
     for x in range(0, a.size - 1, 2):
         e[x >> 1] = np.uint8((np.int32(a[x]) + 8) | ((np.int32(a[x + 1]) + 8) << 4))
     if a.size % 2:
         e[a.size >> 1] = np.uint8(np.int32(a[a.size - 1]) + 8)
 
 
+@compiled
+def _encode(scale, a, factor, keys, largest_code, limit):
+    """a <- its codes, rounded stochastically: `core.codecs.BlockQuantizer.encode`."""
+    top, finite = np.finfo(a.dtype).max, True
+    for x in range(a.size):
+        finite &= abs(a[x]) <= top
+    if finite:
+        _quantize(scale, a, factor, keys, largest_code, limit)
+        return
+    for block in range(scale.size):  # noticed at the next step
+        scale[block] = np.nan
+    for x in range(a.size):
+        a[x] = 0
+
+
 @compiled(relaxed=FINITE)
 def _quantize(scale, a, factor, keys, largest_code, limit):
-    """a <- its codes, rounded stochastically: `core.codecs.BlockQuantizer.encode`."""
+    """`_encode` for finite numbers."""
     tiny, half, unit = np.finfo(a.dtype).tiny, np.float32(0.5), np.float32(2.0**-16)
     top = a.dtype.type(largest_code)
     for block in range(scale.size):
@@ -230,7 +248,7 @@ class Matrices:
     """
 
     def __init__(self, matrices: Sequence[Tensor]):
-        self._held = [x.contiguous() for x in matrices]
+        self._held = [x.resolve_neg().contiguous() for x in matrices]
         self.addresses = np.array([x.data_ptr() for x in self._held], np.int64)
         self.shape = (len(self._held), *self._held[0].shape)
         self.dtype = self._held[0].dtype
@@ -275,10 +293,14 @@ def share(function, total: int, work: int, *args) -> None:
     turns = max(1, min(total, total * work // _SMALL))
     threads = min(torch.get_num_threads(), turns)
     turns = min(turns, _TURNS * threads) if threads > 1 else 1
-    todo = iter(list(itertools.pairwise([total * i // turns for i in range(turns + 1)])))  # next() gives a turn to one thread
+    todo = collections.deque(itertools.pairwise([total * i // turns for i in range(turns + 1)]))
 
     def work_off() -> None:
-        for lo, hi in todo:
+        while True:
+            try:
+                lo, hi = todo.popleft()  # gives a turn to one thread
+            except IndexError:
+                return
             function(lo, hi, *args)
 
     if threads == 1:
@@ -295,7 +317,8 @@ def share(function, total: int, work: int, *args) -> None:
 
 
 # torch's own threads, where it has GNU's OpenMP: after each of torch's loops they look for work, at full speed, for some
-# milliseconds, and threads of our own would share their cores with them. They do not survive a fork.
+# milliseconds, and threads of our own would share their cores with them. They do not survive a fork. (numba's pools would abort
+# where two threads step at once, or in a process forked after a step, and choosing one is a global setting.)
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _gomp_parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform == "linux" else None
 _HOME = os.getpid()

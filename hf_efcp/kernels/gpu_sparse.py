@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Stored = tuple[Tensor, Tensor | None, Tensor | None]
-Error = tuple[Tensor, Tensor | None] | None
+from . import Blocks, Error, Stored
 
 # How many rows one program of `dots` sums over, and how many slots at once.
 _ROWS = 64
@@ -102,12 +101,14 @@ def _combine(
         tl.debug_barrier()
 
 
-def top_k(gradients: Sequence[Tensor], error: Error, blocks: tuple[int, int, int]) -> tuple[Tensor, Tensor] | None:
+def top_k(gradients: Sequence[Tensor], error: Error, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
     """As in cpu_sparse.py; of equal magnitudes the first ones. None for errors in codes."""
     error, scale = error or (None, None)
     if scale is not None:
         return None
-    gradient = gradients if isinstance(gradients, Tensor) else torch.stack(gradients)
+    if not isinstance(gradients, Tensor):
+        gradients = gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)
+    gradient = gradients
     n, rows, cols = gradient.shape
     block, kept, kept_tail = blocks
     full, tail = divmod(cols, block)
@@ -124,7 +125,7 @@ def top_k(gradients: Sequence[Tensor], error: Error, blocks: tuple[int, int, int
     return indices, values
 
 
-def dots(stored: Stored, row: tuple[Tensor, Tensor], cols: int, blocks: tuple[int, int, int]) -> Tensor | None:
+def dots(stored: Stored, row: tuple[Tensor, Tensor], cols: int, blocks: Blocks) -> Tensor | None:
     """As in cpu_sparse.py; None for low-bit entries."""
     indices, values, scales = stored
     if scales is not None:
@@ -145,7 +146,7 @@ def dots(stored: Stored, row: tuple[Tensor, Tensor], cols: int, blocks: tuple[in
     return out.sum(1)
 
 
-def combine(stored: Stored, c: Tensor, cols: int, blocks: tuple[int, int, int], rows: slice) -> Tensor | None:
+def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor | None:
     """As in cpu_sparse.py; None for low-bit entries."""
     indices, values, scales = stored
     if scales is not None:

@@ -207,7 +207,8 @@ class Stack:
     def _apply_at_once(self, c: Tensor, lr: float, weight_decay: float, accepted: bool | Tensor) -> bool:
         """The plain case of `update`, without forming u; whether the window can."""
         pieces, dtype = self.pieces, self.window.compute_dtype
-        plain = accepted is True and self.momentum is None and all(piece.param.requires_grad for piece in pieces)
+        unmasked = accepted is True or not weight_decay  # of a step that is not accepted c is zero
+        plain = unmasked and self.momentum is None and all(piece.param.requires_grad for piece in pieces)
         params = [piece.data for piece in pieces] if plain else []
         if not plain or any(p.dtype != dtype for p in params):
             return False
@@ -217,6 +218,8 @@ class Stack:
         for p, matrix in zip(params, matrices, strict=True):
             if matrix.data_ptr() != p.data_ptr():
                 p.copy_(matrix.view(p.shape))
+        # A kernel writes unseen by autograd, which has to refuse a graph from before.
+        torch.autograd.graph.increment_version([piece.param for piece in pieces])
         return True
 
 

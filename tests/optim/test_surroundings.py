@@ -46,6 +46,20 @@ def test_autocast_around_the_step_changes_nothing(name):
     assert differences(*runs) == []
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@EVERY
+def test_autograd_notices_that_parameters_have_changed(name, momentum):
+    """A graph from before the step would give the gradients of other parameters."""
+    params = parameters([(12, 30), (40,)])
+    optimizer = make(name, params, lr=0.1, window_size=M, momentum=momentum)
+    loss = sum((p * p).sum() for p in params)
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    for p in params:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, p, retain_graph=True)
+
+
 def test_matmul_precision_is_ignored_and_restored():
     for name in NAMES:
         runs = []
