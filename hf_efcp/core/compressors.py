@@ -34,7 +34,7 @@ class Identity:
 
 
 class BlockTopK:
-    """The entries of largest magnitude in every block of every row (EFCP, section 4; ties as torch.topk breaks them).
+    """The entries of largest magnitude in every block of every row (EFCP, section 4; which of equal ones is open).
 
     Blocks are runs of `block_size` inside one row; the last block of a row may be shorter, and keeps at least one entry too.
 
