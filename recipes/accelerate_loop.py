@@ -197,7 +197,9 @@ def train_epoch(accelerator, model, optimizer, scheduler, loader, progress: Prog
     model.train()
     loader.set_epoch(progress.epoch)
     batches = loader
-    if progress.batch:
+    if progress.batch == len(loader):  # saved after the epoch's last step; skipping all of them fails in Accelerate before 1.9
+        batches = []
+    elif progress.batch:
         batches = skip_first_batches(loader, progress.batch)
         batches.set_epoch(progress.epoch)
     losses, milliseconds, start = [], [], time.perf_counter()

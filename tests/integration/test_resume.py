@@ -142,7 +142,7 @@ def test_the_batch_size_that_fits_is_found(name, make_trainer, checkpoint):
     assert_resumed(again, out, checkpoint)
     assert count(optimizer_of(again)) == 3 + STEPS
     assert tried[:4] == [16] * 4
-    assert max(tried[4:]) == max(tried_again) == 14
+    assert max(tried[4:]) == max(tried_again) in (8, 14)  # Accelerate before 1.9 halves 16, later ones take 0.9 of it
 
 
 @few_names
