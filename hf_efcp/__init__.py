@@ -8,9 +8,9 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from ._version import __version__
-from .integrations.groups import parameter_groups
+from .groups import parameter_groups
 from .optim import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
-from .optim.options import OptionError
+from .options import OptionError
 from .registry import create_optimizer, list_optimizers, optim_defaults
 
 

@@ -13,25 +13,37 @@ import torch
 
 from .optim import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
 from .optim.budget import BUDGETED
-from .optim.options import GroupOptions, OptionError, annotations, build, unknown_name
+from .options import GroupOptions, OptionError, annotations, build, unknown_name
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerInfo:
-    """One registered optimizer.
+    """One registered optimizer: everything that listings, tests and tools know of a method without reading its name.
 
     Attributes:
         name: what `--optim` and `create_optimizer` take.
         cls: the `torch.optim.Optimizer` class.
         description: one line.
+        family: the preconditioner, "mfac" or "ggt".
+        compression: what is kept of a gradient, "low rank", "sparse" or "dense".
+        paper: arXiv number.
         hf_defaults: option values that `--optim NAME` starts from, where they differ from the class defaults: they make
             AdamW's learning rates work unchanged.
+        windowed: whether it keeps a window of gradients and their Gram matrix.
+        lossy: option values under which small tensors (12 x 30) lose something in compression; empty: nothing ever does.
+        exact: option values under which compression loses nothing.
     """
 
     name: str
     cls: type[torch.optim.Optimizer]
     description: str
+    family: str
+    compression: str
+    paper: str
     hf_defaults: Mapping[str, Any]
+    windowed: bool = True
+    lossy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    exact: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def options(self) -> dict[str, Any]:
         """Option name -> type annotation, the group options (lr, weight_decay) included."""
@@ -51,50 +63,58 @@ class OptimizerInfo:
 
 
 _DEFAULTS = {"update_rms": 0.5, "error_dtype": torch.bfloat16, "shard": "auto"}
-_MFAC_DEFAULTS = MappingProxyType({"window_size": 32, **_DEFAULTS})
-_GGT_DEFAULTS = MappingProxyType({"window_size": 100, **_DEFAULTS})
+_MFAC_DEFAULTS: Mapping[str, Any] = MappingProxyType({"window_size": 32, **_DEFAULTS})
+_GGT_DEFAULTS: Mapping[str, Any] = MappingProxyType({"window_size": 100, **_DEFAULTS})
 
-_REGISTRY = {
-    info.name: info
-    for info in (
-        OptimizerInfo(
-            "efcp_lowrank_mfac",
-            LowRankMFAC,
-            "M-FAC on low-rank gradients with error feedback: the smallest window",
-            _MFAC_DEFAULTS,
-        ),
-        OptimizerInfo(
-            "efcp_sparse_mfac",
-            SparseMFAC,
-            "M-FAC on block top-k gradients with error feedback",
-            _MFAC_DEFAULTS,
-        ),
-        OptimizerInfo(
-            "efcp_dense_mfac",
-            DenseMFAC,
-            "M-FAC on uncompressed gradients: the reference, 4*window_size bytes per parameter",
-            _MFAC_DEFAULTS,
-        ),
-        OptimizerInfo(
-            "efcp_lowrank_ggt",
-            LowRankGGT,
-            "full-matrix Adagrad (GGT) on low-rank gradients with error feedback",
-            _GGT_DEFAULTS,
-        ),
-        OptimizerInfo(
-            "efcp_sparse_ggt",
-            SparseGGT,
-            "full-matrix Adagrad (GGT) on block top-k gradients with error feedback",
-            _GGT_DEFAULTS,
-        ),
-        OptimizerInfo(
-            "efcp_dense_ggt",
-            DenseGGT,
-            "full-matrix Adagrad (GGT) on uncompressed gradients: the reference, 4*window_size bytes per parameter",
-            _GGT_DEFAULTS,
-        ),
-    )
+_LOW_RANK: dict[str, Any] = {"compression": "low rank", "paper": "2306.06098", "lossy": {"rank": 2}, "exact": {"rank": 10_000}}
+_SPARSE: dict[str, Any] = {
+    "compression": "sparse",
+    "paper": "2306.06098",
+    "lossy": {"density": 0.2, "block_size": 16},
+    "exact": {"density": 1.0},
 }
+_MFAC: dict[str, Any] = {"family": "mfac", "hf_defaults": _MFAC_DEFAULTS}
+_GGT: dict[str, Any] = {"family": "ggt", "hf_defaults": _GGT_DEFAULTS}
+
+_REGISTRY: dict[str, OptimizerInfo] = {}
+
+
+def add_optimizer(info: OptimizerInfo) -> None:
+    """Register a method: its name becomes valid for `create_optimizer`, and for `--optim` after `hf_efcp.register()`.
+
+    Raises:
+        OptionError: the name does not start with `efcp_`, or another class has it.
+    """
+    known = _REGISTRY.get(info.name)
+    if not info.name.startswith("efcp_"):
+        raise OptionError(f"optimizer name {info.name!r}: must start with efcp_")
+    if known is not None and known.cls is not info.cls:
+        raise OptionError(f"optimizer name {info.name!r}: it is {known.cls.__name__}'s already")
+    _REGISTRY[info.name] = info
+
+
+_WHOLE = "uncompressed gradients: the reference, 4*window_size bytes per parameter"
+for _info in (
+    OptimizerInfo(
+        "efcp_lowrank_mfac",
+        LowRankMFAC,
+        "M-FAC on low-rank gradients with error feedback: the smallest window",
+        **_MFAC,
+        **_LOW_RANK,
+    ),
+    OptimizerInfo("efcp_sparse_mfac", SparseMFAC, "M-FAC on block top-k gradients with error feedback", **_MFAC, **_SPARSE),
+    OptimizerInfo("efcp_dense_mfac", DenseMFAC, f"M-FAC on {_WHOLE}", compression="dense", paper="2107.03356", **_MFAC),
+    OptimizerInfo(
+        "efcp_lowrank_ggt", LowRankGGT, "full-matrix Adagrad (GGT) on low-rank gradients with error feedback", **_GGT, **_LOW_RANK
+    ),
+    OptimizerInfo(
+        "efcp_sparse_ggt", SparseGGT, "full-matrix Adagrad (GGT) on block top-k gradients with error feedback", **_GGT, **_SPARSE
+    ),
+    OptimizerInfo(
+        "efcp_dense_ggt", DenseGGT, f"full-matrix Adagrad (GGT) on {_WHOLE}", compression="dense", paper="1806.02958", **_GGT
+    ),
+):
+    add_optimizer(_info)
 
 
 def list_optimizers(pattern: str = "*", with_description: bool = False) -> list:

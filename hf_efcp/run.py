@@ -16,7 +16,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from .optim.options import OptionError
+from .options import OptionError
 
 USAGE = """\
 usage: python -m hf_efcp.run script.py [ARGS]

@@ -13,9 +13,9 @@ import statistics
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from hf_efcp.bench.measuring import fill, machine, seconds
 from hf_efcp.cli.common import chosen, table
-from hf_efcp.cli.measuring import fill, machine, seconds
-from hf_efcp.integrations.groups import parameter_groups
+from hf_efcp.groups import parameter_groups
 from hf_efcp.registry import get_optimizer_info
 
 SIZES = {

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..integrations.groups import parameter_groups
-from ..optim.options import OptionError, parse_bytes, unknown_name
+from ..groups import parameter_groups
+from ..options import OptionError, parse_bytes, unknown_name
 from ..registry import get_optimizer_info, list_optimizers, parse_optim_args
 from .shapes import BUILT_IN_HELP
 

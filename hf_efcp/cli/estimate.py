@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..optim.options import OptionError
+from ..options import OptionError
 from .common import add_command, build, check_integers, chosen, dtype_of, gibibytes, size_of, table, write_json
 from .shapes import load
 

@@ -11,9 +11,10 @@ import typing
 from collections.abc import Iterator, Sequence
 
 from .. import run
-from ..optim.options import GroupOptions, OptionError, annotations, as_text, described
+from ..bench import command as bench
+from ..options import GroupOptions, OptionError, annotations, as_text, described
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers
-from . import bench, estimate
+from . import estimate
 
 _HEADER = ("option", "type", "class default", "--optim default", "meaning")
 # Options that the Trainer takes from arguments of its own.

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..optim.options import OptionError, unknown_name
+from ..options import OptionError, unknown_name
 
 # Parameter name -> shape.
 Shapes = dict[str, tuple[int, ...]]

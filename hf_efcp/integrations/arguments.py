@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..optim.options import as_text, described
+from ..options import as_text, described
 from ..registry import get_optimizer_info, list_optimizers
 from .names import FIELD, efcp_fields
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..optim.base import WindowedOptimizer
-from ..optim.options import OptionError
 from ..optim.sharding import SHARD_FOLDER
+from ..options import OptionError
 
 # As accelerate.utils.constants has it.
 _OPTIMIZER_NAME = "optimizer"

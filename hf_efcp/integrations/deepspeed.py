@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from ..distributed.shards import Shards
+from ..distributed.ddp import Shards
 from ..optim.base import WindowedOptimizer
-from ..optim.options import OptionError
+from ..options import OptionError
 from .checkpoints import unwrapped
 
 logger = logging.getLogger(__name__)

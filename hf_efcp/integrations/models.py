@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from ..optim.options import OptionError
+from ..options import OptionError
 
 
 def meta_model(name: str, dtype: torch.dtype) -> torch.nn.Module:

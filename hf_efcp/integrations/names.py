@@ -29,12 +29,12 @@ from typing import Any
 
 import torch
 
-from ..optim.options import OptionError, as_text, unknown_name
+from ..groups import parameter_groups, parse_targets
+from ..options import OptionError, as_text, unknown_name
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, parse_optim_args
 from . import deepspeed
 from .checkpoints import hook_states, load_beside, load_fsdp, save_beside
-from .communication import hook_model, hook_optimizer
-from .groups import parameter_groups, parse_targets
+from .ddp_hook import hook_model, hook_optimizer
 
 # Options that are also arguments of their own: name in optim_args -> field of TrainingArguments.
 _OWN_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}

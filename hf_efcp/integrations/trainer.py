@@ -7,10 +7,10 @@ import logging
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..groups import check_targets
 from ..registry import list_optimizers
 from .arguments import EFCPTrainingArguments
 from .checkpoints import unwrapped
-from .groups import check_targets
 from .names import is_ours, name_of, optimizer_cls_and_kwargs
 
 logger = logging.getLogger(__name__)

@@ -16,15 +16,15 @@ from ..core.deferred import Later, masked, readable
 from ..core.gram import GramMatrix
 from ..core.linalg import ieee_matmul
 from ..core.windows import Window
-from ..distributed.mesh import MeshShards, is_sharded, local_gradient, problem
+from ..distributed.ddp import Shards
+from ..distributed.fsdp2 import MeshShards, is_sharded, local_gradient, problem
 from ..distributed.plan import Owners
-from ..distributed.shards import Shards
+from ..options import GroupOptions, OptionError, ParamGroupOptions, annotations, build
 from .budget import free_options
 from .choice import ChoiceMixin
 from .communication import CommunicationMixin
 from .diagnostics import DiagnosticsMixin
 from .footprint import FootprintMixin
-from .options import GroupOptions, OptionError, ParamGroupOptions, annotations, build
 from .sharding import ShardingMixin
 from .stacks import Layout, Stack, compute_dtype
 from .state import StateDictMixin

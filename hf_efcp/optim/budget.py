@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .options import OptionError
+from ..options import OptionError
 
 # What may be chosen; what the user gives stays as it is.
 BUDGETED = ("window_size", "rank", "density", "window_dtype", "window_format", "error_dtype", "error_format")

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.mesh import MeshShards, is_sharded
+from ..distributed.fsdp2 import MeshShards, is_sharded
+from ..options import OptionError, as_text
 from .budget import candidates, choose, described, shown
-from .options import OptionError, as_text
 
 _log = logging.getLogger("hf_efcp")
 
@@ -206,7 +206,7 @@ def _read(saved: Mapping[str, Any] | str | Path) -> tuple[list[Entry], Mapping[s
     if not isinstance(saved, Mapping):
         path = Path(saved)
         if path.is_dir():
-            from ..distributed import checkpoint  # takes most of a second
+            from ..distributed import folder as checkpoint  # takes most of a second
 
             try:
                 return checkpoint.entries(path), None

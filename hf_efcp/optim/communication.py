@@ -26,14 +26,14 @@ from ..core.deferred import Later
 from ..core.error_feedback import ErrorFeedback
 from ..core.linalg import ieee_matmul
 from ..core.windows import LowRankWindow
+from ..distributed.ddp import Shards
 from ..distributed.factors import factors_of_mean, mean_
-from ..distributed.mesh import MeshShards, is_sharded
-from ..distributed.shards import Shards
-from .options import OptionError
+from ..distributed.fsdp2 import MeshShards, is_sharded
+from ..options import OptionError
 from .stacks import Piece, Stack, batches, compute_dtype, matrix_shape
 
 if TYPE_CHECKING:
-    from ..distributed.checkpoint import Part
+    from ..distributed.folder import Part
 
 # How many entries of a gradient are kept from backward to step, to see that it is still the same.
 _SAMPLE = 16
@@ -279,7 +279,7 @@ class CommunicationMixin:
         Returns:
             What becomes the mean of those errors: only that matters to the run.
         """
-        from ..distributed.checkpoint import Part
+        from ..distributed.folder import Part
 
         means = {}
         if errors == (0 if self._comm is None else self._comm.size):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.gram import GramMatrix
 from ..distributed.plan import Owners, Size, assign
-from .options import OptionError
+from ..options import OptionError
 from .sharding import ROW_DIM
 from .stacks import Piece, build_stacks
 

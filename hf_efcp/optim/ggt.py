@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..core.coefficients import ggt, weights
 from ..core.gram import GramMatrix
+from ..options import GGTOptions, LowRankOptions, OptionError, SparseOptions, WindowOptions
 from .base import WindowedOptimizer
 from .formats import DenseRows, LowRankRows, SparseRows
-from .options import GGTOptions, LowRankOptions, OptionError, SparseOptions, WindowOptions
 
 
 @dataclasses.dataclass(frozen=True)

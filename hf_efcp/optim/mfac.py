@@ -15,9 +15,9 @@ from torch import Tensor
 from ..core.coefficients import mfac, weights
 from ..core.deferred import Later
 from ..core.gram import GramMatrix
+from ..options import LowRankOptions, MFACOptions, SparseOptions, WindowOptions
 from .base import WindowedOptimizer
 from .formats import DenseRows, LowRankRows, SparseRows
-from .options import LowRankOptions, MFACOptions, SparseOptions, WindowOptions
 
 
 @dataclasses.dataclass(frozen=True)

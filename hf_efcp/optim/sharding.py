@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed.mesh import MeshShards, is_sharded
+from ..distributed.ddp import Shards
+from ..distributed.fsdp2 import MeshShards, is_sharded
 from ..distributed.plan import assign, describe
-from ..distributed.shards import Shards
-from .options import OptionError
+from ..options import OptionError
 from .stacks import Piece, Stack, build_stacks
 
 if TYPE_CHECKING:
-    from ..distributed.checkpoint import Part
+    from ..distributed.folder import Part
 
 
 # Name of the folder of the shards in a checkpoint of Trainer or Accelerate.
@@ -187,7 +187,7 @@ class ShardingMixin:
         on any number of processes.
         """
         if self._together is not None:
-            from ..distributed import checkpoint  # takes most of a second
+            from ..distributed import folder as checkpoint  # takes most of a second
 
             checkpoint.save(self._parts(self.options.save_window), Path(folder), self._together.group)
 
@@ -214,7 +214,7 @@ class ShardingMixin:
                 "this state_dict is the stub of a sharded optimizer; its tensors are in a folder beside it "
                 f"({SHARD_FOLDER} in a checkpoint): set shard_folder to it before load_state_dict"
             )
-        from ..distributed import checkpoint
+        from ..distributed import folder as checkpoint
 
         # A parameter that was frozen after it had been trained has state too.
         trained = [p for i, p in enumerate(self._all_params()) if i in stub.get("trained", [])]
@@ -236,7 +236,7 @@ class ShardingMixin:
 
     def _parts(self, with_window: bool) -> dict[str, Part]:
         """What this process holds, by the names in a checkpoint."""
-        from ..distributed.checkpoint import Part
+        from ..distributed.folder import Part
 
         parts = {}
         for number, p in enumerate(self._params):

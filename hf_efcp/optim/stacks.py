@@ -14,7 +14,7 @@ from ..core.error_feedback import ErrorFeedback, QuantizedErrorFeedback
 from ..core.linalg import CHUNK_BYTES, add_scaled_, chunk_bytes, chunks, stochastic_round
 from ..core.low_bit_windows import LowBitDenseWindow
 from ..core.windows import DenseWindow, Window
-from ..distributed.mesh import is_sharded, local, local_gradient
+from ..distributed.fsdp2 import is_sharded, local, local_gradient
 
 # Parameters are rounded by other numbers than their error feedback.
 _PARAMETER_SALT = 2**30

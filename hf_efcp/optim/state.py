@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..core.gram import GramMatrix
+from ..options import GroupOptions, OptionError, build
 from .budget import BUDGETED
 from .choice import entries_of
-from .options import GroupOptions, OptionError, build
 from .sharding import SHARED, of_window
 from .stacks import Stack
 

@@ -5,7 +5,8 @@ import time
 import pytest
 import torch
 
-from hf_efcp.cli import bench, measuring, peers, roofline
+from hf_efcp.bench import command as bench
+from hf_efcp.bench import measuring, peers, roofline
 from hf_efcp.cli.common import chosen
 from hf_efcp.cli.main import main
 from tests.cli.helpers import assert_one_line_of_error, module, optimizer_of, write_shapes, written
@@ -226,7 +227,7 @@ def test_the_sweep_is_drawn(tmp_path):
 
 
 def test_the_exponent_is_that_of_a_power_law():
-    from hf_efcp.cli.sweep import _exponent
+    from hf_efcp.bench.sweep import _exponent
 
     points = [
         {"optimizer": "x", "parameters": d, "window_size": m, "step_ms": {"median": 3.0 * d * m**2}}

@@ -9,7 +9,7 @@ from transformers import AutoModel, BertConfig, BertModel, LlamaConfig, LlamaFor
 
 from hf_efcp.cli import common, shapes
 from hf_efcp.cli.estimate import ADAMW
-from hf_efcp.optim.options import OptionError
+from hf_efcp.options import OptionError
 from tests.cli.helpers import assert_one_line_of_error, module, optimizer_of, write_shapes, written
 from tests.reference import NAMES
 

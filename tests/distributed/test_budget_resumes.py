@@ -7,7 +7,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from hf_efcp.optim.budget import BUDGETED
-from hf_efcp.optim.options import OptionError
+from hf_efcp.options import OptionError
 from tests.distributed import fsdp2
 from tests.distributed.processes import run
 from tests.distributed.test_sharding import problem

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hf_efcp import OptionError
-from hf_efcp.distributed.shards import Shards
+from hf_efcp.distributed.ddp import Shards
 from tests.distributed.processes import run
 from tests.distributed.test_sharding import flat, gradients, problem
 from tests.optim.helpers import differences, snapshot

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Trainer
 
 import hf_efcp
 from hf_efcp import OptionError, parameter_groups
-from hf_efcp.integrations.groups import canonical_name, parse_targets
+from hf_efcp.groups import canonical_name, parse_targets
 
 by_name = pytest.mark.parametrize("name", hf_efcp.list_optimizers())
 

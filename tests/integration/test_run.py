@@ -8,7 +8,7 @@ import pytest
 
 from hf_efcp import list_optimizers
 from hf_efcp.cli.main import main
-from hf_efcp.optim.options import GroupOptions
+from hf_efcp.options import GroupOptions
 from hf_efcp.registry import get_optimizer_info
 
 # Written like the text classification example of transformers; it knows nothing of hf_efcp.

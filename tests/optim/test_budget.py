@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hf_efcp
-from hf_efcp.optim.options import OptionError, parse_bytes
+from hf_efcp.options import OptionError, parse_bytes
 from hf_efcp.registry import get_optimizer_info
 from tests.optim.helpers import EVERY, differences, gradients_at, snapshot, train
 from tests.reference import parameters

@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 import hf_efcp
 from hf_efcp.optim.budget import BUDGETED
-from hf_efcp.optim.options import OptionError
+from hf_efcp.options import OptionError
 from tests.optim.helpers import EVERY, differences, snapshot, train
 
 COUNT = 64 * 48 + 64 + 48 * 64 + 48

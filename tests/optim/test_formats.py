@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_efcp.core.codecs import BLOCK
-from hf_efcp.optim.options import OptionError
 from hf_efcp.optim.stacks import Piece, build_stacks, matrix_shape
+from hf_efcp.options import OptionError
 from tests.optim.helpers import EVERY, M, count, gradients_at, started
 from tests.reference import NAMES, error, ggt_oracle, make, mfac_oracle, parameters, relative, row, update_of, window
 

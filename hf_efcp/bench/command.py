@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..optim.options import OptionError
+from ..cli.common import add_command, build, check_integers, chosen, dtype_of, gibibytes, size_of, write_json
+from ..cli.shapes import load
+from ..options import OptionError
 from . import roofline
-from .common import add_command, build, check_integers, chosen, dtype_of, gibibytes, size_of, write_json
 from .measuring import Rates, fill, machine, phases, seconds, spread, state_bytes, temporaries
 from .peers import ADAMW, PEERS, version
 from .reporting import text, versions_used
-from .shapes import load
 from .sweep import add_arguments as add_sweep_arguments
 from .sweep import check_plot, sweep
 

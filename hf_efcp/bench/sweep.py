@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..optim.options import OptionError
-from .common import chosen, table, write_json
-from .shapes import module
+from ..cli.common import chosen, table, write_json
+from ..cli.shapes import module
+from ..options import OptionError
 
 # d is made of matrices of this size, so that only their number changes.
 _SIDE = 1024

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..integrations.groups import parameter_groups
+from ..groups import parameter_groups
 
 LR = 1e-4
 # Of the projections of GaLore and APOLLO; their papers' own choices for models of this size.

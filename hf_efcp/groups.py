@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..optim.options import OptionError
+from .options import OptionError
 
 logger = logging.getLogger(__name__)
 

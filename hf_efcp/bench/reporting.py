@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-from .common import gibibytes, table
+from ..cli.common import gibibytes, table
 from .measuring import PHASES
 from .peers import PEERS
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
-from ..optim.options import OptionError
+from ..options import OptionError
 from .checkpoints import unwrapped
 
 
