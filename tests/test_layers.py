@@ -13,8 +13,9 @@ PACKAGE = Path(hf_efcp.__file__).parent
 ALLOWED = {
     "kernels": {"kernels"},
     "core": {"core", "kernels"},
-    "distributed": {"core", "distributed"},
-    "optim": {"core", "distributed", "optim"},
+    "distributed": {"core", "distributed", "options"},
+    "engine": {"core", "distributed", "engine", "options"},
+    "optim": {"core", "distributed", "engine", "optim", "options"},
 }
 
 # Files that are imported only where they are used, and what they may need.

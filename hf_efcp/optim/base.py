@@ -20,6 +20,7 @@ from ..distributed.ddp import Shards
 from ..distributed.fsdp2 import MeshShards, is_sharded, local_gradient, problem
 from ..distributed.plan import Owners
 from ..options import GroupOptions, OptionError, ParamGroupOptions, annotations, build
+from ..engine.phases import phase
 from .budget import free_options
 from .choice import ChoiceMixin
 from .communication import CommunicationMixin
@@ -106,24 +107,29 @@ class WindowedOptimizer(
         for s in self._factor_stacks:
             s.stage(gram.step)                                              # P and Q are there: see communication.py
         for s in stacks:
-            s.stage(gram.step, l2[s.group])                                 # a = e + g;  c_j = C(a), as the window stores it
-            dots.append(s.dots(j))                                          # <c_j, c_i> for all i
+            with phase("compress"):
+                s.stage(gram.step, l2[s.group])                             # a = e + g;  c_j = C(a), as the window stores it
+            with phase("dots"):
+                dots.append(s.dots(j))                                      # <c_j, c_i> for all i
         k_j = self._reduce(stacks, dots)
         accepted = self._is_finite(k_j)
         if accepted is False:
             gram.skipped += 1
             return
         for s in (*stacks, *self._factor_stacks):
-            s.commit(j, gram.step, l2[s.group], accepted)                   # e <- a - c_j;  row j of G <- c_j
-        gram.update(j, k_j, accepted)
-        c = self._rescale(self.coefficients(gram, j, self._row_dtype))      # c = phi(K) w
+            with phase("feedback"):
+                s.commit(j, gram.step, l2[s.group], accepted)               # e <- a - c_j;  row j of G <- c_j
+        with phase("solve"):
+            gram.update(j, k_j, accepted)
+            c = self._rescale(self.coefficients(gram, j, self._row_dtype))  # c = phi(K) w
         c = masked(accepted, c, 0.0)
         for s in stacks:
             group = self.param_groups[s.group]
             decay = 0.0 if l2[s.group] else group["weight_decay"]
             rounding = gram.step if self.options.stochastic_rounding else None
-            share = self._share(c, s)                                       # u = G^T c;  p <- (1 - lr*wd) p - lr u
-            s.update(share, float(group["lr"]), decay, self.options.momentum, accepted, rounding)
+            with phase("update"):
+                share = self._share(c, s)                                   # u = G^T c;  p <- (1 - lr*wd) p - lr u
+                s.update(share, float(group["lr"]), decay, self.options.momentum, accepted, rounding)
         self._hand_out()
         self._last = c if self._last is None else masked(accepted, c, self._last)
         self._started = True
