@@ -19,8 +19,8 @@ from ..core.windows import Window
 from ..distributed.ddp import Shards
 from ..distributed.fsdp2 import MeshShards, is_sharded, local_gradient, problem
 from ..distributed.plan import Owners
-from ..options import GroupOptions, OptionError, ParamGroupOptions, annotations, build
 from ..engine.phases import phase
+from ..options import GroupOptions, OptionError, ParamGroupOptions, annotations, build
 from .budget import free_options
 from .choice import ChoiceMixin
 from .communication import CommunicationMixin
