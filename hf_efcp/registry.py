@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .optim import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
-from .optim.budget import BUDGETED
+from .engine.choices import BUDGETED
 from .options import GroupOptions, OptionError, annotations, build, unknown_name
 
 

@@ -20,7 +20,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..core.linalg import ieee_matmul
-from ..optim.sharding import ROW_DIM
 
 # Phase -> calls of a Stack that belong to it; what is in none of these is "rest".
 _STACK_CALLS = {"stage": "compress", "dots": "dots", "commit": "feedback", "update": "update"}

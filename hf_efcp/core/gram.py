@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .deferred import masked
+from .counters import Counters
+from .deferred import Later, masked
 
 
-class GramMatrix:
+class GramMatrix(Counters):
     """K and the position in the ring, for `groups` independent windows (1: the whole model; or one per tensor).
 
     Args:
@@ -18,14 +19,17 @@ class GramMatrix:
 
     Attributes:
         matrix: (groups, m, m) fp64.
-        step: 0-D int64, the number of rows written so far.
-        skipped: 0-D int64, the number of steps that were refused for a gradient that is not finite.
+        dependent: whether entries depend on each other, as far as the host knows.
     """
 
     def __init__(self, groups: int, window_size: int, device: torch.device):
+        super().__init__(device)
         self.matrix = torch.zeros(groups, window_size, window_size, dtype=torch.float64, device=device)
-        self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.dependent = Later()
+
+    def entries(self, number: int) -> dict[str, Tensor]:
+        """See Counters."""
+        return {"gram": self.matrix[min(number, len(self.matrix) - 1)], "step": self.step, "skipped": self.skipped}
 
     @property
     def window_size(self) -> int:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from hf_efcp.optim.budget import BUDGETED
+from hf_efcp.engine.choices import BUDGETED
 from hf_efcp.options import OptionError
 from tests.distributed import fsdp2
 from tests.distributed.processes import run

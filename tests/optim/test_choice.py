@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 import hf_efcp
-from hf_efcp.optim.budget import BUDGETED
+from hf_efcp.engine.choices import BUDGETED
 from hf_efcp.options import OptionError
 from tests.optim.helpers import EVERY, differences, snapshot, train
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_efcp.core.compressors
 import hf_efcp.core.deferred
-import hf_efcp.optim.base
+import hf_efcp.engine.windowed
 from tests.optim.helpers import EVERY, M, assert_unchanged, count, gradients_at, snapshot, started, step_quietly, train
 from tests.reference import relative
 
@@ -32,7 +32,7 @@ def deferred(monkeypatch):
     """From here on, reading a flag of the CPU counts as waiting."""
 
     def switch(on=True):
-        for module in (hf_efcp.optim.base, hf_efcp.core.deferred, hf_efcp.core.compressors):
+        for module in (hf_efcp.engine.windowed, hf_efcp.core.deferred, hf_efcp.core.compressors):
             monkeypatch.setattr(module, "readable", lambda device: not on)
 
     return switch

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from hf_efcp.optim.stacks import compute_dtype
+from hf_efcp.core.cells import compute_dtype
 from hf_efcp.registry import get_optimizer_info
 from tests.optim.helpers import bits, count, differences, gradients_at, shared, snapshot
 from tests.reference import NAMES, error, ggt_oracle, mfac_oracle, parameters, row, update_of, window

@@ -18,7 +18,7 @@ import torch
 from ..options import OptionError
 
 # What may be chosen; what the user gives stays as it is.
-BUDGETED = ("window_size", "rank", "density", "window_dtype", "window_format", "error_dtype", "error_format")
+BUDGETED: tuple[str, ...] = ("window_size", "rank", "density", "window_dtype", "window_format", "error_dtype", "error_format")
 _FORMATS = tuple(
     dict(zip(BUDGETED[3:], values, strict=True))
     for values in (
