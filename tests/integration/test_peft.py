@@ -10,14 +10,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 import hf_efcp
-from hf_efcp.registry import get_optimizer_info
 from tests.optim.helpers import all_finite, differences, same, snapshot
+from tests.reference import info
 
 NAMES = hf_efcp.list_optimizers()
 by_name = pytest.mark.parametrize("name", NAMES)
 # Options that compress matrices as thin as 4 x 32, and wrap around after 4 steps.
 SMALL = {"window_size": 4, "update_rms": 0.5, "error_dtype": "bf16"}
-LOSSY = {"lowrank": {"rank": 1}, "sparse": {"density": 0.1, "block_size": 32}, "dense": {}}
+LOSSY = {"low rank": {"rank": 1}, "sparse": {"density": 0.1, "block_size": 32}, "dense": {}}
 STATE_DTYPES = {
     "window_p": torch.float32,
     "window_q": torch.float32,
@@ -33,7 +33,7 @@ STATE_DTYPES = {
 
 
 def options(name, **more):
-    return {**SMALL, **LOSSY[name.split("_")[1]], **more}
+    return {**SMALL, **LOSSY[info(name).compression], **more}
 
 
 def make(name, params, lr=5e-3, **more):
@@ -125,10 +125,10 @@ def test_bf16_llama_keeps_every_dtype_through_prepare_save_and_load(name, tmp_pa
 
     def check_dtypes(optimizer):
         found = {(key, value.dtype) for entry in optimizer.state.values() for key, value in entry.items()}
-        assert {key for key, _ in found} >= {"gram", "step", *expected[name.split("_")[1]]}
+        assert {key for key, _ in found} >= {"gram", "step", *expected[info(name).compression]}
         assert found <= set(STATE_DTYPES.items())
 
-    expected = {"lowrank": {"window_p", "error"}, "sparse": {"window_indices", "error"}, "dense": {"window_rows"}}
+    expected = {"low rank": {"window_p", "error"}, "sparse": {"window_indices", "error"}, "dense": {"window_rows"}}
     accelerator, model, optimizer = prepared()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     before = loss_of(model)
@@ -192,7 +192,7 @@ def test_trainer_trains_adapters_and_modules_to_save(name, make_args, tiny_bert,
     model = with_lora(tiny_bert, task_type="SEQ_CLS", modules_to_save=["classifier"])
     args = make_args(
         optim=name,
-        optim_args={"window_size": 8, **LOSSY[name.split("_")[1]]},
+        optim_args={"window_size": 8, **LOSSY[info(name).compression]},
         learning_rate=2e-2,
         weight_decay=0.01,
         max_steps=40,
@@ -221,7 +221,7 @@ def test_trainer_trains_adapters_and_modules_to_save(name, make_args, tiny_bert,
 @by_name
 def test_a_frozen_base_takes_no_memory(name):
     """Whether it is in the parameter groups or not; the LoRA run's state is small."""
-    cls, given = get_optimizer_info(name).cls, options(name)
+    cls, given = info(name).cls, options(name)
     whole = sum(cls(tiny_llama().parameters(), 1e-3, **given).memory_footprint().values())
     model = with_lora(tiny_llama(), r=1, target_modules=["q_proj", "v_proj"])
     everything = cls(model.parameters(), 1e-3, **given)
@@ -256,7 +256,7 @@ def test_adapters_on_a_quantized_base_under_autocast(name, adapter, base):
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     params, untouched = adapters(model), copies(frozen)
     assert {p.dtype for p in params.values()} == {adapter} and base in {p.dtype for p in frozen.values()}
-    optimizer = get_optimizer_info(name).cls(model.parameters(), 5e-3, **options(name))
+    optimizer = info(name).cls(model.parameters(), 5e-3, **options(name))
     before, start = loss_of(model), copies(params)
     train(model, optimizer, 0, 1, autocast=True)
     assert moved(start, params) == set(adapters(model, "lora_B"))
