@@ -43,6 +43,7 @@ def steps(optimizer, params, count=3 * M, norm=1.0):
 @pytest.mark.parametrize("norm", [1e-4, 1.0, 1e4])
 @DTYPES
 @EVERY
+@pytest.mark.usefixtures("kernels")
 def test_update_matches_the_dense_solve(name, dtype, norm):
     params = parameters(dtype=dtype)
     for t, u, g in steps(make(name, params, window_size=M), params, norm=norm):

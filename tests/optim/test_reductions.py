@@ -18,6 +18,8 @@ from tests.reference import (
     update_of,
 )
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 @pytest.mark.parametrize("name", compressed_names())
 def test_without_loss_it_is_the_dense_method(name):
