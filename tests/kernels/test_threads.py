@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_efcp import create_optimizer
-from tests.reference import parameters, set_gradients
+from tests.reference import info, parameters, set_gradients
 
 pytest.importorskip("numba")
 SHAPES = ((37, 50), (37, 50), (20, 70), (9,))
@@ -28,7 +28,7 @@ def tools(monkeypatch):
 def test_a_run_does_not_depend_on_the_number_of_threads(name, state, pool, tools, monkeypatch):
     if pool == "pool":
         monkeypatch.setattr(tools, "_gomp_parallel", None)
-    compression = {"density": 0.1} if "sparse" in name else {"rank": 2}
+    compression = {"density": 0.1} if info(name).compression == "sparse" else {"rank": 2}
     ends = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
