@@ -2,7 +2,7 @@
 
     PYTHONPATH=TREE python tests/step_times.py
 
-A line of stdin is a command, a line of stdout its answer, both JSON: `["build", name, window size]` -> bytes of state;
+A line of stdin is a command, a line of stdout its answer, both JSON: `["build", name, window size]` -> bytes of its state;
 `["step"]` -> seconds.
 """
 
@@ -28,7 +28,7 @@ def main():
             optimizer = hf_efcp.create_optimizer(arguments[0], params, window_size=arguments[1], **OPTIONS)
             for p, g in zip(params, gradients(params, 0), strict=True):
                 p.grad = g
-            answer = sum(optimizer.memory_footprint().values())
+            answer = sum(optimizer.estimate_footprint().values())
         else:
             for p in params:
                 p.grad = p.grad.roll(1)  # another one
