@@ -3,8 +3,8 @@
     python tests/structure.py [--base COMMIT]
 
 One gradient's way: the third step of LowRankMFAC on one (12, 30) parameter in one process, in plain torch (HF_EFCP_KERNELS=0),
-traced by sys.setprofile. Counted are Python functions of hf_efcp; torch's in between are not seen. A change of file is a call from
-one file of hf_efcp into another, or the return from it.
+traced by sys.setprofile. Counted are Python functions of hf_efcp; torch's in between are not seen. A change of file is a call
+from one file of hf_efcp into another, or the return from it.
 
 Private names: one underscore in front; torch's own are left out. On an optimizer: of the class LowRankMFAC, and of an object of
 it after a step, the object's attributes included. Shared between files: `self._x` in two or more files of optim/ and engine/.
