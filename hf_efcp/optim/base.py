@@ -20,7 +20,7 @@ from ..distributed.ddp import Shards
 from ..distributed.fsdp2 import MeshShards, is_sharded, local_gradient, problem
 from ..distributed.plan import Owners
 from ..engine.phases import phase
-from ..options import GroupOptions, OptionError, ParamGroupOptions, annotations, build
+from ..options import GroupOptions, OptionError, ParamGroupOptions, build, field_types
 from .budget import free_options
 from .choice import ChoiceMixin
 from .communication import CommunicationMixin
@@ -210,9 +210,9 @@ class WindowedOptimizer(
         name = type(self).__name__
         if not isinstance(param_group, dict):
             raise TypeError(f"{name}: a parameter group must be a dict, got {type(param_group).__name__}")
-        valid = annotations(ParamGroupOptions)
+        valid = field_types(ParamGroupOptions)
         for key in param_group:
-            if key in annotations(self.options_type):
+            if key in field_types(self.options_type):
                 raise OptionError(f"{key} is an option of the whole optimizer {name}, not of a parameter group")
             near = difflib.get_close_matches(key, valid, n=1, cutoff=0.8)
             if key not in valid and near:
@@ -308,6 +308,6 @@ def _signature(cls: type) -> inspect.Signature:
         kinds("process_group", kinds.KEYWORD_ONLY, default=None),
     ]
     defaults = cls.options_type()
-    for name, annotation in annotations(cls.options_type).items():
+    for name, annotation in field_types(cls.options_type).items():
         parameters.append(kinds(name, kinds.KEYWORD_ONLY, default=getattr(defaults, name), annotation=annotation))
     return inspect.Signature(parameters)
