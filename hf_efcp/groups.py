@@ -124,7 +124,8 @@ def _tell_of_whole_rows(groups: Iterable[dict[str, Any]]) -> None:
         )
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def _head(model: Any) -> nn.Module | None:
+    """The output embeddings of a Hugging Face model; None: it has none, or it is another module."""
     try:
         return model.get_output_embeddings()
     except (AttributeError, NotImplementedError):

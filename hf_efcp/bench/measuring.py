@@ -1,11 +1,9 @@
-"""What `bench` measures: the machine's rates, times of steps and of their phases, and the memory that a step takes.
-
-The phases are timed from outside, by wrapping the calls that the step makes; there is no second copy of the step.
-"""
+"""What `bench` measures: the machine's rates, times of steps and of their phases, and the memory that a step takes."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -15,16 +13,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..core.linalg import ieee_matmul
+from ..engine.phases import PHASES as STEP_PHASES
+from ..engine.phases import heard_by
 from ..optim.sharding import ROW_DIM
 
-# Phase -> calls of a Stack that belong to it; what is in none of these is "rest".
-_STACK_CALLS = {"stage": "compress", "dots": "dots", "commit": "feedback", "update": "update"}
-PHASES = ("compress", "dots", "feedback", "solve", "update", "rest")
+# What lies between the phases of the step is "rest".
+PHASES = (*STEP_PHASES, "rest")
 # By device type: bytes of the buffer that is copied, and the size of the square matrices.
 _COPY = {"cpu": 128 * 2**20, "cuda": 2**30}
 # Slots of a window that are filled at once: a multiple of the steps before.
@@ -34,7 +34,7 @@ _SQUARE = {"cpu": {torch.float32: 2048, torch.float64: 1536}, "cuda": {torch.flo
 
 def machine(device: torch.device) -> dict[str, object]:
     """What the figures were taken on."""
-    found = {
+    facts: dict[str, object] = {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -43,8 +43,8 @@ def machine(device: torch.device) -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
     }
     if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    return found
+        facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return facts
 
 
 def _cpu_model() -> str:
@@ -92,14 +92,14 @@ class Rates:
         size, squares = (2**20, dict.fromkeys(_SQUARE[kind], 128)) if small else (_COPY[kind], _SQUARE[kind])
         source = torch.ones(size // 4, device=device)
         target = torch.empty_like(source)
-        self._work = {
+        self._work: dict[str, tuple[float, Callable[[], object]]] = {
             "copy_bytes": (2 * size, lambda: target.copy_(source)),
             "scale_bytes": (2 * size, lambda: target.mul_(1.0)),
         }
         for dtype, n in squares.items():
             a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
             out = torch.empty_like(a)
-            self._work[f"fp{dtype.itemsize * 8}_flops"] = (2 * n**3, lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+            self._work[f"fp{dtype.itemsize * 8}_flops"] = (2 * n**3, functools.partial(torch.mm, a, b, out=out))
         self._samples: dict[str, list[float]] = {name: [] for name in ("bandwidth", *self._work)}
         self._measure()  # first touches, libraries' start
         self.sample()
@@ -119,7 +119,7 @@ class Rates:
         return {name: spread(samples) for name, samples in self._samples.items()}
 
 
-def fill(optimizer: torch.optim.Optimizer) -> None:
+def fill(optimizer: Any) -> None:
     """Make the window full after a few steps: filling m = 1024 by steps would take longer than the measurement.
 
     The other slots become copies of the rows so far, in the window's own format, rotated along the tensors' rows by another
@@ -148,56 +148,40 @@ def fill(optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextlib.contextmanager
-def phases(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[dict[str, float]]:
-    """Inside, the steps' phases are timed; afterwards the dict has seconds by phase, without "rest".
+def phases(device: torch.device) -> Iterator[dict[str, float]]:
+    """Time the phases of the steps that are taken inside.
 
-    On a GPU the time between two events on the stream, in which the device may also have waited for the host.
+    Args:
+        device: of the parameters. On a GPU a phase lasts from one event on the stream to another; meanwhile the device may
+            also have waited for the host.
+
+    Yields:
+        Phase -> seconds, without "rest"; on a GPU they are there afterwards.
     """
-    found = dict.fromkeys(PHASES[:-1], 0.0)
-    marks: list[tuple[str, object, object]] = []
-    wrapped: list[tuple[object, str]] = []
-    inside = False
+    times = dict.fromkeys(STEP_PHASES, 0.0)
+    events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
-    def mark() -> object:
-        """Now: on the host, or on the device's stream."""
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    @contextlib.contextmanager
+    def on_host(name: str) -> Iterator[None]:
+        """Add the phase's time by the host's clock."""
+        start = time.perf_counter()
+        yield
+        times[name] += time.perf_counter() - start
 
-    def wrap(owner: object, name: str, phase: str) -> None:
-        """Put a timed call in the place of `owner.name`."""
-        original = getattr(owner, name)
+    @contextlib.contextmanager
+    def on_device(name: str) -> Iterator[None]:
+        """Put an event before the phase's work and one behind it: they are read when the device has passed them."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        yield
+        end.record()
+        events.append((name, start, end))
 
-        def timed(*args, **kwargs):
-            """The original, with a mark before and after it; calls inside another one belong to that one."""
-            nonlocal inside
-            if inside:  # commit() of a plain row stages it again
-                return original(*args, **kwargs)
-            inside, start = True, mark()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                inside = False
-                marks.append((phase, start, mark()))
-
-        setattr(owner, name, timed)
-        wrapped.append((owner, name))
-
-    for s in optimizer._prepare():
-        for name, phase in _STACK_CALLS.items():
-            wrap(s, name, phase)
-    for owner, name in ((optimizer, "coefficients"), (optimizer, "_rescale"), (optimizer._gram, "update")):
-        wrap(owner, name, "solve")
-    try:
-        yield found
-    finally:
-        for owner, name in wrapped:
-            delattr(owner, name)
-        _wait(device)
-        for phase, start, end in marks:
-            found[phase] += end - start if device.type != "cuda" else start.elapsed_time(end) / 1e3
+    with heard_by(on_device if device.type == "cuda" else on_host):
+        yield times
+    _wait(device)
+    for name, start, end in events:
+        times[name] += start.elapsed_time(end) / 1e3
 
 
 def temporaries(call: Callable[[], object], device: torch.device) -> int:

@@ -73,7 +73,7 @@ def _times(entries: dict[str, Any]) -> str:
 
 
 def _phases(entries: dict[str, Any]) -> str:
-    rows = [("optimizer", *PHASES)]
+    rows: list[tuple[str, ...]] = [("optimizer", *PHASES)]
     for name, e in entries.items():
         cells = [f"{_ms(e['phases_ms'][phase])} ({e['phase_share'][phase]:.0%})" for phase in PHASES]
         rows.append((name, *cells))

@@ -7,33 +7,18 @@ output written once, and what is made and used within one tensor stays in the ca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ..core.compressors import BlockTopK, PowerIteration
+from ..engine.costs import Count
 from ..optim.ggt import GGTOptions
 from ..optim.stacks import Stack, compute_dtype
 
 
-@dataclasses.dataclass
-class Count:
-    """Operations by precision, and bytes, of one phase."""
-
-    fp32: float = 0.0
-    fp64: float = 0.0
-    bytes: float = 0.0
-
-    def __add__(self, other: Count) -> Count:
-        return Count(self.fp32 + other.fp32, self.fp64 + other.fp64, self.bytes + other.bytes)
-
-    def seconds(self, rates: Mapping[str, float]) -> dict[str, float]:
-        """Time of the operations and of the bytes at the machine's rates."""
-        compute = self.fp32 / rates["fp32_flops"] + self.fp64 / rates["fp64_flops"]
-        return {"compute": compute, "memory": self.bytes / rates["bandwidth"]}
-
-
-def count(optimizer: torch.optim.Optimizer) -> dict[str, Count]:
+def count(optimizer: Any) -> dict[str, Count]:
     """Phase -> count of one step of a WindowedOptimizer with a full window, all parameters having gradients."""
     found = {phase: Count() for phase in ("compress", "dots", "feedback", "solve", "update")}
     for s in optimizer._prepare():
@@ -48,7 +33,7 @@ def count(optimizer: torch.optim.Optimizer) -> dict[str, Count]:
     return found
 
 
-def _of_stack(s: Stack, options) -> dict[str, Count]:
+def _of_stack(s: Stack, options: Any) -> dict[str, Count]:
     """n tensors of d = rows x cols entries, of which `full` operations of the compute dtype touch all."""
     n, (rows, cols) = len(s.pieces), s.pieces[0].shape
     m, d = options.window_size, n * rows * cols
@@ -62,7 +47,7 @@ def _of_stack(s: Stack, options) -> dict[str, Count]:
     feedback = Count(bytes=error + row)
     update = Count(bytes=window + 2 * d * p.element_size() + 2 * momentum)
     dots = Count(bytes=window - row)  # slot j is replaced; the new row is at hand
-    arithmetic = 0.0  # operations in the compute dtype, of compress, feedback, update
+    arithmetic: tuple[float, float, float]  # operations in the compute dtype, of compress, feedback, update
     if isinstance(s.compressor, PowerIteration):
         r = s.compressor.q.shape[2]
         compress.bytes += s.compressor.q.nbytes
@@ -82,7 +67,7 @@ def _of_stack(s: Stack, options) -> dict[str, Count]:
     return {"compress": compress, "dots": dots, "feedback": feedback, "update": update}
 
 
-def adamw(params: list[torch.Tensor]) -> dict[str, Count]:
+def adamw(params: Sequence[torch.Tensor]) -> dict[str, Count]:
     """AdamW in the parameters' dtype: the gradient is read; the parameter and two moments are read and written."""
     return {"update": Count(bytes=7 * sum(p.numel() * p.element_size() for p in params))}
 
@@ -93,7 +78,7 @@ def report(counts: Mapping[str, Count], rates: Mapping[str, float]) -> dict[str,
     times = total.seconds(rates)
     return {
         "ms": 1e3 * max(times.values()),
-        "bound": max(times, key=times.get),
+        "bound": max(times, key=times.__getitem__),
         "compute_ms": 1e3 * times["compute"],
         "memory_ms": 1e3 * times["memory"],
         **dataclasses.asdict(total),

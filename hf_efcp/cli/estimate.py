@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..options import OptionError
@@ -88,9 +89,10 @@ def estimate(
     entries = {}
     for name, bytes_ in kinds.items():
         total = sum(bytes_.values())
-        entry = {"bytes": bytes_, "total": total, "bytes_per_parameter": total / count, "needs": sum(held) + sum(grads) + total}
+        needs = sum(held) + sum(grads) + total
+        entry = {"bytes": bytes_, "total": total, "bytes_per_parameter": total / count, "needs": needs}
         if gpu is not None:
-            entry["fits"] = entry["needs"] <= gpu
+            entry["fits"] = needs <= gpu
         entries[name] = {**entry, "options": optimizers.get(name, {})}
     entries |= {name: {"refused": why, "options": optimizers[name]} for name, why in refused.items()}
     return {
@@ -105,7 +107,7 @@ def estimate(
     }
 
 
-def _chunk(shape, processes: int) -> int:
+def _chunk(shape: torch.Size, processes: int) -> int:
     """Numbers in the largest of the chunks that FSDP2 cuts a tensor into, by its first dimension."""
     numel = shape.numel()
     return numel if not len(shape) or not shape[0] else numel // shape[0] * -(-shape[0] // processes)
@@ -119,8 +121,8 @@ def _report(found: dict[str, Any], single: bool) -> str:
     kinds = list(dict.fromkeys(k for e in entries.values() for k, n in e["bytes"].items() if n >= _SMALL and k[:3] != "exp"))
     if single:
         (name,) = (n for n in entries if n != ADAMW)
-        rows = [(name, "bytes"), *((k, f"{n:,}") for k, n in entries[name]["bytes"].items())]
-        lines += [table([*rows, ("total", f"{entries[name]['total']:,}")]), ""]
+        kinds_of_one = [(k, f"{n:,}") for k, n in entries[name]["bytes"].items()]
+        lines += [table([(name, "bytes"), *kinds_of_one, ("total", f"{entries[name]['total']:,}")]), ""]
     head = ["optimizer", *kinds, "other", "total bytes", "total", "bytes per parameter"]
     gpu = found["gpu_bytes"]
     rows = [[*head, "with parameters and gradients", f"fits {gibibytes(gpu)}"] if gpu else head]
