@@ -66,18 +66,18 @@ def run(args: argparse.Namespace) -> int:
     settings = {"peers": args.peers, "steps": args.steps, "warmup": args.warmup, "memory": memory, "quick": args.quick}
     try:
         if args.sweep:
-            found = sweep(args, lambda model, optimizers: bench(model, optimizers, device, **settings), dtype)
+            result = sweep(args, lambda model, optimizers: bench(model, optimizers, device, **settings), dtype)
         else:
             if args.model is None:
                 raise OptionError("MODEL is missing: a name, a file, or --sweep")
             optimizers = chosen(args.optim, args.optim_args)
             model = load(args.model, dtype)
-            found = bench(model, optimizers, device, targets=args.optim_target_modules, **settings)
-            found = {"model": args.model, **found}
-            print(text(found))
+            result = bench(model, optimizers, device, targets=args.optim_target_modules, **settings)
+            result = {"model": args.model, **result}
+            print(text(result))
     finally:
         torch.set_num_threads(threads)
-    write_json(args.json, found)
+    write_json(args.json, result)
     return 0
 
 

@@ -216,7 +216,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     seen = {id(t) for p in params for t in (p, p.grad)}
     seen |= {t.untyped_storage().data_ptr() for p in params for t in (p, p.grad) if t is not None}
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
 
     def walk(name: str, value: object, depth: int) -> None:
         """Count the storages that are reached from `value`, each once, under `name` or a key near the top."""
@@ -230,7 +230,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
             storage = value.untyped_storage()
             if storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
-                found[name] = found.get(name, 0) + storage.nbytes()
+                sizes[name] = sizes.get(name, 0) + storage.nbytes()
         elif isinstance(value, dict):
             for key, inner in value.items():
                 walk(key if isinstance(key, str) and depth < 2 else name, inner, depth + 1)
@@ -245,4 +245,4 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     for name, value in vars(optimizer).items():
         if name not in ("state", "param_groups", "defaults"):
             walk(name, value, 3)
-    return found
+    return sizes
