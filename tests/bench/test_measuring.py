@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+import hf_efcp
 from hf_efcp.bench import measuring
 from hf_efcp.engine.phases import PHASES
 from tests.bench.helpers import CPU, started, workload
@@ -59,6 +60,42 @@ def test_every_optimizer_names_every_phase(name):
     with measuring.phases(CPU) as times:
         optimizer.step()
     assert tuple(times) == PHASES and min(times.values()) > 0
+
+
+def test_on_a_gpu_a_phase_lasts_from_event_to_event(monkeypatch):
+    """Events that take the host's clock, as no GPU is needed to see where they stand; they are read when the device is done."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = time.perf_counter()
+
+        def elapsed_time(self, end):
+            assert done
+            return 1e3 * (end.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append(True))
+    optimizer, _ = started("efcp_dense_mfac", "window_size=4")
+    with measuring.phases(torch.device("cuda")) as times:
+        whole = measuring.seconds(optimizer.step, CPU)
+    assert min(times.values()) > 0 and sum(times.values()) <= whole
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_phases_on_a_gpu():
+    model = torch.nn.Linear(512, 512, device="cuda")
+    optimizer = hf_efcp.create_optimizer("efcp_lowrank_mfac", model, lr=0.1, window_size=4)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    with measuring.phases(torch.device("cuda")) as times:
+        whole = measuring.seconds(optimizer.step, torch.device("cuda"))
+    assert min(times.values()) > 0 and sum(times.values()) <= 1.1 * whole
 
 
 def test_temporaries():
