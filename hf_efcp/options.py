@@ -13,7 +13,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,8 +33,16 @@ class OptionError(ValueError):
     """A bad option: its message names the option, the value, what is allowed and the nearest valid name."""
 
 
-def option(default: Any, help: str, *, allowed: str = "", check=None, choices: tuple = (), parse=None) -> Any:
-    """A dataclass field with its help text and its range.
+def option(
+    default: Any,
+    help: str,
+    *,
+    allowed: str = "",
+    check: Callable[[Any], bool] | None = None,
+    choices: tuple[Any, ...] = (),
+    parse: Callable[[str, Any], Any] | None = None,
+) -> Any:
+    """A dataclass field with its help text and its range. It is typed Any, so that `rank: int = option(4, ...)` has a type.
 
     Args:
         default: the class default.
@@ -62,17 +70,17 @@ def described(field: dataclasses.Field) -> str:
     return field.metadata["help"] + (f" [{allowed}]" if allowed else "")
 
 
-def positive(x) -> bool:
+def positive(x: float) -> bool:
     """x > 0 and finite."""
     return 0 < x < math.inf
 
 
-def non_negative(x) -> bool:
+def non_negative(x: float) -> bool:
     """x >= 0 and finite."""
     return 0 <= x < math.inf
 
 
-def fraction(x) -> bool:
+def fraction(x: float) -> bool:
     """0 <= x < 1."""
     return 0 <= x < 1
 
@@ -92,13 +100,15 @@ def parse_bytes(name: str, value: Any) -> Any:
     try:
         number, unit = value, ""
         if isinstance(value, str):
-            number, unit = re.fullmatch(r"\s*([\d.]+(?:e\+?\d+)?)\s*([a-z]*)\s*", value.lower()).groups()
-            number = float(number)
+            match = re.fullmatch(r"\s*([\d.]+(?:e\+?\d+)?)\s*([a-z]*)\s*", value.lower())
+            if match is None:
+                raise ValueError
+            number, unit = float(match[1]), match[2]
         elif isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise ValueError
         if (size := int(number * _UNITS[unit])) >= 1:
             return size
-    except (AttributeError, KeyError, ValueError, OverflowError):
+    except (KeyError, ValueError, OverflowError):
         pass
     raise OptionError(f"{name}={value!r}: expected bytes (2GiB), a number >= 1 alone or with KB, MB, GB, KiB, MiB or GiB")
 
@@ -136,9 +146,9 @@ def typed(name: str, value: Any, annotation: Any) -> Any:
         if kind is bool:
             if isinstance(value, bool):
                 return value
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            return {"true": True, "1": True, "false": False, "0": False}[(text or "").lower()]
         if kind is torch.dtype:
-            return value if isinstance(value, torch.dtype) else _DTYPES[text.lower().removeprefix("torch.")]
+            return value if isinstance(value, torch.dtype) else _DTYPES[(text or "").lower().removeprefix("torch.")]
         if kind is str:
             if text is None:
                 raise TypeError
@@ -151,14 +161,14 @@ def typed(name: str, value: Any, annotation: Any) -> Any:
             return int(value if text is None else text)
         if kind is float:
             return float(value)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError):
         pass
     wanted = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(kind)
     wanted = wanted or "one of " + ", ".join(_DTYPES)
     raise OptionError(f"{name}={value!r}: expected {wanted}" + (" or none" if type(None) in kinds else ""))
 
 
-def unknown_name(kind: str, name: str, valid: typing.Iterable[str], owner: str = "") -> str:
+def unknown_name(kind: str, name: str, valid: Iterable[str], owner: str = "") -> str:
     """The message for an unknown name: what was given, the nearest valid name, all valid names."""
     valid = list(valid)
     near = difflib.get_close_matches(str(name).lower(), valid, n=1, cutoff=0.6)
@@ -167,7 +177,7 @@ def unknown_name(kind: str, name: str, valid: typing.Iterable[str], owner: str =
     return f"unknown {kind} {name!r}{where}: {hint}valid: {', '.join(valid)}"
 
 
-def annotations(options_type: type) -> dict[str, Any]:
+def field_types(options_type: type) -> dict[str, Any]:
     """Field name -> resolved annotation."""
     hints = typing.get_type_hints(options_type)
     return {f.name: hints[f.name] for f in dataclasses.fields(options_type)}
@@ -179,7 +189,7 @@ def build(options_type: type, given: Mapping[str, Any], owner: str) -> Any:
     Raises:
         OptionError: unknown name, wrong type or value out of range.
     """
-    hints, fields = annotations(options_type), {f.name: f for f in dataclasses.fields(options_type)}
+    hints, fields = field_types(options_type), {f.name: f for f in dataclasses.fields(options_type)}
     values = {}
     for name, value in given.items():
         if name not in hints:

@@ -11,7 +11,6 @@ import text_classification
 import torch
 
 from hf_efcp.core.coefficients import quadratic
-from hf_efcp.engine.base import EngineOptimizer
 
 SHARES = (1e-1, 1e-2, 1e-3, 1e-4)
 

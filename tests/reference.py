@@ -57,7 +57,7 @@ def set_gradients(params, generator, norm=1.0):
 
 
 def stack_of(optimizer, p):
-    return next(s for s in optimizer._stacks if any(q is p for q in s.params))
+    return next(s for s in optimizer.setup().stacks if any(q is p for q in s.params))
 
 
 def row(optimizer, p, slot):
@@ -71,14 +71,14 @@ def row(optimizer, p, slot):
     if "window_indices" in state:
         indices, values = state["window_indices"][:, slot].long(), state["window_values"][:, slot]
         dense = torch.zeros(p.shape[0], p[0].numel(), dtype=torch.float64)
-        return dense.scatter(1, indices + stack_of(optimizer, p).window.offsets, values).flatten()
+        return dense.scatter(1, indices + stack_of(optimizer, p).window.grid.offsets(torch.device("cpu")), values).flatten()
     if "window_entries" in state:
         w = stack_of(optimizer, p).window
         indices, values = w.codec.decode(
             optimizer.state[p]["window_entries"][:, slot], state["window_scale"][:, slot], torch.float64
         )
         dense = torch.zeros(p.shape[0], p[0].numel(), dtype=torch.float64)
-        return dense.scatter(1, indices + w.offsets, values).flatten()
+        return dense.scatter(1, indices + w.grid.offsets(torch.device("cpu")), values).flatten()
     if "window_rows_scale" in state:
         scale = state["window_rows_scale"][slot]
         return BlockQuantizer(8).decode(state["window_rows"][slot].view(len(scale), -1), scale, p.numel() // len(scale)).flatten()

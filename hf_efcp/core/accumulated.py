@@ -80,7 +80,7 @@ class Accumulated:
         return torch.cat([(q @ a.mT).mT for _, a in self.parts()], 1) if p is None else p
 
     @property
-    def mT(self) -> Transposed:  # noqa: N802, torch's name
+    def mT(self) -> Transposed:
         """The transposed operand, for `a.mT @ p`."""
         return Transposed(self)
 

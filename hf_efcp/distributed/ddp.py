@@ -113,7 +113,9 @@ def plan(specs: Mapping[Tensor, Specs], processes: int, known: Mapping[Tensor, O
             held[rank] += size.of(rows)
     new = [p for p in sizes if p not in known]
     assigned = assign([sizes[p] for p in new], processes, held)
-    return {p: known[p] for p in sizes if p in known} | {p: _whole_units(o, p, specs[p]) for p, o in zip(new, assigned, strict=True)}
+    return {p: known[p] for p in sizes if p in known} | {
+        p: _whole_units(o, p, specs[p]) for p, o in zip(new, assigned, strict=True)
+    }
 
 
 def size_of(p: Tensor, specs: Specs, least: int = 2) -> Size:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.accumulated import Accumulated
-from ..core.cells import Layout, Spec, cell, compute_dtype, matrix_shape
+from ..core.cells import Layout, Spec, cell, matrix_shape
 from ..core.compressors import Compressor, PowerIteration
 from ..core.deferred import Later
 from ..core.entries import LowRankEntry
@@ -250,9 +250,7 @@ class FactorSync:
             return format
         return ReadyFormat(format.layout, format.options, self._places)
 
-    def stacks(
-        self, groups: Sequence[Sequence[Tensor]], specs: Mapping[Tensor, Specs], options: Any
-    ) -> list[FactorStack]:
+    def stacks(self, groups: Sequence[Sequence[Tensor]], specs: Mapping[Tensor, Specs], options: Any) -> list[FactorStack]:
         """Make the stacks of factors; none without a hook."""
         if self.replicas is None:
             return []

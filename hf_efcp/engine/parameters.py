@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..distributed.fsdp2 import is_sharded, problem
-from ..options import OptionError, ParamGroupOptions, annotations, build
+from ..options import OptionError, ParamGroupOptions, build, field_types
 
 
 def checked_group(group: Any, others: Sequence[dict[str, Any]], options_type: type, name: str) -> dict[str, Any]:
@@ -27,9 +27,9 @@ def checked_group(group: Any, others: Sequence[dict[str, Any]], options_type: ty
     """
     if not isinstance(group, dict):
         raise TypeError(f"{name}: a parameter group must be a dict, got {type(group).__name__}")
-    valid = annotations(ParamGroupOptions)
+    valid = field_types(ParamGroupOptions)
     for key in group:
-        if key in annotations(options_type):
+        if key in field_types(options_type):
             raise OptionError(f"{key} is an option of the whole optimizer {name}, not of a parameter group")
         near = difflib.get_close_matches(key, valid, n=1, cutoff=0.8)
         if key not in valid and near:
@@ -71,7 +71,7 @@ def signature(options_type: type) -> inspect.Signature:
         kinds("process_group", kinds.KEYWORD_ONLY, default=None),
     ]
     defaults = options_type()
-    for name, annotation in annotations(options_type).items():
+    for name, annotation in field_types(options_type).items():
         parameters.append(kinds(name, kinds.KEYWORD_ONLY, default=getattr(defaults, name), annotation=annotation))
     return inspect.Signature(parameters)
 

@@ -207,7 +207,9 @@ def check_keys(part: Mapping[str, Any], keys: Sequence[str], place: str) -> None
         raise OptionError(f"checkpoint is damaged: {place} lacks {', '.join(missing)}")
 
 
-def check_options(saved: Any, state: Mapping[Any, Any], name: str, options: Any, expected: set[str], unchosen: Sequence[str]) -> None:
+def check_options(
+    saved: Any, state: Mapping[Any, Any], name: str, options: Any, expected: set[str], unchosen: Sequence[str]
+) -> None:
     """Raise OptionError where a checkpoint is of another optimizer or was made with other options.
 
     Args:

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from ..core.cells import compute_dtype
-from ..core.counters import Counters
 from ..core.deferred import Later, masked
 from ..distributed.placement import Placement, Specs
 from ..distributed.plan import Owners
-from .stacks import Stack
 
 
 @dataclasses.dataclass(eq=False)

@@ -75,9 +75,7 @@ class Stack:
         turn: the present step, for the cells.
     """
 
-    def __init__(
-        self, pieces: list[Piece], group: int, specs: Iterable[Spec], total: Callable[[Tensor], Tensor] | None = None
-    ):
+    def __init__(self, pieces: list[Piece], group: int, specs: Iterable[Spec], total: Callable[[Tensor], Tensor] | None = None):
         first = pieces[0]
         self.pieces, self.group, self.total = pieces, group, total
         self.layout, self.shape = Layout.of(first.param), first.shape

@@ -15,7 +15,6 @@ from ..core.compressors import Identity
 from ..core.deferred import masked, readable
 from ..core.gram import GramMatrix
 from .apply import apply
-
 from .costs import Count
 from .diagnostics import of_last_step
 from .factor_sync import FactorSync

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ..engine.base import EngineOptimizer
-from ..options import OptionError
+from ..options import OptionError, field_types
+from ..registry import all_optimizers
 from .checkpoints import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -62,10 +63,11 @@ def check_config(config: Mapping[str, Any], cls: type[EngineOptimizer], options:
         raise OptionError(f"DeepSpeed tensor_parallel.autotp_size: {name} has no tensor parallelism; {INSTEAD}")
     if stage == 0:
         return
-    if "rank" in cls.options_type.__dataclass_fields__:
+    if "rank" in field_types(cls.options_type):
+        remedies = [*_without_matrices(cls), "stage 0", INSTEAD]
         raise OptionError(
             f"DeepSpeed zero_optimization.stage={stage} flattens the parameters, and {name} needs matrices: use "
-            f"{name.replace('LowRank', 'Sparse')} or {name.replace('LowRank', 'Dense')}, stage 0, or {INSTEAD}"
+            f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
         )
     if options.get("scope") == "layer":
         raise OptionError(f"scope='layer': DeepSpeed zero_optimization.stage={stage} leaves no layers; use scope=model")
@@ -77,6 +79,13 @@ def check_config(config: Mapping[str, Any], cls: type[EngineOptimizer], options:
     for key, where in (("elastic_checkpoint", zero), ("load_universal", config.get("checkpoint") or {})):
         if where.get(key):
             raise OptionError(f"DeepSpeed {key}=true takes the optimizer's state for copies of the parameters: set it to false")
+
+
+def _without_matrices(cls: type[EngineOptimizer]) -> list[str]:
+    """The classes of the same family that take flat pieces, as one piece of text; empty where `cls` is not registered."""
+    family = next((info.family for info in all_optimizers() if info.cls is cls), None)
+    flat = [info.cls.__name__ for info in all_optimizers() if info.family == family and info.compression != "low rank"]
+    return [" or ".join(flat)] if flat else []
 
 
 def one_group(groups: list[dict[str, Any]], stage: int) -> list[dict[str, Any]]:
