@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.base import EngineOptimizer
 from . import roofline
 from .measuring import fill, phases, seconds, spread, state_bytes, temporaries
 from .peers import ADAMW
@@ -95,6 +96,7 @@ class Contender:
             for _ in range(min(_REAL_ROWS, self.options.get("window_size", _REAL_ROWS)) - 1):
                 work.new_gradients()
                 self.optimizer.step()
+            assert isinstance(self.optimizer, EngineOptimizer)
             fill(self.optimizer)
         for _ in range(warmup):
             work.new_gradients()
@@ -121,7 +123,7 @@ class Contender:
             "bytes_per_parameter": total / sum(p.numel() for p in work.params),
             "counts": None,
         }
-        if self.options is not None:
+        if isinstance(self.running, EngineOptimizer):
             entry |= self._phases(work)
             entry["counts"] = self.running.costs()
         elif self.name in ADAMW:

@@ -123,8 +123,8 @@ def fill(optimizer: EngineOptimizer) -> None:
     """Make the window full after a few steps: filling m = 1024 by steps would take longer than the measurement.
 
     The other slots become copies of the entries so far, in the window's own format, rotated along the tensors' rows by another
-    amount for each, so that no two are alike; K gets their norms and zeros between them, which is nearly true of random entries. A
-    method without a window stays as it is.
+    amount for each, so that no two are alike; K gets their norms and zeros between them, which is nearly true of random entries.
+    A method without a window stays as it is.
     """
     setup = optimizer.setup()
     gram = setup.counters

@@ -1,4 +1,4 @@
-"""State, declared once: a `Spec` says what an entry of a parameter's state is, a `Cell` reads and writes the entry of n parameters.
+"""State, declared once: a `Spec` says what an entry of a parameter's state is, a `Cell` reads and writes it for n parameters.
 
 Everything else follows from the specs: allocation, `state_dict`, checks at load, shards, DTensors, bytes. The format of an
 entry (plain, bf16 rounded stochastically, 8 or 4 bits with scales), the mask of a refused step and tensors without a gradient
@@ -183,7 +183,7 @@ class Cell:
 
     def square(self) -> float:
         """Sum the squares in fp64, some rows at a time."""
-        parts = row_chunks(self.buffer)
+        parts = row_chunks(list(self.buffer))
         return float(sum(torch.linalg.vector_norm(self.read(p), dtype=torch.float64).square() for p in parts))
 
 

@@ -1,4 +1,4 @@
-"""Windows whose entries are stored in few bits. The staged entry and K are those of the entries as stored; e takes the difference.
+"""Windows whose entries are stored in few bits. The staged entry and K are those as stored; e takes the difference.
 
 | entry | stored | bytes |
 |---|---|---|

@@ -1,8 +1,8 @@
 """Windows: the last m compressed gradients of n tensors of one shape, as a ring buffer.
 
-Data flow of a step: `stage(entry)` takes the new entry in storage precision, `dots(j)` gives its inner products with the window as
-it will be, `commit(j)` writes it into slot j, `combine(c)` gives G^T c. Until `commit` the state is untouched, so a step can still
-be skipped. K is always computed from entries as stored.
+Data flow of a step: `stage(entry)` takes the new entry in storage precision, `dots(j)` gives its inner products with the window
+as it will be, `commit(j)` writes it into slot j, `combine(c)` gives G^T c. Until `commit` the state is untouched, so a step can
+still be skipped. K is always computed from entries as stored.
 """
 
 from __future__ import annotations

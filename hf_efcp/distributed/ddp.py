@@ -119,7 +119,7 @@ def plan(specs: Mapping[Tensor, Specs], processes: int, known: Mapping[Tensor, O
 
 
 def size_of(p: Tensor, specs: Specs, least: int = 2) -> Size:
-    """Give the bytes of a parameter's state, but for entries that every process holds; rows count in units of the largest `per`."""
+    """Give the bytes of a parameter's state, but for entries that every process holds; rows count in units that stay together."""
     held = [spec for spec in specs.values() if spec.held == "owner"]
     total, fixed = sum(s.nbytes for s in held), sum(s.nbytes for s in held if s.divided(p) is None)
     if p.ndim < least or p.numel() == 0:
@@ -142,7 +142,8 @@ def _whole_units(owners: Owners, p: Tensor, specs: Specs) -> Owners:
 
 def _buckets(params: Sequence[Tensor], owners: Sequence[Owners], rank: int, limit: int) -> Iterator[list[Tensor]]:
     """What `rank` owns, as views of the parameters, in lists of at most `limit` bytes (or a single row)."""
-    bucket, size = [], 0
+    bucket: list[Tensor] = []
+    size = 0
     for p, who in zip(params, owners, strict=True):
         if rank not in who or p.numel() == 0:
             continue

@@ -152,7 +152,7 @@ class EngineOptimizer(torch.optim.Optimizer):
 
         # No annotations: torch compares them with its types, and here they would be text.
         @torch.no_grad()
-        def hook(_, bucket):  # type: ignore[no-untyped-def]
+        def hook(_, bucket):
             return sync.reduce(bucket, self.setup(), self.param_groups, self.options)
 
         sync.register(model, hook, self._all_params(), fresh=self._builder.setup is None)

@@ -44,7 +44,8 @@ class Budget:
     """
 
     def __init__(self, name: str, options: Any, given: Mapping[str, Any]):
-        self.name, self.size = name, getattr(options, "memory_budget", None)
+        self.name = name
+        self.size: int | None = getattr(options, "memory_budget", None)
         self.free = free_options(options, given) if self.size is not None else ()
         self.chosen = False
 
@@ -93,7 +94,7 @@ class Budget:
 
     def too_large(self, size: int, options: Any) -> OptionError:
         """Make the error for a state that exceeds the budget."""
-        return OptionError(f"memory_budget={shown(self.size)}: with {described(options)} the state takes {shown(size)}")
+        return OptionError(f"memory_budget={shown(self.size or 0)}: with {described(options)} the state takes {shown(size)}")
 
     def taken(self, options: Any, values: Mapping[str, Any]) -> Any:
         """Give the options with what was chosen in the run that was saved: that wins."""
@@ -117,7 +118,7 @@ class Budget:
         """Say of a checkpoint that does not fit which options to give."""
         given = {name: value for name, value in options_of(entries).items() if name in self.free}
         return (
-            f"no choice of memory_budget={shown(self.size)} has this state. If it is of these parameters, "
+            f"no choice of memory_budget={shown(self.size or 0)} has this state. If it is of these parameters, "
             f"{remedy}give the options of the run that saved it: {as_given(given) or 'window_size=..., window_format=...'} "
             "(and rank or density, unless it had the default)"
         )

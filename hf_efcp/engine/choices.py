@@ -10,7 +10,7 @@ The choice is a pure function of shapes and options, so that all processes and e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ _FORMATS = tuple(
 _FIRST_WINDOW = 32
 
 
-def free_options(options: Any, given: dict[str, Any]) -> tuple[str, ...]:
+def free_options(options: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the options that the budget chooses: none without a budget. A dtype that is given decides on the format too."""
     if options.memory_budget is None:
         return ()
@@ -53,10 +53,10 @@ def choose(options: Any, free: tuple[str, ...], bytes_of: Callable[[Any], int]) 
     """
     longest = options.window_size
     budget, first = options.memory_budget, min(_FIRST_WINDOW, longest)
-    least = None
+    least = 0
     for candidate in candidates(options, free):
         size = bytes_of(candidate)
-        least = size if least is None else min(size, least)
+        least = min(size, least) if least else size
         if size > budget:
             continue
         while "window_size" in free and candidate.window_size >= first and candidate.window_size < longest:
@@ -103,11 +103,14 @@ def candidates(options: Any, free: tuple[str, ...]) -> Iterator[Any]:
 
 
 def shown(size: float) -> str:
-    """A number of bytes for people."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.2f} {unit}"
+    """Write a number of bytes for people."""
+    if size < 1024:
+        return f"{size:.0f} bytes"
+    for unit in ("KiB", "MiB", "GiB"):
         size /= 1024
+        if size < 1024:
+            break
+    return f"{size:.2f} {unit}"
 
 
 def described(options: Any) -> str:

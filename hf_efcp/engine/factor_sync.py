@@ -60,14 +60,17 @@ class FactorStack(Stack):
         rounding = {s.name: torch.zeros(n, *s.shape, dtype=s.dtype, device=self.device) for s in specs_of_window}
         self.window = LowRankWindow(rounding, self.layout.dtype)
         self.changed = Later()
-        self.void()
+        self.start: Any = None
+        self.p: Any = None
+        self.q: Any = None
+        self.samples: dict[int, Tensor] = {}
 
     def begin(self, step: Tensor) -> None:
         """Begin a backward: what an earlier one has left, without a step, is void."""
         self.turn.step = step
-        self.start = self.compressor.start(step)
-        self.p = self.start.new_zeros(len(self.pieces), self.shape[0], self.start.shape[2])
-        self.q = torch.zeros_like(self.start)
+        start = self.compressor.start(step)
+        self.start, self.q = start, torch.zeros_like(start)
+        self.p = start.new_zeros(len(self.pieces), self.shape[0], start.shape[2])
         self.samples = {}
 
     def operand(self, members: Mapping[int, Tensor], l2: float) -> Tensor:
@@ -111,10 +114,8 @@ class FactorStack(Stack):
 
     def void(self) -> None:
         """Forget the factors: they are used up."""
-        self.start: Any = None
-        self.p: Any = None
-        self.q: Any = None
-        self.samples: dict[int, Tensor] = {}
+        self.start = self.p = self.q = None
+        self.samples = {}
 
     def _check_gradients(self) -> None:
         differ = []

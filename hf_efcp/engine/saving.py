@@ -26,7 +26,7 @@ FORMAT = 1
 # Name of the folder of the shards in a checkpoint of Trainer or Accelerate.
 SHARD_FOLDER = "efcp_optim"
 # Options that a checkpoint has to agree in.
-MADE_WITH = ("window_size", "rank", "density", "block_size", "scope")
+MADE_WITH: tuple[str, ...] = ("window_size", "rank", "density", "block_size", "scope")
 MADE_WITH += ("window_dtype", "error_dtype", "window_format", "error_format")
 
 # The state of a parameter, by name.
@@ -184,7 +184,7 @@ class Saving:
 
 
 def copies(entry: State, specs: Specs, with_window: bool) -> dict[str, Any]:
-    """Copy an entry's tensors, since a view would drag its stack along; the window's where `with_window`; leave what is no spec's."""
+    """Copy an entry's tensors, since a view would drag its stack along; those of the window where `with_window`."""
     kept = {name: t for name, t in entry.items() if name not in specs or with_window or not specs[name].window}
     return {name: t.clone() if name in specs else t for name, t in kept.items()}
 

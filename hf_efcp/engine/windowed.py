@@ -114,8 +114,8 @@ class Windowed:
 
     Args:
         entries: the format of compressed tensors.
-        phi: (options, gram, j, dtype) -> c = phi(K) w, (groups, m) fp64: for K with the newest entry in it, the newest slot j, a (1,)
-            int64 tensor, and the dtype in which G^T c will be summed.
+        phi: (options, gram, j, dtype) -> c = phi(K) w, (groups, m) fp64: for K with the newest entry in it, its slot j, a (1,) int64
+            tensor, and the dtype in which G^T c will be summed.
         solve: m -> fp64 operations of `phi` for one Gram matrix.
     """
 
