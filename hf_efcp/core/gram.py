@@ -18,7 +18,7 @@ class GramMatrix:
 
     Attributes:
         matrix: (groups, m, m) fp64.
-        step: 0-D int64, the number of rows written so far.
+        step: 0-D int64, the number of entries written so far.
         skipped: 0-D int64, the number of steps that were refused for a gradient that is not finite.
     """
 
@@ -38,13 +38,18 @@ class GramMatrix:
         return self.step.clamp_max(self.window_size)
 
     def next_slot(self) -> Tensor:
-        """(1,) int64: the slot that the next row goes into, the oldest row's."""
+        """(1,) int64: the slot that the next entry goes into, the oldest entry's."""
         return (self.step % self.window_size).view(1)
 
     def update(self, j: Tensor, k_j: Tensor, accepted: bool | Tensor = True) -> Tensor:
-        """Put k_j (groups, m), the dots of the new row, into row and column j; returns K.
+        """Put k_j, the dots of the new entry, into row and column j; returns K.
 
-        A row that is not `accepted` (a 0-D flag on the device) is counted as skipped and changes nothing else.
+        An entry that is not `accepted` is counted as skipped and changes nothing else.
+
+        Args:
+            j: (1,) int64, the slot.
+            k_j: (groups, m) fp64.
+            accepted: True, or a 0-D bool tensor on the device.
         """
         if accepted is not True:
             k_j = masked(accepted, k_j, self.matrix.index_select(1, j).squeeze(1))
@@ -55,5 +60,9 @@ class GramMatrix:
         return self.matrix
 
     def ages(self, j: Tensor) -> Tensor:
-        """(m,) int64: how many steps ago each slot was written; slots never written have the ages still to come."""
+        """(m,) int64: how many steps ago each slot was written; slots never written have the ages still to come.
+
+        Args:
+            j: (1,) int64, the newest slot.
+        """
         return (j - torch.arange(self.window_size, device=j.device)) % self.window_size

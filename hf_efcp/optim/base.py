@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.coefficients import quadratic
-from ..core.deferred import Later, masked, readable
+from ..core.deferred import DelayedFlag, masked, readable
 from ..core.gram import GramMatrix
 from ..core.linalg import ieee_matmul
 from ..core.windows import Window
@@ -182,7 +182,7 @@ class WindowedOptimizer(
         return bool(finite) if readable(finite.device) else finite
 
     def _warn_of_skips(self) -> None:
-        count = self._skips.put(self._gram.skipped)
+        count = self._skips.exchange(self._gram.skipped)
         if count <= self._skips_known:
             return
         self._skips_known = count
@@ -196,7 +196,7 @@ class WindowedOptimizer(
 
     def _listen_anew(self) -> None:
         """The state is another: what was known a step ago is not its past, and whoever saved it was warned of its skips."""
-        self._skips, self._skips_known = Later(), int(self._gram.skipped)
+        self._skips, self._skips_known = DelayedFlag(), int(self._gram.skipped)
 
     # Parameters and state -------------------------------------------------------------------------------------------------
 

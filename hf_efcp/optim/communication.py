@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.compressors import PowerIteration
-from ..core.deferred import Later
+from ..core.deferred import DelayedFlag
 from ..core.error_feedback import ErrorFeedback
 from ..core.linalg import ieee_matmul
 from ..core.windows import LowRankWindow
@@ -307,7 +307,7 @@ class CommunicationMixin:
                     )
                 seen, there = s.samples[i], _sample(p.grad)
                 differ.append(((seen != there) & ~(seen.isnan() & there.isnan())).any())
-        if differ and self._changed.put(torch.stack(differ).any()):
+        if differ and self._changed.exchange(torch.stack(differ).any()):
             raise OptionError(
                 "comm='factors': gradients were changed between backward() and step() (clipping, a GradScaler), which would have "
                 "no effect on the factors: take max_grad_norm=0 and no fp16, or comm='gradients'"
@@ -316,7 +316,7 @@ class CommunicationMixin:
     def _forget_factors(self) -> None:
         self._factor_stacks: list[FactorStack] = []
         self._places: dict[Tensor, tuple[FactorStack, int]] = {}
-        self._changed = Later()
+        self._changed = DelayedFlag()
 
 
 def _sample(g: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.coefficients import mfac, weights
-from ..core.deferred import Later
+from ..core.deferred import DelayedFlag
 from ..core.gram import GramMatrix
 from ..options import LowRankOptions, MFACOptions, SparseOptions, WindowOptions
 from .base import WindowedOptimizer
@@ -38,7 +38,7 @@ class LowRankMFACOptions(LowRankOptions, MFACOptions, WindowOptions):
 class _MFAC(WindowedOptimizer):
     def _listen_anew(self) -> None:
         super()._listen_anew()
-        self._dependent = Later()
+        self._dependent = DelayedFlag()
 
     def coefficients(self, gram: GramMatrix, j: Tensor, row_dtype: torch.dtype) -> Tensor:
         o, k = self.options, gram.matrix
