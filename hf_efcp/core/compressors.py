@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import kernels
 from .deferred import masked, readable
 from .error_feedback import ErrorFeedback
-from .linalg import counted_noise, orthonormalize, row_chunks
+from .linalg import orthonormalize, row_chunks
+from .random import counted_noise
 
 NONE = ErrorFeedback(None)
 # A column of Q this many rounding errors long, beside the longest, is made of nothing else.

@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import kernels
 from .codecs import BlockQuantizer
 from .deferred import masked
-from .linalg import counted_uniform, row_chunks, stacked, stochastic_round
+from .linalg import row_chunks, stacked
+from .random import counted_uniform, stochastic_round
 
 
 class ErrorFeedback:

@@ -143,7 +143,7 @@ class LowRankWindow(Window):
 
     def keep(self, error: kernels.Error, gradients: Sequence[Tensor], rounding: kernels.Rounding, absent: Sequence[int]) -> bool:
         """See Window."""
-        return kernels.keep_low_rank(error, gradients, self._row, rounding, absent)
+        return kernels.keep(error, gradients, self._row, rounding, absent)
 
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window. c scales the shorter factor, a few slots at a time."""
@@ -232,7 +232,7 @@ class SparseWindow(Window):
 
     def keep(self, error: kernels.Error, gradients: Sequence[Tensor], rounding: kernels.Rounding, absent: Sequence[int]) -> bool:
         """See Window."""
-        return kernels.keep_sparse(error, gradients, self._row, self.blocks, rounding, absent)
+        return kernels.keep(error, gradients, self._row, rounding, absent, self.blocks)
 
     def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float) -> bool:
         """See Window."""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..core.compressors import Identity
 from ..core.error_feedback import ErrorFeedback, QuantizedErrorFeedback
-from ..core.linalg import CHUNK_BYTES, add_scaled_, chunk_bytes, chunks, stochastic_round
+from ..core.linalg import CHUNK_BYTES, add_scaled_, chunk_bytes, chunks
 from ..core.low_bit_windows import LowBitDenseWindow
+from ..core.random import stochastic_round
 from ..core.windows import DenseWindow, Window
 from ..distributed.fsdp2 import is_sharded, local, local_gradient
 
