@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .codecs import BlockQuantizer
 from .deferred import masked
-from .linalg import counted_uniform, row_chunks, stochastic_round
+from .linalg import row_chunks
+from .random import counted_uniform, stochastic_round
 
 ALL = slice(None)
 # State name -> tensor (n, ...): the state of n parameters of one shape.
@@ -183,7 +184,7 @@ class Cell:
 
     def square(self) -> float:
         """Sum the squares in fp64, some rows at a time."""
-        parts = row_chunks(list(self.buffer))
+        parts = row_chunks(self.buffer)
         return float(sum(torch.linalg.vector_norm(self.read(p), dtype=torch.float64).square() for p in parts))
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .accumulated import Accumulated
+from .accumulated import Accumulated, DenseEntry, Entry, LowRankEntry, SparseEntry
 from .cells import Cell
 from .deferred import readable
-from .entries import DenseEntry, Entry, LowRankEntry, SparseEntry
-from .linalg import counted_noise, orthonormalize, row_chunks
+from .linalg import orthonormalize, row_chunks
+from .random import counted_noise
 
 # A column of Q this many rounding errors long, beside the longest, is made of nothing else.
 _DEAD = 32

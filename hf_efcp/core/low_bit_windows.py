@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from .accumulated import DenseEntry, Entry, LowRankEntry, SparseEntry
 from .cells import ALL, Buffers, Layout, Spec
 from .codecs import BlockQuantizer, SparseCodec, decode_float8, encode_float8
 from .compressors import BlockTopK
-from .entries import DenseEntry, Entry, LowRankEntry, SparseEntry
 from .linalg import chunks
 from .sparse_window import SparseWindow
 from .windows import DenseWindow, LowRankWindow, Window

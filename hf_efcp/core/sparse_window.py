@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from .accumulated import Entry, SparseEntry
 from .cells import ALL, Buffers, Layout, Spec
 from .compressors import BlockTopK
-from .entries import Entry, SparseEntry
 from .linalg import chunk_bytes, chunks
 from .windows import Window
 

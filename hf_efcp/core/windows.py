@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .accumulated import DenseEntry, Entry, LowRankEntry
 from .cells import ALL, Buffers, Layout, Spec
 from .deferred import masked
-from .entries import DenseEntry, Entry, LowRankEntry
 from .linalg import chunks, inner
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Container
 import torch
 from torch import Tensor
 
-from ..core.linalg import add_scaled_, chunk_bytes, chunks, stochastic_round
+from ..core.linalg import add_scaled_, chunk_bytes, chunks
+from ..core.random import stochastic_round
 from .stacks import Stack
 
 # Parameters are rounded by other numbers than their error feedback.

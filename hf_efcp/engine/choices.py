@@ -10,6 +10,7 @@ The choice is a pure function of shapes and options, so that all processes and e
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -106,11 +107,8 @@ def shown(size: float) -> str:
     """Write a number of bytes for people."""
     if size < 1024:
         return f"{size:.0f} bytes"
-    for unit in ("KiB", "MiB", "GiB"):
-        size /= 1024
-        if size < 1024:
-            break
-    return f"{size:.2f} {unit}"
+    power = min(3, int(math.log2(size) // 10))
+    return f"{size / 1024**power:.2f} {('KiB', 'MiB', 'GiB')[power - 1]}"
 
 
 def described(options: Any) -> str:

@@ -21,11 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.accumulated import Accumulated
+from ..core.accumulated import Accumulated, LowRankEntry
 from ..core.cells import Layout, Spec, cell, matrix_shape
 from ..core.compressors import Compressor, PowerIteration
-from ..core.deferred import Later
-from ..core.entries import LowRankEntry
+from ..core.deferred import DelayedFlag
 from ..core.linalg import ieee_matmul
 from ..core.windows import LowRankWindow
 from ..distributed.ddp import Replicas
@@ -59,7 +58,7 @@ class FactorStack(Stack):
         specs_of_window = LowRankWindow.specs(self.layout, 0, rank, specs["window_p"].dtype)
         rounding = {s.name: torch.zeros(n, *s.shape, dtype=s.dtype, device=self.device) for s in specs_of_window}
         self.window = LowRankWindow(rounding, self.layout.dtype)
-        self.changed = Later()
+        self.changed = DelayedFlag()
         self.start: Any = None
         self.p: Any = None
         self.q: Any = None
@@ -129,7 +128,7 @@ class FactorStack(Stack):
                 )
             seen, there = self.samples[i], _sample(p.grad)
             differ.append(((seen != there) & ~(seen.isnan() & there.isnan())).any())
-        if differ and self.changed.put(torch.stack(differ).any()):
+        if differ and self.changed.exchange(torch.stack(differ).any()):
             raise OptionError(
                 "comm='factors': gradients were changed between backward() and step() (clipping, a GradScaler), which would have "
                 "no effect on the factors: take max_grad_norm=0 and no fp16, or comm='gradients'"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.cells import compute_dtype
-from ..core.deferred import Later, masked
+from ..core.deferred import DelayedFlag, masked
 from ..distributed.placement import Placement, Specs
 from ..distributed.plan import Owners
 
@@ -72,11 +72,11 @@ class Setup:
 
     def listen_anew(self) -> None:
         """Forget what a flag said one step ago: the state is another, and whoever saved it was warned of its skips."""
-        self._skips, self._warned_of = Later(), int(self.counters.skipped)
+        self._skips, self._warned_of = DelayedFlag(), int(self.counters.skipped)
 
     def warn_of_skips(self, name: str) -> None:
         """Warn of the 1st, 2nd, 4th, 8th, ... refused step; on a GPU one step late."""
-        count = self._skips.put(self.counters.skipped)
+        count = self._skips.exchange(self.counters.skipped)
         if count <= self._warned_of:
             return
         self._warned_of = count

@@ -20,7 +20,7 @@ from .diagnostics import of_last_step
 from .factor_sync import FactorSync
 from .formats import EntryFormat, costs_of
 from .method import Group
-from .phases import PHASES, phase
+from .phases import LISTENER, PHASES
 from .setup import Setup, decoupled_of, l2_of
 from .stacks import Piece, Stack
 
@@ -114,8 +114,8 @@ class Windowed:
 
     Args:
         entries: the format of compressed tensors.
-        phi: (options, gram, j, dtype) -> c = phi(K) w, (groups, m) fp64: for K with the newest entry in it, its slot j, a (1,) int64
-            tensor, and the dtype in which G^T c will be summed.
+        phi: (options, gram, j, dtype) -> c = phi(K) w, (groups, m) fp64: for K with the newest entry in it, its slot j, a (1,)
+            int64 tensor, and the dtype in which G^T c will be summed.
         solve: m -> fp64 operations of `phi` for one Gram matrix.
     """
 
@@ -168,7 +168,7 @@ class Windowed:
     # fmt: off
     def step(self, setup: Setup, groups: Sequence[Group], o: Any) -> None:
         """Take a step of Algorithm 1."""
-        gram, stacks, dots = setup.counters, setup.stacks, []
+        gram, stacks, phase, dots = setup.counters, setup.stacks, LISTENER.get(), []
         j, l2 = gram.next_slot(), [l2_of(group, o) for group in groups]
         for f in setup.factors:
             f.stage(gram.step)                                                  # made during backward, see factor_sync.py

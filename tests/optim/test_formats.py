@@ -6,7 +6,7 @@ import pytest
 import torch
 from hf_efcp.optim.stacks import Piece, build_stacks, matrix_shape
 
-from hf_efcp.core.codecs import BLOCK
+from hf_efcp.kernels.constants import BLOCK
 from hf_efcp.options import OptionError
 from tests.optim.helpers import EVERY, M, count, gradients_at, started
 from tests.reference import error, ggt_oracle, info, make, mfac_oracle, names, parameters, relative, row, update_of, window
