@@ -63,9 +63,15 @@ FORMATS = {
 }
 SEVERAL_FORMATS = {
     name: FORMATS[name]
-    for name in ("fp64", "fp64, layer", "fp64, momentum, l2 decay, window momentum", "fp32, bf16 window and error")
+    for name in (
+        "fp64",
+        "fp64, layer",
+        "fp64, momentum, l2 decay, window momentum",
+        "fp32, bf16 window and error",
+        "fp32, low-bit window, int4 error",
+        "fp32, not finite",
+    )
 }
-SEVERAL_FORMATS["fp32, not finite"] = FORMATS["fp32, not finite"]
 
 
 def built(name, params, options, **more):
@@ -196,7 +202,8 @@ def on_fsdp2(name, dtype, options, steps):
 
     options = dict(options)
     events = options.pop("events", None)
-    module = Tensors(dtype, [s for s in SHAPES if s])  # FSDP2 divides no scalar
+    least = 2 if "window_format" in options else 1  # FSDP2 divides no scalar, and vectors inside a block of codes
+    module = Tensors(dtype, [s for s in SHAPES if len(s) >= least])
     params = list(fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),))).parameters())
     return Run(built(name, params, options), params, steps, events).all()
 
@@ -220,8 +227,8 @@ class FactorRun(Run):
 
 
 def by_factors(name, dtype, options, steps, sharded=True):
-    if "comm" not in get_optimizer_info(name).options():
-        return None
+    if "comm" not in get_optimizer_info(name).options() or "window_format" in options:
+        return None  # factors have no codes
     options = dict(options)
     events, module = options.pop("events", None), Tensors(dtype, SHAPES)
     group = dist.group.WORLD if sharded else None
