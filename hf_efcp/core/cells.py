@@ -158,11 +158,11 @@ class Cell:
 
     def read(self, rows: slice = ALL) -> Tensor:
         """Give the numbers, or those of some rows, (n, rows, ...) in `dtype`; may share memory with the state."""
-        return self.buffer[:, rows].to(self.dtype)
+        return part(self.buffer, rows).to(self.dtype)
 
     def write(self, x: Tensor, rows: slice = ALL) -> None:
         """Store x (n, rows, ...), where the step is accepted and a tensor has a gradient."""
-        self._store(((self.buffer[:, rows], self._rounded(x, rows)),))
+        self._store(((part(self.buffer, rows), self._rounded(x, rows)),))
 
     def _rounded(self, x: Tensor, rows: slice) -> Tensor:
         if self.buffer.dtype != torch.bfloat16 or x.ndim != 3:
@@ -184,8 +184,8 @@ class Cell:
 
     def square(self) -> float:
         """Sum the squares in fp64, some rows at a time."""
-        parts = row_chunks(self.buffer)
-        return float(sum(torch.linalg.vector_norm(self.read(p), dtype=torch.float64).square() for p in parts))
+        chunks = row_chunks(self.buffer)
+        return float(sum(torch.linalg.vector_norm(self.read(rows), dtype=torch.float64).square() for rows in chunks))
 
 
 class QuantizedCell(Cell):
@@ -216,6 +216,11 @@ class QuantizedCell(Cell):
         noise = counted_uniform(self.turn.step, self.turn.ids, x.shape[1], x.shape[2], self._origin(rows))
         codes, scale = self.quantizer.encode(x, noise)
         self._store(((self.buffer[:, rows], codes), (self.scale[:, rows], scale)))
+
+
+def part(buffer: Tensor, rows: slice) -> Tensor:
+    """Give rows `rows` of n matrices (n, rows, ...); all of a buffer of any shape for ALL."""
+    return buffer if rows == ALL else buffer[:, rows]
 
 
 def matrix_specs(name: str, layout: Layout, dtype: torch.dtype | None, format: str = "plain") -> tuple[Spec, ...]:
