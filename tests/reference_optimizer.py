@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
-from hf_efcp.core.linalg import counted_noise  # uniform in (-1, 1), a function of the step and of the tensor's number
+from hf_efcp.core.random import counted_noise  # uniform in (-1, 1), a function of the step and of the tensor's number
 
 
 class ReferenceOptimizer:

@@ -9,6 +9,7 @@ OUT.pt holds {(optimizer, format, placement, rank): {"hashes": [{entry: hash} of
 import contextlib
 import datetime
 import hashlib
+import inspect
 import logging
 import os
 import sys
@@ -263,12 +264,18 @@ def on_flat_pieces(name, dtype, options, steps):
     options = dict(options)
     events, params = options.pop("events", None), start(dtype, SHAPES[1:6])
     optimizer = built(name, params, options)
-    optimizer.take_flat_pieces(zero_processes(), sum(p.numel() for p in params))
+    take_flat_pieces(optimizer, sum(p.numel() for p in params))
     return PieceRun(optimizer, params, steps, events).all()
 
 
+def take_flat_pieces(optimizer, coordinates):
+    """The optimizer's method of that name; in older trees it is told of the processes too."""
+    takes_processes = len(inspect.signature(optimizer.take_flat_pieces).parameters) == 2
+    optimizer.take_flat_pieces(*((zero_processes(), coordinates) if takes_processes else (coordinates,)))
+
+
 def zero_processes():
-    """What `take_flat_pieces` wants to know of the processes, under its name in this tree."""
+    """What `take_flat_pieces` of an older tree wants to know of the processes, under its name there."""
     for module, name in (("shards", "Shards"), ("ddp", "Shards")):
         with contextlib.suppress(ImportError, AttributeError):
             return getattr(__import__(f"hf_efcp.distributed.{module}", fromlist=[name]), name)()

@@ -30,6 +30,7 @@ class Setup:
         counters: of steps; a window method's Gram matrix.
         last: coefficients of the last accepted step, for diagnostics.
         started: whether a step was taken.
+        skips: the number of refused steps, as far as the host knows.
     """
 
     key: list[Any]
@@ -72,11 +73,11 @@ class Setup:
 
     def listen_anew(self) -> None:
         """Forget what a flag said one step ago: the state is another, and whoever saved it was warned of its skips."""
-        self._skips, self._warned_of = DelayedFlag(), int(self.counters.skipped)
+        self.skips, self._warned_of = DelayedFlag(), int(self.counters.skipped)
 
     def warn_of_skips(self, name: str) -> None:
         """Warn of the 1st, 2nd, 4th, 8th, ... refused step; on a GPU one step late."""
-        count = self._skips.exchange(self.counters.skipped)
+        count = self.skips.exchange(self.counters.skipped)
         if count <= self._warned_of:
             return
         self._warned_of = count

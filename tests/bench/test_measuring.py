@@ -21,11 +21,11 @@ def test_a_filled_window_is_one_that_steps_could_have_made(name):
     measuring.fill(optimizer)
     rows = window(optimizer, work.params)
     assert torch.equal(rows[:4], kept)
-    k = optimizer._gram.matrix[0]
+    k = optimizer.setup().counters.matrix[0]
     assert torch.allclose(k.diagonal(), rows.square().sum(1))
     cosines = (rows @ rows.T) / (rows.norm(dim=1) * rows.norm(dim=1)[:, None])
     assert (cosines - torch.eye(16)).abs().max() < 0.6
-    assert int(optimizer._gram.step) == 16
+    assert int(optimizer.setup().counters.step) == 16
     for _ in range(17):
         work.new_gradients()
         optimizer.step()

@@ -141,4 +141,4 @@ def test_shards_of_ddp_name_their_choice(tmp_path):
         optimizer.shard_folder = tmp_path / name
         optimizer.load_state_dict(torch.load(tmp_path / f"{name}.pt", weights_only=True))
         assert choice(optimizer) == everybody[0][name]
-        assert int(optimizer._gram.step) == 5
+        assert int(optimizer.setup().counters.step) == 5

@@ -61,9 +61,9 @@ def wrong(rank):
         mean_([*(t for pair in found for t in pair), *plain])
         return found
 
-    from hf_efcp.optim import communication
+    from hf_efcp.engine import factor_sync
 
-    communication.factors_of_mean = local
+    factor_sync.factors_of_mean = local
     return trained("efcp_lowrank_mfac", "factors")
 
 

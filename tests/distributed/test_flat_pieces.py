@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import nn
 
 from hf_efcp import OptionError
-from hf_efcp.distributed.ddp import Shards
 from tests.distributed.processes import run
 from tests.distributed.test_sharding import flat, gradients, problem
 from tests.optim.helpers import differences, snapshot
@@ -31,7 +30,7 @@ class Zero:
         self.size = -(-total // (4 * BLOCK)) * 4 * BLOCK // processes  # 4: the most processes of these tests
         self.processes, self.padding = processes, self.size * processes - total
         self.own = slice(rank * self.size, (rank + 1) * self.size)
-        self.optimizer.take_flat_pieces(Shards(), total)
+        self.optimizer.take_flat_pieces(total)
         self.piece = self._flatten(self.params)[self.own].clone().requires_grad_()
         self.optimizer.param_groups[0]["params"] = [self.piece]
 

@@ -92,7 +92,7 @@ def test_free_memory_lets_the_state_go(name):
     accelerator, model = new_accelerator(), small_model()
     model, optimizer = accelerator.prepare(model, make(name, model))
     train(accelerator, model, optimizer, 0, 2)
-    gone = [weakref.ref(optimizer.optimizer), weakref.ref(model), weakref.ref(optimizer.optimizer._stacks[0].window)]
+    gone = [weakref.ref(optimizer.optimizer), weakref.ref(model), weakref.ref(optimizer.optimizer.setup().stacks[0].window)]
     model, optimizer = accelerator.free_memory(model, optimizer)
     gc.collect()
     assert model is optimizer is None

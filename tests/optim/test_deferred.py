@@ -113,7 +113,8 @@ def test_a_step_of_mfac_reads_nothing_from_the_device(name, options, dtype, defe
     deferred()
     train(optimizer, params, 20, 22)
     gradients_at(22, params)
-    with NoReading(optimizer._skips._copy, optimizer._dependent._copy):
+    setup = optimizer.setup()
+    with NoReading(setup.skips._copy, setup.counters.dependent._copy):
         optimizer.step()
     deferred(False)
     with pytest.raises(AssertionError, match="would wait"), NoReading():

@@ -80,4 +80,4 @@ def test_batching_changes_nothing(name):
         set_gradients(together, generators[0])
         set_gradients(alone, generators[1])
         torch.testing.assert_close(update_of(a, together), update_of(b, alone), rtol=1e-12, atol=1e-14)
-    assert len(a._stacks) == 1 and len(b._stacks) == 8
+    assert len(a.setup().stacks) == 1 and len(b.setup().stacks) == 8
