@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_efcp.cli.main import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*(ROOT / page for page in ("README.md", "CONTRIBUTING.md", "recipes/README.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def tiny_bert():
