@@ -1,5 +1,6 @@
 """For all tests."""
 
+import gc
 import os
 import sys
 
@@ -8,6 +9,17 @@ import torch
 
 if not torch.cuda.is_available():  # Triton reads this when it is first imported, by whomever
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish():
+    """Exempt the millions of objects of the imports from the garbage collections that every Trainer and Accelerator asks for."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """Let the interpreter find all of them when it ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

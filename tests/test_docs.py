@@ -12,7 +12,7 @@ from hf_efcp.cli.main import main
 from hf_efcp.registry import all_optimizers
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*(ROOT / page for page in ("README.md", "CONTRIBUTING.md", "recipes/README.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def tiny_bert():

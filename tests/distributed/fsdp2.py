@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from tests.distributed.test_sharding import problem
+from tests.distributed.test_sharding import STEPS, problem
 
 HSDP = "two replicas of two shards"
 BF16 = {"error_dtype": "bf16", "window_dtype": "bf16", "momentum": 0.5}
@@ -46,7 +46,7 @@ def gradients(params, step, perturbed=None):
         p.grad = distribute_tensor(g, p.device_mesh, p.placements) if hasattr(p, "device_mesh") else g
 
 
-def train(optimizer, params, start=0, stop=40, **options):
+def train(optimizer, params, start=0, stop=STEPS, **options):
     for step in range(start, stop):
         gradients(params, step, **options)
         optimizer.step()
