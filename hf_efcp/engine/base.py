@@ -221,7 +221,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         """
         saving = self._saving()
         if saving is not None and saving.placement.apart:
-            saving.save_folder(Path(folder), self.options.save_window)
+            saving.save_folder(Path(folder), getattr(self.options, "save_window", True))
 
     def choose_as(self, saved: Mapping[str, Any] | str | Path) -> None:
         """Let memory_budget choose what it chose in the run that was saved; to be called on every process, before loading.
