@@ -5,7 +5,7 @@ Importing this package registers its names with transformers, when that is insta
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .groups import parameter_groups
@@ -22,7 +22,7 @@ def register() -> None:
     """
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("hf_efcp.register() needs transformers: pip install transformers")
-    from .integrations.names import register_with_transformers
+    from .integrations.patches import register_with_transformers
 
     register_with_transformers()
 
@@ -33,6 +33,7 @@ _NEED_TRANSFORMERS = {
     "EFCPTrainer": "trainer",
     "EFCPTrainerMixin": "trainer",
     "EFCPCallback": "trainer",
+    "optimizer_cls_and_kwargs": "trainer_options",
 }
 
 _HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
@@ -42,9 +43,10 @@ if _HAS_TRANSFORMERS:
 if TYPE_CHECKING:
     from .integrations.arguments import EFCPTrainingArguments
     from .integrations.trainer import EFCPCallback, EFCPTrainer, EFCPTrainerMixin
+    from .integrations.trainer_options import optimizer_cls_and_kwargs
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _NEED_TRANSFORMERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not _HAS_TRANSFORMERS:
@@ -72,6 +74,7 @@ __all__ = [
     "create_optimizer",
     "list_optimizers",
     "optim_defaults",
+    "optimizer_cls_and_kwargs",
     "parameter_groups",
     "register",
 ]

@@ -124,7 +124,8 @@ def _tell_of_whole_rows(groups: Iterable[dict[str, Any]]) -> None:
         )
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def _head(model: Any) -> nn.Module | None:
+    """The output embeddings of a Hugging Face model; None: it has none, or it is another module."""
     try:
         return model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
@@ -134,7 +135,7 @@ def _head(model: nn.Module) -> nn.Module | None:
 def _targets(model: nn.Module, targets: list[str]) -> set[str]:
     """Names of the modules with a trainable matrix that `targets` select."""
     kinds = {owner: kind for _, kind, owner, p in _parameters(model) if kind != "vector"}
-    found: set[str] = set()
+    selected: set[str] = set()
     for target in targets:
         matching = {owner for owner, kind in kinds.items() if _matches(target, canonical_name(owner), kind)}
         if not matching:
@@ -145,8 +146,8 @@ def _targets(model: nn.Module, targets: list[str]) -> set[str]:
                 f"optim_target_modules: {target!r} matches no module with trainable matrices; {hint}"
                 f"such modules: {', '.join(leaves) or 'none'}"
             )
-        found |= matching
-    return found
+        selected |= matching
+    return selected
 
 
 def _matches(target: str, name: str, kind: str) -> bool:

@@ -1,7 +1,7 @@
-"""The options of every optimizer: one place for name, type, default, range and help.
+"""How an option is declared, read and checked: one place for name, type, default, range and help.
 
-The dataclasses below are read by four users: the constructors (validation and signature), `--optim_args` (text to typed
-values), the command line's listing, and checkpoints (what a run was made with). A field added here reaches all of them.
+Options are fields of dataclasses. A field reaches four users: the constructors (validation and signature), `--optim_args` (text
+to typed values), the command line's listing, and checkpoints (what a run was made with).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,15 +29,20 @@ _DTYPES = {
 }
 
 
-_STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-
-
 class OptionError(ValueError):
     """A bad option: its message names the option, the value, what is allowed and the nearest valid name."""
 
 
-def option(default: Any, help: str, *, allowed: str = "", check=None, choices: tuple = (), parse=None) -> Any:
-    """A dataclass field with its help text and its range.
+def option(
+    default: Any,
+    help: str,
+    *,
+    allowed: str = "",
+    check: Callable[[Any], bool] | None = None,
+    choices: tuple[Any, ...] = (),
+    parse: Callable[[str, Any], Any] | None = None,
+) -> Any:
+    """A dataclass field with its help text and its range. It is typed Any, so that `rank: int = option(4, ...)` has a type.
 
     Args:
         default: the class default.
@@ -65,17 +70,17 @@ def described(field: dataclasses.Field) -> str:
     return field.metadata["help"] + (f" [{allowed}]" if allowed else "")
 
 
-def positive(x) -> bool:
+def positive(x: float) -> bool:
     """x > 0 and finite."""
     return 0 < x < math.inf
 
 
-def non_negative(x) -> bool:
+def non_negative(x: float) -> bool:
     """x >= 0 and finite."""
     return 0 <= x < math.inf
 
 
-def fraction(x) -> bool:
+def fraction(x: float) -> bool:
     """0 <= x < 1."""
     return 0 <= x < 1
 
@@ -95,13 +100,15 @@ def parse_bytes(name: str, value: Any) -> Any:
     try:
         number, unit = value, ""
         if isinstance(value, str):
-            number, unit = re.fullmatch(r"\s*([\d.]+(?:e\+?\d+)?)\s*([a-z]*)\s*", value.lower()).groups()
-            number = float(number)
+            match = re.fullmatch(r"\s*([\d.]+(?:e\+?\d+)?)\s*([a-z]*)\s*", value.lower())
+            if match is None:
+                raise ValueError
+            number, unit = float(match[1]), match[2]
         elif isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise ValueError
         if (size := int(number * _UNITS[unit])) >= 1:
             return size
-    except (AttributeError, KeyError, ValueError, OverflowError):
+    except (KeyError, ValueError, OverflowError):
         pass
     raise OptionError(f"{name}={value!r}: expected bytes (2GiB), a number >= 1 alone or with KB, MB, GB, KiB, MiB or GiB")
 
@@ -123,136 +130,6 @@ class ParamGroupOptions(GroupOptions):
     compress: bool = option(True, "false: the rows of this group's tensors enter the window whole")
 
 
-@dataclasses.dataclass(frozen=True)
-class WindowOptions:
-    """Options of every method that keeps a window of gradients."""
-
-    window_size: int = option(1024, "number m of gradients in the window", allowed="an integer >= 1", check=positive)
-    window_momentum: float = option(
-        0.0,
-        "momentum before preconditioning, in the window's span: e_j becomes w_i = (1-beta) beta^age(i); takes no memory",
-        allowed="a number in [0, 1)",
-        check=fraction,
-    )
-    momentum: float = option(
-        0.0, "momentum after preconditioning: v <- mu v + (1-mu) u", allowed="a number in [0, 1)", check=fraction
-    )
-    scope: str = option("model", "one Gram matrix over all tensors, or one per tensor", choices=("model", "layer"))
-    update_rms: float | None = option(
-        None,
-        "rescale the whole update to this root mean square per coordinate; none: the raw update",
-        allowed="a number > 0, or none",
-        check=positive,
-    )
-    weight_decay_mode: str = option(
-        "decoupled", "p <- (1 - lr*wd) p, or l2: g += wd*p before compression", choices=("decoupled", "l2")
-    )
-    window_dtype: torch.dtype | None = option(
-        None, "dtype of the window's numbers; none: fp64 for fp64 parameters, else fp32", choices=_STATE_DTYPES
-    )
-    error_dtype: torch.dtype | None = option(
-        None,
-        "dtype of the error feedback, bf16 rounded stochastically; none: fp64 for fp64 parameters, else fp32",
-        choices=_STATE_DTYPES,
-    )
-    window_format: str = option(
-        "plain",
-        "how the window is stored; plain: in window_dtype; low_bit: 8 bits a number, or 16 a sparse entry with its index",
-        choices=("plain", "low_bit"),
-    )
-    error_format: str = option(
-        "plain",
-        "how the error feedback is stored; plain: in error_dtype; int8, int4: with a scale for each 256 numbers, rounded "
-        "stochastically",
-        choices=("plain", "int8", "int4"),
-    )
-    memory_budget: int | None = option(
-        None,
-        "bytes of state (2GiB) for each process: chooses window_size, rank or density, and formats, unless they are given",
-        allowed="a number >= 1, with a unit or without, or none",
-        check=positive,
-        parse=parse_bytes,
-    )
-    stochastic_rounding: bool = option(
-        False,
-        "bf16 parameters: round each update stochastically, so that small ones count in the mean; needs no fp32 copy (refused "
-        "under DeepSpeed ZeRO, which trains one)",
-    )
-    shard: str = option(
-        "off",
-        "auto: where torch.distributed runs, its processes share the state; off: unless given a process_group",
-        choices=("off", "auto"),
-    )
-    save_window: bool = option(
-        True, "false: checkpoints leave the window out, which is most of them; a resumed run starts with an empty window"
-    )
-
-    def __post_init__(self):
-        block = getattr(self, "block_size", 1)  # of the sparse methods
-        if self.window_format == "low_bit" and block > 1024:
-            raise OptionError(f"block_size={block}: at most 1024 with window_format=low_bit, where an index has 10 bits")
-
-
-@dataclasses.dataclass(frozen=True)
-class MFACOptions:
-    """Options of F = damping*I + (1/N) G^T G."""
-
-    damping: float = option(1e-6, "damping of the empirical Fisher", allowed="a finite number > 0", check=positive)
-    damping_mode: str = option(
-        "absolute", "relative: damping times the mean squared norm of the rows", choices=("absolute", "relative")
-    )
-    divisor: str = option(
-        "window", "N: the window size m, or filled: the number of rows so far, min(t, m)", choices=("window", "filled")
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class GGTOptions:
-    """Options of (A^T A)^1/2 + eps*I, A = diag(beta2^age) G."""
-
-    window_size: int = option(100, "number m of gradients in the window", allowed="an integer >= 1", check=positive)
-    eps: float = option(
-        1e-5, "added to the square root, in units of the gradient's norm", allowed="a finite number > 0", check=positive
-    )
-    beta1: float = option(
-        0.0,
-        "momentum before preconditioning, as window_momentum (give one of them)",
-        allowed="a number in [0, 1)",
-        check=fraction,
-    )
-    beta2: float = option(1.0, "decay of the window's rows by age", allowed="a number in (0, 1]", check=lambda x: 0 < x <= 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class LowRankOptions:
-    """Options of the low-rank compressor."""
-
-    rank: int = option(
-        4, "rank of the compressed gradients, clamped to min(rows, cols)", allowed="an integer >= 1", check=positive
-    )
-    power_iterations: int = option(
-        1, "rounds of subspace iteration per step, each two products with the gradient", allowed="an integer >= 1", check=positive
-    )
-    comm: str = option(
-        "gradients",
-        "what the processes of DDP all-reduce: gradients, or the rank-r factors of their mean (needs max_grad_norm=0, no fp16)",
-        choices=("gradients", "factors"),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class SparseOptions:
-    """Options of the block top-k compressor."""
-
-    density: float = option(0.01, "fraction of each block that is kept", allowed="a number in (0, 1]", check=lambda x: 0 < x <= 1)
-    block_size: int = option(
-        1024,
-        "length of a top-k block, a run inside one row of a tensor",
-        allowed="an integer in [1, 32768] (indices are int16)",
-        check=lambda x: 1 <= x <= 32768,
-    )
-
-
 def typed(name: str, value: Any, annotation: Any) -> Any:
     """`value` as the annotated type, from Python or from text; raises OptionError where it does not fit.
 
@@ -269,9 +146,9 @@ def typed(name: str, value: Any, annotation: Any) -> Any:
         if kind is bool:
             if isinstance(value, bool):
                 return value
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            return {"true": True, "1": True, "false": False, "0": False}[(text or "").lower()]
         if kind is torch.dtype:
-            return value if isinstance(value, torch.dtype) else _DTYPES[text.lower().removeprefix("torch.")]
+            return value if isinstance(value, torch.dtype) else _DTYPES[(text or "").lower().removeprefix("torch.")]
         if kind is str:
             if text is None:
                 raise TypeError
@@ -284,14 +161,14 @@ def typed(name: str, value: Any, annotation: Any) -> Any:
             return int(value if text is None else text)
         if kind is float:
             return float(value)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError):
         pass
     wanted = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(kind)
     wanted = wanted or "one of " + ", ".join(_DTYPES)
     raise OptionError(f"{name}={value!r}: expected {wanted}" + (" or none" if type(None) in kinds else ""))
 
 
-def unknown_name(kind: str, name: str, valid: typing.Iterable[str], owner: str = "") -> str:
+def unknown_name(kind: str, name: str, valid: Iterable[str], owner: str = "") -> str:
     """The message for an unknown name: what was given, the nearest valid name, all valid names."""
     valid = list(valid)
     near = difflib.get_close_matches(str(name).lower(), valid, n=1, cutoff=0.6)
@@ -300,7 +177,7 @@ def unknown_name(kind: str, name: str, valid: typing.Iterable[str], owner: str =
     return f"unknown {kind} {name!r}{where}: {hint}valid: {', '.join(valid)}"
 
 
-def annotations(options_type: type) -> dict[str, Any]:
+def field_types(options_type: type) -> dict[str, Any]:
     """Field name -> resolved annotation."""
     hints = typing.get_type_hints(options_type)
     return {f.name: hints[f.name] for f in dataclasses.fields(options_type)}
@@ -312,7 +189,7 @@ def build(options_type: type, given: Mapping[str, Any], owner: str) -> Any:
     Raises:
         OptionError: unknown name, wrong type or value out of range.
     """
-    hints, fields = annotations(options_type), {f.name: f for f in dataclasses.fields(options_type)}
+    hints, fields = field_types(options_type), {f.name: f for f in dataclasses.fields(options_type)}
     values = {}
     for name, value in given.items():
         if name not in hints:

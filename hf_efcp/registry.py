@@ -7,13 +7,14 @@ import fnmatch
 import json
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
+from .engine.base import EngineOptimizer
+from .engine.choices import BUDGETED
 from .optim import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
-from .optim.budget import BUDGETED
-from .options import GroupOptions, OptionError, annotations, build, unknown_name
+from .options import GroupOptions, OptionError, build, field_types, unknown_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class OptimizerInfo:
 
     Attributes:
         name: what `--optim` and `create_optimizer` take.
-        cls: the `torch.optim.Optimizer` class.
+        cls: the class, a `torch.optim.Optimizer` with `options_type`, the dataclass of its options.
         description: one line.
         family: the preconditioner, "mfac" or "ggt".
         compression: what is kept of a gradient, "low rank", "sparse" or "dense".
@@ -35,7 +36,7 @@ class OptimizerInfo:
     """
 
     name: str
-    cls: type[torch.optim.Optimizer]
+    cls: type[EngineOptimizer]
     description: str
     family: str
     compression: str
@@ -47,7 +48,7 @@ class OptimizerInfo:
 
     def options(self) -> dict[str, Any]:
         """Option name -> type annotation, the group options (lr, weight_decay) included."""
-        return {**annotations(GroupOptions), **annotations(self.cls.options_type)}
+        return {**field_types(GroupOptions), **field_types(self.cls.options_type)}
 
     def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The `--optim` defaults beside the options that are given: a memory_budget chooses some of them."""
@@ -56,7 +57,7 @@ class OptimizerInfo:
 
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """`given` with every value typed and checked; raises OptionError for a bad one."""
-        groups = annotations(GroupOptions)
+        groups = field_types(GroupOptions)
         typed = build(self.cls.options_type, {k: v for k, v in given.items() if k not in groups}, self.name)
         group = build(GroupOptions, {k: v for k, v in given.items() if k in groups}, self.name)
         return {k: getattr(group if k in groups else typed, k) for k in given}
@@ -117,10 +118,23 @@ for _info in (
     add_optimizer(_info)
 
 
-def list_optimizers(pattern: str = "*", with_description: bool = False) -> list:
+@overload
+def list_optimizers(pattern: str = "*", with_description: Literal[False] = False) -> list[str]: ...
+@overload
+def list_optimizers(pattern: str = "*", *, with_description: Literal[True]) -> list[tuple[str, str]]: ...
+@overload
+def list_optimizers(pattern: str, with_description: Literal[True]) -> list[tuple[str, str]]: ...
+
+
+def list_optimizers(pattern: str = "*", with_description: bool = False) -> list[str] | list[tuple[str, str]]:
     """Registered names that match a shell pattern, in order; as (name, description) pairs if `with_description`."""
-    found = [i for n, i in _REGISTRY.items() if fnmatch.fnmatch(n, pattern)]
-    return [(i.name, i.description) if with_description else i.name for i in found]
+    infos = [info for info in all_optimizers() if fnmatch.fnmatch(info.name, pattern)]
+    return [(i.name, i.description) for i in infos] if with_description else [i.name for i in infos]
+
+
+def all_optimizers() -> list[OptimizerInfo]:
+    """Every registry entry, in the order in which they were added."""
+    return list(_REGISTRY.values())
 
 
 def get_optimizer_info(name: str) -> OptimizerInfo:
@@ -143,8 +157,12 @@ def optim_defaults(name: str, **options: Any) -> dict[str, Any]:
 
 
 def create_optimizer(
-    name: str, model_or_params: torch.nn.Module | Iterable, *, process_group=None, **options: Any
-) -> torch.optim.Optimizer:
+    name: str,
+    model_or_params: torch.nn.Module | Iterable[Any],
+    *,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    **options: Any,
+) -> EngineOptimizer:
     """Build an optimizer by name.
 
     Args:

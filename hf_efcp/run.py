@@ -40,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     is_module = argv[:1] == ["-m"]
-    target, *rest = argv[is_module:] or [None]
-    problem = _problem(target, is_module)
+    given = argv[is_module:]
+    problem = _problem(given[0] if given else None, is_module)
     if problem:
         return _fail(problem)
 
-    sys.argv = [target, *rest]
+    target, sys.argv = given[0], given
     try:
         if is_module:
             _set_first_path(os.getcwd())

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_scheduler
 
 import hf_efcp
-from hf_efcp.integrations.names import optimizer_cls_and_kwargs
+from hf_efcp import optimizer_cls_and_kwargs
 
 OPTIMIZERS = [*hf_efcp.list_optimizers(), "adamw"]
 SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]

@@ -9,9 +9,9 @@ import sys
 
 import text_classification
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_efcp.core.coefficients import quadratic
-from hf_efcp.optim.base import WindowedOptimizer
 
 SHARES = (1e-1, 1e-2, 1e-3, 1e-4)
 
@@ -19,19 +19,18 @@ SHARES = (1e-1, 1e-2, 1e-3, 1e-4)
 def main(argv: list[str]) -> None:
     """Train, and print the table."""
     dropped = {share: [] for share in SHARES}
-    rescale = WindowedOptimizer._rescale
 
-    def measured(self, c: torch.Tensor) -> torch.Tensor:
-        gram, c = self._gram, rescale(self, c)
-        if int(gram.step) >= gram.window_size:
-            sizes = c.abs() * gram.matrix.diagonal(dim1=-2, dim2=-1).sqrt()  # |c_i| |row_i|
+    def measure(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        setup = optimizer.setup()
+        gram, c = setup.counters, setup.last
+        if c is not None and int(gram.step) >= gram.window_size:
+            sizes = c.abs() * gram.matrix.diagonal(dim1=-2, dim2=-1).sqrt()  # |c_i| |entry_i|
             for share in SHARES:
                 small = sizes < share * sizes.amax(-1, keepdim=True)
                 left_out = quadratic(gram.matrix, torch.where(small, c, 0.0)) / quadratic(gram.matrix, c)
                 dropped[share].append((small.double().mean().item(), left_out.mean().sqrt().item()))
-        return c
 
-    WindowedOptimizer._rescale = measured
+    register_optimizer_step_post_hook(measure)
     text_classification.main(argv)
     steps = len(dropped[SHARES[0]])
     if not steps:

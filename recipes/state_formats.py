@@ -7,6 +7,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import hf_efcp
+from hf_efcp.registry import get_optimizer_info
 
 # window, error feedback
 FORMATS = {
@@ -27,7 +28,7 @@ def main() -> None:
         model = BertForSequenceClassification(BertConfig())
     count = sum(p.numel() for p in model.parameters())
     print(f"BERT-base, {count / 1e6:.1f}M parameters: bytes of state per parameter, the error feedback's among them\n")
-    print("| window, error | " + " | ".join(f"{name.split('_')[1]}, m = {m}" for name, m in CASES) + " |")
+    print("| window, error | " + " | ".join(f"{get_optimizer_info(name).compression}, m = {m}" for name, m in CASES) + " |")
     print("|---" * (len(CASES) + 1) + "|")
     for title, options in FORMATS.items():
         sizes = []

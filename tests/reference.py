@@ -9,17 +9,38 @@ from hf_efcp.registry import get_optimizer_info
 NAMES = hf_efcp.list_optimizers()
 # 1-D, 2-D wide, tall, twice the same (a batch of two), 4-D, too thin to compress, 0-D.
 SHAPES = ((7,), (12, 30), (12, 30), (40, 11), (8, 3, 3, 3), (3, 4), ())
-# Options that make every compressor drop something on SHAPES.
-LOSSY = {"lowrank": {"rank": 2}, "sparse": {"density": 0.2, "block_size": 16}, "dense": {}}
+
+
+def info(name):
+    """The registry's entry of `name`."""
+    return get_optimizer_info(name)
+
+
+def names(**traits):
+    """The names whose entries have all these traits: names(family="mfac", compression="dense")."""
+    having = [n for n in NAMES if all(getattr(info(n), trait) == value for trait, value in traits.items())]
+    assert having, f"no optimizer has {traits}"
+    return having
+
+
+def compressed_names():
+    """The names whose windows leave something of a gradient out."""
+    return [n for n in NAMES if info(n).compression != "dense"]
 
 
 def lossy_options(name):
-    return LOSSY[name.split("_")[1]]
+    """Options under which the compressor drops something on SHAPES."""
+    return dict(info(name).lossy)
+
+
+def exact_options(name):
+    """Options under which compression loses nothing."""
+    return dict(info(name).exact)
 
 
 def make(name, params, **options):
     """The optimizer `name` with lossy compression, unless the options say otherwise."""
-    return get_optimizer_info(name).cls(params, **{"lr": 1.0, **lossy_options(name), **options})
+    return info(name).cls(params, **{"lr": 1.0, **lossy_options(name), **options})
 
 
 def parameters(shapes=SHAPES, dtype=torch.float64, seed=0):
@@ -36,7 +57,7 @@ def set_gradients(params, generator, norm=1.0):
 
 
 def stack_of(optimizer, p):
-    return next(s for s in optimizer._stacks if any(q is p for q in s.params))
+    return next(s for s in optimizer.setup().stacks if any(q is p for q in s.params))
 
 
 def row(optimizer, p, slot):
@@ -50,14 +71,14 @@ def row(optimizer, p, slot):
     if "window_indices" in state:
         indices, values = state["window_indices"][:, slot].long(), state["window_values"][:, slot]
         dense = torch.zeros(p.shape[0], p[0].numel(), dtype=torch.float64)
-        return dense.scatter(1, indices + stack_of(optimizer, p).window.offsets, values).flatten()
+        return dense.scatter(1, indices + stack_of(optimizer, p).window.grid.offsets(torch.device("cpu")), values).flatten()
     if "window_entries" in state:
         w = stack_of(optimizer, p).window
         indices, values = w.codec.decode(
             optimizer.state[p]["window_entries"][:, slot], state["window_scale"][:, slot], torch.float64
         )
         dense = torch.zeros(p.shape[0], p[0].numel(), dtype=torch.float64)
-        return dense.scatter(1, indices + w.offsets, values).flatten()
+        return dense.scatter(1, indices + w.grid.offsets(torch.device("cpu")), values).flatten()
     if "window_rows_scale" in state:
         scale = state["window_rows_scale"][slot]
         return BlockQuantizer(8).decode(state["window_rows"][slot].view(len(scale), -1), scale, p.numel() // len(scale)).flatten()

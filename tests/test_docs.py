@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_efcp.cli.main import main
+from hf_efcp.registry import all_optimizers
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*(ROOT / page for page in ("README.md", "CONTRIBUTING.md", "recipes/README.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -39,6 +40,18 @@ def test_options_md_is_what_the_command_prints(capsys):
     assert main(["list", "--markdown"]) == 0
     table = capsys.readouterr().out
     assert (ROOT / "docs/options.md").read_text().endswith(table)
+
+
+def test_readme_has_a_row_for_every_registered_name_and_no_other():
+    rows = re.findall(r"^\| `(efcp_\w+)` \| `(\w+)` \| ([a-z ]+?) \(", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert rows == [(info.name, info.cls.__name__, info.compression) for info in all_optimizers()]
+    assert len(rows) == len(re.findall(r"^\| `efcp_", (ROOT / "README.md").read_text(), re.MULTILINE))
+
+
+def test_the_command_lists_every_registered_name_with_its_description(capsys):
+    assert main(["list"]) == 0
+    listed = [tuple(line.split(maxsplit=1)) for line in capsys.readouterr().out.splitlines()]
+    assert listed == [(info.name, info.description) for info in all_optimizers()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

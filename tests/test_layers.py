@@ -21,8 +21,10 @@ ALLOWED = {
 # Files that are imported only where they are used, and what they may need.
 COMPILERS = {
     "kernels/cpu_tools.py": ("numba", "numpy"),
-    "kernels/cpu_sparse.py": ("numba", "numpy"),
-    "kernels/cpu_low_rank.py": ("numba", "numpy"),
+    "kernels/cpu_top_k.py": ("numba", "numpy"),
+    "kernels/cpu_sparse.py": ("numpy",),
+    "kernels/cpu_keep.py": ("numba", "numpy"),
+    "kernels/cpu_low_rank.py": ("numpy",),
     "kernels/gpu_sparse.py": ("triton",),
 }
 

@@ -7,7 +7,7 @@ hits all alike. Gradients are random normal numbers, new ones each round, the sa
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import gc
 import os
 import sys
@@ -21,31 +21,17 @@ from ..cli.common import add_command, build, check_integers, chosen, dtype_of, g
 from ..cli.shapes import load
 from ..options import OptionError
 from . import roofline
-from .measuring import Rates, fill, machine, phases, seconds, spread, state_bytes, temporaries
-from .peers import ADAMW, PEERS, version
+from .contenders import Contender, Workload
+from .measuring import Rates, machine
+from .peers import PEERS, version
 from .reporting import text, versions_used
 from .sweep import add_arguments as add_sweep_arguments
 from .sweep import check_plot, sweep
 
-# Steps before the window is filled up, whose rows are what it is filled with.
-_REAL_ROWS = 4
 # Of the memory that is free, what parameters, gradients and states may take; the rest is for temporaries.
 _SHARE = 0.8
 # What a peer whose needs are not known is taken for, in bytes per parameter.
 _PEER_BYTES = 16
-
-
-@dataclasses.dataclass
-class Contender:
-    """An optimizer in the run: how it is made, how much memory its state takes, and what has been measured of it."""
-
-    name: str
-    make: Callable[[nn.Module], torch.optim.Optimizer]
-    size: int
-    options: dict[str, Any] | None = None  # of ours
-    optimizer: torch.optim.Optimizer | None = None
-    times: list[float] = dataclasses.field(default_factory=list)
-    first: float = 0.0
 
 
 def add_parser(commands: Any) -> None:
@@ -80,18 +66,18 @@ def run(args: argparse.Namespace) -> int:
     settings = {"peers": args.peers, "steps": args.steps, "warmup": args.warmup, "memory": memory, "quick": args.quick}
     try:
         if args.sweep:
-            found = sweep(args, lambda model, optimizers: bench(model, optimizers, device, **settings), dtype)
+            result = sweep(args, lambda model, optimizers: bench(model, optimizers, device, **settings), dtype)
         else:
             if args.model is None:
                 raise OptionError("MODEL is missing: a name, a file, or --sweep")
             optimizers = chosen(args.optim, args.optim_args)
             model = load(args.model, dtype)
-            found = bench(model, optimizers, device, targets=args.optim_target_modules, **settings)
-            found = {"model": args.model, **found}
-            print(text(found))
+            result = bench(model, optimizers, device, targets=args.optim_target_modules, **settings)
+            result = {"model": args.model, **result}
+            print(text(result))
     finally:
         torch.set_num_threads(threads)
-    write_json(args.json, found)
+    write_json(args.json, result)
     return 0
 
 
@@ -127,7 +113,7 @@ def bench(
     contenders = [
         Contender(
             name,
-            lambda model, name=name, options=options: build(name, options, model, targets),
+            functools.partial(build, name, options, targets=targets),
             sum(build(name, options, model, targets).estimate_footprint().values()),
             options,
         )
@@ -139,15 +125,15 @@ def bench(
     if peers:
         m = next(iter(optimizers.values())).get("window_size", 1024)
         contenders += _installed_peers(m, count * _PEER_BYTES, skipped)
-    generator = materialize(model, device)
-    params = [p for p in model.parameters() if p.requires_grad]
-    rates, entries = Rates(device, quick), {}
+    work = Workload(model, device)
+    rates = Rates(device, quick)
+    entries: dict[str, dict[str, Any]] = {}
     batches = list(_batches(contenders, memory - own, skipped))
     for batch in batches:
-        _measure(batch, model, device, generator, rates, steps, warmup, skipped)
+        _measure(batch, work, rates, steps, warmup, skipped)
         for c in batch:
             if c.optimizer is not None:
-                entries[c.name] = _entry(c, params, device, generator)
+                entries[c.name] = c.report(work)
             c.optimizer = None
         gc.collect()
     usual, best = ({name: rate[which] for name, rate in rates.report().items()} for which in ("median", "max"))
@@ -159,7 +145,7 @@ def bench(
         del entry["counts"]
     return {
         "parameters": count,
-        "dtype": str(params[0].dtype).removeprefix("torch."),
+        "dtype": str(work.params[0].dtype).removeprefix("torch."),
         "device": device.type,
         "machine": machine(device),
         "versions": versions_used(entries),
@@ -171,63 +157,25 @@ def bench(
     }
 
 
-def materialize(model: nn.Module, device: torch.device) -> torch.Generator:
-    """Give a module on the meta device random parameters and gradients; tied ones stay tied. Returns the generator used."""
-    generator = torch.Generator(device).manual_seed(0)
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is None:
-                continue
-            if id(p) not in made:
-                values = torch.empty(p.shape, dtype=p.dtype, device=device).normal_(0, 0.02, generator=generator)
-                made[id(p)] = nn.Parameter(values, p.requires_grad)
-            module._parameters[name] = made[id(p)]
-    for p in model.parameters():
-        if p.requires_grad:
-            p.grad = torch.empty_like(p)
-    return generator
-
-
-def _measure(batch, model, device, generator, rates, steps, warmup, skipped) -> None:
+def _measure(batch: list[Contender], work: Workload, rates: Rates, steps: int, warmup: int, skipped: dict[str, str]) -> None:
     """Make the optimizers of a batch, warm them up, and time them by turns."""
-    params = [p for p in model.parameters() if p.requires_grad]
     for c in batch:
         _say(f"{c.name}: starting")
-        _guarded(skipped, _start, c, model, params, device, generator, warmup)
+        _guarded(skipped, c, lambda c: c.start(work, warmup))
     for number in range(steps):
-        new_gradients(params, generator)
+        work.new_gradients()
         rates.sample()
         running = [c for c in batch if c.optimizer is not None]
         first = number % max(1, len(running))
         _say(f"step {number + 1} of {steps}")
         for c in running[first:] + running[:first]:
-            _guarded(skipped, _time_step, c, device)
+            _guarded(skipped, c, lambda c: c.time_step(work))
 
 
-def _start(c: Contender, model, params, device, generator, warmup) -> None:
-    """Make the optimizer, take its first steps, fill its window, and warm it up."""
-    new_gradients(params, generator)
-    c.optimizer = c.make(model)
-    c.first = seconds(c.optimizer.step, device)
-    if c.options is not None:
-        for _ in range(min(_REAL_ROWS, c.options.get("window_size", _REAL_ROWS)) - 1):
-            new_gradients(params, generator)
-            c.optimizer.step()
-        fill(c.optimizer)
-    for _ in range(warmup):
-        new_gradients(params, generator)
-        c.optimizer.step()
-
-
-def _time_step(c: Contender, device: torch.device) -> None:
-    c.times.append(seconds(c.optimizer.step, device))
-
-
-def _guarded(skipped: dict[str, str], work: Callable[..., None], c: Contender, *args: Any) -> None:
-    """work(c, *args); a peer that raises is out, one of ours only where memory ends."""
+def _guarded(skipped: dict[str, str], c: Contender, call: Callable[[Contender], None]) -> None:
+    """call(c); a peer that raises is out, one of ours only where memory ends."""
     try:
-        work(c, *args)
+        call(c)
     except Exception as error:
         out_of_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
         if c.options is not None and not out_of_memory:
@@ -238,62 +186,22 @@ def _guarded(skipped: dict[str, str], work: Callable[..., None], c: Contender, *
         _say(f"{c.name}: {skipped[c.name]}")
 
 
-def _entry(c: Contender, params, device, generator) -> dict[str, Any]:
-    """Everything that has been measured of a contender, and what is measured apart: phases and temporaries."""
-    bytes_ = state_bytes(c.optimizer)
-    total, count = sum(bytes_.values()), sum(p.numel() for p in params)
-    held = sum(p.nbytes + p.grad.nbytes for p in params)
-    entry: dict[str, Any] = {
-        "options": c.options,
-        "step_ms": {k: 1e3 * v for k, v in spread(c.times).items()},
-        "first_step_ms": 1e3 * c.first,
-        "bytes": bytes_,
-        "total": total,
-        "bytes_per_parameter": total / count,
-        "counts": None,
-    }
-    if c.options is not None:
-        entry |= _phases(c, params, device, generator)
-        entry["counts"] = roofline.count(c.optimizer)
-    elif c.name in ADAMW:
-        entry["counts"] = roofline.adamw(params)
-    new_gradients(params, generator)
-    entry["temporaries"] = temporaries(c.optimizer.step, device)
-    entry["peak_bytes"] = held + total + entry["temporaries"]
-    return entry
-
-
-def _phases(c: Contender, params, device, generator) -> dict[str, dict[str, float]]:
-    """Mean milliseconds of the phases over some steps of their own, and their shares."""
-    steps, whole = max(1, min(5, len(c.times))), 0.0
-    with phases(c.optimizer, device) as found:
-        for _ in range(steps):
-            new_gradients(params, generator)
-            whole += seconds(c.optimizer.step, device)
-    found["rest"] = max(0.0, whole - sum(found.values()))
-    return {
-        "phases_ms": {k: 1e3 * v / steps for k, v in found.items()},
-        "phase_share": {k: v / sum(found.values()) for k, v in found.items()},
-    }
-
-
-def new_gradients(params, generator) -> None:
-    """Random normal numbers: the same gradient twice would make rows that depend on each other."""
-    for p in params:
-        p.grad.normal_(generator=generator)
-
-
 def _installed_peers(m: int, size: int, skipped: dict[str, str]) -> Iterator[Contender]:
     for name, (package, make) in PEERS.items():
         if version(package) is None:
             skipped[name] = f"{package} is not installed"
         else:
-            yield Contender(name, lambda model, make=make: make(model, m), size)
+            yield Contender(name, _for_window(make, m), size)
+
+
+def _for_window(make: Callable[[nn.Module, int], torch.optim.Optimizer], m: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: make(model, m)
 
 
 def _batches(contenders: list[Contender], memory: int, skipped: dict[str, str]) -> Iterator[list[Contender]]:
     """The contenders in lists that fit into memory together."""
-    batch, used = [], 0
+    batch: list[Contender] = []
+    used = 0
     for c in contenders:
         if c.size > memory:
             skipped[c.name] = f"its state of {gibibytes(c.size)} does not fit into the {gibibytes(max(0, memory))} that are left"

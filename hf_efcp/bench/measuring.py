@@ -1,11 +1,9 @@
-"""What `bench` measures: the machine's rates, times of steps and of their phases, and the memory that a step takes.
-
-The phases are timed from outside, by wrapping the calls that the step makes; there is no second copy of the step.
-"""
+"""What `bench` measures: the machine's rates, times of steps and of their phases, and the memory that a step takes."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -19,12 +17,14 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ..core.gram import GramMatrix
 from ..core.linalg import ieee_matmul
-from ..optim.sharding import ROW_DIM
+from ..engine.base import EngineOptimizer
+from ..engine.phases import PHASES as STEP_PHASES
+from ..engine.phases import heard_by
 
-# Phase -> calls of a Stack that belong to it; what is in none of these is "rest".
-_STACK_CALLS = {"stage": "compress", "dots": "dots", "commit": "feedback", "update": "update"}
-PHASES = ("compress", "dots", "feedback", "solve", "update", "rest")
+# What lies between the phases of the step is "rest".
+PHASES = (*STEP_PHASES, "rest")
 # By device type: bytes of the buffer that is copied, and the size of the square matrices.
 _COPY = {"cpu": 128 * 2**20, "cuda": 2**30}
 # Slots of a window that are filled at once: a multiple of the steps before.
@@ -34,7 +34,7 @@ _SQUARE = {"cpu": {torch.float32: 2048, torch.float64: 1536}, "cuda": {torch.flo
 
 def machine(device: torch.device) -> dict[str, object]:
     """What the figures were taken on."""
-    found = {
+    facts: dict[str, object] = {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -43,8 +43,8 @@ def machine(device: torch.device) -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
     }
     if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    return found
+        facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return facts
 
 
 def _cpu_model() -> str:
@@ -92,14 +92,14 @@ class Rates:
         size, squares = (2**20, dict.fromkeys(_SQUARE[kind], 128)) if small else (_COPY[kind], _SQUARE[kind])
         source = torch.ones(size // 4, device=device)
         target = torch.empty_like(source)
-        self._work = {
+        self._work: dict[str, tuple[float, Callable[[], object]]] = {
             "copy_bytes": (2 * size, lambda: target.copy_(source)),
             "scale_bytes": (2 * size, lambda: target.mul_(1.0)),
         }
         for dtype, n in squares.items():
             a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
             out = torch.empty_like(a)
-            self._work[f"fp{dtype.itemsize * 8}_flops"] = (2 * n**3, lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+            self._work[f"fp{dtype.itemsize * 8}_flops"] = (2 * n**3, functools.partial(torch.mm, a, b, out=out))
         self._samples: dict[str, list[float]] = {name: [] for name in ("bandwidth", *self._work)}
         self._measure()  # first touches, libraries' start
         self.sample()
@@ -119,26 +119,30 @@ class Rates:
         return {name: spread(samples) for name, samples in self._samples.items()}
 
 
-def fill(optimizer: torch.optim.Optimizer) -> None:
+def fill(optimizer: EngineOptimizer) -> None:
     """Make the window full after a few steps: filling m = 1024 by steps would take longer than the measurement.
 
-    The other slots become copies of the rows so far, in the window's own format, rotated along the tensors' rows by another
-    amount for each, so that no two are alike; K gets their norms and zeros between them, which is nearly true of random rows.
+    The other slots become copies of the entries so far, in the window's own format, rotated along the tensors' rows by another
+    amount for each, so that no two are alike; K gets their norms and zeros between them, which is nearly true of random entries.
+    A method without a window stays as it is.
     """
-    stacks, gram = optimizer._prepare(), optimizer._gram
-    m, written = gram.window_size, int(gram.step)
-    if written >= m:
+    setup = optimizer.setup()
+    gram = setup.counters
+    if not isinstance(gram, GramMatrix) or int(gram.step) >= gram.window_size:
         return
-    for s in stacks:
-        dim = s.window.slot_dim
-        for name, buffer in s.window.state.items():
-            row_dim = ROW_DIM[name] + 1 if name in ROW_DIM else None  # in front is the stack's own dimension
-            slot = written
+    m, written = gram.window_size, int(gram.step)
+    for s in setup.stacks:
+        specs = setup.specs[s.params[0]]
+        for name, buffer in s.buffers.items():
+            spec, slot = specs[name], written
+            if spec.slot is None:
+                continue
+            dim = spec.slot + 1  # in front is the stack's own dimension
             while slot < m:  # a multiple of `written`: a copy of a copy has turned once for each
                 number = min(slot, m - slot, _COPIED_SLOTS)
-                rows = buffer.narrow(dim, 0, number)
-                rows = rows if row_dim is None else rows.roll(slot // written, row_dim)
-                buffer.narrow(dim, slot, number).copy_(rows)
+                entries = buffer.narrow(dim, 0, number)
+                entries = entries if spec.rows is None else entries.roll(slot // written, spec.rows + 1)
+                buffer.narrow(dim, slot, number).copy_(entries)
                 slot += number
     norms = gram.matrix.diagonal(dim1=-2, dim2=-1)[:, torch.arange(m, device=gram.matrix.device) % written].clone()
     gram.matrix[:, written:] = 0
@@ -148,56 +152,40 @@ def fill(optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextlib.contextmanager
-def phases(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[dict[str, float]]:
-    """Inside, the steps' phases are timed; afterwards the dict has seconds by phase, without "rest".
+def phases(device: torch.device) -> Iterator[dict[str, float]]:
+    """Time the phases of the steps that are taken inside.
 
-    On a GPU the time between two events on the stream, in which the device may also have waited for the host.
+    Args:
+        device: of the parameters. On a GPU a phase lasts from one event on the stream to another; meanwhile the device may
+            also have waited for the host.
+
+    Yields:
+        Phase -> seconds, without "rest"; on a GPU they are there afterwards.
     """
-    found = dict.fromkeys(PHASES[:-1], 0.0)
-    marks: list[tuple[str, object, object]] = []
-    wrapped: list[tuple[object, str]] = []
-    inside = False
+    times = dict.fromkeys(STEP_PHASES, 0.0)
+    events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
-    def mark() -> object:
-        """Now: on the host, or on the device's stream."""
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    @contextlib.contextmanager
+    def on_host(name: str) -> Iterator[None]:
+        """Add the phase's time by the host's clock."""
+        start = time.perf_counter()
+        yield
+        times[name] += time.perf_counter() - start
 
-    def wrap(owner: object, name: str, phase: str) -> None:
-        """Put a timed call in the place of `owner.name`."""
-        original = getattr(owner, name)
+    @contextlib.contextmanager
+    def on_device(name: str) -> Iterator[None]:
+        """Put an event before the phase's work and one behind it: they are read when the device has passed them."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        yield
+        end.record()
+        events.append((name, start, end))
 
-        def timed(*args, **kwargs):
-            """The original, with a mark before and after it; calls inside another one belong to that one."""
-            nonlocal inside
-            if inside:  # commit() of a plain row stages it again
-                return original(*args, **kwargs)
-            inside, start = True, mark()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                inside = False
-                marks.append((phase, start, mark()))
-
-        setattr(owner, name, timed)
-        wrapped.append((owner, name))
-
-    for s in optimizer._prepare():
-        for name, phase in _STACK_CALLS.items():
-            wrap(s, name, phase)
-    for owner, name in ((optimizer, "coefficients"), (optimizer, "_rescale"), (optimizer._gram, "update")):
-        wrap(owner, name, "solve")
-    try:
-        yield found
-    finally:
-        for owner, name in wrapped:
-            delattr(owner, name)
-        _wait(device)
-        for phase, start, end in marks:
-            found[phase] += end - start if device.type != "cuda" else start.elapsed_time(end) / 1e3
+    with heard_by(on_device if device.type == "cuda" else on_host):
+        yield times
+    _wait(device)
+    for name, start, end in events:
+        times[name] += start.elapsed_time(end) / 1e3
 
 
 def temporaries(call: Callable[[], object], device: torch.device) -> int:
@@ -232,7 +220,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     seen = {id(t) for p in params for t in (p, p.grad)}
     seen |= {t.untyped_storage().data_ptr() for p in params for t in (p, p.grad) if t is not None}
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
 
     def walk(name: str, value: object, depth: int) -> None:
         """Count the storages that are reached from `value`, each once, under `name` or a key near the top."""
@@ -246,7 +234,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
             storage = value.untyped_storage()
             if storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
-                found[name] = found.get(name, 0) + storage.nbytes()
+                sizes[name] = sizes.get(name, 0) + storage.nbytes()
         elif isinstance(value, dict):
             for key, inner in value.items():
                 walk(key if isinstance(key, str) and depth < 2 else name, inner, depth + 1)
@@ -261,4 +249,4 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     for name, value in vars(optimizer).items():
         if name not in ("state", "param_groups", "defaults"):
             walk(name, value, 3)
-    return found
+    return sizes

@@ -13,37 +13,37 @@ from .peers import PEERS
 def versions_used(names: Any) -> dict[str, str]:
     """Package -> version, of everything that ran."""
     packages = ["hf_efcp", *(PEERS[name][0] for name in names if name in PEERS)]
-    found = {}
+    versions = {}
     for package in dict.fromkeys(packages):
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # a checkout on the path
             from .._version import __version__
 
-            found[package] = __version__
-    return found
+            versions[package] = __version__
+    return versions
 
 
-def text(found: dict[str, Any]) -> str:
+def text(report: dict[str, Any]) -> str:
     """The whole report of one model."""
-    lines = [f"{found['model']}: {found['parameters']:,} parameters, {found['dtype']}, {found['device']}", ""]
-    lines += [_machine(found), "", _rates(found["rates"]), ""]
-    lines += [_times(found["optimizers"]), ""]
-    ours = {name: e for name, e in found["optimizers"].items() if "phase_share" in e}
-    if ours:
-        lines += ["Milliseconds by phase, and the least for it:", "", _phases(ours), ""]
-    lines += ["State:", "", _state(found["optimizers"])]
-    if len(found["batches"]) > 1:
-        together = "; ".join(", ".join(batch) for batch in found["batches"])
+    lines = [f"{report['model']}: {report['parameters']:,} parameters, {report['dtype']}, {report['device']}", ""]
+    lines += [_machine(report), "", _rates(report["rates"]), ""]
+    lines += [_times(report["optimizers"]), ""]
+    timed = {name: e for name, e in report["optimizers"].items() if "phase_share" in e}
+    if timed:
+        lines += ["Milliseconds by phase, and the least for it:", "", _phases(timed), ""]
+    lines += ["State:", "", _state(report["optimizers"])]
+    if len(report["batches"]) > 1:
+        together = "; ".join(", ".join(batch) for batch in report["batches"])
         lines += ["", f"Not all fit into memory together. By turns ran: {together}"]
-    lines += ["", *(f"skipped: {name}: {why}" for name, why in found["skipped"].items())]
+    lines += ["", *(f"skipped: {name}: {why}" for name, why in report["skipped"].items())]
     return "\n".join(lines).rstrip()
 
 
-def _machine(found: dict[str, Any]) -> str:
-    m = found["machine"]
+def _machine(report: dict[str, Any]) -> str:
+    m = report["machine"]
     gpu = f"{m['gpu']}, CUDA {m['cuda']}; " if "gpu" in m else ""
-    versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items() if name != "torch")
+    versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items() if name != "torch")
     return f"{gpu}{m['cpu']}, {m['threads']} threads of {m['cores']} cores; Python {m['python']}, torch {m['torch']}, {versions}"
 
 
@@ -73,7 +73,7 @@ def _times(entries: dict[str, Any]) -> str:
 
 
 def _phases(entries: dict[str, Any]) -> str:
-    rows = [("optimizer", *PHASES)]
+    rows: list[tuple[str, ...]] = [("optimizer", *PHASES)]
     for name, e in entries.items():
         cells = [f"{_ms(e['phases_ms'][phase])} ({e['phase_share'][phase]:.0%})" for phase in PHASES]
         rows.append((name, *cells))

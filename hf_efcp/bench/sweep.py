@@ -65,7 +65,7 @@ def sweep(args: argparse.Namespace, bench: Callable[..., dict[str, Any]], dtype:
                 point = {"optimizer": name, "parameters": last["parameters"], "window_size": window, "step_ms": e["step_ms"]}
                 points.append({**point, "roofline_ms": e["roofline"]["ms"], "ratio": e["ratio"]})
             write_json(args.json, {"points": points})  # if the rest is not waited for
-    found = {
+    result = {
         "points": points,
         "exponents": {name: {by: _exponent(points, name, by) for by in ("parameters", "window_size")} for name in optimizers},
         "skipped": skipped,
@@ -76,12 +76,12 @@ def sweep(args: argparse.Namespace, bench: Callable[..., dict[str, Any]], dtype:
         cells = f"{p['parameters']:,}", str(p["window_size"]), f"{p['step_ms']['median']:.3g}", f"{p['roofline_ms']:.3g}"
         rows.append((p["optimizer"], *cells, f"{p['ratio']:.2f}"))
     print(table(rows))
-    for name, by in found["exponents"].items():
+    for name, by in result["exponents"].items():
         shown = ", ".join(f"{symbol}^{by[key]:.2f}" for symbol, key in (("d", "parameters"), ("m", "window_size")) if by[key])
         print(f"{name}: time grows like {shown}" if shown else "")
     if args.plot:
-        _draw(found, args.plot)
-    return found
+        _draw(result, args.plot)
+    return result
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -111,20 +111,20 @@ def _median(point: dict[str, Any]) -> float:
     return point["step_ms"]["median"]
 
 
-def _draw(found: dict[str, Any], file: str) -> None:
+def _draw(result: dict[str, Any], file: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(found["exponents"])
+    names = list(result["exponents"])
     figure, axes = pyplot.subplots(len(names), 2, figsize=(10, 4 * len(names)), squeeze=False)
     for row, name in zip(axes, names, strict=True):
         for axis, by, other, symbol in (
             (row[0], "parameters", "window_size", "m"),
             (row[1], "window_size", "parameters", "d"),
         ):
-            mine = [p for p in found["points"] if p["optimizer"] == name]
+            mine = [p for p in result["points"] if p["optimizer"] == name]
             for value in sorted({p[other] for p in mine}):
                 line = sorted((p for p in mine if p[other] == value), key=lambda p: p[by])
                 xs = [p[by] for p in line]
@@ -133,7 +133,7 @@ def _draw(found: dict[str, Any], file: str) -> None:
             axis.set(xscale="log", yscale="log", xlabel=by.replace("_", " "), ylabel="ms per step", title=name)
             axis.legend()
             axis.grid(alpha=0.3)
-    machine = found["machine"]
+    machine = result["machine"]
     figure.suptitle(f"Step (points) and roofline (dotted): {machine.get('gpu', machine['cpu'])}, torch {machine['torch']}")
     figure.tight_layout()
     figure.savefig(file, dpi=120)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..engine.base import EngineOptimizer
 from ..groups import parameter_groups
 from ..options import OptionError, parse_bytes, unknown_name
 from ..registry import get_optimizer_info, list_optimizers, parse_optim_args
@@ -82,7 +83,7 @@ def chosen(names: str | None, optim_args: str | None) -> dict[str, dict[str, Any
     }
 
 
-def build(name: str, options: dict[str, Any], model: nn.Module, targets: str | None) -> torch.optim.Optimizer:
+def build(name: str, options: dict[str, Any], model: nn.Module, targets: str | None) -> EngineOptimizer:
     """The optimizer, on the groups that the Trainer would make; no state is allocated yet."""
     own = {k: v for k, v in options.items() if k != "weight_decay"}
     groups = parameter_groups(model, options.get("weight_decay", 0.0), target_modules=targets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..options import OptionError
@@ -37,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
     gpu = size_of(args.gpu) if args.gpu else None
     optimizers = chosen(args.optim, args.optim_args)
     model = load(args.model, dtype_of(args.dtype))
-    found = estimate(model, optimizers, args.optim_target_modules, args.num_processes, args.fsdp, gpu)
-    found = {"model": args.model, **found}
-    write_json(args.json, found)
-    print(_report(found, single=args.optim is not None and len(optimizers) == 1))
+    result = estimate(model, optimizers, args.optim_target_modules, args.num_processes, args.fsdp, gpu)
+    result = {"model": args.model, **result}
+    write_json(args.json, result)
+    print(_report(result, single=args.optim is not None and len(optimizers) == 1))
     return 0
 
 
@@ -88,9 +89,10 @@ def estimate(
     entries = {}
     for name, bytes_ in kinds.items():
         total = sum(bytes_.values())
-        entry = {"bytes": bytes_, "total": total, "bytes_per_parameter": total / count, "needs": sum(held) + sum(grads) + total}
+        needs = sum(held) + sum(grads) + total
+        entry = {"bytes": bytes_, "total": total, "bytes_per_parameter": total / count, "needs": needs}
         if gpu is not None:
-            entry["fits"] = entry["needs"] <= gpu
+            entry["fits"] = needs <= gpu
         entries[name] = {**entry, "options": optimizers.get(name, {})}
     entries |= {name: {"refused": why, "options": optimizers[name]} for name, why in refused.items()}
     return {
@@ -105,24 +107,24 @@ def estimate(
     }
 
 
-def _chunk(shape, processes: int) -> int:
+def _chunk(shape: torch.Size, processes: int) -> int:
     """Numbers in the largest of the chunks that FSDP2 cuts a tensor into, by its first dimension."""
     numel = shape.numel()
     return numel if not len(shape) or not shape[0] else numel // shape[0] * -(-shape[0] // processes)
 
 
-def _report(found: dict[str, Any], single: bool) -> str:
-    entries = {name: entry for name, entry in found["optimizers"].items() if "refused" not in entry}
-    where = "" if found["processes"] == 1 else f", the largest of {found['processes']} processes' parts"
-    where += " under FSDP2" if found["fsdp"] else ""
-    lines = [f"{found['model']}: {found['parameters']:,} trainable parameters, {found['dtype']}{where}", ""]
+def _report(result: dict[str, Any], single: bool) -> str:
+    entries = {name: entry for name, entry in result["optimizers"].items() if "refused" not in entry}
+    where = "" if result["processes"] == 1 else f", the largest of {result['processes']} processes' parts"
+    where += " under FSDP2" if result["fsdp"] else ""
+    lines = [f"{result['model']}: {result['parameters']:,} trainable parameters, {result['dtype']}{where}", ""]
     kinds = list(dict.fromkeys(k for e in entries.values() for k, n in e["bytes"].items() if n >= _SMALL and k[:3] != "exp"))
     if single:
         (name,) = (n for n in entries if n != ADAMW)
-        rows = [(name, "bytes"), *((k, f"{n:,}") for k, n in entries[name]["bytes"].items())]
-        lines += [table([*rows, ("total", f"{entries[name]['total']:,}")]), ""]
+        kinds_of_one = [(k, f"{n:,}") for k, n in entries[name]["bytes"].items()]
+        lines += [table([(name, "bytes"), *kinds_of_one, ("total", f"{entries[name]['total']:,}")]), ""]
     head = ["optimizer", *kinds, "other", "total bytes", "total", "bytes per parameter"]
-    gpu = found["gpu_bytes"]
+    gpu = result["gpu_bytes"]
     rows = [[*head, "with parameters and gradients", f"fits {gibibytes(gpu)}"] if gpu else head]
     for name, entry in entries.items():
         cells = [gibibytes(entry["bytes"].get(k, 0)) for k in kinds]
@@ -131,7 +133,7 @@ def _report(found: dict[str, Any], single: bool) -> str:
         row.append(f"{entry['bytes_per_parameter']:.2f}")
         rows.append([*row, gibibytes(entry["needs"]), "yes" if entry["fits"] else "no"] if gpu else row)
     lines.append(table(rows))
-    size = gibibytes(found["parameter_bytes"]), gibibytes(found["gradient_bytes"])
+    size = gibibytes(result["parameter_bytes"]), gibibytes(result["gradient_bytes"])
     lines += ["", f"Beside it: parameters {size[0]}, gradients {size[1]}; activations and temporaries are not counted."]
-    lines += [f"refused: {name}: {entry['refused']}" for name, entry in found["optimizers"].items() if "refused" in entry]
+    lines += [f"refused: {name}: {entry['refused']}" for name, entry in result["optimizers"].items() if "refused" in entry]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from .. import run
 from ..bench import command as bench
-from ..options import GroupOptions, OptionError, annotations, as_text, described
+from ..options import GroupOptions, OptionError, as_text, described, field_types
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers
 from . import estimate
 
@@ -78,7 +78,7 @@ def _list(pattern: str, options: bool, markdown: bool) -> int:
 def _option_rows(info: OptimizerInfo) -> Iterator[tuple[str, ...]]:
     signature = inspect.signature(info.cls).parameters
     for options_type in (GroupOptions, info.cls.options_type):
-        types_ = annotations(options_type)
+        types_ = field_types(options_type)
         for field in dataclasses.fields(options_type):
             hf_default = _TRAINER_DEFAULTS.get(field.name) or as_text(info.hf_defaults.get(field.name, field.default))
             default = signature[field.name].default

@@ -126,8 +126,8 @@ def module(shapes: Shapes, dtype: torch.dtype) -> nn.Module:
                 if not part or hasattr(owner, part):
                     raise OptionError(f"a list of shapes cannot have a parameter {name!r} beside the others")
                 embeds = leaf and "embed" in part.lower() and own == "weight" and len(shape) == 2
-                owner.add_module(part, nn.Embedding(*shape, device="meta", dtype=dtype) if embeds else nn.Module())
-            owner = owner._modules[part]
+                owner.add_module(part, nn.Embedding(shape[0], shape[1], device="meta", dtype=dtype) if embeds else nn.Module())
+            owner = owner.get_submodule(part)
         if not own or (hasattr(owner, own) and own not in owner._parameters):
             raise OptionError(f"a list of shapes cannot have a parameter {name!r} beside the others")
         owner.register_parameter(own, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")))

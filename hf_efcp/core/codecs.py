@@ -1,4 +1,4 @@
-"""Low-bit storage: linear block quantization, 8-bit floats, and sparse entries of 16 bits.
+"""Low-bit storage: linear block quantization, 8-bit floats, and the kept numbers of sparse entries in 16 bits.
 
 Tensors are (..., cols). Whatever shares a scale lies inside one run of the last dimension, so that a matrix that is divided
 by rows is stored as it is on one process. NaN and infinity come back as NaN: they are noticed before anything is written.
@@ -9,8 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Numbers that share a scale.
-BLOCK = 256
+from ..kernels.constants import (
+    BLOCK,
+    EXPONENT_BIAS,
+    EXPONENT_SHIFT,
+    INDEX_BITS,
+    INT4_BITS,
+    INT4_MASK,
+    INT4_ZERO,
+    LARGEST_INT4,
+    LARGEST_INT8,
+    LARGEST_VALUE,
+    LOWER_16_BITS,
+    VALUE_BITS,
+    VALUE_MASK,
+    VALUE_ZERO,
+)
 
 
 class BlockQuantizer:
@@ -20,13 +34,13 @@ class BlockQuantizer:
     shorter. Numbers whose scale would be subnormal become zero.
 
     Args:
-        bits: 8, one int8 for each number; or 4, two codes to a uint8: entry 2i in the low half of byte i, 2i + 1 in the high
+        bits: 8, one int8 for each number; or 4, two codes to a uint8: number 2i in the low half of byte i, 2i + 1 in the high
             one, each as code + 8. An odd length leaves the last high half empty.
     """
 
     def __init__(self, bits: int):
         self.bits = bits
-        self.largest = 2 ** (bits - 1) - 1
+        self.largest = LARGEST_INT8 if bits == 8 else LARGEST_INT4
 
     def shapes(self, *shape: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of codes and scales for numbers of `shape`."""
@@ -35,13 +49,13 @@ class BlockQuantizer:
 
     def zeros(self, *shape: int, scale_dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """Codes and scales of zeros of `shape`."""
-        codes, scales = self.shapes(*shape)
+        code_shape, scale_shape = self.shapes(*shape)
         # A scale of zero makes a block zero, whatever its codes.
-        codes = torch.zeros(codes, dtype=torch.int8 if self.bits == 8 else torch.uint8, device=device)
-        return codes, torch.zeros(scales, dtype=scale_dtype, device=device)
+        codes = torch.zeros(code_shape, dtype=torch.int8 if self.bits == 8 else torch.uint8, device=device)
+        return codes, torch.zeros(scale_shape, dtype=scale_dtype, device=device)
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Codes and scales of x (..., cols).
+        """Codes, int8 or packed in uint8, and scales (..., blocks) of x (..., cols).
 
         Args:
             x: fp32 or fp64; the scales are in its dtype.
@@ -77,16 +91,16 @@ def _blocks(x: Tensor) -> Tensor:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    codes = codes + 8
+    codes = codes + INT4_ZERO
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     codes = codes.to(torch.uint8)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return codes[..., 0::2] | (codes[..., 1::2] << INT4_BITS)
 
 
 def _unpack(codes: Tensor, cols: int) -> Tensor:
-    pairs = torch.stack([codes & 15, codes >> 4], dim=-1)
-    return pairs.flatten(-2)[..., :cols].to(torch.int8) - 8
+    pairs = torch.stack([codes & INT4_MASK, codes >> INT4_BITS], dim=-1)
+    return pairs.flatten(-2)[..., :cols].to(torch.int8) - INT4_ZERO
 
 
 # Scaled so that the range of E4M3, 2^-9 ... 448, covers numbers up to 1.
@@ -107,48 +121,53 @@ def decode_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.view(torch.float8_e4m3fn).to(dtype).mul_(1 / _FLOAT8_SCALE)
 
 
-class SparseCodec:
-    """Entries of a block top-k row in 16 bits: 10 of index, 6 of value, and a scale of 8 bits for each block.
+# The scale of a block that holds a number that is not finite: all bits of the exponent.
+_NOT_FINITE = 255
 
-    An entry is index << 6 | code + 32, code = round(value / 2^e) in -31 ... 31. The scale is e + 127 (E8M0 of the OCP
+
+class SparseCodec:
+    """Kept numbers of a block top-k entry in 16 bits: 10 of index, 6 of value, and a scale of 8 bits for each block.
+
+    A number is index << 6 | code + 32, code = round(value / 2^e) in -31 ... 31. The scale is e + 127 (E8M0 of the OCP
     microscaling formats: the exponent of an fp32 number; 0: all zero, 255: a number that is not finite), for the least e
     with max |value| <= 31 * 2^e.
 
     Args:
         block: length of a block, at most 1024.
-        full, kept, kept_tail: of each row: blocks of that length, entries kept in each, and in the shorter one after them.
+        full, kept, kept_tail: of each row: blocks of that length, numbers kept in each, and in the shorter one after them.
+
+    Raises:
+        ValueError: block is larger than 1024.
     """
 
-    LARGEST = 31
-
     def __init__(self, block: int, full: int, kept: int, kept_tail: int):
-        if block > 1024:
-            raise ValueError(f"block must be at most 1024 (10 bits of index), got {block}")
+        if block > 2**INDEX_BITS:
+            raise ValueError(f"block must be at most {2**INDEX_BITS} ({INDEX_BITS} bits of index), got {block}")
         self.full, self.kept, self.kept_tail = full, kept, kept_tail
         self.blocks = full + (kept_tail > 0)
 
     def encode(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Entries (..., k) int16 and scales (..., blocks) uint8, of indices and values (..., k) as BlockTopK has them."""
+        """Numbers (..., k) int16 and scales (..., blocks) uint8, of indices and values (..., k) as BlockTopK has them."""
         size, head = values.abs(), self.full * self.kept
         largest = size[..., :head].unflatten(-1, (self.full, self.kept)).amax(-1)
         if self.kept_tail:
             largest = torch.cat([largest, size[..., head:].amax(-1, keepdim=True)], -1)
-        mantissa, exponent = torch.frexp(largest / self.LARGEST)
-        exponent = (exponent - (mantissa == 0.5).int()).clamp(-126, 127)
-        scales = torch.where(largest == 0, 0, exponent + 127)
-        scales = torch.where(largest.isfinite(), scales, 255).to(torch.uint8)
+        mantissa, exponent = torch.frexp(largest / LARGEST_VALUE)
+        exponent = (exponent - (mantissa == 0.5).int()).clamp(1 - EXPONENT_BIAS, EXPONENT_BIAS)
+        scales = torch.where(largest == 0, 0, exponent + EXPONENT_BIAS)
+        scales = torch.where(largest.isfinite(), scales, _NOT_FINITE).to(torch.uint8)
         codes = (values / self._powers(scales, values.dtype)).round_().nan_to_num_(nan=0.0)
-        codes = codes.clamp_(-self.LARGEST, self.LARGEST).int()
-        return ((indices.int() << 6) | (codes + 32)).to(torch.int16), scales
+        codes = codes.clamp_(-LARGEST_VALUE, LARGEST_VALUE).int()
+        return ((indices.int() << VALUE_BITS) | (codes + VALUE_ZERO)).to(torch.int16), scales
 
-    def decode(self, entries: Tensor, scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def decode(self, numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Indices int64 and values in `dtype`, (..., k); the values exactly as stored."""
-        indices = (entries.long() & 0xFFFF) >> 6
-        return indices, ((entries & 63) - 32).to(dtype).mul_(self._powers(scales, dtype))
+        indices = (numbers.long() & LOWER_16_BITS) >> VALUE_BITS
+        return indices, ((numbers & VALUE_MASK) - VALUE_ZERO).to(dtype).mul_(self._powers(scales, dtype))
 
     def _powers(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """2^e of every entry's block, (..., k)."""
-        powers = (scales.int() << 23).view(torch.float32).to(dtype)
+        """2^e of every kept number's block, (..., k)."""
+        powers = (scales.int() << EXPONENT_SHIFT).view(torch.float32).to(dtype)
         head = powers[..., : self.full].repeat_interleave(self.kept, -1)
         if not self.kept_tail:
             return head

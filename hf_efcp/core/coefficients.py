@@ -1,28 +1,33 @@
-"""Coefficients c of the update u = G^T c: spectral functions of K, pure, batched over Gram matrices, in fp64."""
+"""Coefficients c of the update u = G^T c: spectral functions of K, pure, batched over Gram matrices, in fp64.
+
+The window G holds m entries g_i, and K_ij = <g_i, g_j>.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .deferred import Later
+from .deferred import DelayedFlag
 
-# By row dtype. Above _CANCELLATION / eps, the sum G^T c cancels and the null space of K has to be cut away.
+# By entry dtype. Above _CANCELLATION / eps, the sum G^T c cancels and the null space of K has to be cut away.
 _CANCELLATION = {torch.float32: 1e-5, torch.float64: 1e-10}
-# Eigenvalues of the rows' correlation matrix below this fraction of the largest are rounding noise, not directions.
+# Eigenvalues of the entries' correlation matrix below this fraction of the largest are rounding noise, not directions.
 _NULL_SPACE = {torch.float32: 1e-10, torch.float64: 1e-13}
-# GGT's decay: rows with a smaller D_ii are as good as forgotten, and D^-1 would blow them up.
+# GGT's decay: entries with a smaller D_ii are as good as forgotten, and D^-1 would blow them up.
 _FORGOTTEN = 1e-8
 
 
 def weights(gram: Tensor, ages: Tensor, momentum: float) -> Tensor:
     """The vector w that is preconditioned, in the window's span: e_j, or w_i = (1-beta) beta^age(i).
 
-    Rows that are zero get no weight: they carry no direction, only a null space.
+    Entries that are zero get no weight: they carry no direction, only a null space.
 
     Args:
-        gram: (groups, m, m).
-        ages: (m,), 0 for the newest slot.
+        gram: (groups, m, m) fp64.
+        ages: (m,) int64, 0 for the newest slot.
         momentum: beta in [0, 1).
 
     Returns:
@@ -37,8 +42,8 @@ def mfac(
     w: Tensor,
     damping: Tensor | float,
     divisor: Tensor | float,
-    row_dtype: torch.dtype,
-    dependent: Later | None = None,
+    entry_dtype: torch.dtype,
+    dependent: DelayedFlag | None = None,
 ) -> Tensor:
     """c = N (K + N*damping*I)^-1 w, so that G^T c = (damping*I + G^T G / N)^-1 G^T w.
 
@@ -49,10 +54,10 @@ def mfac(
         gram: K, (groups, m, m) fp64.
         w: (groups, m) fp64.
         damping: a number or (groups,).
-        divisor: N, a number or 0-D tensor: m, or the number of filled rows.
-        row_dtype: the dtype in which G^T c will be summed.
-        dependent: None: where rows depend on each other, the null space is cut away at once. Else what is known of that: on
-            a GPU it is known one step late, and the first step with such rows takes K for its diagonal.
+        divisor: N, a number or 0-D tensor: m, or the number of filled slots.
+        entry_dtype: the dtype in which G^T c will be summed.
+        dependent: None: where entries depend on each other, the null space is cut away at once. Else whether any entries do: on
+            a GPU this is known one step late, and the first step with such entries takes K for its diagonal.
 
     Returns:
         (groups, m) fp64.
@@ -62,27 +67,27 @@ def mfac(
     # Not cholesky_solve, which for batches on a GPU goes to a library that waits for the device in older versions of torch.
     half = torch.linalg.solve_triangular(factor, w[..., None], upper=False)
     c = divisor * torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
-    limit = _CANCELLATION[row_dtype] / torch.finfo(row_dtype).eps
+    limit = _CANCELLATION[entry_dtype] / torch.finfo(entry_dtype).eps
     bad = (failed != 0) | ~(cancellation(gram, c) <= limit)
-    if (dependent or Later()).put(bad.any()):
-        c[bad] = spectral(gram[bad], w[bad], lambda s: divisor / (s + shift[bad]), row_dtype)
+    if (dependent or DelayedFlag()).exchange(bad.any()):
+        c[bad] = spectral(gram[bad], w[bad], lambda s: divisor / (s + shift[bad]), entry_dtype)
     else:  # not known of any; on the CPU there is none
         c = torch.where(bad[:, None], divisor * w / (gram.diagonal(dim1=-2, dim2=-1) + shift), c)
     return c
 
 
-def ggt(gram: Tensor, w: Tensor, decay: Tensor, eps: float, row_dtype: torch.dtype) -> Tensor:
+def ggt(gram: Tensor, w: Tensor, decay: Tensor, eps: float, entry_dtype: torch.dtype) -> Tensor:
     """c = D phi(D K D) D^-1 w with phi(s) = 1 / (sqrt(s) + eps), so that G^T c = ((A^T A)^1/2 + eps*I)^-1 G^T w, A = D G.
 
-    Full-matrix Adagrad on the window (GGT, arXiv 1806.02958). Both sides see the decayed rows A: with the eigenvectors of
-    D K D and undecayed rows the update would be off by tens of percent.
+    Full-matrix Adagrad on the window (GGT, arXiv 1806.02958). Both sides see the decayed entries A: with the eigenvectors of
+    D K D and undecayed entries the update would be off by tens of percent.
 
     Args:
         gram: K, (groups, m, m) fp64.
         w: (groups, m) fp64.
-        decay: the diagonal of D, (m,): beta2^age.
+        decay: the diagonal of D, (m,) fp64: beta2^age.
         eps: a number in units of the gradient's norm.
-        row_dtype: the dtype in which G^T c will be summed.
+        entry_dtype: the dtype in which G^T c will be summed.
 
     Returns:
         (groups, m) fp64.
@@ -91,11 +96,11 @@ def ggt(gram: Tensor, w: Tensor, decay: Tensor, eps: float, row_dtype: torch.dty
     decay = torch.where(known, decay, 0.0)
     inner_w = torch.where(known, w / decay, 0.0)
     decayed = gram * decay * decay[:, None]
-    return decay * spectral(decayed, inner_w, lambda s: 1 / (s.sqrt() + eps), row_dtype)
+    return decay * spectral(decayed, inner_w, lambda s: 1 / (s.sqrt() + eps), entry_dtype)
 
 
 def cancellation(gram: Tensor, c: Tensor) -> Tensor:
-    """kappa = (sum c_i^2 |row_i|^2)^1/2 / |G^T c| per Gram matrix: 1 to 3 when healthy; 0 for a zero update of zero rows."""
+    """kappa = (sum c_i^2 |g_i|^2)^1/2 / |G^T c| per Gram matrix: 1 to 3 when healthy; 0 for a zero update of zero entries."""
     terms = (c.square() * gram.diagonal(dim1=-2, dim2=-1)).sum(-1).sqrt()
     return torch.where(terms > 0, terms / quadratic(gram, c).sqrt(), 0.0)
 
@@ -105,23 +110,23 @@ def quadratic(gram: Tensor, c: Tensor) -> Tensor:
     return (c * _apply(gram, c)).sum(-1).clamp_min(0)
 
 
-def spectral(gram: Tensor, w: Tensor, function, row_dtype: torch.dtype) -> Tensor:
-    """function(K) w, up to the null space of dependent rows, which is cut away.
+def spectral(gram: Tensor, w: Tensor, function: Callable[[Tensor], Tensor], entry_dtype: torch.dtype) -> Tensor:
+    """function(K) w, up to the null space of dependent entries, which is cut away.
 
-    Which rows depend on each other is read from their correlations, K = S R S with S_ii = |row_i|: one huge gradient would
+    Which entries depend on each other is read from their correlations, K = S R S with S_ii = |g_i|: one huge gradient would
     otherwise make all others look like noise. With R = V L V^T over the eigenvalues kept, M = L^1/2 V^T S^2 V L^1/2 is G G^T in
     an orthonormal basis of the span, and function(K) = S^-1 V L^-1/2 function(M) L^1/2 V^T S.
 
     Args:
         gram: K, (groups, m, m) fp64.
-        w: (groups, m).
-        function: eigenvalues (groups, m) -> values (groups, m).
-        row_dtype: the dtype in which G^T c will be summed.
+        w: (groups, m) fp64.
+        function: eigenvalues (groups, m) -> values (groups, m), fp64.
+        entry_dtype: the dtype in which G^T c will be summed.
     """
     norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
     eigenvalues, v = torch.linalg.eigh(inverse[..., None] * gram * inverse[..., None, :])
-    kept = eigenvalues > _NULL_SPACE[row_dtype] * eigenvalues[..., -1:]
+    kept = eigenvalues > _NULL_SPACE[entry_dtype] * eigenvalues[..., -1:]
     root = torch.where(kept, eigenvalues, 0.0).sqrt()
     scaled = norms[..., None] * v * root[..., None, :]  # S V L^1/2
     s, q = torch.linalg.eigh(scaled.mT @ scaled)

@@ -1,39 +1,47 @@
-"""Compressors: from the accumulated gradient a = e + g to the parts of a window row.
+"""Compressors: from the accumulated gradient a = e + g to an entry of the window.
 
-Each has `compress(gradients, step, feedback)`, a pure function of its arguments and its state, and `commit(accepted)`, which
-makes the state that the last `compress` prepared the current one. A skipped step is one without `commit`, or one whose flag
-says so. Gradients are n matrices (rows, cols), a list of them or a tensor (n, rows, cols). Without `feedback`, a is the gradient.
+Each has `compress(a, step)`, a pure function of its arguments and its state, and `commit()`, which makes the state that the last
+`compress` prepared the current one. A skipped step is one without `commit`, or one whose flag, in the cells' turn, says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-
 import torch
 from torch import Tensor
 
-from .. import kernels
-from .deferred import masked, readable
-from .error_feedback import ErrorFeedback
-from .linalg import counted_noise, orthonormalize, row_chunks
+from .accumulated import Accumulated, DenseEntry, Entry, LowRankEntry, SparseEntry
+from .cells import Cell
+from .deferred import readable
+from .linalg import orthonormalize, row_chunks
+from .random import counted_noise
 
-NONE = ErrorFeedback(None)
 # A column of Q this many rounding errors long, beside the longest, is made of nothing else.
 _DEAD = 32
 
 
-class Identity:
+class Compressor:
+    """What every compressor offers."""
+
+    def compress(self, a: Accumulated, step: Tensor) -> Entry:
+        """Make the entry of a, zero for the tensors without a gradient; `step`: 0-D int64, the number of the step."""
+        raise NotImplementedError
+
+    def commit(self) -> None:
+        """Keep what `compress` has prepared for the next step, where the step is accepted."""
+
+
+class Identity(Compressor):
     """C(a) = a."""
 
-    def compress(self, gradients: Sequence[Tensor], step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor]:
-        """(a,) with a of shape (n, rows, cols)."""
-        return (feedback.accumulate(gradients),)
+    def compress(self, a: Accumulated, step: Tensor) -> DenseEntry:
+        """See Compressor."""
+        c = a.rows()
+        for i in a.absent:
+            c[i] = 0
+        return DenseEntry(c)
 
-    def commit(self, accepted: bool | Tensor = True) -> None:
-        """Nothing to keep."""
 
-
-class BlockTopK:
+class BlockTopK(Compressor):
     """The entries of largest magnitude in every block of every row (EFCP, section 4; which of equal ones is open).
 
     Blocks are runs of `block_size` inside one row; the last block of a row may be shorter, and keeps at least one entry too.
@@ -45,10 +53,12 @@ class BlockTopK:
     """
 
     def __init__(self, cols: int, density: float, block_size: int):
+        self.cols = cols
         self.block = min(block_size, cols)
         self.full, self.tail = divmod(cols, self.block)
         self.kept = self._kept(self.block, density)
         self.kept_tail = self._kept(self.tail, density) if self.tail else 0
+        self._offsets: dict[torch.device, Tensor] = {}
 
     @staticmethod
     def _kept(length: int, density: float) -> int:
@@ -65,22 +75,30 @@ class BlockTopK:
         return self.full * self.kept + self.kept_tail
 
     def offsets(self, device: torch.device) -> Tensor:
-        """(k,) int64: the first column of the block that each kept entry of a row lies in."""
-        full = torch.arange(self.full, device=device).repeat_interleave(self.kept) * self.block
-        tail = torch.full((self.kept_tail,), self.full * self.block, device=device)
-        return torch.cat([full, tail])
+        """Give the first column of the block that each kept entry of a row lies in, (k,) int64."""
+        if device not in self._offsets:
+            full = torch.arange(self.full, device=device).repeat_interleave(self.kept) * self.block
+            tail = torch.full((self.kept_tail,), self.full * self.block, device=device)
+            self._offsets[device] = torch.cat([full, tail])
+        return self._offsets[device]
 
-    def compress(self, gradients: Sequence[Tensor], step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor, Tensor]:
-        """Block-relative indices (n, rows, k) int16 and values (n, rows, k) of a (n, rows, cols)."""
-        fast = kernels.top_k(gradients, feedback.stored(), self.blocks)
-        if fast is not None:
-            return fast
-        first = gradients[0]
-        shape = (len(gradients), len(first), self.per_row)
-        indices, values = torch.empty(shape, dtype=torch.int16, device=first.device), first.new_empty(shape)
-        for rows in row_chunks(gradients):
-            self._compress_rows(feedback.accumulate(gradients, rows), indices[:, rows], values[:, rows])
-        return indices, values
+    def columns(self, indices: Tensor) -> Tensor:
+        """Give the columns (..., k) int64 of block-relative indices (..., k)."""
+        return indices.long() + self.offsets(indices.device)
+
+    def compress(self, a: Accumulated, step: Tensor) -> SparseEntry:
+        """See Compressor: block-relative indices (n, rows, k) int16, and values (n, rows, k)."""
+        kept = a.top_k(self.blocks)
+        if kept is None:
+            n, rows, _ = a.shape
+            shape = (n, rows, self.per_row)
+            kept = torch.empty(shape, dtype=torch.int16, device=a.device), torch.empty(shape, dtype=a.dtype, device=a.device)
+            for part in row_chunks(a.gradients):
+                self._compress_rows(a.rows(part), kept[0][:, part], kept[1][:, part])
+        indices, values = kept
+        for i in a.absent:
+            values[i] = 0
+        return SparseEntry(indices, values, self)
 
     def _compress_rows(self, a: Tensor, indices: Tensor, values: Tensor) -> None:
         split = self.full * self.block
@@ -93,11 +111,8 @@ class BlockTopK:
                 indices[..., out] = index.flatten(2)
                 values[..., out] = block.gather(-1, index).flatten(2)
 
-    def commit(self, accepted: bool | Tensor = True) -> None:
-        """Nothing to keep."""
 
-
-class PowerIteration:
+class PowerIteration(Compressor):
     """Rank-r approximation P Q^T of a by warm-started subspace iteration (PowerSGD, arXiv 1905.13727).
 
         P <- orth(a Q),  Q <- a^T P          power_iterations times, from the Q of the step before
@@ -106,68 +121,46 @@ class PowerIteration:
     counted by (step, tensor, column), never from the weights: LoRA's B starts at zero.
 
     Args:
-        q: (n, cols, r) zeros, the warm start; changed in place by `commit`.
-        salt: (n,) int64, a number per tensor.
+        warm_start: Q of the step before, a cell of (n, cols, r), zeros at the start.
         power_iterations: rounds per step.
-        reduce: where a is rows of a matrix that several processes share: sums a tensor over them.
     """
 
-    def __init__(self, q: Tensor, salt: Tensor, power_iterations: int = 1, reduce: Callable[[Tensor], Tensor] | None = None):
-        self.q = q
-        self.salt = salt
+    def __init__(self, warm_start: Cell, power_iterations: int = 1):
+        self.warm_start = warm_start
         self.power_iterations = power_iterations
-        self.reduce = reduce
         self._next: Tensor | None = None
 
-    def compress(self, gradients: Sequence[Tensor], step: Tensor, feedback: ErrorFeedback = NONE) -> tuple[Tensor, Tensor]:
-        """P (n, rows, r) and Q (n, cols, r) of a (n, rows, cols). Of a large tensor, a is formed anew for each product."""
-        sums, error = _sums(gradients, feedback), feedback.stored()
-        q = self.start(step).to(gradients[0].dtype)
+    def compress(self, a: Accumulated, step: Tensor) -> LowRankEntry:
+        """See Compressor. Of a large tensor, a is formed anew for each product."""
+        q = self.start(step).to(a.dtype)
         for i in range(self.power_iterations):
-            # The factor first: CPU libraries are several times slower at a @ q and a.mT @ p.
-            q = (unit_columns(q) if i else q).mT.contiguous()
-            p = kernels.times(gradients, error, q)
-            p = torch.cat([(q @ a.mT).mT for _, a in sums()], 1) if p is None else p
-            p = orthonormalize(p, self.reduce)
-            q = kernels.transposed_times(gradients, error, p.mT)
-            q = sum(p[:, rows].mT @ a for rows, a in sums()) if q is None else q
-            q = q.mT.contiguous()
-            q = q if self.reduce is None else self.reduce(q)
+            p = orthonormalize(a @ (unit_columns(q) if i else q), a.total)
+            q = a.mT @ p
+        for i in a.absent:
+            q[i] = 0
         self.prepare(q)
-        return p, q
+        return LowRankEntry.of(p, q)
 
     def prepare(self, q: Tensor) -> None:
         """Take the Q of this step, (n, cols, r), for `commit`."""
         self._next = q
 
-    def commit(self, accepted: bool | Tensor = True) -> None:
-        """Q becomes the next step's warm start; a tensor whose Q is all zero (no gradient) keeps the one it has."""
+    def commit(self) -> None:
+        """Let Q become the next step's warm start; a tensor whose Q is all zero (no gradient) keeps the one it has."""
+        assert self._next is not None, "compress comes before commit"
         alive = self._next.ne(0).any(dim=(1, 2), keepdim=True)
-        self.q.copy_(masked(accepted, torch.where(alive, self._next, self.q), self.q))
+        self.warm_start.write(torch.where(alive, self._next, self.warm_start.buffer))
         self._next = None
 
     def start(self, step: Tensor) -> Tensor:
-        """The Q that this step starts from, (n, cols, r): unit columns of the last one, dead ones redrawn."""
-        norms = _column_norms(self.q)
-        dead = norms <= _DEAD * torch.finfo(self.q.dtype).eps * norms.amax(dim=-1, keepdim=True)
+        """Give the Q that this step starts from, (n, cols, r): unit columns of the last one, dead ones redrawn."""
+        last = self.warm_start.buffer
+        norms = _column_norms(last)
+        dead = norms <= _DEAD * torch.finfo(last.dtype).eps * norms.amax(dim=-1, keepdim=True)
         if readable(dead.device) and not dead.any():
-            return unit_columns(self.q)
-        fresh = counted_noise(step, self.salt, self.q.shape[2], self.q.shape[1]).mT.to(self.q.dtype)
-        return torch.where(dead, fresh, unit_columns(self.q))
-
-
-def _sums(gradients: Sequence[Tensor], feedback: ErrorFeedback) -> Callable[[], Iterable[tuple[slice, Tensor]]]:
-    """What gives (rows, a) with a = e + g, all of it; of a large tensor a few rows at a time, formed anew at each call."""
-    parts, whole = row_chunks(gradients), []
-
-    def sums() -> Iterable[tuple[slice, Tensor]]:
-        if len(parts) > 1:
-            return ((rows, feedback.accumulate(gradients, rows)) for rows in parts)
-        if not whole:
-            whole.append((slice(None), feedback.accumulate(gradients)))
-        return whole
-
-    return sums
+            return unit_columns(last)
+        fresh = counted_noise(step, self.warm_start.turn.ids, last.shape[2], last.shape[1]).mT.to(last.dtype)
+        return torch.where(dead, fresh, unit_columns(last))
 
 
 def _column_norms(q: Tensor) -> Tensor:
@@ -175,6 +168,6 @@ def _column_norms(q: Tensor) -> Tensor:
 
 
 def unit_columns(q: Tensor) -> Tensor:
-    """Only the columns' directions matter, and products of huge or tiny ones would leave fp32's range."""
+    """Scale the columns of q (n, cols, r) to length 1: products of huge or tiny ones would leave fp32's range."""
     norms = _column_norms(q)
     return (q / torch.where(norms > 0, norms, 1.0)).to(q.dtype)

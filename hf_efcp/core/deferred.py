@@ -17,18 +17,18 @@ def readable(device: torch.device) -> bool:
 
 def masked(accepted: bool | Tensor, new: Tensor, old: Tensor | float) -> Tensor:
     """`new` if the step is accepted, else `old`. True costs nothing; a 0-D flag decides on its device."""
-    return new if accepted is True else torch.where(accepted.to(new.device), new, old)
+    return new if accepted is True else torch.where(torch.as_tensor(accepted, device=new.device), new, old)
 
 
-class Later:
+class DelayedFlag:
     """A small number on the device, known to the host one step late; on a CPU, and the first time, at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._copy: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
-    def put(self, value: Tensor) -> int:
-        """Queue a copy of `value` (0-D) to the host; returns the value of the `put` before."""
+    def exchange(self, value: Tensor) -> int:
+        """Queue a copy of `value` (0-D bool or int64) to the host; returns the value that the `exchange` before was given."""
         if readable(value.device):
             return int(value)
         if self._copy is None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .deferred import masked
+from .counters import Counters
+from .deferred import DelayedFlag, masked
 
 
-class GramMatrix:
+class GramMatrix(Counters):
     """K and the position in the ring, for `groups` independent windows (1: the whole model; or one per tensor).
 
     Args:
@@ -18,14 +19,17 @@ class GramMatrix:
 
     Attributes:
         matrix: (groups, m, m) fp64.
-        step: 0-D int64, the number of rows written so far.
-        skipped: 0-D int64, the number of steps that were refused for a gradient that is not finite.
+        dependent: whether entries depend on each other, as far as the host knows.
     """
 
     def __init__(self, groups: int, window_size: int, device: torch.device):
+        super().__init__(device)
         self.matrix = torch.zeros(groups, window_size, window_size, dtype=torch.float64, device=device)
-        self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.dependent = DelayedFlag()
+
+    def entries(self, number: int) -> dict[str, Tensor]:
+        """See Counters."""
+        return {"gram": self.matrix[min(number, len(self.matrix) - 1)], "step": self.step, "skipped": self.skipped}
 
     @property
     def window_size(self) -> int:
@@ -38,13 +42,18 @@ class GramMatrix:
         return self.step.clamp_max(self.window_size)
 
     def next_slot(self) -> Tensor:
-        """(1,) int64: the slot that the next row goes into, the oldest row's."""
+        """(1,) int64: the slot that the next entry goes into, the oldest entry's."""
         return (self.step % self.window_size).view(1)
 
     def update(self, j: Tensor, k_j: Tensor, accepted: bool | Tensor = True) -> Tensor:
-        """Put k_j (groups, m), the dots of the new row, into row and column j; returns K.
+        """Put k_j, the dots of the new entry, into row and column j; returns K.
 
-        A row that is not `accepted` (a 0-D flag on the device) is counted as skipped and changes nothing else.
+        An entry that is not `accepted` is counted as skipped and changes nothing else.
+
+        Args:
+            j: (1,) int64, the slot.
+            k_j: (groups, m) fp64.
+            accepted: True, or a 0-D bool tensor on the device.
         """
         if accepted is not True:
             k_j = masked(accepted, k_j, self.matrix.index_select(1, j).squeeze(1))
@@ -55,5 +64,9 @@ class GramMatrix:
         return self.matrix
 
     def ages(self, j: Tensor) -> Tensor:
-        """(m,) int64: how many steps ago each slot was written; slots never written have the ages still to come."""
+        """(m,) int64: how many steps ago each slot was written; slots never written have the ages still to come.
+
+        Args:
+            j: (1,) int64, the newest slot.
+        """
         return (j - torch.arange(self.window_size, device=j.device)) % self.window_size

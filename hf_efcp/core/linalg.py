@@ -1,9 +1,10 @@
-"""What windows and compressors share: exact inner products, IEEE matrix products, counted random numbers."""
+"""What windows and compressors share: work in chunks, exact inner products, IEEE matrix products, orthonormal bases."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +33,13 @@ def chunks(total: int, bytes_each: int, limit: int = CHUNK_BYTES) -> Iterator[sl
         yield slice(start, min(start + size, total))
 
 
-def row_chunks(x: Sequence[Tensor]) -> list[slice]:
+def row_chunks(x: kernels.Matrices) -> list[slice]:
     """Rows of n matrices (rows, cols) at a time, so that what is formed of them stays within `chunk_bytes`."""
     rows, cols = x[0].shape
     return list(chunks(rows, len(x) * cols * (8 if x[0].dtype == torch.float64 else 4), chunk_bytes(x[0].device)))
 
 
-def stacked(matrices: Sequence[Tensor], rows: slice = slice(None)) -> Tensor:
+def stacked(matrices: kernels.Matrices, rows: slice = slice(None)) -> Tensor:
     """Rows `rows` of n matrices (rows, cols), as (n, rows, cols): a copy, or a view of the only one or of a tensor."""
     if isinstance(matrices, Tensor):
         return matrices if rows == slice(None) else matrices[:, rows]
@@ -49,10 +50,11 @@ def stacked(matrices: Sequence[Tensor], rows: slice = slice(None)) -> Tensor:
 def ieee_matmul(device: torch.device) -> Iterator[None]:
     """fp32 matrix products in full fp32 inside (no TF32, no bf16, no autocast), whatever the user chose outside."""
     # torch >= 2.9 keeps the setting twice, and refuses to be asked by the old name while the two disagree.
-    backends = [b for b in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)) if _has_new_name(b)]
+    known: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    backends = [b for b in known if _has_new_name(b)]
     before = [b.fp32_precision for b in backends]
     try:
-        before_by_old_name = torch.get_float32_matmul_precision()
+        before_by_old_name: str | None = torch.get_float32_matmul_precision()
     except RuntimeError:
         before_by_old_name = None
     torch.set_float32_matmul_precision("highest")
@@ -68,7 +70,7 @@ def ieee_matmul(device: torch.device) -> Iterator[None]:
             b.fp32_precision = value
 
 
-def _has_new_name(backend) -> bool:
+def _has_new_name(backend: object) -> bool:
     try:
         return hasattr(backend, "fp32_precision")
     except AssertionError:  # torch 2.6: an unknown attribute of cuda.matmul
@@ -78,7 +80,7 @@ def _has_new_name(backend) -> bool:
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of rows, formed and summed in fp64: exact for rows stored in fp32 or less.
 
-    An fp32 product would put noise of 1e-7 * max(K) into K, more than the eigenvalues that dependent rows leave there.
+    An fp32 product would put noise of 1e-7 * max(K) into K, more than the eigenvalues that dependent entries leave there.
 
     Args:
         a: (n, M, L), any float dtype.
@@ -133,67 +135,3 @@ def orthonormalize(a: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) 
         r = (roots[..., None] * v.mT * norms[..., None, :]).flip(-2) @ r
     # a = P R: turned by the Q factor of R, P is that of a's own QR, and low-bit factors are those of one process, up to signs.
     return (p @ torch.linalg.qr(r).Q).to(a.dtype)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A 32-bit integer hash (in int64 arithmetic): every input bit moves every output bit."""
-    mask = 0xFFFFFFFF
-    x = ((x ^ (x >> 16)) * 0x045D9F3B) & mask
-    x = ((x ^ (x >> 16)) * 0x045D9F3B) & mask
-    return x ^ (x >> 16)
-
-
-def counted_factors(
-    counter: Tensor, salt: Tensor, rows: int, cols: int, first: tuple[int, int] = (0, 0)
-) -> tuple[Tensor, Tensor]:
-    """The factors of `counted_bits`: (n, rows) and (n, cols) int32."""
-    device = salt.device
-    key = _mix(_mix(counter.to(device) & 0x7FFFFFFF) ^ _mix(salt + 0x9E3779B9))
-    row = _mix(key[:, None] ^ torch.arange(first[0], first[0] + rows, device=device)) | 1
-    col = _mix(_mix(key[:, None]) ^ torch.arange(first[1], first[1] + cols, device=device)) | 1
-    return row.to(torch.int32), col.to(torch.int32)
-
-
-def counted_bits(counter: Tensor, salt: Tensor, rows: int, cols: int, first: tuple[int, int] = (0, 0)) -> Tensor:
-    """Pseudo-random numbers that depend on (counter, salt, row, column) only; their upper 16 bits are uniform.
-
-    No generator: nothing global is drawn from, an entry does not depend on how the work is divided, and nothing has to be read
-    back from the device. The product of two odd hashes keeps the entries of a matrix free of low-rank structure, which a
-    compressor would take for a gradient.
-
-    Args:
-        counter: 0-D int64, the step.
-        salt: (n,) int64, one number per tensor.
-        rows, cols: how many.
-        first: the row and the column to begin with.
-
-    Returns:
-        (n, rows, cols) int32.
-    """
-    row, col = counted_factors(counter, salt, rows, cols, first)
-    return row[:, :, None] * col[:, None, :]
-
-
-def counted_noise(counter: Tensor, salt: Tensor, rows: int, cols: int) -> Tensor:
-    """`counted_bits` as uniform numbers in (-1, 1), (n, rows, cols) fp32."""
-    return (counted_bits(counter, salt, rows, cols) >> 16).float().add_(0.5).mul_(2.0**-15)
-
-
-def counted_uniform(counter: Tensor, salt: Tensor, rows: int, cols: int, first: tuple[int, int] = (0, 0)) -> Tensor:
-    """`counted_bits` as uniform numbers in (0, 1), (n, rows, cols) fp32."""
-    bits = counted_bits(counter, salt, rows, cols, first).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-    return bits.float().add_(0.5).mul_(2.0**-16)
-
-
-def stochastic_round(x: Tensor, dtype: torch.dtype, counter: Tensor, salt: Tensor, first: tuple[int, int] = (0, 0)) -> Tensor:
-    """x (n, rows, cols) in `dtype`; to bf16 stochastically, so that small additions survive in the mean.
-
-    Round to nearest would lose every addition below 1/256 of a number. To other dtypes: round to nearest. `x` may be part of
-    a larger tensor, from the row and column `first` on: it is rounded as in the whole.
-    """
-    if dtype != torch.bfloat16:
-        return x.to(dtype)
-    x = x.float()
-    noise = counted_bits(counter, salt, *x.shape[1:], first).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-    # Adding up to one unit of bf16 less one and cutting rounds up with the probability of the part that is cut off.
-    return noise.add_(x.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32).to(dtype)

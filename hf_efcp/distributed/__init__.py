@@ -1,1 +1,1 @@
-"""State divided among processes: who owns what, and what they tell each other. Plain torch.distributed."""
+"""Several processes: placements of parameters and state, the plan that divides state, messages, and folders of checkpoints."""

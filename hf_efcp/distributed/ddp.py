@@ -1,61 +1,88 @@
-"""A process group over which state is divided (ZeRO-1 style): sums, agreement, and handing out the updated parameters."""
+"""DDP: parameters are the same on every process; their state is divided by a plan (ZeRO-1 style), or whole on every process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .plan import Owners
+from ..core.cells import Spec
+from .placement import Placement, Specs, cut
+from .plan import Owners, Size, assign
 
 # Bytes that the buffers of one all-gather may take on a process.
 GATHER_BYTES = 128 * 2**20
 _ALIGNMENT = 16
 
 
-class Shards:
-    """What a WindowedOptimizer needs of its process group.
+class Replicas(Placement):
+    """Processes with equal parameters and equal state, but for what a spec says each has of its own (comm="factors").
 
     Args:
-        group: a process group of two or more processes, this one among them; None: torch's default one, which is not held,
-            since one that outlives destroy_process_group may abort the interpreter at its end.
+        group: a process group, this process in it; None: torch's default one, which is not held, since one that outlives
+            destroy_process_group may abort the interpreter at its end.
     """
 
-    # Parameters are whole on every process.
-    follows = False
+    alone = False
+    apart = True
 
     def __init__(self, group: dist.ProcessGroup | None = None):
-        self._group = group
+        self._group = None if group is dist.group.WORLD else group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
     @property
-    def group(self) -> dist.ProcessGroup:
-        """The process group."""
+    def group(self) -> Any:
+        """See Placement."""
         return dist.group.WORLD if self._group is None else self._group
 
-    def sum(self, t: Tensor) -> Tensor:
-        """The sum of `t` over all processes, in place; not-a-number anywhere is not-a-number everywhere."""
-        dist.all_reduce(t, group=self.group)
-        return t
-
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set on any process."""
-        return bool(self.sum(torch.tensor([float(flag)], device=device)).item())
+        """See Placement."""
+        flags = torch.tensor([float(flag)], device=device)
+        dist.all_reduce(flags, group=self.group)
+        return bool(flags.item())
 
-    def gather(self, mine: object) -> list:
-        """Everybody's object, by rank."""
-        everybody = [None] * self.size
+    def gather(self, mine: object) -> list[Any]:
+        """See Placement."""
+        everybody: list[Any] = [None] * self.size
         dist.all_gather_object(everybody, mine, group=self.group)
         return everybody
 
-    def hand_out(self, params: Sequence[Tensor], owners: Sequence[Owners]) -> None:
-        """Every process gets from the owners what they made of their rows; one all-gather for each bucket of rows."""
+    def owners(self, specs: Mapping[Tensor, Specs], known: Mapping[Tensor, Owners]) -> dict[Tensor, Owners]:
+        """See Placement."""
+        return {p: dict.fromkeys(range(self.size)) for p in specs}
+
+
+class DDPShards(Replicas):
+    """Processes that share the state: each compresses, stores and combines the pieces that the plan gives it."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        super().__init__(group)
+        self.shards = self.size
+
+    def sum(self, t: Tensor) -> Tensor:
+        """See Placement."""
+        dist.all_reduce(t, group=self.group)
+        return t
+
+    def owners(self, specs: Mapping[Tensor, Specs], known: Mapping[Tensor, Owners]) -> dict[Tensor, Owners]:
+        """See Placement. The plan is the same on every process."""
+        return plan(specs, self.size, known)
+
+    def inner(self, t: Tensor, spec: Spec, p: Tensor, rows: slice | None) -> Tensor:
+        """See Placement."""
+        t = t.full_tensor() if hasattr(t, "full_tensor") else t
+        return cut(t, spec, p, rows)
+
+    def publish(self, params: Sequence[Tensor], owners: Mapping[Tensor, Owners]) -> None:
+        """See Placement. One all-gather for each bucket of rows."""
         device = params[0].device
         limit = max(2**16, GATHER_BYTES // (self.size + 1))
-        streams = [list(_buckets(params, owners, rank, limit)) for rank in range(self.size)]
+        streams = [list(_buckets(params, [owners[p] for p in params], rank, limit)) for rank in range(self.size)]
         for number in range(max(map(len, streams))):
             buckets = [stream[number] if number < len(stream) else [] for stream in streams]
             length = max(sum(_padded(t) for t in bucket) for bucket in buckets)
@@ -70,9 +97,53 @@ class Shards:
                         t.copy_(part)
 
 
+def plan(specs: Mapping[Tensor, Specs], processes: int, known: Mapping[Tensor, Owners], least: int = 2) -> dict[Tensor, Owners]:
+    """Divide the state of parameters among processes, balanced by bytes.
+
+    Args:
+        specs: of every parameter.
+        processes: how many.
+        known: owners of parameters that have some already.
+        least: number of dimensions from which a parameter may be divided by rows.
+    """
+    sizes = {p: size_of(p, entries, least) for p, entries in specs.items()}
+    held = [0.0] * processes
+    for p, size in sizes.items():
+        for rank, rows in known.get(p, {}).items():
+            held[rank] += size.of(rows)
+    new = [p for p in sizes if p not in known]
+    assigned = assign([sizes[p] for p in new], processes, held)
+    return {p: known[p] for p in sizes if p in known} | {
+        p: _whole_units(o, p, specs[p]) for p, o in zip(new, assigned, strict=True)
+    }
+
+
+def size_of(p: Tensor, specs: Specs, least: int = 2) -> Size:
+    """Give the bytes of a parameter's state, but for entries that every process holds; rows count in units that stay together."""
+    held = [spec for spec in specs.values() if spec.held == "owner"]
+    total, fixed = sum(s.nbytes for s in held), sum(s.nbytes for s in held if s.divided(p) is None)
+    if p.ndim < least or p.numel() == 0:
+        return Size(1, total, 0.0, False)
+    units = -(-len(p) // unit(specs))
+    return Size(units, fixed, (total - fixed) / units, True)
+
+
+def unit(specs: Specs) -> int:
+    """Give the number of rows that must stay together."""
+    return math.lcm(*(spec.per for spec in specs.values()))
+
+
+def _whole_units(owners: Owners, p: Tensor, specs: Specs) -> Owners:
+    by = unit(specs)
+    if by == 1:
+        return owners
+    return {r: o if o is None else slice(min(o.start * by, len(p)), min(o.stop * by, len(p))) for r, o in owners.items()}
+
+
 def _buckets(params: Sequence[Tensor], owners: Sequence[Owners], rank: int, limit: int) -> Iterator[list[Tensor]]:
     """What `rank` owns, as views of the parameters, in lists of at most `limit` bytes (or a single row)."""
-    bucket, size = [], 0
+    bucket: list[Tensor] = []
+    size = 0
     for p, who in zip(params, owners, strict=True):
         if rank not in who or p.numel() == 0:
             continue

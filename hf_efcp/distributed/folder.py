@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+# Name of an entry -> shape and dtype.
+Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class CheckpointError(ValueError):
@@ -45,14 +50,14 @@ class Part:
     start: int = 0
 
     def size(self) -> torch.Size:
-        """Of the whole."""
+        """Shape of the whole."""
         return torch.Size(self.shape)
 
     def _chunk(self) -> ChunkStorageMetadata:
         offsets = [self.start if d == self.dim else 0 for d in range(self.tensor.ndim)]
         return ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=self.tensor.shape)
 
-    def __create_write_items__(self, name: str, _) -> list[WriteItem]:
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
         chunk, properties = self._chunk(), TensorProperties.create_from_tensor(self.tensor)
         data = TensorWriteData(chunk=chunk, properties=properties, size=self.size())
         return [WriteItem(index=MetadataIndex(name, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)]
@@ -76,7 +81,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         return self.state_dict[index.fqn].tensor
 
 
-def save(parts: dict[str, Part], folder: Path, group) -> None:
+def save(parts: dict[str, Part], folder: Path, group: dist.ProcessGroup | None) -> None:
     """Write the parts; to be called by every process of `group`."""
     (folder / ".metadata").unlink(missing_ok=True)  # an older checkpoint of that name is no longer whole
     planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -84,7 +89,7 @@ def save(parts: dict[str, Part], folder: Path, group) -> None:
 
 
 def load(
-    parts: dict[str, Part], expected: dict[str, tuple[tuple[int, ...], torch.dtype]], folder: Path, group, means: dict[str, Part]
+    parts: dict[str, Part], expected: Expected, folder: Path, group: dist.ProcessGroup | None, means: dict[str, Part]
 ) -> None:
     """Read into the parts' tensors; everything is checked before anything is changed.
 
@@ -98,10 +103,9 @@ def load(
     Raises:
         CheckpointError: the folder or a file in it is missing or damaged, or entries do not fit.
     """
-    reader = dcp.FileSystemReader(folder)
+    reader, problem = dcp.FileSystemReader(folder), None
     try:
         _check(reader, expected, folder)
-        problem = None
     except CheckpointError as error:
         problem = str(error)
     _raise_together(problem, group)
@@ -123,14 +127,14 @@ def load(
 def _read_alone(parts: dict[str, Part], reader: dcp.FileSystemReader, planner: _LoadPlanner) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
-        if torch.__version__ >= (2, 7):
+        if torch.__version__ >= "2.7":  # compared as versions
             dcp.load(parts, storage_reader=reader, planner=planner, no_dist=True)
         else:  # in torch 2.6 only the older function, deprecated then, can leave other processes out
             warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
             dcp.load_state_dict(parts, reader, no_dist=True, planner=planner)
 
 
-def _raise_together(problem: str | None, group) -> None:
+def _raise_together(problem: str | None, group: dist.ProcessGroup | None) -> None:
     """Where one process does not see the files (a disk of its own), the others do not wait for it."""
     if group is None:
         problems = [problem]
@@ -148,12 +152,12 @@ def entries(folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     Raises:
         CheckpointError: as of `load`.
     """
-    found = _metadata(dcp.FileSystemReader(folder), folder).state_dict_metadata
-    tensors = {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+    stored = _metadata(dcp.FileSystemReader(folder), folder).state_dict_metadata
+    tensors = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
     return [(name.rpartition(".")[2], tuple(entry.size), entry.properties.dtype) for name, entry in tensors.items()]
 
 
-def _check(reader: dcp.FileSystemReader, expected: dict, folder: Path) -> None:
+def _check(reader: dcp.FileSystemReader, expected: Expected, folder: Path) -> None:
     metadata = _metadata(reader, folder)
     _check_entries(metadata.state_dict_metadata, expected, folder)
     _check_files(metadata.storage_data, folder)
@@ -161,16 +165,16 @@ def _check(reader: dcp.FileSystemReader, expected: dict, folder: Path) -> None:
 
 def _metadata(reader: dcp.FileSystemReader, folder: Path) -> Metadata:
     if not (folder / ".metadata").is_file():
-        what = "it has no .metadata: the save was interrupted" if folder.is_dir() else "there is no such folder"
-        raise CheckpointError(f"{folder} is no whole checkpoint: {what}")
+        reason = "it has no .metadata: the save was interrupted" if folder.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{folder} is no whole checkpoint: {reason}")
     try:
         return reader.read_metadata()
     except Exception as error:  # whatever unpickling a damaged file ends in
         raise CheckpointError(f"{folder / '.metadata'} is damaged: {error}") from None
 
 
-def _check_entries(found: dict, expected: dict, folder: Path) -> None:
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+def _check_entries(stored: Mapping[str, object], expected: Expected, folder: Path) -> None:
+    missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing or extra:
         raise CheckpointError(
             f"{folder} does not fit this optimizer's parameters and options"
@@ -178,14 +182,14 @@ def _check_entries(found: dict, expected: dict, folder: Path) -> None:
             + (f"; unexpected: {', '.join(extra[:5])}" if extra else "")
         )
     for name, (shape, dtype) in expected.items():
-        entry = found[name]
+        entry = stored[name]
         fits = isinstance(entry, TensorStorageMetadata) and (tuple(entry.size), entry.properties.dtype) == (shape, dtype)
         if not fits:
             theirs = f"{tuple(entry.size)} {entry.properties.dtype}" if isinstance(entry, TensorStorageMetadata) else "no tensor"
             raise CheckpointError(f"{folder}: {name} is {theirs} there, {shape} {dtype} here")
 
 
-def _check_files(storage: dict, folder: Path) -> None:
+def _check_files(storage: Mapping[Any, Any], folder: Path) -> None:
     """Every file has to be there, and as long as what it holds."""
     length: dict[str, int] = {}
     for place in storage.values():

@@ -6,26 +6,31 @@ fewer or none. With a second mesh dimension (HSDP) the runs are replicated along
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.cells import Spec
+from ..options import OptionError
+from .ddp import unit
+from .placement import Placement, Specs, cut
 from .plan import Owners
 
 
-def is_sharded(p: Tensor) -> bool:
+def is_sharded(p: Any) -> bool:
     """Whether p is a DTensor."""
     return hasattr(p, "device_mesh") and hasattr(p, "placements")
 
 
-def local(t: Tensor) -> Tensor:
+def local(t: Any) -> Tensor:
     """What this process holds of t, in t's memory."""
     return t.detach().to_local() if is_sharded(t) else t.detach()
 
 
-def local_gradient(p: Tensor) -> Tensor | None:
+def local_gradient(p: Any) -> Tensor | None:
     """What this process holds of p's gradient."""
     g = p.grad
     if g is None or not is_sharded(g):
@@ -35,7 +40,7 @@ def local_gradient(p: Tensor) -> Tensor | None:
     return g.detach().to_local()
 
 
-def problem(p: Tensor) -> str | None:
+def problem(p: Any) -> str | None:
     """What is wrong with the way in which the DTensor p is divided; None: nothing."""
     dims = [d for d, placement in enumerate(p.placements) if not placement.is_replicate()]
     rows = [d for d in dims if type(p.placements[d]).__name__ == "Shard" and p.placements[d].dim == 0]
@@ -48,29 +53,57 @@ def problem(p: Tensor) -> str | None:
     )
 
 
-class MeshShards:
-    """A device mesh over which parameters are divided by rows; the counterpart of `Shards`.
+class FSDP2Mesh(Placement):
+    """A device mesh over which parameters are divided by rows; the state follows them.
 
     Args:
         params: DTensors for which `problem` is None, on the same mesh with the same placements.
     """
 
-    # The state follows its parameters: nobody has to plan who holds what, or to hand out what was updated.
+    alone = False
     follows = True
 
-    def __init__(self, params: Sequence[Tensor]):
+    def __init__(self, params: Sequence[Any]):
         self.mesh, self.placements = params[0].device_mesh, tuple(params[0].placements)
         self.dim = next((d for d, placement in enumerate(self.placements) if not placement.is_replicate()), None)
         self.rank = 0 if self.dim is None else self.mesh.get_local_rank(self.dim)
-        self.size = 1 if self.dim is None else self.mesh.size(self.dim)
+        self.size = self.shards = 1 if self.dim is None else self.mesh.size(self.dim)
         self._replicated = [d for d in range(self.mesh.ndim) if d != self.dim]
 
-    def fits(self, p: Tensor) -> bool:
-        """Whether p is divided as the others are."""
+    @classmethod
+    def of(cls, params: Sequence[Any], name: str) -> FSDP2Mesh:
+        """Make the placement of parameters some of which are DTensors.
+
+        Args:
+            params: the parameters.
+            name: of the optimizer, for messages.
+
+        Raises:
+            OptionError: the parameters do not all lie alike on one mesh.
+        """
+        mesh = cls([p for p in params if is_sharded(p)])
+        for i, p in enumerate(params):
+            if not mesh.fits(p):
+                place = f"{p.placements} on {p.device_mesh}" if is_sharded(p) else "a plain tensor"
+                raise OptionError(
+                    f"{name}: all parameters must lie alike on one device mesh; parameter {i} is {place}, others are "
+                    f"{mesh.placements} on {mesh.mesh}: give each kind an optimizer of its own"
+                )
+        return mesh
+
+    def fits(self, p: Any) -> bool:
+        """Tell whether p is divided as the others are."""
         return is_sharded(p) and p.device_mesh == self.mesh and tuple(p.placements) == self.placements
 
-    def owners(self, p: Tensor) -> Owners:
-        """Which rows of p (entries, if it has one dimension) each process has."""
+    def check(self, specs: Mapping[Tensor, Specs]) -> None:
+        """See Placement. FSDP2 cuts tensors anywhere, also inside a run of numbers that share a scale, or inside a block."""
+        check_cuts(specs, self.size)
+
+    def owners(self, specs: Mapping[Tensor, Specs], known: Mapping[Tensor, Owners]) -> dict[Tensor, Owners]:
+        """See Placement: rows of p; of a vector, its entries."""
+        return {p: self._rows(p) for p in specs}
+
+    def _rows(self, p: Tensor) -> Owners:
         if self.size == 1:
             return {0: None}
         total = len(p)
@@ -78,10 +111,7 @@ class MeshShards:
         return {r: slice(min(r * each, total), min((r + 1) * each, total)) for r in range(self.size)}
 
     def sum(self, t: Tensor) -> Tensor:
-        """The sum of `t` over the shards, in place; not-a-number anywhere is not-a-number everywhere.
-
-        Replicas are averaged, so that they agree to the last bit although each group summed in an order of its own.
-        """
+        """See Placement. Replicas are averaged: they agree to the last bit although each group summed in an order of its own."""
         device = self.mesh.device_type
         x = t if t.device.type == device else t.to(device)  # state that is kept on the CPU, with a GPU's process group
         replicas = 1
@@ -94,29 +124,59 @@ class MeshShards:
         return t if x is t else t.copy_(x)
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set on any process."""
+        """See Placement."""
         return bool(self.sum(torch.tensor([float(flag)], device=device)).item())
 
-    def gather(self, mine: object) -> list:
-        """Everybody's object, shard by shard."""
+    def gather(self, mine: object) -> list[Any]:
+        """See Placement: shard by shard."""
         everybody = [mine]
         for d in [self.dim, *self._replicated]:
             if d is not None and self.mesh.size(d) > 1:
-                parts = [None] * self.mesh.size(d)
+                parts: list[Any] = [None] * self.mesh.size(d)
                 dist.all_gather_object(parts, everybody, group=self.mesh.get_group(d))
                 everybody = [one for part in parts for one in part]
         return everybody
 
-    def placed(self, dim: int) -> tuple:
-        """The placements of a state tensor whose dimension `dim` is divided as the parameter's rows."""
+    def outer(self, t: Tensor, spec: Spec, p: Tensor) -> Tensor:
+        """See Placement: a DTensor, where the entry follows the rows."""
+        from torch.distributed.tensor import DTensor
+
+        t = t.int() if t.dtype == torch.int16 else t  # neither NCCL nor gloo sends int16, as a full state dict needs it
+        dim = spec.divided(p)
+        if dim is None:
+            return t
+        shape = torch.Size(spec.shape)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(t, self.mesh, self._placed(dim), run_check=False, shape=shape, stride=stride)
+
+    def inner(self, t: Any, spec: Spec, p: Tensor, rows: slice | None) -> Tensor:
+        """See Placement."""
+        dim = spec.divided(p)
+        if is_sharded(t):
+            mine = rows is not None and dim is not None and t.device_mesh == self.mesh
+            if mine and dim is not None and tuple(t.placements) == self._placed(dim):
+                return t.to_local()
+            t = t.full_tensor()
+        return cut(t, spec, p, rows)
+
+    def _placed(self, dim: int) -> tuple[Any, ...]:
+        """Give the placements of a state tensor whose dimension `dim` is divided as the parameter's rows."""
         from torch.distributed.tensor import Replicate, Shard
 
         return tuple(Shard(dim) if d == self.dim else Replicate() for d in range(self.mesh.ndim))
 
-    def whole(self, t: Tensor, dim: int, total: int) -> Tensor:
-        """The DTensor of which `t` is this process's part: `total` long in dimension `dim`, which is divided."""
-        from torch.distributed.tensor import DTensor
 
-        shape = torch.Size(total if d == dim else n for d, n in enumerate(t.shape))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(t, self.mesh, self.placed(dim), run_check=False, shape=shape, stride=stride)
+def check_cuts(specs: Mapping[Tensor, Specs], processes: int) -> None:
+    """Raise OptionError where FSDP2 on so many processes would cut an entry of state inside a run or a block."""
+    for p, entries in specs.items():
+        for spec in entries.values():
+            if p.ndim == 1 and not spec.cuttable(p):
+                raise OptionError(
+                    "under FSDP2 1-D tensors cannot have blocks: use window_format='plain', and int8 or int4 errors only with an "
+                    "exact window_dtype"
+                )
+        by = unit(entries)
+        if p.ndim and processes > 1 and -(-len(p) // processes) % by:
+            raise OptionError(
+                f"under FSDP2 on {processes} processes a parameter {tuple(p.shape)} would be cut inside a block of {by} rows"
+            )

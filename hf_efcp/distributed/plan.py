@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
-# A plan is good when no process holds more than this times its share.
+# A plan is good when no process holds more than this times an equal share.
 _BALANCED = 1.05
 
 # rank -> the rows it holds; None: the whole tensor.
@@ -40,8 +41,8 @@ def assign(sizes: Sequence[Size], processes: int, held: Sequence[float] | None =
     """Divide the state among `processes`, whole tensors first, and as few of them by rows as balance asks for.
 
     Dividing costs collectives and, for low-rank windows, a second copy of Q. So tensors go whole, the largest first, each to
-    the process that holds least; while somebody then holds more than 1.05 times its share, the largest tensor that is still
-    whole is divided instead, its rows levelling the processes.
+    the process that holds least; while a process then holds more than 1.05 times an equal share, the largest tensor that is
+    still whole is divided instead, its rows levelling the processes.
 
     Args:
         sizes: of every tensor.
@@ -54,21 +55,21 @@ def assign(sizes: Sequence[Size], processes: int, held: Sequence[float] | None =
     if processes == 1:
         return [{0: None} for _ in sizes]
     start = list(held or [0.0] * processes)
-    share = (sum(start) + sum(s.total for s in sizes)) / processes
+    equal_share = (sum(start) + sum(s.total for s in sizes)) / processes
     by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i].total)
     candidates = [i for i in by_size if sizes[i].divisible and sizes[i].rows > 1]
-    best: tuple[float, list[Owners]] | None = None
+    least, best = math.inf, list[Owners]()
     for number in range(len(candidates) + 1):
-        divided = candidates[:number]
-        loads, owners = _place(sizes, by_size, divided, list(start))
-        if best is None or max(loads) < best[0]:
-            best = max(loads), owners
-        if max(loads) <= _BALANCED * share:
+        most, owners = _place(sizes, by_size, candidates[:number], list(start))
+        if most < least:
+            least, best = most, owners
+        if most <= _BALANCED * equal_share:
             break
-    return best[1]
+    return best
 
 
-def _place(sizes, by_size: list[int], divided: list[int], loads: list[float]) -> tuple[list[float], list[Owners]]:
+def _place(sizes: Sequence[Size], by_size: list[int], divided: list[int], loads: list[float]) -> tuple[float, list[Owners]]:
+    """What the fullest process holds, and the owners, where the tensors `divided` go by rows."""
     owners: list[Owners] = [{} for _ in sizes]
     for i in by_size:
         if i not in divided:
@@ -77,13 +78,13 @@ def _place(sizes, by_size: list[int], divided: list[int], loads: list[float]) ->
             owners[i] = {rank: None}
     for i in divided:
         loads = [load + sizes[i].fixed for load in loads]
-        first = 0
+        start = 0
         for rank, rows in enumerate(_levelling_rows(loads, sizes[i])):
             if rows or sizes[i].fixed:
-                owners[i][rank] = slice(first, first + rows)
+                owners[i][rank] = slice(start, start + rows)
             loads[rank] += rows * sizes[i].per_row
-            first += rows
-    return loads, owners
+            start += rows
+    return max(loads), owners
 
 
 def _levelling_rows(loads: list[float], size: Size) -> list[int]:
@@ -118,5 +119,6 @@ def describe(names: Sequence[str], owners: Sequence[Owners], sizes: Sequence[Siz
     divided = ""
     for name, who in zip(names, owners, strict=True):
         if len(who) > 1:
-            divided += f"\n{name}: " + ", ".join(f"rank {r} rows {s.start}-{s.stop}" for r, s in who.items())
+            parts = ((rank, rows) for rank, rows in who.items() if rows is not None)
+            divided += f"\n{name}: " + ", ".join(f"rank {rank} rows {rows.start}-{rows.stop}" for rank, rows in parts)
     return "\n".join(held), divided

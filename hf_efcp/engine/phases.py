@@ -1,4 +1,8 @@
-"""Phases of a step, named where they are: `with phase("compress"): ...`, which costs nothing when nobody measures."""
+"""Phases of a step, named where they are; naming them costs nothing when nobody measures.
+
+phase = LISTENER.get()
+with phase("compress"): ...
+"""
 
 from __future__ import annotations
 
@@ -13,21 +17,15 @@ Listener = Callable[[str], AbstractContextManager[object]]
 # In the order of a step. What lies between phases (the gate, messages between processes) is in none of them.
 PHASES = ("compress", "dots", "feedback", "solve", "update")
 
-_listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("hf_efcp_phases", default=None)
-_UNHEARD: AbstractContextManager[object] = contextlib.nullcontext()
-
-
-def phase(name: str) -> AbstractContextManager[object]:
-    """Mark a phase of the step; `name` is one of PHASES."""
-    listener = _listener.get()
-    return _UNHEARD if listener is None else listener(name)
+# Who hears of the phases, in this thread; by default nobody.
+LISTENER: contextvars.ContextVar[Listener] = contextvars.ContextVar("hf_efcp_phases", default=contextlib.nullcontext)
 
 
 @contextlib.contextmanager
 def heard_by(listener: Listener) -> Iterator[None]:
     """Let `listener` hear of every phase that begins inside, in this thread."""
-    token = _listener.set(listener)
+    token = LISTENER.set(listener)
     try:
         yield
     finally:
-        _listener.reset(token)
+        LISTENER.reset(token)

@@ -5,50 +5,61 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..options import as_text, described
-from ..registry import get_optimizer_info, list_optimizers
-from .names import FIELD, efcp_fields
+from ..registry import all_optimizers
+from .trainer_options import FIELD, efcp_fields
+
+# EFCPFields stands beside another subclass of TrainingArguments: types are checked as if it were one itself.
+if TYPE_CHECKING:
+    _Base = TrainingArguments
+else:
+    _Base = object
 
 
 def _fields() -> list[tuple[str, Any, Any]]:
     """(name, type, field) of every option but those that TrainingArguments has itself; None means not given."""
     users: dict[str, list[str]] = {}
     defaults: dict[str, list[str]] = {}
-    found: dict[str, tuple[Any, dataclasses.Field]] = {}
-    for name in list_optimizers():
-        info = get_optimizer_info(name)
+    options: dict[str, tuple[Any, dataclasses.Field[Any]]] = {}
+    for info in all_optimizers():
         hints = typing.get_type_hints(info.cls.options_type)
         for field in dataclasses.fields(info.cls.options_type):
-            users.setdefault(field.name, []).append(name)
-            found.setdefault(field.name, (hints[field.name], field))
+            users.setdefault(field.name, []).append(info.name)
+            options.setdefault(field.name, (hints[field.name], field))
             default = as_text(info.hf_defaults.get(field.name, field.default))
             defaults.setdefault(field.name, []).append(default)
-    result = []
-    for option, (hint, field) in found.items():
-        names = "" if len(users[option]) == len(list_optimizers()) else f" ({', '.join(users[option])})"
+    result: list[tuple[str, Any, Any]] = []
+    for option, (hint, field) in options.items():
+        names = "" if len(users[option]) == len(all_optimizers()) else f" ({', '.join(users[option])})"
         text = f"{described(field)}{names}; unless given: {' or '.join(dict.fromkeys(defaults[option]))}"
         kind = hint if hint in (int, float, bool) else str  # "none" and dtypes are text
         result.append((FIELD + option, kind | types.NoneType, dataclasses.field(default=None, metadata={"help": text})))
     return result
 
 
-def _dtypes_as_text(self) -> None:
-    for option, value in efcp_fields(self).items():
-        if isinstance(value, torch.dtype):  # to_json_string, which reporters call, cannot write it
-            setattr(self, FIELD + option, str(value).removeprefix("torch."))
-    super(EFCPFields, self).__post_init__()
+def _with_fields(cls: type[_Base]) -> type[_Base]:
+    """Make `cls` a dataclass with a field for every option."""
+    cls.__annotations__ = {name: kind for name, kind, _ in _fields()}
+    for name, _, field in _fields():
+        setattr(cls, name, field)
+    return dataclasses.dataclass(cls)
 
 
-# The fields alone, for other subclasses of TrainingArguments: `class Config(EFCPFields, SFTConfig)`, decorated by dataclass.
-EFCPFields = dataclasses.make_dataclass(
-    "EFCPFields", _fields(), namespace={"__module__": __name__, "__post_init__": _dtypes_as_text}
-)
+@_with_fields
+class EFCPFields(_Base):
+    """The fields alone, for other subclasses of TrainingArguments: `@dataclass class Config(EFCPFields, SFTConfig)`."""
+
+    def __post_init__(self) -> None:
+        for option, value in efcp_fields(self).items():
+            if isinstance(value, torch.dtype):  # to_json_string, which reporters call, cannot write it
+                setattr(self, FIELD + option, str(value).removeprefix("torch."))
+        super().__post_init__()
 
 
 @dataclasses.dataclass

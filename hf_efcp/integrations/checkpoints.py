@@ -9,17 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..optim.base import WindowedOptimizer
-from ..optim.sharding import SHARD_FOLDER
+from ..engine.base import EngineOptimizer
+from ..engine.saving import SHARD_FOLDER
 from ..options import OptionError
 
 # As accelerate.utils.constants has it.
 _OPTIMIZER_NAME = "optimizer"
 
 
-def unwrapped(optimizer: Any) -> WindowedOptimizer | None:
+def unwrapped(optimizer: Any) -> EngineOptimizer | None:
     """Our optimizer inside what Accelerate made of it; None if it is another one."""
-    while optimizer is not None and not isinstance(optimizer, WindowedOptimizer):
+    while optimizer is not None and not isinstance(optimizer, EngineOptimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
 

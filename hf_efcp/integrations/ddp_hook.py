@@ -41,7 +41,9 @@ def _join(accelerator: Any) -> None:
     """Give each model that has not got it yet the hook of the optimizer that trains it."""
     for model in list(getattr(accelerator, "_hf_efcp_models", ())):
         for optimizer in map(unwrapped, accelerator._optimizers):
-            if getattr(getattr(optimizer, "options", None), "comm", "") == "factors" and not hasattr(model, "_hf_efcp_hooked"):
+            if optimizer is None or hasattr(model, "_hf_efcp_hooked"):
+                continue
+            if getattr(optimizer.options, "comm", "") == "factors":
                 mine = {p for group in optimizer.param_groups for p in group["params"]}
                 if mine.isdisjoint(model.parameters()):
                     continue

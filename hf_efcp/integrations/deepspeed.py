@@ -13,11 +13,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
-from ..distributed.ddp import Shards
-from ..optim.base import WindowedOptimizer
-from ..options import OptionError
+from ..engine.base import EngineOptimizer
+from ..options import OptionError, field_types
+from ..registry import all_optimizers
 from .checkpoints import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def stage_of(config: Mapping[str, Any]) -> int:
     return int((config.get("zero_optimization") or {}).get("stage", 0))
 
 
-def check_config(config: Mapping[str, Any], cls: type[WindowedOptimizer], options: Mapping[str, Any]) -> None:
+def check_config(config: Mapping[str, Any], cls: type[EngineOptimizer], options: Mapping[str, Any]) -> None:
     """Raise OptionError where DeepSpeed would replace the optimizer, or hand it what it cannot train.
 
     Args:
@@ -62,10 +63,11 @@ def check_config(config: Mapping[str, Any], cls: type[WindowedOptimizer], option
         raise OptionError(f"DeepSpeed tensor_parallel.autotp_size: {name} has no tensor parallelism; {INSTEAD}")
     if stage == 0:
         return
-    if "rank" in cls.options_type.__dataclass_fields__:
+    if "rank" in field_types(cls.options_type):
+        remedies = [*_without_matrices(cls), "stage 0", INSTEAD]
         raise OptionError(
             f"DeepSpeed zero_optimization.stage={stage} flattens the parameters, and {name} needs matrices: use "
-            f"{name.replace('LowRank', 'Sparse')} or {name.replace('LowRank', 'Dense')}, stage 0, or {INSTEAD}"
+            f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
         )
     if options.get("scope") == "layer":
         raise OptionError(f"scope='layer': DeepSpeed zero_optimization.stage={stage} leaves no layers; use scope=model")
@@ -77,6 +79,13 @@ def check_config(config: Mapping[str, Any], cls: type[WindowedOptimizer], option
     for key, where in (("elastic_checkpoint", zero), ("load_universal", config.get("checkpoint") or {})):
         if where.get(key):
             raise OptionError(f"DeepSpeed {key}=true takes the optimizer's state for copies of the parameters: set it to false")
+
+
+def _without_matrices(cls: type[EngineOptimizer]) -> list[str]:
+    """The classes of the same family that take flat pieces, as one piece of text; empty where `cls` is not registered."""
+    family = next((info.family for info in all_optimizers() if info.cls is cls), None)
+    flat = [info.cls.__name__ for info in all_optimizers() if info.family == family and info.compression != "low rank"]
+    return [" or ".join(flat)] if flat else []
 
 
 def one_group(groups: list[dict[str, Any]], stage: int) -> list[dict[str, Any]]:
@@ -117,14 +126,14 @@ def prepare(original: Any) -> Any:
     return _prepare_deepspeed
 
 
-def _set_up(ours: WindowedOptimizer, stage: int) -> None:
+def _set_up(ours: EngineOptimizer, stage: int) -> None:
     if ours.state:
         raise OptionError("the optimizer has taken steps: under DeepSpeed prepare it first")
-    if ours.options.shard == "auto" or ours._process_group is not None:
+    if ours.shares_state():
         # DeepSpeed saves what the first process has, or with ZeRO what each has: no stubs.
         if stage == 0:
             logger.warning("DeepSpeed without ZeRO: every process holds the optimizer's whole state (shard=off)")
-        ours.options, ours._process_group = dataclasses.replace(ours.options, shard="off"), None
+        ours.keep_state_together()
     if stage == 0:
         return
     groups = [group for group in ours.param_groups if any(p.requires_grad for p in group["params"])]
@@ -133,10 +142,10 @@ def _set_up(ours: WindowedOptimizer, stage: int) -> None:
             f"DeepSpeed zero_optimization.stage={stage} steps each parameter group by itself: one window takes one group, got "
             f"{len(groups)}: pass the parameters as one list, or {INSTEAD}"
         )
-    ours.take_flat_pieces(Shards(), sum(p.numel() for group in groups for p in group["params"] if p.requires_grad))
+    ours.take_flat_pieces(sum(p.numel() for group in groups for p in group["params"] if p.requires_grad))
 
 
-def _check_engine(engine: nn.Module, ours: WindowedOptimizer, stage: int) -> None:
+def _check_engine(engine: nn.Module, ours: EngineOptimizer, stage: int) -> None:
     name, found = type(ours).__name__, engine.optimizer
     if unwrapped(found) is not ours:
         raise OptionError(f"DeepSpeed trains with {type(found).__name__} in place of {name}: {INSTEAD}")
@@ -149,7 +158,7 @@ def _check_engine(engine: nn.Module, ours: WindowedOptimizer, stage: int) -> Non
             )
         return
     divided = getattr(found, "dp_process_group", None)
-    if type(found).__name__ != "DeepSpeedZeroOptimizer" or Shards(divided).size != Shards().size:
+    if type(found).__name__ != "DeepSpeedZeroOptimizer" or dist.get_world_size(divided) != dist.get_world_size():
         raise OptionError(
             f"DeepSpeed divides the parameters by {type(found).__name__}, and not over all processes: {name} takes ZeRO-1 and 2 "
             f"without tensor, pipeline, expert or sequence parallelism; {INSTEAD}"

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..groups import check_targets
 from ..registry import list_optimizers
 from .arguments import EFCPTrainingArguments
 from .checkpoints import unwrapped
-from .names import is_ours, name_of, optimizer_cls_and_kwargs
+from .trainer_options import is_ours, name_of, optimizer_cls_and_kwargs
+
+# EFCPTrainerMixin stands beside another subclass of Trainer: types are checked as if it were one itself.
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 logger = logging.getLogger(__name__)
 
@@ -23,19 +30,27 @@ class EFCPCallback(TrainerCallback):
     every reporter (tensorboard, wandb) has them; `Trainer(callbacks=[EFCPCallback()])` puts it behind the reporters.
     """
 
-    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Extend the log of the training loss."""
         ours = unwrapped(optimizer)
         if ours is None or not logs or "loss" not in logs:
             return
-        found = {f"efcp_{name}": value for name, value in ours.diagnostics().items()}
-        logs.update(found)
+        diagnostics = {f"efcp_{name}": value for name, value in ours.diagnostics().items()}
+        logs.update(diagnostics)
         # The history got its own copy of the log before the callbacks were called.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(found)
+            state.log_history[-1].update(diagnostics)
 
 
-class EFCPTrainerMixin:
+class EFCPTrainerMixin(_Base):
     """What EFCPTrainer adds, for any subclass of Trainer: `class MyTrainer(EFCPTrainerMixin, Seq2SeqTrainer): ...`
 
     - Parameter groups follow the trainer's own `get_decay_parameter_names`; `optim_target_modules` is checked at once.
@@ -44,7 +59,7 @@ class EFCPTrainerMixin:
     With an optimizer that is not ours it changes nothing.
     """
 
-    def __init__(self, *given, **kwargs):
+    def __init__(self, *given: Any, **kwargs: Any) -> None:
         # By type and not by place: DPOTrainer and GRPOTrainer have something else between model and args.
         model = kwargs.get("model", given[0] if given else None)
         args = next((a for a in (*given, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
@@ -60,10 +75,10 @@ class EFCPTrainerMixin:
         if not any(isinstance(callback, EFCPCallback) for callback in handler.callbacks):
             handler.callbacks.insert(0, EFCPCallback())
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """See Trainer."""
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and is_ours(self.args):
-            trained = self.model if model is None else model
+            trained: Any = self.model if model is None else model
             names = self.get_decay_parameter_names(trained)
             cls, options = optimizer_cls_and_kwargs(self.args, model=trained, decay_names=names)
             self.optimizer = cls(options.pop("params"), **options)
@@ -76,5 +91,5 @@ class EFCPTrainer(EFCPTrainerMixin, Trainer):
     Takes any TrainingArguments; those of EFCP have typed options.
     """
 
-    def __init__(self, model=None, args=None, *rest, **kwargs):
+    def __init__(self, model: Any = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any) -> None:
         super().__init__(model, EFCPTrainingArguments("trainer_output") if args is None else args, *rest, **kwargs)

@@ -6,19 +6,18 @@ TRITON_INTERPRET=1 runs the kernels on CPU tensors, which is how they are tested
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Blocks, Error, Stored
+from . import Blocks, Entry, Error, Matrices, Stored
 
 # How many rows one program of `dots` sums over, and how many slots at once.
 _ROWS = 64
 _SLOTS = 64
-# Where more is kept in a block, comparing all pairs of entries takes longer than torch's way through a dense row.
+# Where more is kept in a block, comparing all pairs of numbers takes longer than torch's way through a dense row.
 _PAIRS = 64
 
 
@@ -43,54 +42,54 @@ def _top_k(gradient, error, indices, values, cols, per_row, block, kept, kept_ta
     equal = magnitude == least
     room = wanted - tl.sum((magnitude > least).to(tl.int32))
     chosen = (magnitude > least) | (equal & (tl.cumsum(equal.to(tl.int32)) <= room))
-    entry = row * per_row + number * kept + tl.cumsum(chosen.to(tl.int32)) - 1
-    tl.store(indices + entry, within.to(tl.int16), mask=chosen)
-    tl.store(values + entry, a, mask=chosen)
+    place = row * per_row + number * kept + tl.cumsum(chosen.to(tl.int32)) - 1
+    tl.store(indices + place, within.to(tl.int16), mask=chosen)
+    tl.store(values + place, a, mask=chosen)
 
 
 @triton.jit
 def _dots(
-    indices, values, row_indices, row_values, out, rows, m, per_row, kept, kept_tail, full, parts,
-    BLOCKS: tl.constexpr, KEPT: tl.constexpr, ENTRIES: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    indices, values, new_indices, new_values, out, rows, m, per_row, kept, kept_tail, full, parts,
+    BLOCKS: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """A program for some slots and some rows of a tensor. In each block, the new entry with the same index is looked for."""
+    """A program for some slots and some rows of a tensor. In each block, the new number with the same index is looked for."""
     t, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
-    entry = tl.arange(0, ENTRIES)
-    total = tl.zeros([SLOTS, ENTRIES], dtype=tl.float64)
+    within = tl.arange(0, SIZE)
+    total = tl.zeros([SLOTS, SIZE], dtype=tl.float64)
     for i in range(ROWS):
         row = part * ROWS + i
         new = (t * rows + row).to(tl.int64) * per_row
         for number in range(BLOCKS):
-            first = number * kept
+            begin = number * kept
             here = tl.where(row < rows, tl.where(number == full, kept_tail, kept), 0)
-            mask = (slot[:, None] < m) & (entry[None, :] < here)
-            place = new * m + slot[:, None] * per_row + first + entry[None, :]
+            mask = (slot[:, None] < m) & (within[None, :] < here)
+            place = new * m + slot[:, None] * per_row + begin + within[None, :]
             index = tl.load(indices + place, mask=mask, other=-1)
             value = tl.load(values + place, mask=mask, other=0.0)
-            met = tl.zeros([SLOTS, ENTRIES], dtype=value.dtype)
+            met = tl.zeros([SLOTS, SIZE], dtype=value.dtype)
             for e in range(KEPT):
-                wanted = tl.load(row_indices + new + first + e, mask=e < here, other=-2)
-                met = tl.where(index == wanted, tl.load(row_values + new + first + e, mask=e < here, other=0.0), met)
+                wanted = tl.load(new_indices + new + begin + e, mask=e < here, other=-2)
+                met = tl.where(index == wanted, tl.load(new_values + new + begin + e, mask=e < here, other=0.0), met)
             total += met.to(tl.float64) * value.to(tl.float64)
     tl.store(out + tl.program_id(0).to(tl.int64) * m + slot, tl.sum(total, 1), mask=slot < m)
 
 
 @triton.jit
 def _combine(
-    indices, values, c, out, rows, window_rows, first_row, cols, per_row, block, kept, kept_tail, full,
-    M: tl.constexpr, ENTRIES: tl.constexpr,
+    indices, values, c, out, rows, window_rows, start, cols, per_row, block, kept, kept_tail, full,
+    M: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """A program of one warp for a block of a row, which adds slot after slot to the zeros in `out`.
 
-    A slot's entries have different indices (or are zeros), so that they cannot meet; between slots the warp waits for itself.
+    A slot's numbers have different indices (or are zeros), so that they cannot meet; between slots the warp waits for itself.
     """
     place, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t, row = place // rows, place % rows
-    entry = tl.arange(0, ENTRIES)
-    mask = entry < tl.where(number == full, kept_tail, kept)
+    within = tl.arange(0, SIZE)
+    mask = within < tl.where(number == full, kept_tail, kept)
     width = tl.minimum(block, cols - number * block)
-    window = (t * window_rows + first_row + row) * M * per_row + number * kept + entry
+    window = (t * window_rows + start + row) * M * per_row + number * kept + within
     u = out + place * cols + number * block
     for i in range(M):
         index = tl.load(indices + window + i * per_row, mask=mask, other=-1).to(tl.int32)
@@ -101,14 +100,15 @@ def _combine(
         tl.debug_barrier()
 
 
-def top_k(gradients: Sequence[Tensor], error: Error, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
-    """As in cpu_sparse.py; of equal magnitudes the first ones. None for errors in codes."""
-    error, scale = error or (None, None)
+def top_k(gradients: Matrices, error: Error, blocks: Blocks) -> Entry | None:
+    """As in cpu_top_k.py; of equal magnitudes the first ones. None for errors in codes."""
+    plain, scale = error or (None, None)
     if scale is not None:
         return None
-    if not isinstance(gradients, Tensor):
-        gradients = gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)
-    gradient = gradients
+    if isinstance(gradients, Tensor):
+        gradient = gradients
+    else:
+        gradient = gradients[0][None] if len(gradients) == 1 else torch.stack(list(gradients))
     n, rows, cols = gradient.shape
     block, kept, kept_tail = blocks
     full, tail = divmod(cols, block)
@@ -119,16 +119,16 @@ def top_k(gradients: Sequence[Tensor], error: Error, blocks: Blocks) -> tuple[Te
     width = triton.next_power_of_2(block)
     with _on(gradient):
         _top_k[n * rows, full + bool(tail)](
-            gradient, gradient if error is None else error.contiguous(), indices, values, cols, per_row, block, kept, kept_tail,
-            HAS_ERROR=error is not None, WIDTH=width, num_warps=max(1, min(16, width // 1024)),
+            gradient, gradient if plain is None else plain.contiguous(), indices, values, cols, per_row, block, kept, kept_tail,
+            HAS_ERROR=plain is not None, WIDTH=width, num_warps=max(1, min(16, width // 1024)),
         )  # fmt: skip
     return indices, values
 
 
-def dots(stored: Stored, row: tuple[Tensor, Tensor], cols: int, blocks: Blocks) -> Tensor | None:
-    """As in cpu_sparse.py; None for low-bit entries."""
+def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks) -> Tensor | None:
+    """As in cpu_sparse.py; None for a window in 16 bits."""
     indices, values, scales = stored
-    if scales is not None:
+    if values is None or scales is not None:
         return None
     n, rows, m, per_row = values.shape
     block, kept, kept_tail = blocks
@@ -139,17 +139,17 @@ def dots(stored: Stored, row: tuple[Tensor, Tensor], cols: int, blocks: Blocks) 
     slots = min(_SLOTS, triton.next_power_of_2(m))
     with _on(values):
         _dots[n * parts, triton.cdiv(m, slots)](
-            indices, values, *(x.contiguous() for x in row), out, rows, m, per_row, kept, kept_tail, cols // block, parts,
-            BLOCKS=triton.cdiv(cols, block), KEPT=max(kept, kept_tail), ENTRIES=triton.next_power_of_2(max(kept, kept_tail)),
+            indices, values, *(x.contiguous() for x in entry), out, rows, m, per_row, kept, kept_tail, cols // block, parts,
+            BLOCKS=triton.cdiv(cols, block), KEPT=max(kept, kept_tail), SIZE=triton.next_power_of_2(max(kept, kept_tail)),
             ROWS=min(_ROWS, rows), SLOTS=slots,
         )  # fmt: skip
     return out.sum(1)
 
 
 def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor | None:
-    """As in cpu_sparse.py; None for low-bit entries."""
+    """As in cpu_sparse.py; None for a window in 16 bits."""
     indices, values, scales = stored
-    if scales is not None:
+    if values is None or scales is not None:
         return None
     n, window_rows, m, per_row = values.shape
     block, kept, kept_tail = blocks
@@ -158,11 +158,11 @@ def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -
     with _on(values):
         _combine[n * many, triton.cdiv(cols, block)](
             indices, values, c.contiguous(), out, many, window_rows, rows.start, cols, per_row, block, kept, kept_tail,
-            cols // block, M=m, ENTRIES=triton.next_power_of_2(max(kept, kept_tail)), num_warps=1, num_stages=1,
+            cols // block, M=m, SIZE=triton.next_power_of_2(max(kept, kept_tail)), num_warps=1, num_stages=1,
         )  # fmt: skip
     return out
 
 
-def _on(x: Tensor):
+def _on(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

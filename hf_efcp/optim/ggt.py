@@ -9,20 +9,42 @@ the span of the window, so neither a jitter on K nor the 1/eps of the complement
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.coefficients import ggt, weights
 from ..core.gram import GramMatrix
-from ..options import GGTOptions, LowRankOptions, OptionError, SparseOptions, WindowOptions
-from .base import WindowedOptimizer
-from .formats import DenseRows, LowRankRows, SparseRows
+from ..engine.base import EngineOptimizer
+from ..engine.formats import EntryFormat, LowRankFormat, SparseFormat
+from ..engine.options import LowRankOptions, SparseOptions, WindowOptions
+from ..engine.windowed import Windowed
+from ..options import OptionError, fraction, option, positive
 
 
 @dataclasses.dataclass(frozen=True)
-class _FamilyOptions(GGTOptions, WindowOptions):
-    def __post_init__(self):
+class GGTOptions:
+    """Options of (A^T A)^1/2 + eps*I, A = diag(beta2^age) G."""
+
+    window_size: int = option(100, "number m of gradients in the window", allowed="an integer >= 1", check=positive)
+    eps: float = option(
+        1e-5, "added to the square root, in units of the gradient's norm", allowed="a finite number > 0", check=positive
+    )
+    beta1: float = option(
+        0.0,
+        "momentum before preconditioning, as window_momentum (give one of them)",
+        allowed="a number in [0, 1)",
+        check=fraction,
+    )
+    beta2: float = option(1.0, "decay of the window's rows by age", allowed="a number in (0, 1]", check=lambda x: 0 < x <= 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseGGTOptions(GGTOptions, WindowOptions):
+    """Options of DenseGGT."""
+
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.beta1 and self.window_momentum:
             raise OptionError(
@@ -31,28 +53,28 @@ class _FamilyOptions(GGTOptions, WindowOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseGGTOptions(_FamilyOptions):
-    """Options of DenseGGT."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SparseGGTOptions(SparseOptions, _FamilyOptions):
+class SparseGGTOptions(SparseOptions, DenseGGTOptions):
     """Options of SparseGGT."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRankGGTOptions(LowRankOptions, _FamilyOptions):
+class LowRankGGTOptions(LowRankOptions, DenseGGTOptions):
     """Options of LowRankGGT."""
 
 
-class _GGT(WindowedOptimizer):
-    def coefficients(self, gram: GramMatrix, j: Tensor, row_dtype: torch.dtype) -> Tensor:
-        o, ages = self.options, gram.ages(j)
-        w = weights(gram.matrix, ages, o.beta1 or o.window_momentum)
-        return ggt(gram.matrix, w, o.beta2 ** ages.double(), o.eps, row_dtype)
+def phi(o: Any, gram: GramMatrix, j: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give c = D phi(D K D) D^-1 w, (groups, m) fp64; arguments: see `Windowed`."""
+    k, ages = gram.matrix, gram.ages(j)
+    w = weights(k, ages, o.beta1 or o.window_momentum)
+    return ggt(k, w, o.beta2 ** ages.double(), o.eps, dtype)
 
 
-class DenseGGT(DenseRows, _GGT):
+def solve(m: int) -> float:
+    """Count the operations of an eigendecomposition: tridiagonal form 4/3 m^3, its eigenvectors 4/3, turning them back 2."""
+    return 14 / 3 * m**3
+
+
+class DenseGGT(EngineOptimizer):
     """Full-matrix Adagrad on uncompressed gradients: 4*m bytes per parameter. The reference for the compressed ones.
 
     Args:
@@ -62,15 +84,18 @@ class DenseGGT(DenseRows, _GGT):
     """
 
     options_type = DenseGGTOptions
+    method = Windowed(EntryFormat, phi, solve)
 
 
-class SparseGGT(SparseRows, _GGT):
+class SparseGGT(EngineOptimizer):
     """Full-matrix Adagrad on block top-k gradients with error feedback. As DenseGGT, with `density` and `block_size`."""
 
     options_type = SparseGGTOptions
+    method = Windowed(SparseFormat, phi, solve)
 
 
-class LowRankGGT(LowRankRows, _GGT):
+class LowRankGGT(EngineOptimizer):
     """Full-matrix Adagrad on rank-r gradients with error feedback. As DenseGGT, with `rank` and `power_iterations`."""
 
     options_type = LowRankGGTOptions
+    method = Windowed(LowRankFormat, phi, solve)

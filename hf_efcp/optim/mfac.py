@@ -8,16 +8,31 @@ Low-rank and sparse windows with error feedback are EFCP (arXiv 2306.06098).
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.coefficients import mfac, weights
-from ..core.deferred import Later
 from ..core.gram import GramMatrix
-from ..options import LowRankOptions, MFACOptions, SparseOptions, WindowOptions
-from .base import WindowedOptimizer
-from .formats import DenseRows, LowRankRows, SparseRows
+from ..engine.base import EngineOptimizer
+from ..engine.formats import EntryFormat, LowRankFormat, SparseFormat
+from ..engine.options import LowRankOptions, SparseOptions, WindowOptions
+from ..engine.windowed import Windowed
+from ..options import option, positive
+
+
+@dataclasses.dataclass(frozen=True)
+class MFACOptions:
+    """Options of F = damping*I + (1/N) G^T G."""
+
+    damping: float = option(1e-6, "damping of the empirical Fisher", allowed="a finite number > 0", check=positive)
+    damping_mode: str = option(
+        "absolute", "relative: damping times the mean squared norm of the rows", choices=("absolute", "relative")
+    )
+    divisor: str = option(
+        "window", "N: the window size m, or filled: the number of rows so far, min(t, m)", choices=("window", "filled")
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,21 +50,21 @@ class LowRankMFACOptions(LowRankOptions, MFACOptions, WindowOptions):
     """Options of LowRankMFAC."""
 
 
-class _MFAC(WindowedOptimizer):
-    def _listen_anew(self) -> None:
-        super()._listen_anew()
-        self._dependent = Later()
-
-    def coefficients(self, gram: GramMatrix, j: Tensor, row_dtype: torch.dtype) -> Tensor:
-        o, k = self.options, gram.matrix
-        damping = o.damping
-        if o.damping_mode == "relative":
-            damping = o.damping * k.diagonal(dim1=-2, dim2=-1).sum(-1) / gram.filled
-        divisor = o.window_size if o.divisor == "window" else gram.filled
-        return mfac(k, weights(k, gram.ages(j), o.window_momentum), damping, divisor, row_dtype, self._dependent)
+def phi(o: Any, gram: GramMatrix, j: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give c = N (K + N*damping*I)^-1 w, (groups, m) fp64; arguments: see `Windowed`."""
+    k, damping = gram.matrix, o.damping
+    if o.damping_mode == "relative":
+        damping = damping * k.diagonal(dim1=-2, dim2=-1).sum(-1) / gram.filled
+    divisor = o.window_size if o.divisor == "window" else gram.filled
+    return mfac(k, weights(k, gram.ages(j), o.window_momentum), damping, divisor, dtype, gram.dependent)
 
 
-class DenseMFAC(DenseRows, _MFAC):
+def solve(m: int) -> float:
+    """Count the operations of a Cholesky factorisation and two triangular systems."""
+    return m**3 / 3 + 2 * m**2
+
+
+class DenseMFAC(EngineOptimizer):
     """M-FAC on uncompressed gradients: 4*m bytes per parameter. The reference that the compressed ones are measured by.
 
     Args:
@@ -59,15 +74,18 @@ class DenseMFAC(DenseRows, _MFAC):
     """
 
     options_type = DenseMFACOptions
+    method = Windowed(EntryFormat, phi, solve)
 
 
-class SparseMFAC(SparseRows, _MFAC):
+class SparseMFAC(EngineOptimizer):
     """M-FAC on block top-k gradients with error feedback (EFCP). Arguments as DenseMFAC, with `density` and `block_size`."""
 
     options_type = SparseMFACOptions
+    method = Windowed(SparseFormat, phi, solve)
 
 
-class LowRankMFAC(LowRankRows, _MFAC):
+class LowRankMFAC(EngineOptimizer):
     """M-FAC on rank-r gradients with error feedback (EFCP). Arguments as DenseMFAC, with `rank`."""
 
     options_type = LowRankMFACOptions
+    method = Windowed(LowRankFormat, phi, solve)

@@ -11,7 +11,7 @@ from hf_efcp.cli import common, shapes
 from hf_efcp.cli.estimate import ADAMW
 from hf_efcp.options import OptionError
 from tests.cli.helpers import assert_one_line_of_error, module, optimizer_of, write_shapes, written
-from tests.reference import NAMES
+from tests.reference import NAMES, info
 
 LIST = {
     "embed.weight": [40, 12],
@@ -149,7 +149,7 @@ def test_what_fsdp_refuses_is_marked(tmp_path, capsys):
     found = estimated(tmp_path, file, "--optim_args", "comm=factors", *fsdp)["optimizers"]
     said = capsys.readouterr().out
     for name in NAMES:
-        refused = "lowrank" in name
+        refused = "comm" in info(name).options()
         assert ("refused" in found[name], "bytes" in found[name]) == (refused, not refused)
         assert (f"refused: {name}: comm='factors' is for DDP" in said) == refused
         assert (f"| {name} " in said) == (not refused)

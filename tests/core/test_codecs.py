@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from hf_efcp.core.codecs import BLOCK, BlockQuantizer, SparseCodec, decode_float8, encode_float8
+from hf_efcp.core.codecs import BlockQuantizer, SparseCodec, decode_float8, encode_float8
 from hf_efcp.core.compressors import BlockTopK
-from hf_efcp.core.linalg import counted_uniform
+from hf_efcp.core.random import counted_uniform
+from hf_efcp.kernels.constants import BLOCK
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
 # One number, odd, one short block, exactly one, one and a half, several.

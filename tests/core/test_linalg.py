@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_efcp.core.linalg import chunks, counted_noise, ieee_matmul, inner, orthonormalize, stochastic_round
+from hf_efcp.core.linalg import chunks, ieee_matmul, inner, orthonormalize
+from hf_efcp.core.random import counted_noise, stochastic_round
 
 
 @pytest.mark.parametrize("length", [0, 1, 1000, 200_000])

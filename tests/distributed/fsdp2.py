@@ -11,6 +11,7 @@ from torch.distributed.tensor import distribute_tensor
 from tests.distributed.test_sharding import STEPS, problem
 
 HSDP = "two replicas of two shards"
+BF16 = {"error_dtype": "bf16", "window_dtype": "bf16", "momentum": 0.5}
 # Its stand-in for a CUDA stream has no events there; our steps need none.
 runs_models = pytest.mark.skipif(torch.__version__ < (2, 7), reason="FSDP2 of torch 2.6 runs no model on CPUs")
 

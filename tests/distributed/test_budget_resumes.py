@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from hf_efcp.optim.budget import BUDGETED
+from hf_efcp.engine.choices import BUDGETED
 from hf_efcp.options import OptionError
 from tests.distributed import fsdp2
 from tests.distributed.processes import run
@@ -141,4 +141,4 @@ def test_shards_of_ddp_name_their_choice(tmp_path):
         optimizer.shard_folder = tmp_path / name
         optimizer.load_state_dict(torch.load(tmp_path / f"{name}.pt", weights_only=True))
         assert choice(optimizer) == everybody[0][name]
-        assert int(optimizer._gram.step) == 5
+        assert int(optimizer.setup().counters.step) == 5

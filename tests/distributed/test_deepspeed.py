@@ -17,7 +17,7 @@ import hf_efcp
 from hf_efcp import OptionError
 from tests.distributed.processes import run
 from tests.optim.helpers import differences, snapshot
-from tests.reference import relative
+from tests.reference import info, relative
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def environment():
 
 
 def create(name, params, **options):
-    damping = {} if "ggt" in name else {"damping": 1e-3}
+    damping = {} if info(name).family == "ggt" else {"damping": 1e-3}
     return hf_efcp.create_optimizer(name, params, **{**OPTIONS, **damping, **options})
 
 

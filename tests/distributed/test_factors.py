@@ -1,6 +1,5 @@
 """comm="factors": the same run as with gradients, of which no process sends one."""
 
-import contextlib
 import warnings
 
 import pytest
@@ -12,70 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 import hf_efcp
 from hf_efcp import OptionError
 from hf_efcp.distributed import factors
+from tests.distributed.factor_runs import RANK, M, Net, batch, build, flat, start, train
 from tests.distributed.processes import run
 from tests.optim.helpers import differences, snapshot
 from tests.reference import relative
-
-NAMES = ["efcp_lowrank_mfac", "efcp_lowrank_ggt"]
-STEPS, BATCH, M, RANK = 40, 24, 6, 2
-
-
-class Net(nn.Module):
-    """An embedding that is divided by rows, matrices alike and not, a matrix too thin to compress, a convolution, 1-D tensors."""
-
-    def __init__(self, dtype=torch.float64):
-        super().__init__()
-        torch.manual_seed(0)
-        self.words = nn.Embedding(300, 12)
-        self.layers = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 16)])
-        self.norm = nn.LayerNorm(16)
-        self.conv = nn.Conv1d(16, 9, 3)
-        self.head = nn.Linear(9, 2)
-        self.to(dtype)
-
-    def forward(self, ids):
-        x = self.words(ids)
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return self.head(self.conv(self.norm(x).mT).amax(-1)).square().mean()
-
-
-def batch(step, rank=0, processes=1, parts=1, part=0):
-    """This process's share of a step's batch, or one of its parts."""
-    ids = torch.randint(300, (BATCH, 5), generator=torch.Generator().manual_seed(step))
-    return ids.chunk(processes)[rank].chunk(parts)[part]
-
-
-def build(name, params, **options):
-    return hf_efcp.create_optimizer(name, params, **{"lr": 0.005, "window_size": M, "rank": RANK, "update_rms": 0.3, **options})
-
-
-def start(name, comm="factors", group=True, **options):
-    """An optimizer and a model, wrapped where there are several processes."""
-    model = Net()
-    several = dist.is_initialized()
-    optimizer = build(name, model, comm=comm, process_group=dist.group.WORLD if several and group else None, **options)
-    if several:
-        model = DistributedDataParallel(model, bucket_cap_mb=0.01)
-        if comm == "factors":
-            optimizer.register_comm_hook(model)
-    return optimizer, model
-
-
-def train(optimizer, model, begin=0, end=STEPS, accumulate=1, rank=None):
-    several = isinstance(model, DistributedDataParallel)
-    place = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-    for step in range(begin, end):
-        optimizer.zero_grad()
-        for part in range(accumulate):
-            last = part == accumulate - 1
-            with contextlib.nullcontext() if last or not several else model.no_sync():
-                (model(batch(step, *place, accumulate, part)) / accumulate).backward()
-        optimizer.step()
-
-
-def flat(model):
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
 def trained(name, comm="factors", accumulate=1, **options):
@@ -122,9 +61,9 @@ def wrong(rank):
         mean_([*(t for pair in found for t in pair), *plain])
         return found
 
-    from hf_efcp.optim import communication
+    from hf_efcp.engine import factor_sync
 
-    communication.factors_of_mean = local
+    factor_sync.factors_of_mean = local
     return trained("efcp_lowrank_mfac", "factors")
 
 
@@ -175,68 +114,6 @@ def test_all_skip_together_and_keep_their_errors():
     assert first[:2] == second[:2] == ([], 1.0)
     assert torch.equal(first[2], second[2])
     assert first[2].isfinite().all()
-
-
-HALF, END = 8, 16
-RESUMED = [("efcp_lowrank_mfac", {}), ("efcp_lowrank_ggt", {"error_dtype": "bf16", "window_dtype": "bf16", "group": False})]
-
-
-def save_half_way(rank, folder):
-    ends = []
-    for i, (name, options) in enumerate(RESUMED):
-        optimizer, model = start(name, **options)
-        train(optimizer, model, 0, HALF)
-        optimizer.save_shards(folder / f"{i}")
-        if rank == 0:
-            net = getattr(model, "module", model)
-            torch.save([optimizer.state_dict(), net.state_dict()], folder / f"{i}.pt")
-        train(optimizer, model, HALF, END)
-        ends.append((flat(model), snapshot(optimizer, list(model.parameters()))))
-    return ends
-
-
-def resume(rank, folder, comm="factors", which=2):
-    ends = []
-    for i, (name, options) in enumerate(RESUMED[:which]):
-        optimizer, model = start(name, comm, **options)
-        state, net = torch.load(folder / f"{i}.pt", weights_only=True)
-        getattr(model, "module", model).load_state_dict(net)
-        optimizer.shard_folder = folder / f"{i}"
-        optimizer.load_state_dict(state)
-        train(optimizer, model, HALF, END)
-        ends.append((flat(model), snapshot(optimizer, list(model.parameters()))))
-    return ends
-
-
-def resume_in_both_ways(rank, folder):
-    return resume(rank, folder), resume(rank, folder, "gradients", 1)
-
-
-def alone():
-    optimizer, model = start("efcp_lowrank_mfac")
-    train(optimizer, model, 0, END)
-    return flat(model)
-
-
-def test_two_processes_go_on_bit_for_bit_and_others_with_the_mean(tmp_path):
-    before, after = run(2, save_half_way, tmp_path), run(2, resume_in_both_ways, tmp_path)
-    for mine, (again, _) in zip(before, after, strict=True):
-        for one, other in zip(mine, again, strict=True):
-            assert torch.equal(one[0], other[0])
-            assert differences(one[1], other[1]) == []
-    # Errors differ: what was compared is not one and the same.
-    errors = [snap["state 0 error"] for _, snap in (ends[0] for ends in before)]
-    assert relative(errors[0], errors[1]) > 0.1
-    expected = alone()
-    assert relative(resume(0, tmp_path, which=1)[0][0], expected) <= 1e-9
-    for ends in (*run(3, resume, tmp_path, "factors", 1), *(gradients for _, gradients in after)):
-        assert relative(ends[0][0], expected) <= 1e-9
-
-
-def test_one_process_saves_two_go_on(tmp_path):
-    save_half_way(0, tmp_path)
-    for ends in run(2, resume, tmp_path, "factors", 1):
-        assert relative(ends[0][0], alone()) <= 1e-9
 
 
 def messages(rank, group):

@@ -8,11 +8,10 @@ import torch.distributed as dist
 from torch import nn
 
 from hf_efcp import OptionError
-from hf_efcp.distributed.ddp import Shards
 from tests.distributed.processes import run
 from tests.distributed.test_sharding import flat, gradients, problem
 from tests.optim.helpers import differences, snapshot
-from tests.reference import make, relative
+from tests.reference import info, make, relative
 
 NAMES = ["efcp_dense_mfac", "efcp_dense_ggt", "efcp_sparse_mfac", "efcp_sparse_ggt"]
 STEPS, BLOCK = 14, 16
@@ -25,13 +24,13 @@ class Zero:
 
     def __init__(self, name, processes, rank, **options):
         self.params = problem()
-        sparse = {"block_size": BLOCK, "density": 0.2} if "sparse" in name else {}
+        sparse = {"block_size": BLOCK, "density": 0.2} if info(name).compression == "sparse" else {}
         self.optimizer = make(name, self.params, **OPTIONS, **sparse, **options)
         total = sum(p.numel() for p in self.params)
         self.size = -(-total // (4 * BLOCK)) * 4 * BLOCK // processes  # 4: the most processes of these tests
         self.processes, self.padding = processes, self.size * processes - total
         self.own = slice(rank * self.size, (rank + 1) * self.size)
-        self.optimizer.take_flat_pieces(Shards(), total)
+        self.optimizer.take_flat_pieces(total)
         self.piece = self._flatten(self.params)[self.own].clone().requires_grad_()
         self.optimizer.param_groups[0]["params"] = [self.piece]
 

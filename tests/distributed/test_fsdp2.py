@@ -3,21 +3,17 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import hf_efcp
 from hf_efcp import OptionError
-from tests.distributed.fsdp2 import HSDP, Parameters, divided, flat, full, gradients, runs_models, train
+from tests.distributed.fsdp2 import BF16, HSDP, Parameters, divided, flat, full, gradients, runs_models, train
 from tests.distributed.processes import run
 from tests.distributed.test_sharding import VARIANTS, build
-from tests.reference import NAMES, relative
-
-BF16 = {"error_dtype": "bf16", "window_dtype": "bf16", "momentum": 0.5}
+from tests.reference import NAMES, info, relative
 
 
 def train_everything(rank, dtype, layout, variants):
@@ -87,12 +83,12 @@ def test_the_state_is_that_of_one_process_in_shape_dtype_and_value():
             alone = state_after_a_step(build(name, params, **BF16), params)
             assert everybody[name].keys() == alone.keys()
             for key, t in alone.items():
-                if "lowrank" in name and key[1] in ("warm_start", "window_p", "window_q"):
+                if info(name).compression == "low rank" and key[1] in ("warm_start", "window_p", "window_q"):
                     continue  # another basis of the same row
                 theirs = everybody[name][key]
                 assert theirs.shape == t.shape
                 assert theirs.dtype == (torch.int32 if t.dtype == torch.int16 else t.dtype)  # int16 cannot be sent
-                exact = "lowrank" not in name and key[1] != "gram"  # low rank and K: sums in another order
+                exact = info(name).compression != "low rank" and key[1] != "gram"  # low rank and K: sums in another order
                 bound = 0 if exact else 1e-2 * t.double().norm()
                 assert (theirs.double() - t.double()).norm() <= bound, (name, key)
 
@@ -100,7 +96,7 @@ def test_the_state_is_that_of_one_process_in_shape_dtype_and_value():
 def model_and_optimizer(name, rank_of_window=4, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(3000, 64), *(nn.Linear(64, 64) for _ in range(12)), nn.Linear(64, 256))
-    options |= {"rank": rank_of_window} if "lowrank" in name else {"density": 0.01} if "sparse" in name else {}
+    options |= {"low rank": {"rank": rank_of_window}, "sparse": {"density": 0.01}}.get(info(name).compression, {})
     if dist.is_initialized():
         model = fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     return model, hf_efcp.create_optimizer(name, model, lr=0.1, window_size=32, **options)
@@ -148,9 +144,9 @@ def count_collectives(rank):
     """(name -> the all-reduces of a step, in numbers)."""
     counted = {}
     for name in NAMES:
-        for iterations in (1, 2) if "lowrank" in name else (1,):
+        for iterations in (1, 2) if info(name).compression == "low rank" else (1,):
             params = list(divided().parameters())
-            extra = {"power_iterations": iterations} if "lowrank" in name else {}
+            extra = {"power_iterations": iterations} if info(name).compression == "low rank" else {}
             optimizer = build(name, params, **extra)
             train(optimizer, params, 0, 2)
             gradients(params, 2)
@@ -164,7 +160,7 @@ def test_collectives_are_those_of_the_docs():
     assert everybody[0] == everybody[1]
     shapes = [(12, 1), (10, 1), (12, 1), (6, 1), (8, 1)]  # cols of the test problem's matrices, and how many have that shape
     for (name, iterations), sent in everybody[0].items():
-        if "lowrank" not in name:
+        if info(name).compression != "low rank":
             assert sent == [6]
             continue
         per_tensor = [n * numbers for cols, n in shapes for _ in range(iterations) for numbers in (4, 4, cols * 2)]
@@ -268,88 +264,3 @@ def test_mixed_precision_and_offload_policies():
         for first, last, dtypes in ends:
             assert last < 0.5 * first
             assert dtypes == {torch.float32}
-
-
-HALF, END = 12, 24
-
-
-def start(name, **options):
-    module = divided() if dist.is_initialized() else Parameters()
-    params = list(module.parameters())
-    return module, params, build(name, params, **{"momentum": 0.5, "weight_decay": 0.1, **options})
-
-
-def save_half_way(rank, folder, kind, options):
-    ends = {}
-    for name in NAMES:
-        module, params, optimizer = start(name, **options)
-        train(optimizer, params, 0, HALF)
-        model_state, optimizer_state = get_state_dict(module, optimizer, options=KINDS[kind])
-        if kind == "full":
-            if rank == 0:
-                torch.save([model_state, optimizer_state], folder / f"{name}.pt")
-        else:
-            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / name)
-        train(optimizer, params, HALF, END)
-        ends[name] = flat(params)
-    return ends
-
-
-def resume(rank, folder, kind, options, names=NAMES):
-    ends = {}
-    for name in names:
-        module, params, optimizer = start(name, **options)
-        if kind == "full":
-            states = torch.load(folder / f"{name}.pt", weights_only=True)
-        else:
-            states = get_state_dict(module, optimizer)
-            parts = {"model": states[0], "optimizer": states[1]}
-            dcp.load(parts, checkpoint_id=folder / name)
-            states = parts["model"], parts["optimizer"]
-        set_state_dict(module, optimizer, model_state_dict=states[0], optim_state_dict=states[1], options=KINDS[kind])
-        train(optimizer, params, HALF, END)
-        ends[name] = flat(params)
-    return ends
-
-
-KINDS = {"sharded": StateDictOptions(), "full": StateDictOptions(full_state_dict=True, cpu_offload=True)}
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({}, marks=pytest.mark.slow),
-        {**BF16, "scope": "layer"},
-        pytest.param({"save_window": False}, marks=pytest.mark.slow),
-    ],
-    ids=["plain", "bf16", "no window"],
-)
-@pytest.mark.filterwarnings("ignore:.*saved without its window")
-def test_two_processes_go_on_bit_for_bit(options, tmp_path):
-    before = run(2, save_half_way, tmp_path, "sharded", options)
-    after = run(2, resume, tmp_path, "sharded", options)
-    for name in NAMES:
-        same = torch.equal(before[0][name], after[0][name])
-        assert same == options.get("save_window", True), name
-
-
-@pytest.mark.parametrize(
-    ("kind", "processes"),
-    [("sharded", 3), ("full", 1), *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (("sharded", 1), ("full", 3)))],
-)
-def test_two_processes_save_others_go_on(processes, kind, tmp_path):
-    expected = run(2, save_half_way, tmp_path, kind, {})[0]
-    ends = [resume(0, tmp_path, kind, {})] if processes == 1 else run(processes, resume, tmp_path, kind, {})
-    for end in ends:
-        for name in NAMES:
-            assert relative(end[name], expected[name]) <= 1e-9, name
-
-
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_one_process_saves_two_go_on(kind, tmp_path):
-    # Of a full state dict torch would scatter int16, the indices of sparse rows, which no backend sends.
-    names = [name for name in NAMES if kind == "sharded" or "sparse" not in name]
-    expected = save_half_way(0, tmp_path, kind, {})
-    for end in run(2, resume, tmp_path, kind, {}, names):
-        for name in names:
-            assert relative(end[name], expected[name]) <= 1e-9, name

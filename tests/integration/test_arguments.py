@@ -9,9 +9,8 @@ import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 import hf_efcp
-from hf_efcp import EFCPTrainer, EFCPTrainingArguments, OptionError
+from hf_efcp import EFCPTrainer, EFCPTrainingArguments, OptionError, optimizer_cls_and_kwargs
 from hf_efcp.integrations.arguments import EFCPFields
-from hf_efcp.integrations.names import optimizer_cls_and_kwargs
 from hf_efcp.registry import get_optimizer_info
 
 by_name = pytest.mark.parametrize("name", hf_efcp.list_optimizers())

@@ -12,9 +12,8 @@ from accelerate import Accelerator
 from torch import nn
 
 import hf_efcp
-from hf_efcp import OptionError
+from hf_efcp import OptionError, optimizer_cls_and_kwargs
 from hf_efcp.integrations import deepspeed
-from hf_efcp.integrations.names import optimizer_cls_and_kwargs
 
 ZERO = {"zero_optimization": {"stage": 2}}
 REFUSED = {

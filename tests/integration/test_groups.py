@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Trainer
 import hf_efcp
 from hf_efcp import OptionError, parameter_groups
 from hf_efcp.groups import canonical_name, parse_targets
+from tests.reference import info
 
 by_name = pytest.mark.parametrize("name", hf_efcp.list_optimizers())
 
@@ -162,7 +163,8 @@ def test_bad_targets(targets, message):
 @by_name
 def test_targets_decide_what_the_trainer_compresses(name, make_args, tiny_bert, token_data):
     def footprint(targets):
-        args = make_args(optim=name, optim_args="window_size=4,rank=1" if "lowrank" in name else "window_size=4", max_steps=2)
+        rank = ",rank=1" if info(name).compression == "low rank" else ""
+        args = make_args(optim=name, optim_args=f"window_size=4{rank}", max_steps=2)
         args.optim_target_modules = targets
         trainer = Trainer(tiny_bert, args, train_dataset=token_data)
         trainer.train()
@@ -174,7 +176,7 @@ def test_targets_decide_what_the_trainer_compresses(name, make_args, tiny_bert, 
 
     matrices = {n for n, p in tiny_bert.named_parameters() if p.ndim == 2}
     small = {"bert.embeddings.token_type_embeddings.weight", "classifier.weight"}  # where rank 1 does not pay
-    if "dense" in name:
+    if info(name).compression == "dense":
         assert footprint(None) == footprint("query") == set()
     else:
         assert matrices - small <= footprint(None)

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import hf_efcp
-from hf_efcp.integrations import names
+from hf_efcp.integrations import names, patches, trainer_options
 
 NAMES = hf_efcp.list_optimizers()
 BUILT_IN = [n for n in OptimizerNames if n.value not in NAMES]
@@ -125,6 +125,29 @@ def test_training_args_bin_loads_in_a_process_that_never_heard_of_us(make_args, 
     assert done.stdout.splitlines() == [f"{n} {hf_efcp.registry.get_optimizer_info(n).cls.__name__}" for n in NAMES]
 
 
+@by_name
+def test_names_pickled_before_patches_py_was_there_load(name, tmp_path, python):
+    """As hf_efcp wrote them: a reference to hf_efcp.integrations.names._restore, in a process that has not imported us."""
+    data = b"\x80\x02chf_efcp.integrations.names\n_restore\nX%c\x00\x00\x00%b\x85R." % (len(name), name.encode())
+    assert pickle.loads(data) is OptimizerNames(name)
+    (tmp_path / "member.pickle").write_bytes(data)
+    done = python("-c", "import pickle; print(repr(pickle.load(open('member.pickle', 'rb'))))")
+    assert (done.returncode, done.stdout) == (0, f"{OptimizerNames(name)!r}\n"), done.stderr
+
+
+def test_a_training_args_bin_written_before_patches_py_was_there_loads(make_args, tmp_path, python, monkeypatch):
+    monkeypatch.setattr(patches._restore, "__module__", "hf_efcp.integrations.names")
+    args = make_args(optim=NAMES[0], optim_args="window_size=8")
+    assert b"hf_efcp.integrations.names" in pickle.dumps(args) and b"patches" not in pickle.dumps(args)
+    torch.save(args, tmp_path / "training_args.bin")
+    done = python("-c", "import torch; print(torch.load('training_args.bin', weights_only=False).optim.value)")
+    assert (done.returncode, done.stdout) == (0, f"{NAMES[0]}\n"), done.stderr
+
+
+def test_the_former_place_of_the_public_function():
+    assert names.optimizer_cls_and_kwargs is trainer_options.optimizer_cls_and_kwargs is hf_efcp.optimizer_cls_and_kwargs
+
+
 def test_registering_again_and_reloading_change_nothing(make_args):
     def state():
         return [
@@ -136,7 +159,7 @@ def test_registering_again_and_reloading_change_nothing(make_args):
 
     before = state()
     hf_efcp.register()
-    importlib.reload(names)
+    importlib.reload(patches)
     importlib.reload(hf_efcp)
     assert state() == before
     args = make_args(optim=NAMES[0])
@@ -181,11 +204,11 @@ def test_import_adds_less_than_a_tenth_to_that_of_transformers(tmp_path, python)
 
 @pytest.mark.parametrize("module", ["transformers.training_args", "transformers.trainer"])
 def test_a_transformers_without_the_private_parts_gives_one_warning(module, monkeypatch):
-    monkeypatch.setattr(names, "_warned", False)
+    monkeypatch.setattr(patches, "_warned", False)
     future = types.ModuleType(module)
     future.OptimizerNames = future.Trainer = type("Empty", (), {})
-    with pytest.warns(UserWarning, match=r"Trainer\(optimizer_cls_and_kwargs=hf_efcp\.integrations"):
-        names._patch(future)
+    with pytest.warns(UserWarning, match=r"Trainer\(optimizer_cls_and_kwargs=hf_efcp\.optimizer_cls_and_kwargs\(args\)\)"):
+        patches._apply(future)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        names._patch(future)
+        patches._apply(future)

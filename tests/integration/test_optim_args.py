@@ -4,8 +4,7 @@ import pytest
 from transformers import Trainer
 
 import hf_efcp
-from hf_efcp import OptionError
-from hf_efcp.integrations.names import optimizer_cls_and_kwargs
+from hf_efcp import OptionError, optimizer_cls_and_kwargs
 from hf_efcp.registry import get_optimizer_info
 
 by_name = pytest.mark.parametrize("name", hf_efcp.list_optimizers())

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_efcp.core.error_feedback import ErrorFeedback, QuantizedErrorFeedback
 from torch.utils.data import DataLoader
 
 from hf_efcp import SparseGGT, SparseMFAC, kernels
 from hf_efcp.core.codecs import SparseCodec
 from hf_efcp.core.compressors import BlockTopK
-from hf_efcp.core.error_feedback import ErrorFeedback, QuantizedErrorFeedback
 from hf_efcp.core.low_bit_windows import LowBitSparseWindow
 from hf_efcp.core.windows import SparseWindow
 from tests.reference import parameters, relative, set_gradients, update_of
 
 NEEDS = {"cpu": "numba", "gpu": "triton"}
-OPERATIONS = {"cpu": ("top_k", "dots", "combine", "apply", "keep_sparse"), "gpu": ("top_k", "dots", "combine")}
+OPERATIONS = ("top_k", "dots", "combine", "apply", "keep")
 STEP = torch.tensor(0)
 PLAIN = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
 # n, rows, cols, block, density: one block, a ragged tail, many blocks, k = 1, tiny rows, a full block, one row
@@ -46,14 +46,22 @@ def module(request, monkeypatch):
     if request.param == "gpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("test_cuda.py is for GPUs")
     monkeypatch.setattr(kernels, "_failed", set())
-    name = f"{request.param}_sparse"
-    monkeypatch.setitem(kernels._SPARSE, "cpu", name)
-    loaded = importlib.import_module(f"hf_efcp.kernels.{name}")
     used = []
-    for name in OPERATIONS[request.param]:
-        monkeypatch.setattr(loaded, name, _counting(getattr(loaded, name), used))
+    for operation in OPERATIONS:
+        modules = kernels._MODULES[operation]
+        if request.param == "gpu":
+            modules = {"cpu": modules["cuda"]} if "cuda" in modules else {}
+            monkeypatch.setitem(kernels._MODULES, operation, modules)
+        for module in modules.values():
+            if module.startswith(request.param):
+                loaded = importlib.import_module(f"hf_efcp.kernels.{module}")
+                monkeypatch.setattr(loaded, operation, _counting(getattr(loaded, operation), used))
     yield used
     assert not kernels._failed
+
+
+def on_gpu_kernels():
+    return kernels._MODULES["dots"]["cpu"] == "gpu_sparse"
 
 
 def _counting(function, used):
@@ -169,8 +177,7 @@ def test_dots_and_combine_are_those_of_torch(module, plain, n, rows, cols, block
     for part in (None, slice(rows - 1, rows)):
         mine, theirs = window.combine(c, part), plain(window.combine, c, part)
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
-    gpu = kernels._SPARSE["cpu"] == "gpu_sparse"
-    assert module == ([] if gpu and dtype == LOW_BIT else ["dots", "combine", "combine"])
+    assert module == ([] if on_gpu_kernels() and dtype == LOW_BIT else ["dots", "combine", "combine"])
 
 
 @pytest.mark.parametrize("module", ["cpu"], indirect=True)
@@ -199,12 +206,12 @@ def test_the_error_is_torchs_and_rounded_by_the_same_numbers(module, plain, n, r
         run(feedback.keep, list(g), window, torch.tensor(4))
         kept.append(feedback.error)
     assert torch.equal(*kept)
-    assert module == ["keep_sparse"]
+    assert module == ["keep"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW_BIT], ids=str)
 def test_a_window_with_indices_out_of_range_does_no_harm(module, dtype):
-    if dtype == LOW_BIT and kernels._SPARSE["cpu"] == "gpu_sparse":
+    if dtype == LOW_BIT and on_gpu_kernels():
         pytest.skip("no kernel; torch raises")
     window, c = window_of(1, 2, 40, 16, 0.2, dtype)
     next(iter(window.state.values())).random_(-(2**15), 2**15)
@@ -233,7 +240,7 @@ def test_an_error_in_codes_is_read_and_written_as_torch_does(module, plain, n, r
         ends.append([feedback.error, feedback.scale, dense(compressor, *parts, cols)])
     for mine, theirs in zip(*ends, strict=True):
         assert torch.equal(mine, theirs)
-    assert module == ["top_k", "keep_sparse"] * 3
+    assert module == ["top_k", "keep"] * 3
 
 
 @pytest.mark.parametrize("options", [{}, {"window_dtype": "bf16", "error_dtype": "bf16"}, {"scope": "layer"}])
@@ -251,8 +258,7 @@ def test_the_optimizer_gives_the_update_of_torch(module, plain, cls, options):
         for p, g in zip(there, grads, strict=True):
             p.grad = g
         assert relative(update_of(fast, here), plain(update_of, slow, there)) < 1e-4
-    gpu = kernels._SPARSE["cpu"] == "gpu_sparse"
-    assert set(module) == {"top_k", "dots", *(("combine",) if gpu else ("apply", "keep_sparse"))}
+    assert set(module) == {"top_k", "dots", *(("combine",) if on_gpu_kernels() else ("apply", "keep"))}
 
 
 def _steps():
@@ -270,7 +276,7 @@ def _in_a_fork(queue, window, c):
 @pytest.mark.parametrize("module", ["cpu"], indirect=True)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_processes_may_be_forked_after_a_step_and_use_the_kernels_too(module, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("hf_efcp.kernels.cpu_tools"), "_SMALL", 1)
+    monkeypatch.setattr(importlib.import_module("hf_efcp.kernels.cpu_threads"), "_SMALL", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -314,7 +320,7 @@ def test_a_kernel_that_fails_is_given_up_with_one_line(module, monkeypatch, capl
     def fail(*args):
         raise ValueError("no such instruction")
 
-    monkeypatch.setattr(importlib.import_module("hf_efcp.kernels.cpu_sparse"), "top_k", fail)
+    monkeypatch.setattr(importlib.import_module("hf_efcp.kernels.cpu_top_k"), "top_k", fail)
     with caplog.at_level(logging.INFO, "hf_efcp"):
         _steps()
     assert [r.getMessage() for r in caplog.records] == [

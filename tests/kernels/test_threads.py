@@ -7,28 +7,28 @@ import pytest
 import torch
 
 from hf_efcp import create_optimizer
-from tests.reference import parameters, set_gradients
+from tests.reference import info, parameters, set_gradients
 
 pytest.importorskip("numba")
 SHAPES = ((37, 50), (37, 50), (20, 70), (9,))
 
 
 @pytest.fixture
-def tools(monkeypatch):
-    tools = importlib.import_module("hf_efcp.kernels.cpu_tools")
-    monkeypatch.setattr(tools, "_SMALL", 1)  # cut small work too
+def cpu_threads(monkeypatch):
+    cpu_threads = importlib.import_module("hf_efcp.kernels.cpu_threads")
+    monkeypatch.setattr(cpu_threads, "_SMALL", 1)  # cut small work too
     before = torch.get_num_threads()
-    yield tools
+    yield cpu_threads
     torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("pool", ["team", "pool"])
 @pytest.mark.parametrize("state", [{}, {"error_dtype": "bf16"}, {"error_format": "int8", "window_format": "low_bit"}], ids=str)
 @pytest.mark.parametrize("name", ["efcp_lowrank_mfac", "efcp_sparse_mfac"])
-def test_a_run_does_not_depend_on_the_number_of_threads(name, state, pool, tools, monkeypatch):
+def test_a_run_does_not_depend_on_the_number_of_threads(name, state, pool, cpu_threads, monkeypatch):
     if pool == "pool":
-        monkeypatch.setattr(tools, "_gomp_parallel", None)
-    compression = {"density": 0.1} if "sparse" in name else {"rank": 2}
+        monkeypatch.setattr(cpu_threads, "_gomp_parallel", None)
+    compression = {"density": 0.1} if info(name).compression == "sparse" else {"rank": 2}
     ends = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -44,15 +44,15 @@ def test_a_run_does_not_depend_on_the_number_of_threads(name, state, pool, tools
         assert all(torch.equal(x, y) for x, y in zip(ends[0], other, strict=True))
 
 
-def test_every_turn_is_taken_once(tools):
+def test_every_turn_is_taken_once(cpu_threads):
     torch.set_num_threads(3)
     taken = []
-    tools.share(lambda lo, hi, extra: taken.extend((i, extra) for i in range(lo, hi)), 1000, 5, "x")
+    cpu_threads.divide_work(lambda lo, hi, extra: taken.extend((i, extra) for i in range(lo, hi)), 1000, 5, "x")
     assert sorted(taken) == [(i, "x") for i in range(1000)]
 
 
 @pytest.mark.parametrize("kind", [KeyError, MemoryError, KeyboardInterrupt])
-def test_what_a_turn_raises_is_raised(tools, kind):
+def test_what_a_turn_raises_is_raised(cpu_threads, kind):
     torch.set_num_threads(2)
 
     def fail(lo, hi):
@@ -60,10 +60,10 @@ def test_what_a_turn_raises_is_raised(tools, kind):
             raise kind("turn")
 
     with pytest.raises(kind, match="turn"):
-        tools.share(fail, 10, 100)
+        cpu_threads.divide_work(fail, 10, 100)
 
 
-def test_two_callers_at_once(tools):
+def test_two_callers_at_once(cpu_threads):
     torch.set_num_threads(2)
     found, barrier = {}, threading.Barrier(2)
 
@@ -84,7 +84,7 @@ def test_two_callers_at_once(tools):
     assert all(torch.equal(x, y) for x, y in zip(found[0], found[1], strict=True))
 
 
-def test_out_of_memory_in_a_kernel_is_not_taken_for_a_missing_kernel(tools, monkeypatch):
+def test_out_of_memory_in_a_kernel_is_not_taken_for_a_missing_kernel(cpu_threads, monkeypatch):
     params = parameters(SHAPES, torch.float32)
     optimizer = create_optimizer("efcp_sparse_mfac", params, lr=0.1, window_size=3, density=0.1)
     set_gradients(params, torch.Generator())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from tests.reference import NAMES, SHAPES, make, parameters
+from tests.reference import NAMES, SHAPES, compressed_names, make, parameters
 
 M = 4  # window size: a few steps wrap around
 
@@ -79,7 +79,7 @@ def started(name, steps=M + 2, dtype=torch.float32, shapes=None, **options):
 
 
 EVERY = pytest.mark.parametrize("name", NAMES)
-COMPRESSED = pytest.mark.parametrize("name", [n for n in NAMES if "dense" not in n])
+COMPRESSED = pytest.mark.parametrize("name", compressed_names())
 SCOPES = pytest.mark.parametrize("scope", ["model", "layer"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 

@@ -7,9 +7,10 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 import hf_efcp
-from hf_efcp.optim.budget import BUDGETED
+from hf_efcp.engine.choices import BUDGETED
 from hf_efcp.options import OptionError
 from tests.optim.helpers import EVERY, differences, snapshot, train
+from tests.reference import info
 
 COUNT = 64 * 48 + 64 + 48 * 64 + 48
 LEAST, LITTLE, MUCH = int(1.3 * COUNT), 6 * COUNT, 40 * COUNT  # bytes: less rank or density; low-bit formats; all in fp32
@@ -54,7 +55,7 @@ def gathered(saver, **options):
 @pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "trained"])
 @pytest.mark.filterwarnings("ignore:memory_budget=")
 def test_a_saved_choice_wins_over_a_new_one(name, steps):
-    scale = 40 if "dense" in name else 1  # which cannot become so small
+    scale = 40 if info(name).compression == "dense" else 1  # which cannot become so small
     saver, loader = trained(name, LITTLE * scale), trained(name, MUCH * scale, steps)
     if steps:
         assert chosen(loader[0]) != chosen(saver[0])
@@ -76,7 +77,7 @@ def test_a_saved_choice_that_exceeds_the_budget_is_warned_of(steps):
 @pytest.mark.parametrize(("theirs", "mine"), [(LITTLE, MUCH), (MUCH, LITTLE), (LITTLE, LEAST), (LEAST, LITTLE)])
 @pytest.mark.filterwarnings("ignore:memory_budget=")
 def test_without_options_the_tensors_tell(name, theirs, mine):
-    if "dense" in name:  # which cannot become so small
+    if info(name).compression == "dense":  # which cannot become so small
         theirs, mine = 40 * theirs, 40 * mine
     saver, loader = trained(name, theirs), build(name, mine)
     set_optimizer_state_dict(loader[1], loader[0], gathered(saver))  # gives the new one a state of its own first

@@ -6,16 +6,15 @@ import pytest
 import torch
 from sklearn.datasets import load_breast_cancer, load_digits
 
-from hf_efcp.registry import get_optimizer_info
-from tests.reference import NAMES
+from tests.reference import NAMES, info
 
-SMALL = {"lowrank": {"rank": 1}, "sparse": {"density": 0.4, "block_size": 5}, "dense": {}}
+SMALL = {"low rank": {"rank": 1}, "sparse": {"density": 0.4, "block_size": 5}, "dense": {}}
 
 
 def build(name, params, lr, **options):
     """With lossy compression; M-FAC's damping is relative, so that one setting fits all scales."""
-    family = {"damping": 1e-3, "damping_mode": "relative"} if name.endswith("mfac") else {"eps": 1e-8}
-    return get_optimizer_info(name).cls(params, lr, **{"update_rms": 1.0, **family, **SMALL[name.split("_")[1]], **options})
+    family = {"damping": 1e-3, "damping_mode": "relative"} if info(name).family == "mfac" else {"eps": 1e-8}
+    return info(name).cls(params, lr, **{"update_rms": 1.0, **family, **SMALL[info(name).compression], **options})
 
 
 def minimise(optimizer, loss, steps):
@@ -117,8 +116,8 @@ def first_order():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_full_matrix_methods_beat_sgd_and_adam_where_directions_differ(name, first_order):
-    window = 5 * DIMENSION if name.endswith("mfac") else DIMENSION
-    rank = {"rank": 2} if "lowrank" in name else {}
+    window = 5 * DIMENSION if info(name).family == "mfac" else DIMENSION
+    rank = {"rank": 2} if info(name).compression == "low rank" else {}
     ratios = [ill_conditioned(lambda p, lr: build(name, p, lr, window_size=window, **rank), lr) for lr in LEARNING_RATES["efcp"]]
     print(f"\n{name}: leaves {min(ratios):.2g} of f; the best of SGD with momentum and Adam {first_order:.2g}")
     assert min(ratios) < MARGIN[name] * first_order

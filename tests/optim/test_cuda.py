@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.reference import NAMES, make, parameters, relative, set_gradients, update_of
+from tests.reference import NAMES, make, names, parameters, relative, set_gradients, update_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -71,7 +71,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(name):
 
 # Not scope="layer": a single number's rows depend on each other, and cutting their null space away does wait.
 @pytest.mark.parametrize("options", [{}, {"window_momentum": 0.5}, {"error_dtype": "bf16", "momentum": 0.5}])
-@pytest.mark.parametrize("name", [n for n in NAMES if "mfac" in n])
+@pytest.mark.parametrize("name", names(family="mfac"))
 def test_a_step_of_mfac_waits_for_nothing(name, options):
     _, (gpu, there) = pair(name, window_size=4, update_rms=0.5, **options)
     generator = torch.Generator(there[0].device).manual_seed(1)

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_efcp.core.compressors
 import hf_efcp.core.deferred
-import hf_efcp.optim.base
+import hf_efcp.engine.windowed
 from tests.optim.helpers import EVERY, M, assert_unchanged, count, gradients_at, snapshot, started, step_quietly, train
 from tests.reference import relative
 
@@ -32,7 +32,7 @@ def deferred(monkeypatch):
     """From here on, reading a flag of the CPU counts as waiting."""
 
     def switch(on=True):
-        for module in (hf_efcp.optim.base, hf_efcp.core.deferred, hf_efcp.core.compressors):
+        for module in (hf_efcp.engine.windowed, hf_efcp.core.deferred, hf_efcp.core.compressors):
             monkeypatch.setattr(module, "readable", lambda device: not on)
 
     return switch
@@ -113,7 +113,8 @@ def test_a_step_of_mfac_reads_nothing_from_the_device(name, options, dtype, defe
     deferred()
     train(optimizer, params, 20, 22)
     gradients_at(22, params)
-    with NoReading(optimizer._skips._copy, optimizer._dependent._copy):
+    setup = optimizer.setup()
+    with NoReading(setup.skips._copy, setup.counters.dependent._copy):
         optimizer.step()
     deferred(False)
     with pytest.raises(AssertionError, match="would wait"), NoReading():

@@ -4,12 +4,12 @@ import collections
 
 import pytest
 import torch
-
-from hf_efcp.core.codecs import BLOCK
 from hf_efcp.optim.stacks import Piece, build_stacks, matrix_shape
+
+from hf_efcp.kernels.constants import BLOCK
 from hf_efcp.options import OptionError
 from tests.optim.helpers import EVERY, M, count, gradients_at, started
-from tests.reference import NAMES, error, ggt_oracle, make, mfac_oracle, parameters, relative, row, update_of, window
+from tests.reference import error, ggt_oracle, info, make, mfac_oracle, names, parameters, relative, row, update_of, window
 
 SMALL = {"window_format": "low_bit", "error_format": "int4"}
 FORMATS = pytest.mark.parametrize("formats", [SMALL, {"error_format": "int8"}, {"window_format": "low_bit"}], ids=str)
@@ -22,14 +22,14 @@ SHAPES = ((7,), (600,), (12, 30), (12, 30), (40, 11), (3, BLOCK + 50), (8, 3, 3,
 @EVERY
 def test_the_update_is_that_of_the_rows_as_stored(name, dtype, formats):
     params = parameters(SHAPES, dtype)
-    family = {"damping": 1e-3} if name.endswith("mfac") else {}
+    family = {"damping": 1e-3} if info(name).family == "mfac" else {}
     optimizer = make(name, params, window_size=M, **family, **formats)
     for t in range(M + 2):
         gradients_at(t, params)
         u = update_of(optimizer, params)
         g = window(optimizer, params)
         x = g[t % M]
-        expected = mfac_oracle(g, x, 1e-3, M, dtype) if name.endswith("mfac") else ggt_oracle(g, x, 1e-5, dtype)
+        expected = mfac_oracle(g, x, 1e-3, M, dtype) if info(name).family == "mfac" else ggt_oracle(g, x, 1e-5, dtype)
         assert relative(u, expected) < (1e-9 if dtype == torch.float64 else 2e-4)
 
 
@@ -61,7 +61,8 @@ def test_a_low_bit_row_is_close_to_the_row_that_it_stands_for(name):
         optimizer, params = started(name, steps=1, shapes=SHAPES, dtype=torch.float64, **formats)
         rows.append([row(optimizer, p, 0) for p in params])
     for p, exact, stored in zip(params, *rows, strict=True):
-        bound = 0.1 if "sparse" in name and p.ndim > 1 else 0.05 if "lowrank" in name and p.ndim > 1 else 0.01
+        compression = info(name).compression if p.ndim > 1 else "dense"
+        bound = {"sparse": 0.1, "low rank": 0.05, "dense": 0.01}[compression]
         assert relative(stored, exact) < bound, p.shape
 
 
@@ -102,7 +103,7 @@ def test_low_bit_windows_take_their_bytes():
     assert bytes_of("efcp_sparse_mfac", (100, 3000), density=0.01, block_size=1024) == M * 100 * (2 * (10 + 10 + 10) + 3)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "sparse" in n])
+@pytest.mark.parametrize("name", names(compression="sparse"))
 def test_long_blocks_do_not_fit_into_low_bit_entries(name):
     with pytest.raises(OptionError, match="block_size=2048: at most 1024 with window_format=low_bit"):
         make(name, parameters(), window_format="low_bit", block_size=2048)
@@ -130,7 +131,7 @@ def left_of_the_loss(name, steps=150, **formats):
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(24, 40, generator=generator)
     w, b = torch.nn.Parameter(torch.zeros(24, 40)), torch.nn.Parameter(torch.zeros(24))
-    family = {"damping": 1e-3} if name.endswith("mfac") else {}
+    family = {"damping": 1e-3} if info(name).family == "mfac" else {}
     optimizer = make(name, [w, b], lr=0.05, window_size=16, update_rms=1.0, **family, **formats)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []

@@ -24,14 +24,7 @@ from tests.optim.helpers import (
     started,
     train,
 )
-from tests.reference import (
-    NAMES,
-    error,
-    make,
-    parameters,
-    row,
-    window,
-)
+from tests.reference import error, make, names, parameters, row, window
 
 
 @pytest.mark.parametrize(
@@ -212,7 +205,7 @@ def test_lora_b_of_zeros(name, scope):
 
 @pytest.mark.parametrize("damping_mode", ["absolute", "relative"])
 @pytest.mark.parametrize("gradient", [None, 0.0, 1e-18], ids=["absent", "zero", "tiny"])
-@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("mfac")])
+@pytest.mark.parametrize("name", names(family="mfac"))
 def test_a_dead_tensor_does_not_stop_the_others(name, gradient, damping_mode):
     """Each tensor has its own K: what happens to one tensor's is nothing to the others."""
     runs = []

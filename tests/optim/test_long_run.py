@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from tests.reference import NAMES, make, parameters, set_gradients, window
+from tests.reference import NAMES, info, make, parameters, set_gradients, window
 
 STEPS = 10_000
 
@@ -14,7 +14,8 @@ STEPS = 10_000
 @pytest.mark.parametrize("name", NAMES)
 def test_ten_thousand_steps(name):
     params, generator = parameters([(6, 9), (5,)]), torch.Generator().manual_seed(1)
-    optimizer = make(name, params, window_size=8, rank=1) if "lowrank" in name else make(name, params, window_size=8)
+    rank = {"rank": 1} if info(name).compression == "low rank" else {}
+    optimizer = make(name, params, window_size=8, **rank)
     optimizer.param_groups[0]["lr"] = 1e-6
     footprint, resident = optimizer.memory_footprint(), []
     for t in range(STEPS):

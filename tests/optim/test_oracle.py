@@ -6,8 +6,10 @@ import torch
 from tests.reference import (
     NAMES,
     ggt_oracle,
+    info,
     make,
     mfac_oracle,
+    names,
     parameters,
     relative,
     row,
@@ -18,15 +20,15 @@ from tests.reference import (
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32"])
-MFAC = pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("mfac")])
-GGT = pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("ggt")])
+MFAC = pytest.mark.parametrize("name", names(family="mfac"))
+GGT = pytest.mark.parametrize("name", names(family="ggt"))
 EVERY = pytest.mark.parametrize("name", NAMES)
 M = 5
 
 
 def oracle(name, g, x, dtype, m):
     """Default oracle of a method: damping 1e-6, or eps 1e-5, no decay."""
-    return mfac_oracle(g, x, 1e-6, m, dtype) if name.endswith("mfac") else ggt_oracle(g, x, 1e-5, dtype)
+    return mfac_oracle(g, x, 1e-6, m, dtype) if info(name).family == "mfac" else ggt_oracle(g, x, 1e-5, dtype)
 
 
 def steps(optimizer, params, count=3 * M, norm=1.0):
@@ -41,6 +43,7 @@ def steps(optimizer, params, count=3 * M, norm=1.0):
 @pytest.mark.parametrize("norm", [1e-4, 1.0, 1e4])
 @DTYPES
 @EVERY
+@pytest.mark.usefixtures("kernels")
 def test_update_matches_the_dense_solve(name, dtype, norm):
     params = parameters(dtype=dtype)
     for t, u, g in steps(make(name, params, window_size=M), params, norm=norm):
@@ -177,7 +180,7 @@ def test_state_dtypes_change_the_rows_not_the_mathematics(name, options):
     if "window_dtype" in options:
         assert dtypes["window_rows"] == {torch.bfloat16 if options["window_dtype"] == "bf16" else torch.float64}
     if "error_dtype" in options:
-        assert dtypes["error"] == ({torch.bfloat16} if "dense" not in name else set())
+        assert dtypes["error"] == ({torch.bfloat16} if info(name).compression != "dense" else set())
 
 
 @DTYPES
@@ -185,7 +188,7 @@ def test_state_dtypes_change_the_rows_not_the_mathematics(name, options):
 def test_dependent_rows(name, dtype):
     """m > d, and the same gradient again and again: only directions in the window's span may move."""
     params, generator = parameters([(4, 3), (2,)], dtype), torch.Generator().manual_seed(1)
-    m, options = 32, {"damping": 1e-7} if name.endswith("mfac") else {}
+    m, options = 32, {"damping": 1e-7} if info(name).family == "mfac" else {}
     optimizer = make(name, params, window_size=m, **options)
     for t in range(3 * m):
         if t % 3 != 2:

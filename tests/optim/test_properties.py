@@ -8,10 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from hf_efcp.optim.stacks import compute_dtype
-from hf_efcp.registry import get_optimizer_info
+from hf_efcp.core.cells import compute_dtype
 from tests.optim.helpers import bits, count, differences, gradients_at, shared, snapshot
-from tests.reference import NAMES, error, ggt_oracle, mfac_oracle, parameters, row, update_of, window
+from tests.reference import NAMES, error, ggt_oracle, info, mfac_oracle, parameters, row, update_of, window
 
 EVERY = pytest.mark.parametrize("name", NAMES)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -44,11 +43,11 @@ def options(draw, name):
         "weight_decay": draw(st.sampled_from([0.0, 0.1])),
         "weight_decay_mode": draw(st.sampled_from(["decoupled", "l2"])),
     }
-    if "lowrank" in name:
+    if info(name).compression == "low rank":
         found |= {"rank": draw(st.integers(1, 5)), "power_iterations": draw(st.integers(1, 2))}
-    if "sparse" in name:
+    if info(name).compression == "sparse":
         found |= {"density": draw(st.sampled_from([0.01, 0.2, 0.5, 1.0])), "block_size": draw(st.sampled_from([1, 3, 16, 1024]))}
-    if name.endswith("mfac"):
+    if info(name).family == "mfac":
         found |= {
             "damping": draw(st.sampled_from([1e-6, 1e-2])),
             "damping_mode": draw(st.sampled_from(["absolute", "relative"])),
@@ -66,7 +65,7 @@ def model(shapes, dtypes):
 
 
 def make(name, params, **options):
-    return get_optimizer_info(name).cls(params, **{"lr": 0.01, **options})
+    return info(name).cls(params, **{"lr": 0.01, **options})
 
 
 def run(optimizer, params, start, stop, absent=()):
@@ -142,7 +141,7 @@ def test_the_update_is_the_exact_one_on_the_stored_rows(name, data):
     params = model(data.draw(models), [dtype])
     drawn = data.draw(options(name)) | {"momentum": 0.0, "lr": 1.0, "weight_decay": 0.0}
     # Milder than the defaults: with few dimensions and many rows the problem itself must be well posed.
-    drawn |= {"damping": 1e-2} if name.endswith("mfac") else {"eps": 1e-2}
+    drawn |= {"damping": 1e-2} if info(name).family == "mfac" else {"eps": 1e-2}
     m, beta = drawn["window_size"], drawn.get("beta1", 0.0) or drawn.get("window_momentum", 0.0)
     optimizer = make(name, params, **drawn)
     absent = data.draw(absences)
@@ -173,7 +172,7 @@ def exact(name, g, t, m, beta, drawn, dtype):
         return torch.zeros(g.shape[1], dtype=torch.float64)
     ages = torch.tensor([(t - i) % m for i in range(m)], dtype=torch.float64)
     x = ((1 - beta) * beta**ages if beta else (ages == 0).double()) @ g
-    if name.endswith("ggt"):
+    if info(name).family == "ggt":
         return ggt_oracle(drawn["beta2"] ** ages[:, None] * g, x, drawn["eps"], dtype)
     filled = min(t + 1, m)
     damping = drawn["damping"]

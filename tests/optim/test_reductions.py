@@ -3,18 +3,32 @@
 import pytest
 import torch
 
-from tests.reference import NAMES, error, make, parameters, relative, row, set_gradients, update_of
+from tests.reference import (
+    NAMES,
+    compressed_names,
+    error,
+    exact_options,
+    info,
+    make,
+    names,
+    parameters,
+    relative,
+    row,
+    set_gradients,
+    update_of,
+)
 
-EXACT = {"sparse": {"density": 1.0}, "lowrank": {"rank": 10_000}}
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "dense" not in n])
+@pytest.mark.parametrize("name", compressed_names())
 def test_without_loss_it_is_the_dense_method(name):
-    family = name.split("_")[-1]
+    family = info(name).family
+    (uncompressed,) = names(family=family, compression="dense")
     params, generator = parameters(), torch.Generator().manual_seed(1)
     options = {"window_size": 4, "damping": 1e-4} if family == "mfac" else {"window_size": 4}
-    compressed = make(name, params, **options, **EXACT[name.split("_")[1]])
-    dense = make(f"efcp_dense_{family}", params, **options)
+    compressed = make(name, params, **options, **exact_options(name))
+    dense = make(uncompressed, params, **options)
     for _ in range(11):
         set_gradients(params, generator)
         torch.testing.assert_close(update_of(compressed, params), update_of(dense, params), rtol=1e-12, atol=0)
@@ -34,19 +48,19 @@ def test_rows_and_error_telescope_to_the_gradients(name):
         rows = sum(row(optimizer, p, i) for i in range(m))
         torch.testing.assert_close(rows + error(optimizer, p), total, rtol=1e-12, atol=1e-12)
     compressed = [p for p in params if error(optimizer, p).any()]
-    assert compressed or "dense" in name, "the test must see a loss"
+    assert compressed or info(name).compression == "dense", "the test must see a loss"
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("mfac")])
+@pytest.mark.parametrize("name", names(family="mfac"))
 def test_huge_damping_is_a_gradient_step(name):
     params, generator = parameters(), torch.Generator().manual_seed(1)
-    optimizer = make(name, params, window_size=4, damping=1e9, **EXACT.get(name.split("_")[1], {}))
+    optimizer = make(name, params, window_size=4, damping=1e9, **exact_options(name))
     for _ in range(6):
         g = torch.cat([x.flatten() for x in set_gradients(params, generator)])
         assert relative(1e9 * update_of(optimizer, params), g) < 1e-8
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("mfac")])
+@pytest.mark.parametrize("name", names(family="mfac"))
 def test_one_tensor_has_one_scope(name):
     params, generator = parameters([(9, 14)]), torch.Generator().manual_seed(1)
     model, layer = (make(name, params, window_size=4, damping=1e-4, scope=s) for s in ("model", "layer"))
@@ -66,4 +80,4 @@ def test_batching_changes_nothing(name):
         set_gradients(together, generators[0])
         set_gradients(alone, generators[1])
         torch.testing.assert_close(update_of(a, together), update_of(b, alone), rtol=1e-12, atol=1e-14)
-    assert len(a._stacks) == 1 and len(b._stacks) == 8
+    assert len(a.setup().stacks) == 1 and len(b.setup().stacks) == 8

@@ -24,7 +24,7 @@ from tests.optim.helpers import (
     through_a_file,
     train,
 )
-from tests.reference import parameters
+from tests.reference import info, parameters
 
 
 def leaves(value):
@@ -58,7 +58,7 @@ def test_a_checkpoint_is_plain_tensors_and_numbers(name, options):
 def test_a_checkpoint_takes_what_the_state_takes(name, shapes):
     """No tensor drags a larger storage along; a few per cent of file format at most."""
     params = parameters(shapes, torch.float32)
-    options = {"lowrank": {"rank": 8}, "sparse": {"density": 0.05}, "dense": {}}[name.split("_")[1]]
+    options = {"low rank": {"rank": 8}, "sparse": {"density": 0.05}, "dense": {}}[info(name).compression]
     optimizer = hf_efcp.create_optimizer(name, params, lr=0.01, window_size=16, **options)
     train(optimizer, params, 0, 1)
     saved = optimizer.state_dict()
@@ -83,8 +83,8 @@ def test_loading_never_changes_a_dtype(name, dtype):
         other, others = resumed(name, optimizer, params, **extra)
         keys = assert_dtypes(other, **kwargs, **more)
         assert differences(snapshot(optimizer, params), snapshot(other, others)) == []
-    kind = {"lowrank": {"window_p", "warm_start"}, "sparse": {"window_indices"}, "dense": {"window_rows"}}
-    assert kind[name.split("_")[1]] <= keys
+    kind = {"low rank": {"window_p", "warm_start"}, "sparse": {"window_indices"}, "dense": {"window_rows"}}
+    assert kind[info(name).compression] <= keys
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

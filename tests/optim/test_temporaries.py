@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.optim.helpers import EVERY
-from tests.reference import make
+from tests.reference import info, make
 
 MIB = 2**20
 
@@ -31,15 +31,15 @@ LOW_BIT = {"window_format": "low_bit", "error_format": "int4", "stochastic_round
 @EVERY
 def test_a_step_allocates_little_more_than_the_largest_tensor(name, dtype, formats, tmp_path):
     """Three times as much is in tensors of middle size: the whole model is never held."""
-    if formats and not (name.endswith("mfac") and dtype == torch.bfloat16):
+    if formats and not (info(name).family == "mfac" and dtype == torch.bfloat16):
         pytest.skip("once for each kind of row")
     largest = 64 * MIB
-    if formats and "dense" in name:
+    if formats and info(name).compression == "dense":
         largest *= 2.5  # the gradient, the row as stored, its codes
     shapes = [(8192, 2048)] + [(1024, 1024)] * 48
     params = [torch.nn.Parameter(torch.zeros(s, dtype=dtype)) for s in shapes]
     options = {"error_dtype": "bf16", **formats, "momentum": 0.9, "weight_decay": 0.1, "weight_decay_mode": "l2"}
-    options |= {"density": 0.01, "block_size": 1024} if "sparse" in name else {}
+    options |= {"density": 0.01, "block_size": 1024} if info(name).compression == "sparse" else {}
     optimizer = make(name, params, lr=0.1, window_size=1, **options)
     for p in params:
         p.grad = torch.ones_like(p)

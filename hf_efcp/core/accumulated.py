@@ -1,0 +1,216 @@
+"""The one operand of every method, a = e + g, and the entry c that a compressor makes of it.
+
+    a @ q,   a.mT @ p,   a.top_k(blocks),   a.rows(rows),   a.keep(c): e <- a - c
+
+A large a is formed a few rows at a time, by a kernel not at all. Where processes hold some rows each, a product that sums over
+rows is summed over the processes. A method that uses nothing else runs in every format and on every placement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from .cells import ALL, Cell
+from .linalg import row_chunks, stacked
+
+if TYPE_CHECKING:
+    from .compressors import BlockTopK
+
+
+class Accumulated:
+    """a = e + g of n tensors, (n, rows, cols) in the gradients' dtype.
+
+    Args:
+        gradients: g, n matrices (rows, cols): a list of them, or a tensor (n, rows, cols). They are not written to.
+        error: e; None: it is always 0, as nothing is lost.
+        absent: positions of the tensors without a gradient.
+        total: where a is some rows of matrices that several processes share: sums a tensor over the processes.
+    """
+
+    def __init__(
+        self,
+        gradients: kernels.Matrices,
+        error: Cell | None = None,
+        absent: Sequence[int] = (),
+        total: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.gradients, self.error, self.absent, self.total = gradients, error, absent, total
+        self._chunks = row_chunks(gradients)
+        self._formed: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(n, rows, cols), of the rows that this process has."""
+        rows, cols = self.gradients[0].shape
+        return len(self.gradients), rows, cols
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers."""
+        return self.gradients[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self.gradients[0].device
+
+    def rows(self, rows: slice = ALL) -> Tensor:
+        """Form rows `rows` of a, (n, rows, cols); without e, g itself, a view or a copy."""
+        a = stacked(self.gradients, rows)
+        if self.error is None:
+            return a
+        copied = not isinstance(self.gradients, Tensor) and len(self.gradients) > 1
+        return a.add_(self.error.read(rows)) if copied else a + self.error.read(rows)
+
+    def parts(self) -> Iterable[tuple[slice, Tensor]]:
+        """Give (rows, a) for all rows; a large a is formed a few rows at a time, anew at each call."""
+        if len(self._chunks) > 1:
+            return ((rows, self.rows(rows)) for rows in self._chunks)
+        if self._formed is None:
+            self._formed = self.rows()
+        return [(ALL, self._formed)]
+
+    def __matmul__(self, q: Tensor) -> Tensor:
+        """Give a @ q, (n, rows, r), for q (n, cols, r)."""
+        # The factor first: CPU libraries are several times slower at a @ q and a.mT @ p.
+        q = q.mT.contiguous()
+        p = kernels.times(self.gradients, self._stored, q)
+        return torch.cat([(q @ a.mT).mT for _, a in self.parts()], 1) if p is None else p
+
+    @property
+    def mT(self) -> Transposed:
+        """The transposed operand, for `a.mT @ p`."""
+        return Transposed(self)
+
+    def top_k(self, blocks: kernels.Blocks) -> tuple[Tensor, Tensor] | None:
+        """Give the largest magnitudes of every block by a kernel: indices int16 and values (n, rows, k); None: there is none."""
+        return kernels.top_k(self.gradients, self._stored, blocks)
+
+    def keep(self, entry: Entry) -> None:
+        """Compute e <- a - c for the entry c as stored, where the step is accepted."""
+        error = self.error
+        if error is None:
+            return
+        turn = error.turn
+        if turn.ok is True and entry.keep(error.stored, self.gradients, (turn.step, turn.ids, turn.origin), self.absent):
+            return
+        in_place = turn.ok is True and error.buffer.dtype == self.dtype
+        for part in self._chunks:
+            if in_place:
+                entry.subtract_from_(error.buffer[:, part].add_(stacked(self.gradients, part)), part)
+            else:
+                error.write(entry.subtract_from_(self.rows(part), part), part)
+
+    @property
+    def _stored(self) -> kernels.Error:
+        return None if self.error is None else self.error.stored
+
+
+class Transposed:
+    """a^T, (n, cols, rows)."""
+
+    def __init__(self, a: Accumulated):
+        self._a = a
+
+    def __matmul__(self, p: Tensor) -> Tensor:
+        """Give a.mT @ p, (n, cols, r), for p (n, rows, r): summed over the processes that share the rows."""
+        a = self._a
+        q = kernels.transposed_times(a.gradients, a._stored, p.mT)
+        if q is None:
+            q = _sum(p[:, rows].mT @ part for rows, part in a.parts())
+        q = q.mT.contiguous()
+        return q if a.total is None else a.total(q)
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    total: Tensor | int = 0
+    for term in terms:
+        total = total + term
+    assert isinstance(total, Tensor)
+    return total
+
+
+class Entry:
+    """What the three kinds share.
+
+    Attributes:
+        parts: the tensors that make up the entry; the first dimension is n.
+    """
+
+    parts: tuple[Tensor, ...]
+
+    def subtract_from_(self, a: Tensor, rows: slice = ALL) -> Tensor:
+        """Compute a <- a - c in place for rows `rows` of c, (n, rows, cols); return a."""
+        raise NotImplementedError
+
+    def keep(self, error: kernels.Error, gradients: kernels.Matrices, rounding: kernels.Rounding, absent: Sequence[int]) -> bool:
+        """Compute e <- e + g - c in place by a kernel, but for the tensors `absent`; tell whether it was done."""
+        return False
+
+
+class DenseEntry(Entry):
+    """c as it is, (n, rows, cols)."""
+
+    def __init__(self, c: Tensor):
+        self.parts = (c,)
+
+    def subtract_from_(self, a: Tensor, rows: slice = ALL) -> Tensor:
+        """See Entry."""
+        return a.sub_(self.parts[0][:, rows])
+
+
+class LowRankEntry(Entry):
+    """c = P Q^T, held as P^T (n, r, rows) and Q^T (n, r, cols)."""
+
+    def __init__(self, p: Tensor, q: Tensor):
+        self.parts = (p, q)
+
+    @classmethod
+    def of(cls, p: Tensor, q: Tensor) -> LowRankEntry:
+        """Take P (n, rows, r) and Q (n, cols, r)."""
+        return cls(p.mT.contiguous(), q.mT.contiguous())
+
+    def subtract_from_(self, a: Tensor, rows: slice = ALL) -> Tensor:
+        """See Entry."""
+        p, q = (part.to(a.dtype) for part in self.parts)
+        return a.baddbmm_(p[..., rows].mT, q, alpha=-1)
+
+    def rows(self, rows: slice = ALL) -> Tensor:
+        """Form rows `rows` of c, (n, rows, cols)."""
+        return self.parts[0][..., rows].mT @ self.parts[1]
+
+    def keep(self, error: kernels.Error, gradients: kernels.Matrices, rounding: kernels.Rounding, absent: Sequence[int]) -> bool:
+        """See Entry."""
+        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent)
+
+
+class SparseEntry(Entry):
+    """The kept entries of every row: indices in their block, int16 (n, rows, k), and values (n, rows, k).
+
+    Args:
+        indices, values: as above.
+        grid: the blocks.
+    """
+
+    def __init__(self, indices: Tensor, values: Tensor, grid: BlockTopK):
+        self.parts, self.grid = (indices, values), grid
+
+    def subtract_from_(self, a: Tensor, rows: slice = ALL) -> Tensor:
+        """See Entry."""
+        indices, values = (part[:, rows] for part in self.parts)
+        return a.scatter_add_(2, self.grid.columns(indices), -values.to(a.dtype))
+
+    def keep(self, error: kernels.Error, gradients: kernels.Matrices, rounding: kernels.Rounding, absent: Sequence[int]) -> bool:
+        """See Entry."""
+        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent, self.grid.blocks)
+
+    def dense(self) -> Tensor:
+        """Form c, (n, rows, cols)."""
+        indices, values = self.parts
+        c = torch.zeros(*indices.shape[:2], self.grid.cols, dtype=values.dtype, device=values.device)
+        return c.scatter_(2, self.grid.columns(indices), values)

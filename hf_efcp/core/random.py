@@ -1,0 +1,77 @@
+"""Random numbers that are counted, not drawn: each depends on (counter, salt, row, column) only.
+
+No generator: nothing global is drawn from, a number does not depend on how the work is divided, and nothing has to be read back
+from the device. `salt` is (n,) int64, a number of each tensor's own. `origin` is the row and column at which the numbers begin:
+the part of a larger matrix from row 20 on has origin (20, 0).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.constants import BF16_SHIFT, COUNTER_MASK, HASH_MASK, HASH_MULTIPLIER, LOWER_16_BITS, SALT_OFFSET, UNIFORM_UNIT
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit integer hash (in int64 arithmetic): every input bit moves every output bit."""
+    x = ((x ^ (x >> 16)) * HASH_MULTIPLIER) & HASH_MASK
+    x = ((x ^ (x >> 16)) * HASH_MULTIPLIER) & HASH_MASK
+    return x ^ (x >> 16)
+
+
+def counted_factors(
+    counter: Tensor, salt: Tensor, rows: int, cols: int, origin: tuple[int, int] = (0, 0)
+) -> tuple[Tensor, Tensor]:
+    """The factors of `counted_bits`: (n, rows) and (n, cols) int32."""
+    device = salt.device
+    key = _mix(_mix(counter.to(device) & COUNTER_MASK) ^ _mix(salt + SALT_OFFSET))
+    row = _mix(key[:, None] ^ torch.arange(origin[0], origin[0] + rows, device=device)) | 1
+    col = _mix(_mix(key[:, None]) ^ torch.arange(origin[1], origin[1] + cols, device=device)) | 1
+    return row.to(torch.int32), col.to(torch.int32)
+
+
+def counted_bits(counter: Tensor, salt: Tensor, rows: int, cols: int, origin: tuple[int, int] = (0, 0)) -> Tensor:
+    """Pseudo-random numbers whose upper 16 bits are uniform, (n, rows, cols) int32.
+
+    The product of two odd hashes, of the row and of the column, keeps a matrix free of low-rank structure, which a compressor
+    would take for a gradient.
+
+    Args:
+        counter: 0-D int64, the step.
+        salt: (n,) int64, one number per tensor.
+        rows, cols: how many.
+        origin: the row and the column to begin with.
+    """
+    row, col = counted_factors(counter, salt, rows, cols, origin)
+    return row[:, :, None] * col[:, None, :]
+
+
+def counted_noise(counter: Tensor, salt: Tensor, rows: int, cols: int) -> Tensor:
+    """`counted_bits` as uniform numbers in (-1, 1), (n, rows, cols) fp32."""
+    return (counted_bits(counter, salt, rows, cols) >> 16).float().add_(0.5).mul_(2 * UNIFORM_UNIT)
+
+
+def counted_uniform(counter: Tensor, salt: Tensor, rows: int, cols: int, origin: tuple[int, int] = (0, 0)) -> Tensor:
+    """`counted_bits` as uniform numbers in (0, 1), (n, rows, cols) fp32."""
+    return _upper_bits(counter, salt, rows, cols, origin).float().add_(0.5).mul_(UNIFORM_UNIT)
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, counter: Tensor, salt: Tensor, origin: tuple[int, int] = (0, 0)) -> Tensor:
+    """x (n, rows, cols) in `dtype`; to bf16 stochastically, so that small additions survive in the mean.
+
+    Round to nearest would lose every addition below 1/256 of a number. To other dtypes: round to nearest. `x` may be part of
+    a larger tensor, from the row and column `origin` on: it is rounded as in the larger tensor.
+    """
+    if dtype != torch.bfloat16:
+        return x.to(dtype)
+    x = x.float()
+    _, rows, cols = x.shape
+    # Adding up to one unit of bf16 less one and cutting rounds up with the probability of the part that is cut off.
+    sum_ = _upper_bits(counter, salt, rows, cols, origin).add_(x.view(torch.int32))
+    return sum_.bitwise_and_(-1 << BF16_SHIFT).view(torch.float32).to(dtype)
+
+
+def _upper_bits(counter: Tensor, salt: Tensor, rows: int, cols: int, origin: tuple[int, int]) -> Tensor:
+    """The uniform bits of `counted_bits`: 0 ... 65535, (n, rows, cols) int32."""
+    return counted_bits(counter, salt, rows, cols, origin).bitwise_right_shift_(16).bitwise_and_(LOWER_16_BITS)

@@ -1,0 +1,110 @@
+"""The window of block top-k entries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from .accumulated import Entry, SparseEntry
+from .cells import ALL, Buffers, Layout, Spec
+from .compressors import BlockTopK
+from .linalg import chunk_bytes, chunks
+from .windows import Window
+
+
+class SparseWindow(Window):
+    """Kept entries: block-relative indices and values, both (n, rows, m, k), so that one row's window is one run.
+
+    Args:
+        buffers, compute_dtype: as in Window.
+        grid: the blocks, and how many entries each keeps.
+
+    Attributes:
+        entry_bytes: bytes of temporaries that the torch path takes for a kept entry.
+    """
+
+    slot_dim = 2
+    entry_bytes = 16
+
+    def __init__(self, buffers: Buffers, compute_dtype: torch.dtype, grid: BlockTopK):
+        super().__init__(buffers, compute_dtype)
+        self.grid = grid
+
+    @staticmethod
+    def specs(layout: Layout, m: int, grid: BlockTopK, dtype: torch.dtype) -> tuple[Spec, ...]:
+        """Declare the window's state."""
+        shape = (layout.rows, m, grid.per_row)
+        return (
+            Spec("window_indices", shape, torch.int16, rows=0, window=True, slot=1),
+            Spec("window_values", shape, dtype, rows=0, window=True, slot=1),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(n, rows, m, k)."""
+        n, rows, m, _ = next(iter(self.buffers.values())).shape
+        return n, rows, m, self.grid.per_row
+
+    def stage(self, entry: Entry) -> None:
+        """See Window."""
+        indices, values = entry.parts
+        self._staged = SparseEntry(indices, values.to(self.buffers["window_values"].dtype), self.grid)
+
+    def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float) -> bool:
+        """See Window."""
+        c = c.to(self.compute_dtype)
+        return kernels.apply(self._stored(), c, self.grid.cols, self.grid.blocks, params, scale, decay)
+
+    def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
+        """See Window."""
+        n, all_rows = self.shape[:2]
+        rows, c = rows or slice(0, all_rows), c.to(self.compute_dtype)
+        fast = kernels.combine(self._stored(), c, self.grid.cols, self.grid.blocks, rows)
+        if fast is not None:
+            return fast
+        out = torch.zeros(n, rows.stop - rows.start, self.grid.cols, dtype=self.compute_dtype, device=c.device)
+        c = c[:, None, :, None]
+        for tensors, part, columns, values in self._pieces(rows):
+            weighted = values.to(self.compute_dtype) * c[tensors]
+            out[tensors, part].scatter_add_(2, columns.flatten(2), weighted.flatten(2))
+        return out
+
+    def _dots_with_window(self) -> Tensor:
+        indices, values = self.staged.parts
+        fast = kernels.dots(self._stored(), (indices, values), self.grid.cols, self.grid.blocks)
+        if fast is not None:
+            return fast
+        n, _, m, _ = self.shape
+        dots = torch.zeros(n, m, dtype=torch.float64, device=values.device)
+        for tensors, part, columns, window_values in self._pieces():
+            shape = (*window_values.shape[:2], self.grid.cols)
+            row = torch.zeros(shape, dtype=values.dtype, device=values.device)
+            row.scatter_(2, self.grid.columns(indices[tensors, part]), values[tensors, part])
+            met = row.gather(2, columns.flatten(2)).view_as(window_values)
+            dots[tensors] += (met.double() * window_values).sum((1, 3))
+        return dots
+
+    def _staged_square(self) -> Tensor:
+        return self.staged.parts[1].double().square().sum((1, 2))
+
+    def _pieces(self, rows: slice = ALL) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Cut the window's `rows` by tensors, then rows: (tensor slice, row slice, int64 columns, values) of limited size."""
+        n, all_rows, m, k = self.shape
+        start, stop, _ = rows.indices(all_rows)
+        device = next(iter(self.buffers.values())).device
+        row_bytes, limit = m * k * self.entry_bytes + self.grid.cols * 8, chunk_bytes(device)
+        for tensors in chunks(n, (stop - start) * row_bytes, limit):
+            for part in chunks(stop - start, (tensors.stop - tensors.start) * row_bytes, limit):
+                indices, values = self._read(tensors, slice(start + part.start, start + part.stop))
+                yield tensors, part, self.grid.columns(indices), values
+
+    def _stored(self) -> kernels.Stored:
+        """Give the buffers, for kernels."""
+        return self.buffers["window_indices"], self.buffers["window_values"], None
+
+    def _read(self, tensors: slice, rows: slice) -> tuple[Tensor, Tensor]:
+        """Give indices and values of some rows of some tensors."""
+        return self.buffers["window_indices"][tensors, rows], self.buffers["window_values"][tensors, rows]

@@ -1,0 +1,76 @@
+"""The update of parameters, the same for every method: p <- (1 - lr*wd) p - lr u, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+
+import torch
+from torch import Tensor
+
+from ..core.linalg import add_scaled_, chunk_bytes, chunks
+from ..core.random import stochastic_round
+from .stacks import Stack
+
+# Parameters are rounded by other numbers than their error feedback.
+_PARAMETER_SALT = 2**30
+
+
+def apply(
+    stack: Stack,
+    update: Callable[[slice], Tensor],
+    lr: float | Tensor,
+    weight_decay: float,
+    rounding: Tensor | None,
+    still: Container[int],
+) -> None:
+    """Compute p <- (1 - lr*wd) p - lr u for the pieces of a stack, a few rows at a time.
+
+    Low-precision parameters are rounded once: to nearest, or bf16 ones stochastically.
+
+    Args:
+        stack: whose parameters.
+        update: rows -> u (n, rows, cols) in the compute dtype. Of a refused step on a GPU, u is zero.
+        lr: learning rate; on a GPU a tensor, zero where the step is refused.
+        weight_decay: decoupled.
+        rounding: 0-D int64, the number of the step, by which stochastic rounding is counted; None: to nearest.
+        still: positions of the pieces that stay as they are.
+    """
+    rows, cols = stack.shape
+    bytes_each = len(stack.pieces) * cols * stack.layout.dtype.itemsize
+    for part in chunks(rows, bytes_each, chunk_bytes(stack.device)):
+        u = update(part)
+        for i, piece in enumerate(stack.pieces):
+            if i not in still:
+                p = piece.data
+                p = p[part] if p.ndim > 1 else p
+                if rounding is not None and p.dtype == torch.bfloat16:
+                    salt, (row, col) = stack.ids[i : i + 1] + _PARAMETER_SALT, piece.origin
+                    _apply_rounded(p, u[i], lr, weight_decay, rounding, salt, (row + part.start, col))
+                else:
+                    _apply(p, u[i].view(p.shape), lr, weight_decay)
+
+
+def _apply(p: Tensor, u: Tensor, lr: float | Tensor, weight_decay: float) -> None:
+    """Compute p <- (1 - lr*wd) p - lr u, rounded to nearest."""
+    if p.dtype == u.dtype:
+        if weight_decay:
+            p.mul_(1 - lr * weight_decay)
+        add_scaled_(p, u, -lr)
+        return
+    p, u = (p, u) if p.ndim else (p.view(1), u.view(1))
+    for part in chunks(len(p), 8 * p[:1].numel()):
+        new = p[part].to(u.dtype)
+        if weight_decay:
+            new.mul_(1 - lr * weight_decay)
+        p[part] = add_scaled_(new, u[part], -lr)
+
+
+def _apply_rounded(
+    p: Tensor, u: Tensor, lr: float | Tensor, weight_decay: float, step: Tensor, salt: Tensor, origin: tuple[int, int]
+) -> None:
+    """Compute the same, rounded stochastically; u is (rows, cols), which begin at `origin` in the whole parameter."""
+    p = p[(None,) * max(0, 2 - p.ndim)]  # rows first, as in the 2-D view
+    for part in chunks(len(p), 24 * u.shape[1]):
+        new = u[part].mul(-lr).add_(p[part].reshape(u[part].shape).to(u.dtype).mul_(1 - lr * weight_decay))
+        rounded = stochastic_round(new[None], p.dtype, step, salt, (origin[0] + part.start, origin[1]))
+        p[part] = rounded.view(p[part].shape)

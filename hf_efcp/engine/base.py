@@ -1,0 +1,309 @@
+"""What every optimizer is to its user: parameter groups, the closure, and state as torch.optim has it."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.linalg import ieee_matmul
+from ..distributed.ddp import size_of
+from ..distributed.fsdp2 import FSDP2Mesh, is_sharded, local_gradient
+from ..distributed.placement import Alone
+from ..distributed.plan import describe
+from ..distributed.zero import ZeroPieces
+from ..options import GroupOptions, OptionError, build
+from .budget import Budget, saved_choice
+from .builder import Builder
+from .costs import Count
+from .footprint import measured
+from .loading import load, take_choice
+from .method import Method
+from .parameters import checked_group, signature
+from .saving import FORMAT, Saving, copies
+from .setup import Setup
+
+
+class EngineOptimizer(torch.optim.Optimizer):
+    """A method with everything around it: placements, formats, a memory budget, checkpoints.
+
+    Subclasses give `options_type` and `method`.
+
+    Args:
+        params: tensors, parameter groups, or (name, tensor) pairs. Groups may set `lr`, `weight_decay`, and `compress`
+            (false: the group's tensors are not compressed).
+        lr: learning rate.
+        weight_decay: decoupled, p <- (1 - lr*wd) p.
+        process_group: torch.distributed's; its processes, which hold the same parameters and gradients, share the state. None:
+            `shard` decides.
+        **options: the fields of `options_type`.
+
+    Attributes:
+        shard_folder: where the next `load_state_dict` finds the tensors of a state that is saved apart; None afterwards.
+
+    Raises:
+        OptionError: unknown option, wrong type, value out of range, or a parameter that cannot be optimized.
+    """
+
+    options_type: ClassVar[type]
+    method: ClassVar[Method]
+    shard_folder: str | Path | None = None
+
+    def __init__(self, params: Any, lr: float, *, weight_decay: float = 0.0, process_group: Any = None, **options: Any):
+        name = type(self).__name__
+        group = build(GroupOptions, {"lr": lr, "weight_decay": weight_decay}, name)
+        checked = build(self.options_type, options, name)
+        self._builder = Builder(name, self.method, checked, Budget(name, checked, options), process_group)
+        super().__init__(params, {"lr": group.lr, "weight_decay": group.weight_decay})
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "options_type" in vars(cls):
+            cls.__signature__ = signature(cls.options_type)  # type: ignore[attr-defined]
+
+    @property
+    def options(self) -> Any:
+        """The options, an instance of `options_type`; a memory_budget chooses some of them at the first step."""
+        return self._builder.options
+
+    @torch._disable_dynamo  # as torch's own methods: a compiled training step calls this one as it is
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step. A non-finite gradient refuses it: nothing changes, and the refusal is counted and warned about.
+
+        On a GPU the host does not wait for the device: the warning comes one step later.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        setup = self.setup()
+        if setup.params and _has_work(setup):
+            with ieee_matmul(setup.counters.step.device):
+                self.method.step(setup, self.param_groups, self._builder.options)
+            setup.warn_of_skips(self._builder.name)
+        return loss
+
+    def setup(self) -> Setup:
+        """Give what is built for the present parameters: stacks, specs, placement. It is built now if no step was taken yet."""
+        return self._builder.prepare(self.param_groups, self.state)
+
+    # Parameters -----------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its tensors join the run with fresh state.
+
+        Raises:
+            OptionError: a bad lr or weight_decay, an option of the whole optimizer, or a parameter of a kind that cannot be
+                optimized (complex; a flat FSDP1 shard; a DTensor that is not divided by rows).
+        """
+        super().add_param_group(checked_group(param_group, self.param_groups, self.options_type, type(self).__name__))
+        self._builder.plain |= any(type(p) is Tensor for p in self.param_groups[-1]["params"])
+
+    def take_flat_pieces(self, coordinates: int) -> None:
+        """Prepare for ZeRO-1 and 2: the parameters of the one group are about to become this process's flat piece of them.
+
+        K is then summed over all processes, and nothing else is sent. Sparse blocks are runs of the piece. Each process's
+        state_dict has its own state.
+
+        Args:
+            coordinates: of all pieces, without padding.
+        """
+        self._builder.pieces = ZeroPieces(coordinates)
+
+    def keep_state_together(self) -> None:
+        """Let every process hold the whole state from now on (shard="off", no process_group)."""
+        self._builder.options = dataclasses.replace(self.options, shard="off")
+        self._builder.process_group = None
+
+    def shares_state(self) -> bool:
+        """Tell whether processes may share the state: by `shard` or a process_group."""
+        return self.options.shard == "auto" or self._builder.process_group is not None
+
+    def register_comm_hook(self, model: Any) -> None:
+        """Make DDP all-reduce factors (comm="factors"); before the first backward, and before `load_state_dict`.
+
+        From then on, after backward, the gradients of compressed matrices are each process's own, and must reach `step()`
+        as they are. Under Trainer and Accelerate this is called for you. On one process there is nothing to do.
+
+        Args:
+            model: a DistributedDataParallel that holds all parameters; its process group makes the factors.
+
+        Raises:
+            OptionError: the option comm is not "factors", `model` is no DDP or lacks a parameter, or the state is already that
+                of a run without the hook.
+        """
+        sync = self._builder.sync
+        if not sync.wanted:
+            has = f"comm={self.options.comm!r}" if hasattr(self.options, "comm") else "no option comm"
+            raise OptionError(f"register_comm_hook is for comm='factors', and this {type(self).__name__} has {has}")
+
+        # No annotations: torch compares them with its types, and here they would be text.
+        @torch.no_grad()
+        def hook(_, bucket):
+            return sync.reduce(bucket, self.setup(), self.param_groups, self.options)
+
+        sync.register(model, hook, self._all_params(), fresh=self._builder.setup is None)
+
+    # State ----------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state as torch's, with the optimizer's options under "efcp"; without the window if `save_window` is off.
+
+        Tensors are copies. Where parameters are DTensors (FSDP2), so is the state that goes with their rows. A state that is
+        divided otherwise is left out, see `save_shards`: processes do not meet here, since Trainer calls this on the first one
+        only.
+        """
+        saved = super().state_dict()
+        options = dataclasses.asdict(self.options)
+        saved["efcp"] = {"format": FORMAT, "class": self._builder.name, "options": options}
+        params, with_window, saving = self._all_params(), options.get("save_window", True), self._saving()
+        if saving is None:  # nothing is built of the state yet
+            specs = self._builder.specs(self.param_groups, self.state, self.options)
+            saved["state"] = {i: copies(self.state[params[i]], specs.get(params[i], {}), with_window) for i in saved["state"]}
+        elif saving.placement.apart:
+            saved["state"] = {}
+            saved["efcp"]["sharded"] = saving.stub(id(self), params)
+        else:
+            saved["state"] = {i: saving.outer(params[i], with_window) for i in saved["state"]}
+        return saved
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Restore a state; everything is checked before anything is changed.
+
+        Raises:
+            OptionError: not a checkpoint, or one of another optimizer, of other options or of other parameters.
+        """
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        saving = self._saving()
+        own_stub = saving.stub(id(self), self._all_params()) if saving is not None and saving.placement.apart else None
+        if load(state_dict, self._builder, self.param_groups, self.state, self.shard_folder, own_stub):
+            self.shard_folder = None
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: tensors are copied out of the stacks, which are built again from them."""
+        setup, builder = self._builder.setup, self._builder
+        copies = {p: {name: t.clone() for name, t in entry.items()} for p, entry in self.state.items()}
+        copied = builder.copied if setup is None or setup.placement.follows else (setup.owners, setup.placement.shards)
+        made = builder.options, copy.copy(builder.budget), copied
+        return {**super().__getstate__(), "state": collections.defaultdict(dict, copies), "made": made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See torch.optim.Optimizer. A copy has no process group: that belongs to the process."""
+        options, budget, copied = state.pop("made")
+        super().__setstate__(state)
+        self._builder = Builder(budget.name, self.method, options, budget)
+        self._builder.plain, self._builder.copied = True, copied
+
+    def save_shards(self, folder: str | Path) -> None:
+        """Write this process's part of a state that is saved apart; to be called on every process.
+
+        Nothing is written where there is no need: a state that is not divided, or one of DTensors (FSDP2), is in `state_dict`.
+        `state_dict()` then is a stub, without tensors; `load_state_dict(stub)` reads the folder that `shard_folder` names,
+        on any number of processes.
+        """
+        saving = self._saving()
+        if saving is not None and saving.placement.apart:
+            saving.save_folder(Path(folder), self.options.save_window)
+
+    def choose_as(self, saved: Mapping[str, Any] | str | Path) -> None:
+        """Let memory_budget choose what it chose in the run that was saved; to be called on every process, before loading.
+
+        For torch.distributed.checkpoint, which loads into the sizes that `get_optimizer_state_dict` of a new optimizer has: they
+        are its own choice, and on another number of processes that may be another one. `load_state_dict`, and Trainer and
+        Accelerate, need no such call. A state of other sizes is dropped. Without a memory_budget nothing happens.
+
+        Args:
+            saved: a folder of `torch.distributed.checkpoint.save`, a file of `torch.save`, or a state dict; processes that have
+                none (an empty dict, no such file) take it from the others where parameters are DTensors.
+
+        Raises:
+            OptionError: nothing can be read, or no choice gives the state that was saved.
+        """
+        builder, sharded = self._builder, [p for p in self._all_params() if is_sharded(p)]
+        if not builder.budget.free:
+            return
+        entries, options = saved_choice(saved, FSDP2Mesh(sharded) if sharded else Alone())
+        if options is not None:
+            builder.replace_options(builder.budget.taken(builder.options, options), self.state)
+        elif not take_choice(builder, self.param_groups, self.state, entries):
+            raise OptionError(f"choose_as: {builder.budget.misfit(entries)}")
+
+    # Figures --------------------------------------------------------------------------------------------------------------
+
+    def memory_footprint(self) -> dict[str, int]:
+        """Count the bytes of state by kind, on the tensors that are held (allocated now if no step was taken yet)."""
+        setup = self.setup()
+        return measured([self.state[p] for p in setup.params], [setup.specs[p] for p in setup.params])
+
+    def estimate_footprint(self, processes: int = 1, fsdp: bool = False) -> dict[str, int]:
+        """Tell what `memory_footprint` of a fresh optimizer will measure, from its parameters' shapes: nothing is allocated.
+
+        Args:
+            processes: that share the state.
+            fsdp: they share the parameters too (FSDP2): each has the rows of its chunk of every tensor.
+
+        Returns:
+            Bytes by kind, of the process that holds most.
+
+        Raises:
+            OptionError: such a run would be refused.
+        """
+        return self._builder.estimate(self.param_groups, self.state, processes, fsdp)
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, float]:
+        """Give figures of the last accepted step, by name (docs/using.md); nothing before the first step."""
+        return {} if self._builder.setup is None else self.method.diagnostics(self._builder.setup)
+
+    def costs(self) -> dict[str, Count]:
+        """Count what a step must do at least, by phase: operations, and bytes that must move (docs/benchmarks/roofline.md)."""
+        return self.method.costs(self.setup(), self.options)
+
+    def sharding_plan(self) -> str:
+        """Describe who holds how many bytes of state, and which tensors are divided by rows; to be called on every process."""
+        setup = self.setup()
+        placement = setup.placement
+        if placement.shards == 1 and not placement.follows:
+            return "not sharded"
+        names = {p: n for g in self.param_groups for p, n in zip(g["params"], g.get("param_names", []), strict=False)}
+        labels = [names.get(p, f"parameter {i}") for i, p in enumerate(setup.params)]
+        sizes = [size_of(p, setup.specs[p], 1 if placement.follows else 2) for p in setup.params]
+        loads, divided = describe(labels, [setup.owners[p] for p in setup.params], sizes, placement.shards)
+        return loads + ("\nevery tensor divided by rows, as the parameters are" if placement.follows else divided)
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for g in self.param_groups for p in g["params"]]
+
+    def _saving(self) -> Saving | None:
+        return None if self._builder.setup is None else Saving(self._builder.setup, self.state)
+
+
+def _has_work(setup: Setup) -> bool:
+    """Tell whether there is a gradient; on empty state, one that is not zero.
+
+    torch.distributed.checkpoint takes a step on zero gradients to have the state allocated.
+    """
+    grads = [g for p in setup.params if (g := local_gradient(p) if is_sharded(p) else p.grad) is not None]
+    placement = setup.placement
+    if setup.started or setup.counters.step > 0:
+        return bool(grads) or not placement.alone
+    work = any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
+    return placement.any(work, setup.counters.step.device)

@@ -1,0 +1,241 @@
+"""Builds what an optimizer needs for its present parameters: placement, plan, specs, stacks, and the state in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..core.cells import Layout, Spec
+from ..distributed.ddp import DDPShards
+from ..distributed.fsdp2 import FSDP2Mesh, check_cuts, is_sharded
+from ..distributed.placement import Alone, Placement, Specs
+from ..distributed.plan import Owners
+from ..distributed.zero import ZeroPieces
+from ..options import OptionError
+from .budget import Budget
+from .factor_sync import FactorSync
+from .footprint import estimated
+from .method import Group, Method
+from .parameters import refuse_parameter
+from .setup import Setup
+from .stacks import batches_of
+
+State = MutableMapping[Any, Any]
+
+
+class Builder:
+    """What an optimizer was asked for, and what is built of it.
+
+    Args:
+        name: of the optimizer's class.
+        method: the optimizer's.
+        options: all of them, checked.
+        budget: what memory_budget leaves open.
+        process_group: whose processes share the state; None: the option `shard` decides.
+
+    Attributes:
+        setup: what is built; None: nothing yet, or the state is another.
+        pieces: the placement of flat pieces, under DeepSpeed's ZeRO.
+        sync: DDP's hook for comm="factors".
+        plain: whether tensors that are no nn.Parameter may be among the parameters.
+        copied: owners of the state, and number of processes, where the optimizer is a copy.
+    """
+
+    def __init__(self, name: str, method: Method, options: Any, budget: Budget, process_group: Any = None):
+        self.name, self.method, self.options, self.budget = name, method, options, budget
+        self.process_group = process_group
+        self.pieces: ZeroPieces | None = None
+        self.sync = FactorSync(options)
+        self.plain = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what is built: the next `prepare` builds it from the state."""
+        self.setup: Setup | None = None
+        self.copied: tuple[dict[Tensor, Owners], int] = {}, 1
+
+    def prepare(self, groups: Sequence[Group], state: State) -> Setup:
+        """Give the setup of the current parameters, built at the first step and again when the parameters changed.
+
+        Args:
+            groups: the optimizer's parameter groups.
+            state: the optimizer's, which becomes views of what is built.
+        """
+        trained = trained_of(groups, state)
+        key = [(i, id(p), p.shape, p.dtype, p.device) for i, params in enumerate(trained) for p in params]
+        if self.setup is None or key != self.setup.key:
+            self.setup = self._build(groups, trained, key, state)
+        return self.setup
+
+    def replace_options(self, options: Any, state: State) -> None:
+        """Take other options; a state of other sizes is dropped."""
+        if options != self.options:
+            self.options = options
+            state.clear()
+            self.forget()
+
+    def specs(self, groups: Sequence[Group], state: State, options: Any, processes: int = 1) -> dict[Tensor, Specs]:
+        """Declare the state of every parameter under some options, with what it holds for all of them."""
+        specs: dict[Tensor, Specs] = {}
+        flat = self.pieces is not None
+        known: dict[Any, tuple[Spec, ...]] = {}
+        for group, params in zip(groups, trained_of(groups, state), strict=True):
+            for p in params:
+                key = Layout.of(p), group.get("kind"), group.get("compress", True)
+                if key not in known:
+                    known[key] = self.sync.held(self.method.specs(key[0], group, options, flat), processes)
+                shared = self.method.shared_specs(len(specs), options)
+                specs[p] = {spec.name: spec for spec in (*known[key], *shared)}
+        return specs
+
+    def estimate(self, groups: Sequence[Group], state: State, processes: int, fsdp: bool) -> dict[str, int]:
+        """Count the bytes by kind that a fresh optimizer will hold; see EngineOptimizer.estimate_footprint."""
+        options, budget = self.options, self.budget
+        params = [p for params in trained_of(groups, state) for p in params]
+        if budget.free and not budget.chosen:
+            fixed = self._not_budgeted(params, fsdp)
+            options, _ = budget.choice(options, self._bytes_with(groups, state, processes, fsdp), fixed)
+        specs = self.specs(groups, state, options, processes)
+        if fsdp:
+            if self.sync.wanted:
+                raise OptionError("comm='factors' is for DDP: under FSDP2 gradients are sharded, take comm='gradients'")
+            scalars = sum(p.ndim == 0 for p in params)
+            if scalars:
+                raise OptionError(f"FSDP2 divides no 0-D parameters, and the model has {scalars}: make them 1-D")
+            _named(options, lambda: check_cuts(specs, processes))
+        kinds = estimated(specs, processes, fsdp)
+        if budget.size is not None and not budget.free and sum(kinds.values()) > budget.size:
+            raise budget.too_large(sum(kinds.values()), options)
+        return kinds
+
+    def _build(self, groups: Sequence[Group], trained: list[list[Tensor]], key: list[Any], state: State) -> Setup:
+        """Build the setup, with what the current state knows of the parameters; parameters keep their owners."""
+        params, old = [p for params in trained for p in params], self.setup
+        for p in params:
+            self._check_parameter(p)
+        placement = self._find_placement(params)
+        self.sync.check(params, placement, self.options)
+        known, shards = self.copied if old is None else (old.owners, old.placement.shards)
+        if known and not placement.follows and placement.shards != shards:
+            raise OptionError(
+                f"this is a copy of an optimizer whose state was divided among {shards} processes, and holds one "
+                "process's part only (a copy has no process_group): use save_shards, state_dict and load_state_dict"
+            )
+        if placement.apart or placement.follows:
+            self._agree(placement, trained)
+        bytes_with = self._bytes_with(groups, state, placement.shards, placement.follows)
+        fixed = self._not_budgeted(params, placement.follows)
+        self.options = self.budget.keep(self.options, bytes_with, placement, fixed, any(state.values()))
+        specs = self.specs(groups, state, self.options)
+        _named(self.options, lambda: placement.check(specs))
+        owners, numbers = placement.owners(specs, known), {p: i for i, p in enumerate(params)}
+        stacks = [
+            self.method.make_stack(pieces, index, groups[index], self.options, placement.flat, self.sync, total)
+            for pieces, index, total in batches_of(trained, numbers, owners, placement)
+        ]
+        device = params[0].device if params else torch.device("cpu")
+        counters = self.method.make_counters(len(params), self.options, device)
+        factors = self.sync.stacks(trained, specs, self.options)
+        setup = Setup(key, params, placement, owners, specs, stacks, factors, counters)
+        first, second = ({spec.name for spec in self.method.shared_specs(i, self.options)} for i in (0, 1))
+        adopt(state, setup, first - second)
+        setup.listen_anew()
+        if old is not None:
+            setup.started = old.started
+            setup.last = old.last if getattr(self.options, "scope", "model") == "model" else None  # else numbered by tensor
+        return setup
+
+    def _check_parameter(self, p: Tensor) -> None:
+        refuse_parameter(p, self.name)
+        if self.pieces is None and not self.plain and type(p) is Tensor:
+            raise OptionError(
+                f"{self.name} was given parameters, and finds a plain tensor {tuple(p.shape)} in their place, as "
+                "DeepSpeed does: prepare it by Accelerate or Trainer, without ZeRO in full precision; or use DDP"
+            )
+
+    def _find_placement(self, params: list[Tensor]) -> Placement:
+        if any(map(is_sharded, params)):
+            if self.process_group is not None:
+                raise OptionError(
+                    f"{self.name}: process_group has no meaning where parameters are DTensors: state follows their mesh"
+                )
+            return FSDP2Mesh.of(params, self.name)
+        if self.pieces is not None:
+            return self.pieces
+        running = self.options.shard == "auto" and dist.is_available() and dist.is_initialized()
+        if (self.process_group is not None or running) and dist.get_world_size(self.process_group) > 1:
+            return DDPShards(self.process_group)
+        return self.sync.replicas or Alone()
+
+    def _agree(self, placement: Placement, trained: list[list[Tensor]]) -> None:
+        """Raise on every process where one has another class, other options or other parameters."""
+        mine = [f"class {self.name}"]
+        mine += [f"{name}={value!r}" for name, value in dataclasses.asdict(self.options).items()]
+        for i, params in enumerate(trained):
+            mine += [f"group {i}: a parameter {tuple(p.shape)} {p.dtype}" for p in params]
+        everybody = placement.gather(mine)
+        for rank, theirs in enumerate(everybody):
+            for a, b in itertools.zip_longest(everybody[0], theirs, fillvalue="no more parameters"):
+                if a != b:
+                    raise OptionError(f"the processes do not train the same: rank 0 has {a}, rank {rank} has {b}")
+
+    def _bytes_with(self, groups: Sequence[Group], state: State, shards: int, follows: bool) -> Callable[[Any], int]:
+        def bytes_with(options: Any) -> int:
+            return sum(estimated(self.specs(groups, state, options, shards), shards, follows).values())
+
+        return bytes_with
+
+    def _not_budgeted(self, params: Iterable[Tensor], follows: bool) -> list[str]:
+        """Name what is not left to the budget: no codes for factors' errors, nor where FSDP2 cuts vectors inside a run."""
+        codes = ["window_format", "error_format"]
+        return codes if self.sync.wanted or (follows and any(p.ndim == 1 for p in params)) else []
+
+
+def trained_of(groups: Sequence[Group], state: State) -> list[list[Tensor]]:
+    """Give the parameters with state in each group: one that is frozen later keeps its entries, which K counts."""
+    return [[p for p in g["params"] if p.requires_grad or p in state] for g in groups]
+
+
+def adopt(state: State, setup: Setup, of_all: set[str]) -> None:
+    """Make the setup's buffers the state, with what the state knows of the parameters.
+
+    Args:
+        state: of the optimizer.
+        setup: for the present parameters.
+        of_all: names of the entries that the first parameter holds for all of them.
+
+    Raises:
+        OptionError: a parameter has changed, and its state does not fit any more. The state then is as it was.
+    """
+    params, views = setup.params, setup.views()
+    old = {p: dict(state[p]) for p in params if p in state}
+    holder = next((entry for entry in old.values() if of_all & entry.keys()), None)
+    if holder is not None:  # the first parameter may be another one now
+        moved = {name: holder.pop(name) for name in sorted(of_all & holder.keys())}
+        old[params[0]] = old.get(params[0], {}) | moved
+    for p, entry in old.items():
+        kept = {name: value for name, value in entry.items() if name in views[p]}
+        if len(kept) < len(entry) or any(value.shape != views[p][name].shape for name, value in kept.items()):
+            raise OptionError(
+                f"a parameter is now {tuple(p.shape)} {p.dtype}, and its state of {sorted(entry)} does not fit it any more: "
+                "make a new optimizer"
+            )
+        for name, value in kept.items():
+            views[p][name].copy_(value)
+    state.clear()
+    state.update(views)
+
+
+def _named(options: Any, check: Callable[[], None]) -> None:
+    """Run a check of a placement, and name the options that its error is about."""
+    try:
+        check()
+    except OptionError as error:
+        names = [name for name in ("window_format", "error_format") if hasattr(options, name)]
+        raise OptionError(f"{', '.join(f'{name}={getattr(options, name)!r}' for name in names)}: {error}") from None

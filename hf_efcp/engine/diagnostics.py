@@ -1,0 +1,61 @@
+"""What a step of a window method can tell about itself for free: norms and cosines are entries of K."""
+
+from __future__ import annotations
+
+import torch
+
+from ..core.coefficients import cancellation, quadratic
+from .setup import Setup
+
+
+def of_last_step(setup: Setup) -> dict[str, float]:
+    """Give figures of the last accepted step; before the first, at most the number of refused ones.
+
+    With scope="layer" norms are over all tensors, and kappa is the largest. Everything but the two error figures comes from K and
+    c; the error figures read the error feedback once, here and not in the step.
+
+    Returns:
+        step, skipped_steps: entries written, and steps refused for a gradient that is not finite.
+        rows: filled slots of the window.
+        row_norm: |c_j|, of the newest entry. update_norm: |u|, rescaled and before lr, momentum and weight decay.
+        update_rms: |u| / sqrt(d).
+        cosine_update_row: between u and the newest entry. cosine_rows: mean |cosine| of the newest entry to the others.
+        kappa: (sum c_i^2 |c_i|^2)^1/2 / |u|, the cancellation in G^T c; 1 to 3 is healthy.
+        weight_newest: share of the newest entry in sum_i |c_i| |entry_i|. weight_age: mean age under these shares, in steps.
+        error_norm: |e|. error_share: |e|^2 / (|e|^2 + |c_j|^2), what compression holds back. Neither where several processes
+            train: each has a part of e, and processes do not meet here.
+    """
+    gram = setup.counters
+    if setup.last is None or gram.step == 0:
+        skipped = int(gram.skipped)
+        return {"step": float(gram.step), "skipped_steps": float(skipped)} if skipped else {}
+    c, j, k = setup.last, (gram.step - 1).view(1) % gram.window_size, gram.matrix
+    squares = k.diagonal(dim1=-2, dim2=-1)
+    newest = k[:, :, j].squeeze(-1)  # (groups, m)
+    row = squares[:, j].sum().sqrt()
+    update = quadratic(k, c).sum().sqrt()
+    shares = (c.abs() * squares.sqrt()).sum(0)
+    shares = shares / shares.sum().clamp_min(torch.finfo(shares.dtype).tiny)
+    others = newest.sum(0).abs() / (squares.sum(0).sqrt() * row)
+    others = others[others.isfinite() & (gram.ages(j) > 0)]
+    values = {
+        "step": gram.step,
+        "skipped_steps": gram.skipped,
+        "rows": gram.filled,
+        "row_norm": row,
+        "update_norm": update,
+        "update_rms": update / setup.coordinates**0.5,
+        "cosine_update_row": _ratio((newest * c).sum(), row * update),
+        "cosine_rows": others.mean() if len(others) else 0.0,
+        "kappa": cancellation(k, c).max(),
+        "weight_newest": shares[j],
+        "weight_age": (shares * gram.ages(j)).sum(),
+    }
+    if setup.placement.alone:
+        error = sum(s.error.square() for s in setup.stacks if s.error is not None)
+        values |= {"error_norm": error**0.5, "error_share": _ratio(error, error + float(row) ** 2)}
+    return {name: float(value) for name, value in values.items()}
+
+
+def _ratio(a: torch.Tensor | float, b: torch.Tensor | float) -> float:
+    return float(a) / float(b) if float(b) > 0 else 0.0

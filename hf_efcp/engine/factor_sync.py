@@ -1,0 +1,303 @@
+"""comm="factors": under DDP the processes all-reduce the rank-r factors of the mean gradient instead of the gradients.
+
+The factors are made during backward, by a hook that DDP calls for each of its buckets. `p.grad` of a compressed matrix stays this
+process's own gradient g_i; whatever is not compressed gets its mean, as ever. In `step()` the entries of the windows are the
+factors that are there already, and
+
+    e_i <- e_i + g_i - P Q^T
+
+Error and warm start of every compressed matrix are on every process. The errors differ: their mean is the error of a run that
+compresses the mean gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..core.accumulated import Accumulated, LowRankEntry
+from ..core.cells import Layout, Spec, cell, matrix_shape
+from ..core.compressors import Compressor, PowerIteration
+from ..core.deferred import DelayedFlag
+from ..core.linalg import ieee_matmul
+from ..core.windows import LowRankWindow
+from ..distributed.ddp import Replicas
+from ..distributed.factors import factors_of_mean, mean_
+from ..distributed.fsdp2 import is_sharded
+from ..distributed.placement import Placement, Specs
+from ..options import OptionError
+from .formats import EntryFormat, LowRankFormat
+from .setup import Setup, l2_of
+from .stacks import Piece, Stack, batches
+
+# How many entries of a gradient are kept from backward to step, to see that it is still the same.
+_SAMPLE = 16
+
+
+class FactorStack(Stack):
+    """Whole matrices whose factors the processes make together. The window has no slots: it only rounds the new entry.
+
+    Attributes:
+        start: the Q that this backward starts from, (n, cols, r).
+        p, q: the factors, (n, rows, r) and (n, cols, r); zeros until the hook has seen their bucket.
+        samples: entries of the gradients that the hook has seen, by position in the stack.
+    """
+
+    def __init__(self, pieces: list[Piece], group: int, specs: Specs, options: Any):
+        super().__init__(pieces, group, [specs["error"], specs["warm_start"]])
+        self.error = cell("error", self.buffers, self.layout, self.turn)
+        warm_start = cell("warm_start", self.buffers, self.layout, self.turn)
+        self.compressor = PowerIteration(warm_start, options.power_iterations)
+        n, rank = len(pieces), warm_start.buffer.shape[2]
+        specs_of_window = LowRankWindow.specs(self.layout, 0, rank, specs["window_p"].dtype)
+        rounding = {s.name: torch.zeros(n, *s.shape, dtype=s.dtype, device=self.device) for s in specs_of_window}
+        self.window = LowRankWindow(rounding, self.layout.dtype)
+        self.changed = DelayedFlag()
+        self.start: Any = None
+        self.p: Any = None
+        self.q: Any = None
+        self.samples: dict[int, Tensor] = {}
+
+    def begin(self, step: Tensor) -> None:
+        """Begin a backward: what an earlier one has left, without a step, is void."""
+        self.turn.step = step
+        start = self.compressor.start(step)
+        self.start, self.q = start, torch.zeros_like(start)
+        self.p = start.new_zeros(len(self.pieces), self.shape[0], start.shape[2])
+        self.samples = {}
+
+    def operand(self, members: Mapping[int, Tensor], l2: float) -> Tensor:
+        """Form a = e + g + l2 * p of the members, given by position -> g; a copy (members, rows, cols)."""
+        a = torch.stack([g.reshape(self.shape).to(self.layout.dtype) for g in members.values()])
+        for x, i in zip(a, members, strict=True):
+            if l2:
+                x.add_(self.pieces[i].data.reshape(self.shape), alpha=l2)
+            x.add_(self.error.buffer[i])
+        return a
+
+    def put(self, members: Mapping[int, Tensor], p: Tensor, q: Tensor) -> None:
+        """Take the members' factors."""
+        index = torch.tensor(list(members), device=self.device)
+        self.p.index_copy_(0, index, p)
+        self.q.index_copy_(0, index, q)
+        self.samples |= {i: _sample(g).clone() for i, g in members.items()}
+
+    def stage(self, step: Tensor) -> None:
+        """Give the entry as the window stores it; zero for a parameter without a gradient, which DDP leaves so everywhere.
+
+        Raises:
+            OptionError: a gradient is not the one that the hook has seen; on a GPU that is known one step late.
+        """
+        if self.start is None:
+            self.begin(step)
+        self.open(step)
+        self._check_gradients()
+        for i in self.turn.absent:
+            self.p[i], self.q[i] = 0, 0
+        self.window.stage(LowRankEntry.of(self.p, self.q))
+        self.compressor.prepare(self.q)
+
+    def commit(self, j: Tensor, l2: float, ok: bool | Tensor) -> None:
+        """Let e <- e + g - P Q^T, and Q become the next warm start, where the step is accepted."""
+        self.turn.ok = ok
+        Accumulated(self.gradients(l2), self.error).keep(self.window.staged)
+        self.compressor.commit()
+        self.window.release()
+        self.void()
+
+    def void(self) -> None:
+        """Forget the factors: they are used up."""
+        self.start = self.p = self.q = None
+        self.samples = {}
+
+    def _check_gradients(self) -> None:
+        differ = []
+        for i, p in enumerate(self.params):
+            if p.grad is None:
+                continue
+            if i not in self.samples:
+                raise OptionError(
+                    "comm='factors': a gradient did not come from a backward through the DistributedDataParallel that "
+                    "synchronizes (the last one before step() has to be outside no_sync)"
+                )
+            seen, there = self.samples[i], _sample(p.grad)
+            differ.append(((seen != there) & ~(seen.isnan() & there.isnan())).any())
+        if differ and self.changed.exchange(torch.stack(differ).any()):
+            raise OptionError(
+                "comm='factors': gradients were changed between backward() and step() (clipping, a GradScaler), which would have "
+                "no effect on the factors: take max_grad_norm=0 and no fp16, or comm='gradients'"
+            )
+
+
+class ReadyFactors(Compressor):
+    """The compressor of a window whose entries were made during backward.
+
+    Args:
+        pieces: of the window's stack.
+        places: parameter -> its stack of factors and position there.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], places: Mapping[Tensor, tuple[FactorStack, int]]):
+        self.pieces, self.places = pieces, places
+
+    def compress(self, a: Accumulated, step: Tensor) -> LowRankEntry:
+        """Give P (n, rows, r), of the rows that are held here, and Q (n, cols, r)."""
+        stacks = [(*self.places[piece.param], piece.rows) for piece in self.pieces]
+        p = [s.p[i] if rows is None else s.p[i, rows] for s, i, rows in stacks]
+        return LowRankEntry.of(torch.stack(p), torch.stack([s.q[i] for s, i, _ in stacks]))
+
+
+class ReadyFormat(LowRankFormat):
+    """Low-rank entries without error and warm start of their own.
+
+    Args:
+        layout, options: as in EntryFormat.
+        places: as of ReadyFactors; it is filled later.
+    """
+
+    def __init__(self, layout: Layout, options: Any, places: Mapping[Tensor, tuple[FactorStack, int]]):
+        super().__init__(layout, options)
+        self.places = places
+
+    def specs(self) -> tuple[Spec, ...]:
+        """See EntryFormat."""
+        return tuple(s for s in super().specs() if s.name not in ("error", "warm_start"))
+
+    def compressor(self, stack: Stack) -> Compressor:
+        """See EntryFormat."""
+        return ReadyFactors(stack.pieces, self.places)
+
+
+class FactorSync:
+    """DDP's communication hook and what it needs.
+
+    Args:
+        options: of the optimizer, which may be no low-rank one.
+
+    Attributes:
+        replicas: the processes of the DDP whose hook is ours; None: there is no hook.
+        wanted: whether comm="factors" is asked for.
+    """
+
+    def __init__(self, options: Any):
+        self.wanted = getattr(options, "comm", "gradients") == "factors"
+        self.replicas: Replicas | None = None
+        self._places: dict[Tensor, tuple[FactorStack, int]] = {}
+
+    def register(self, model: DistributedDataParallel, hook: Any, params: Sequence[Tensor], fresh: bool) -> None:
+        """Make DDP call `hook`.
+
+        Args:
+            model: holds all parameters.
+            hook: as `DistributedDataParallel.register_comm_hook` takes it.
+            params: that are trained.
+            fresh: whether the optimizer has no state yet.
+
+        Raises:
+            OptionError: `model` is no DDP or lacks a parameter, or the state is already that of a run without the hook.
+        """
+        if not isinstance(model, DistributedDataParallel):
+            raise OptionError(f"comm='factors' needs a DistributedDataParallel, got {type(model).__name__}")
+        known = {p for n, p in model.module.named_parameters() if n not in model.parameters_to_ignore}
+        strangers = sum(p.requires_grad and p not in known for p in params)
+        if strangers:
+            raise OptionError(f"comm='factors': {strangers} of the parameters are not in the model, or DDP ignores them")
+        if dist.get_world_size(model.process_group) == 1:
+            return
+        if not fresh and self.replicas is None:
+            raise OptionError("comm='factors': register_comm_hook has to come before the first step and before load_state_dict")
+        model.register_comm_hook(None, hook)
+        self.replicas = Replicas(model.process_group)
+
+    def check(self, params: Sequence[Tensor], placement: Placement, options: Any) -> None:
+        """Raise OptionError where factors are asked for and cannot be made: no hook, or sharded parameters."""
+        if not self.wanted:
+            return
+        if any(map(is_sharded, params)):
+            raise OptionError("comm='factors' is for DDP: under FSDP2 gradients are sharded, take comm='gradients'")
+        for name in ("window_format", "error_format"):
+            if getattr(options, name) != "plain":
+                raise OptionError(f"comm='factors' takes {name}='plain', got {getattr(options, name)!r}")
+        if self.replicas is None:
+            several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+            if several or not placement.alone:
+                raise OptionError(
+                    "comm='factors' needs its hook on several processes: call optimizer.register_comm_hook(model), with the "
+                    "DistributedDataParallel, before the first backward and load_state_dict"
+                )
+        elif placement.size != self.replicas.size:
+            raise OptionError(
+                f"comm='factors': DDP has {self.replicas.size} processes, and {placement.size} share the optimizer's state"
+            )
+
+    def held(self, specs: Sequence[Spec], processes: int = 1) -> tuple[Spec, ...]:
+        """Say of a parameter's state who holds it: with factors, errors and warm starts are on every process."""
+        factors = self.replicas is not None or (self.wanted and processes > 1)
+        if not factors or "warm_start" not in {spec.name for spec in specs}:
+            return tuple(specs)
+        where = {"error": "each", "warm_start": "everywhere"}
+        return tuple(dataclasses.replace(s, held=where[s.name]) if s.name in where else s for s in specs)  # type: ignore[arg-type]
+
+    def in_window(self, format: EntryFormat) -> EntryFormat:
+        """Give the format of the windows' stacks, without what is in stacks of all compressed matrices."""
+        if self.replicas is None or not isinstance(format, LowRankFormat):
+            return format
+        return ReadyFormat(format.layout, format.options, self._places)
+
+    def stacks(self, groups: Sequence[Sequence[Tensor]], specs: Mapping[Tensor, Specs], options: Any) -> list[FactorStack]:
+        """Make the stacks of factors; none without a hook."""
+        if self.replicas is None:
+            return []
+        numbers, stacks = {p: i for i, p in enumerate(specs)}, []
+        for index, params in enumerate(groups):
+            alike: dict[tuple, list[Piece]] = {}
+            for p in params:
+                if "warm_start" in specs[p]:
+                    alike.setdefault((matrix_shape(p), p.dtype, p.device), []).append(Piece(p, numbers[p]))
+            for members in alike.values():
+                stacks += [FactorStack(batch, index, specs[batch[0].param], options) for batch in batches(members)]
+        self._places.clear()
+        self._places.update({p: (s, i) for s in stacks for i, p in enumerate(s.params)})
+        return stacks
+
+    def reduce(self, bucket: Any, setup: Setup, groups: Sequence[Mapping[str, Any]], options: Any) -> Any:
+        """Make the factors of a bucket of DDP; called in backward for each, in the same order on all processes."""
+        if bucket.index() == 0:
+            for s in setup.factors:
+                s.begin(setup.counters.step)
+        buffer = bucket.buffer()
+        if buffer.is_sparse:
+            raise OptionError("comm='factors': no sparse gradients (nn.Embedding(sparse=True))")
+        members: dict[FactorStack, dict[int, Tensor]] = {}
+        plain = []
+        for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            if p in self._places:
+                s, i = self._places[p]
+                members.setdefault(s, {})[i] = g
+            else:
+                plain.append(g)
+        with ieee_matmul(buffer.device):
+            a = [s.operand(gradients, l2_of(groups[s.group], options)) for s, gradients in members.items()]
+            starts = [s.start[list(gradients)] for s, gradients in members.items()]
+            factors = factors_of_mean(a, starts, options.power_iterations, self._mean, plain)
+            for (s, gradients), (p, q) in zip(members.items(), factors, strict=True):
+                s.put(gradients, p, q)
+        future: Any = torch.futures.Future() if buffer.device.type == "cpu" else torch.futures.Future(devices=[buffer.device])
+        future.set_result(buffer)
+        return future
+
+    def _mean(self, tensors: Sequence[Tensor]) -> None:
+        assert self.replicas is not None
+        mean_(tensors, self.replicas.group, self.replicas.size)
+
+
+def _sample(g: Tensor) -> Tensor:
+    """Give a few entries of a gradient."""
+    flat = g.reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE)]

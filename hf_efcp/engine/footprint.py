@@ -1,0 +1,54 @@
+"""Bytes of state: counted on what is held, or from specs before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from ..distributed.ddp import plan
+from ..distributed.placement import Specs
+from ..distributed.plan import Owners
+
+
+def measured(entries: Iterable[Mapping[str, Tensor]], specs: Iterable[Specs]) -> dict[str, int]:
+    """Count the bytes by kind of the state that is held."""
+    kinds: dict[str, int] = {}
+    for entry, known in zip(entries, specs, strict=True):
+        for name, t in entry.items():
+            if name in known:
+                kind = known[name].kind
+                kinds[kind] = kinds.get(kind, 0) + t.numel() * t.element_size()
+    return kinds
+
+
+def estimated(specs: Mapping[Tensor, Specs], processes: int = 1, fsdp: bool = False) -> dict[str, int]:
+    """Count the bytes by kind of the process that will hold most.
+
+    Args:
+        specs: of every parameter, those of all parameters among them.
+        processes: that share the state.
+        fsdp: they share the parameters too: each has the rows of its chunk of every tensor.
+    """
+    if fsdp:  # the first chunk is the largest
+        chunks: list[Owners] = [{0: slice(0, -(-len(p) // processes)) if p.ndim and p.numel() else None} for p in specs]
+        owners, ranks = dict(zip(specs, chunks, strict=True)), 1
+    else:
+        owners, ranks = plan(specs, processes, {}), processes
+    loads = [_bytes_on(specs, owners, rank) for rank in range(ranks)]
+    return max(loads, key=lambda kinds: sum(kinds.values()))
+
+
+def _bytes_on(specs: Mapping[Tensor, Specs], owners: Mapping[Tensor, Owners], rank: int) -> dict[str, int]:
+    """Count the bytes by kind that the plan gives to a process."""
+    kinds: dict[str, int] = {}
+    for p, entries in specs.items():
+        for spec in entries.values():
+            if spec.held == "owner" and rank not in owners[p]:
+                continue
+            part = spec.part(p, owners[p].get(rank))
+            size = spec.dtype.itemsize
+            for length in part:
+                size *= length
+            kinds[spec.kind] = kinds.get(spec.kind, 0) + size
+    return kinds

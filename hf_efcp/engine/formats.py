@@ -1,0 +1,184 @@
+"""How the entries of a window are made and stored: which compressor goes with which window, and when compression does not pay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..core.cells import Buffers, Layout, Spec, cell, matrix_specs
+from ..core.codecs import BlockQuantizer
+from ..core.compressors import BlockTopK, Compressor, Identity, PowerIteration
+from ..core.low_bit_windows import LowBitDenseWindow, LowBitLowRankWindow, LowBitSparseWindow, codec_of
+from ..core.sparse_window import SparseWindow
+from ..core.windows import DenseWindow, LowRankWindow, Window
+from .costs import Count
+
+if TYPE_CHECKING:
+    from .stacks import Stack
+
+
+class EntryFormat:
+    """Entries as they are: the format of tensors for which compression does not pay, and of the dense methods.
+
+    Args:
+        layout: of the parameter.
+        options: WindowOptions.
+    """
+
+    def __init__(self, layout: Layout, options: Any):
+        self.layout, self.options = layout, options
+        self.low_bit = options.window_format == "low_bit"
+        self.dtype = layout.dtype if self.low_bit else options.window_dtype or layout.dtype
+        # Whether entries are stored exactly, so that there is no error to feed back.
+        self.lossless = not self.low_bit and self.dtype.itemsize >= layout.dtype.itemsize
+
+    def pays(self) -> bool:
+        """Tell whether the compressed entry is smaller than the tensor."""
+        return False
+
+    def window_specs(self) -> tuple[Spec, ...]:
+        """Declare the window's state."""
+        return self._kind.specs(self.layout, self.options.window_size, self.dtype)
+
+    def compressor_specs(self) -> tuple[Spec, ...]:
+        """Declare the compressor's state."""
+        return ()
+
+    def specs(self) -> tuple[Spec, ...]:
+        """Declare all state of one parameter, in the order of `optimizer.state[p]`."""
+        o = self.options
+        error = () if self.lossless else matrix_specs("error", self.layout, o.error_dtype, o.error_format)
+        momentum = matrix_specs("momentum", self.layout, None) if o.momentum else ()
+        return (*error, *self.compressor_specs(), *self.window_specs(), *momentum)
+
+    def compressor(self, stack: Stack) -> Compressor:
+        """Make the compressor of a stack."""
+        return Identity()
+
+    def window(self, buffers: Buffers) -> Window:
+        """Make the window on the buffers of a stack."""
+        return self._kind(self._window_buffers(buffers), self.layout.dtype)
+
+    def arithmetic(self, n: int, rows: int) -> tuple[float, float, float, float]:
+        """Count operations for n tensors of `rows` rows: in the compute dtype of compress, feedback, update; in fp64 of dots."""
+        products = 2.0 * self.options.window_size * n * rows * self.layout.cols
+        return 0.0, 0.0, products, products
+
+    @property
+    def _kind(self) -> type[DenseWindow]:
+        return LowBitDenseWindow if self.low_bit else DenseWindow
+
+    def _window_buffers(self, buffers: Buffers) -> Buffers:
+        return {spec.name: buffers[spec.name] for spec in self.window_specs()}
+
+
+class SparseFormat(EntryFormat):
+    """Block top-k entries, unless indices and values take as much as the tensor."""
+
+    def __init__(self, layout: Layout, options: Any):
+        super().__init__(layout, options)
+        self.lossless = False
+        self.grid = BlockTopK(layout.cols, options.density, options.block_size) if layout.numel else None
+
+    def pays(self) -> bool:
+        """See EntryFormat."""
+        if self.grid is None:
+            return False
+        cols = self.layout.cols
+        if self.low_bit:
+            scales = BlockQuantizer(8).shapes(cols)[1][0] * self.layout.dtype.itemsize
+            compressed, dense = 2 * self.grid.per_row + codec_of(self.grid).blocks, cols + scales
+        else:
+            itemsize = self.dtype.itemsize
+            compressed, dense = self.grid.per_row * (itemsize + torch.int16.itemsize), cols * itemsize
+        return compressed < dense
+
+    def window_specs(self) -> tuple[Spec, ...]:
+        """See EntryFormat."""
+        kind = LowBitSparseWindow if self.low_bit else SparseWindow
+        return kind.specs(self.layout, self.options.window_size, self._grid, self.dtype)
+
+    def compressor(self, stack: Stack) -> Compressor:
+        """See EntryFormat."""
+        return self._grid
+
+    def window(self, buffers: Buffers) -> Window:
+        """See EntryFormat."""
+        kind = LowBitSparseWindow if self.low_bit else SparseWindow
+        return kind(self._window_buffers(buffers), self.layout.dtype, self._grid)
+
+    def arithmetic(self, n: int, rows: int) -> tuple[float, float, float, float]:
+        """See EntryFormat."""
+        kept, m = n * rows * self._grid.per_row, self.options.window_size
+        return 0.0, kept, 2 * m * kept, 2 * m * kept
+
+    @property
+    def _grid(self) -> BlockTopK:
+        assert self.grid is not None, "an empty tensor is stored as it is"
+        return self.grid
+
+
+class LowRankFormat(EntryFormat):
+    """Entries P Q^T of rank min(r, rows, cols), unless both factors take as much as the tensor: r (rows + cols) >= rows cols."""
+
+    def __init__(self, layout: Layout, options: Any):
+        super().__init__(layout, options)
+        self.lossless = False
+        self.rank = min(options.rank, layout.rows, layout.cols)
+
+    def pays(self) -> bool:
+        """See EntryFormat."""
+        return self.rank * (self.layout.rows + self.layout.cols) < self.layout.numel
+
+    def window_specs(self) -> tuple[Spec, ...]:
+        """See EntryFormat."""
+        kind = LowBitLowRankWindow if self.low_bit else LowRankWindow
+        return kind.specs(self.layout, self.options.window_size, self.rank, self.dtype)
+
+    def compressor_specs(self) -> tuple[Spec, ...]:
+        """See EntryFormat."""
+        return (Spec("warm_start", (self.layout.cols, self.rank), self.layout.dtype),)
+
+    def compressor(self, stack: Stack) -> Compressor:
+        """See EntryFormat."""
+        warm_start = cell("warm_start", stack.buffers, self.layout, stack.turn)
+        return PowerIteration(warm_start, self.options.power_iterations)
+
+    def window(self, buffers: Buffers) -> Window:
+        """See EntryFormat."""
+        kind = LowBitLowRankWindow if self.low_bit else LowRankWindow
+        return kind(self._window_buffers(buffers), self.layout.dtype)
+
+    def arithmetic(self, n: int, rows: int) -> tuple[float, float, float, float]:
+        """See EntryFormat."""
+        m, r, cols = self.options.window_size, self.rank, self.layout.cols
+        numel, dots = n * rows * cols, 2 * m * r * r * n * (rows + cols)
+        return 4 * numel * r * self.options.power_iterations, 2 * numel * r, 2 * numel * m * r, dots
+
+
+def costs_of(stack: Any) -> dict[str, Count]:
+    """Count what a step must do for a stack of a window method, by phase: operations, and bytes that must move.
+
+    The counts are lower bounds of the method, not of this code (docs/benchmarks/roofline.md): an input is read once for each pass
+    that the data flow forces.
+    """
+    n, (rows, cols) = len(stack.pieces), stack.shape
+    format, size = stack.format, stack.pieces[0].param.element_size()
+    m, numel = format.options.window_size, n * rows * cols
+
+    def held(names: set[str]) -> int:
+        return sum(buffer.nbytes for name, buffer in stack.buffers.items() if name in names)
+
+    window = held({spec.name for spec in format.window_specs()})
+    entry, error, warm = window / m, held({"error"}), held({"warm_start"})
+    gradient = numel * size
+    compress = Count(bytes=gradient + error + warm + (gradient if format.options.weight_decay_mode == "l2" else 0))
+    dots = Count(bytes=window - entry)  # slot j is replaced; the new entry is at hand
+    feedback = Count(bytes=error + entry + warm)
+    update = Count(bytes=window + 2 * gradient + 2 * held({"momentum"}))
+    precision = "fp64" if stack.layout.dtype == torch.float64 else "fp32"
+    *arithmetic, dots.fp64 = format.arithmetic(n, rows)
+    for part, operations in zip((compress, feedback, update), arithmetic, strict=True):
+        setattr(part, precision, float(operations))
+    return {"compress": compress, "dots": dots, "feedback": feedback, "update": update}

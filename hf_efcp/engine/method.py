@@ -1,0 +1,59 @@
+"""What a method gives to the engine. Two kinds exist: `Windowed` (windowed.py) and `Tensorwise` (tensorwise.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.cells import Layout, Spec
+from .costs import Count
+from .factor_sync import FactorSync
+from .setup import Setup
+from .stacks import Piece
+
+# A parameter group, as torch.optim has it.
+Group = Mapping[str, Any]
+
+
+class Method(Protocol):
+    """The state that a method keeps, and its step."""
+
+    def specs(self, layout: Layout, group: Group, options: Any, flat: bool) -> tuple[Spec, ...]:
+        """Declare the state of a parameter; `flat`: whether it is a flat piece of several."""
+        ...
+
+    def shared_specs(self, number: int, options: Any) -> tuple[Spec, ...]:
+        """Declare what the entry of parameter `number` holds for all parameters."""
+        ...
+
+    def make_stack(
+        self,
+        pieces: list[Piece],
+        index: int,
+        group: Group,
+        options: Any,
+        flat: bool,
+        sync: FactorSync,
+        total: Callable[[Tensor], Tensor] | None,
+    ) -> Any:
+        """Allocate the state of pieces of one shape; `index`: of their group. Other arguments: see Stack."""
+        ...
+
+    def make_counters(self, number: int, options: Any, device: torch.device) -> Any:
+        """Make the counters of a run with so many parameters."""
+        ...
+
+    def step(self, setup: Setup, groups: Sequence[Group], options: Any) -> None:
+        """Take a step: everything changes, or nothing but the count of refused steps."""
+        ...
+
+    def diagnostics(self, setup: Setup) -> dict[str, float]:
+        """Give figures of the last accepted step."""
+        ...
+
+    def costs(self, setup: Setup, options: Any) -> dict[str, Count]:
+        """Count what a step must do, by phase."""
+        ...

@@ -1,0 +1,117 @@
+"""The options that methods share: how state is stored and divided, and what a window is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..options import OptionError, fraction, option, parse_bytes, positive
+
+_STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class StateOptions:
+    """Options of every method with error feedback."""
+
+    weight_decay_mode: str = option(
+        "decoupled", "p <- (1 - lr*wd) p, or l2: g += wd*p before compression", choices=("decoupled", "l2")
+    )
+    error_dtype: torch.dtype | None = option(
+        None,
+        "dtype of the error feedback, bf16 rounded stochastically; none: fp64 for fp64 parameters, else fp32",
+        choices=_STATE_DTYPES,
+    )
+    error_format: str = option(
+        "plain",
+        "how the error feedback is stored; plain: in error_dtype; int8, int4: with a scale for each 256 numbers, rounded "
+        "stochastically",
+        choices=("plain", "int8", "int4"),
+    )
+    stochastic_rounding: bool = option(
+        False,
+        "bf16 parameters: round each update stochastically, so that small ones count in the mean; needs no fp32 copy (refused "
+        "under DeepSpeed ZeRO, which trains one)",
+    )
+    shard: str = option(
+        "off",
+        "auto: where torch.distributed runs, its processes share the state; off: unless given a process_group",
+        choices=("off", "auto"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowOptions(StateOptions):
+    """Options of every method that keeps a window of gradients."""
+
+    window_size: int = option(1024, "number m of gradients in the window", allowed="an integer >= 1", check=positive)
+    window_momentum: float = option(
+        0.0,
+        "momentum before preconditioning, in the window's span: e_j becomes w_i = (1-beta) beta^age(i); takes no memory",
+        allowed="a number in [0, 1)",
+        check=fraction,
+    )
+    momentum: float = option(
+        0.0, "momentum after preconditioning: v <- mu v + (1-mu) u", allowed="a number in [0, 1)", check=fraction
+    )
+    scope: str = option("model", "one Gram matrix over all tensors, or one per tensor", choices=("model", "layer"))
+    update_rms: float | None = option(
+        None,
+        "rescale the whole update to this root mean square per coordinate; none: the raw update",
+        allowed="a number > 0, or none",
+        check=positive,
+    )
+    window_dtype: torch.dtype | None = option(
+        None, "dtype of the window's numbers; none: fp64 for fp64 parameters, else fp32", choices=_STATE_DTYPES
+    )
+    window_format: str = option(
+        "plain",
+        "how the window is stored; plain: in window_dtype; low_bit: 8 bits a number, or 16 a sparse entry with its index",
+        choices=("plain", "low_bit"),
+    )
+    memory_budget: int | None = option(
+        None,
+        "bytes of state (2GiB) for each process: chooses window_size, rank or density, and formats, unless they are given",
+        allowed="a number >= 1, with a unit or without, or none",
+        check=positive,
+        parse=parse_bytes,
+    )
+    save_window: bool = option(
+        True, "false: checkpoints leave the window out, which is most of them; a resumed run starts with an empty window"
+    )
+
+    def __post_init__(self) -> None:
+        block = getattr(self, "block_size", 1)  # of the sparse methods
+        if self.window_format == "low_bit" and block > 1024:
+            raise OptionError(f"block_size={block}: at most 1024 with window_format=low_bit, where an index has 10 bits")
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankOptions:
+    """Options of the low-rank compressor."""
+
+    rank: int = option(
+        4, "rank of the compressed gradients, clamped to min(rows, cols)", allowed="an integer >= 1", check=positive
+    )
+    power_iterations: int = option(
+        1, "rounds of subspace iteration per step, each two products with the gradient", allowed="an integer >= 1", check=positive
+    )
+    comm: str = option(
+        "gradients",
+        "what the processes of DDP all-reduce: gradients, or the rank-r factors of their mean (needs max_grad_norm=0, no fp16)",
+        choices=("gradients", "factors"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseOptions:
+    """Options of the block top-k compressor."""
+
+    density: float = option(0.01, "fraction of each block that is kept", allowed="a number in (0, 1]", check=lambda x: 0 < x <= 1)
+    block_size: int = option(
+        1024,
+        "length of a top-k block, a run inside one row of a tensor",
+        allowed="an integer in [1, 32768] (indices are int16)",
+        check=lambda x: 1 <= x <= 32768,
+    )

@@ -1,0 +1,90 @@
+"""Which parameters and parameter groups an optimizer takes; whatever would go wrong silently or late is refused at once."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..distributed.fsdp2 import is_sharded, problem
+from ..options import OptionError, ParamGroupOptions, build, field_types
+
+
+def checked_group(group: Any, others: Sequence[dict[str, Any]], options_type: type, name: str) -> dict[str, Any]:
+    """Check a parameter group, and give it with typed values.
+
+    Args:
+        group: as the user gives it.
+        others: the groups so far.
+        options_type: the optimizer's options, none of which a group may set.
+        name: of the optimizer's class.
+
+    Raises:
+        OptionError: a bad lr or weight_decay, an option of the whole optimizer, or a parameter that cannot be optimized.
+    """
+    if not isinstance(group, dict):
+        raise TypeError(f"{name}: a parameter group must be a dict, got {type(group).__name__}")
+    valid = field_types(ParamGroupOptions)
+    for key in group:
+        if key in field_types(options_type):
+            raise OptionError(f"{key} is an option of the whole optimizer {name}, not of a parameter group")
+        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.8)
+        if key not in valid and near:
+            raise OptionError(f"unknown key {key!r} in a parameter group of {name}: did you mean {near[0]!r}?")
+    given = {k: v for k, v in group.items() if k in valid}
+    checked = build(ParamGroupOptions, given, name)
+    params = group["params"]
+    if not isinstance(params, Tensor | set):  # torch refuses a set, with a good message
+        params = list({id(_tensor(entry)): entry for entry in params}.values())  # tied weights once
+        for entry in params:
+            refuse_parameter(_tensor(entry), name)
+        params = _named_alike(params, others)
+    return {**group, **{k: getattr(checked, k) for k in given}, "params": params}
+
+
+def refuse_parameter(p: Any, name: str) -> None:
+    """Raise OptionError for a parameter that cannot be optimized; what is no tensor is torch's to refuse."""
+    if not isinstance(p, Tensor) or not p.requires_grad:
+        return
+    if p.is_complex():
+        raise OptionError(f"{name} has no complex arithmetic: pass torch.view_as_real(p) instead of the {p.dtype} parameter")
+    if hasattr(p, "_is_flat_param") or hasattr(p, "_fsdp_flattened"):
+        raise OptionError(f"{name} needs whole matrices, and FSDP1 hands it flat pieces: use FSDP2 (fully_shard) or DDP")
+    if hasattr(p, "ds_id") or hasattr(p, "ds_tensor"):
+        raise OptionError(f"{name} needs whole parameters, and DeepSpeed's ZeRO-3 divides them: use DDP or FSDP2")
+    if p.device.type == "mps":
+        raise OptionError(f"{name} forms inner products in fp64, which the mps device does not have: train on cpu or cuda")
+    if is_sharded(p) and (trouble := problem(p)):
+        raise OptionError(f"{name}: {trouble}")
+
+
+def signature(options_type: type) -> inspect.Signature:
+    """Give a constructor's signature with the options spelled out, for help() and editors."""
+    kinds = inspect.Parameter
+    parameters = [
+        kinds("params", kinds.POSITIONAL_OR_KEYWORD),
+        kinds("lr", kinds.POSITIONAL_OR_KEYWORD, annotation=float),
+        kinds("weight_decay", kinds.KEYWORD_ONLY, default=0.0, annotation=float),
+        kinds("process_group", kinds.KEYWORD_ONLY, default=None),
+    ]
+    defaults = options_type()
+    for name, annotation in field_types(options_type).items():
+        parameters.append(kinds(name, kinds.KEYWORD_ONLY, default=getattr(defaults, name), annotation=annotation))
+    return inspect.Signature(parameters)
+
+
+def _named_alike(params: list[Any], others: Sequence[dict[str, Any]]) -> list[Any]:
+    """Give `params` as (name, tensor) pairs or as tensors, as the groups so far: torch refuses a mixture."""
+    if not others or not params:
+        return params
+    if "param_names" not in others[0]:
+        return [_tensor(entry) for entry in params]
+    number = len(others)
+    return [e if isinstance(e, tuple) else (f"group{number}.{i}", e) for i, e in enumerate(params)]
+
+
+def _tensor(entry: Any) -> Any:
+    return entry[1] if isinstance(entry, tuple) else entry

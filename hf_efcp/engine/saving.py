@@ -1,0 +1,261 @@
+"""Checkpoints: the state of an optimizer as one process has it, from what each process holds, and back.
+
+Nothing is ever cast: torch's own `load_state_dict` would cast state to the parameter's dtype, which turns int16 indices and an
+fp64 K into nonsense on a bf16 model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..core.cells import Spec
+from ..distributed.placement import Specs
+from ..options import OptionError
+from .setup import Setup
+
+if TYPE_CHECKING:
+    from ..distributed.folder import Part
+
+FORMAT = 1
+# Name of the folder of the shards in a checkpoint of Trainer or Accelerate.
+SHARD_FOLDER = "efcp_optim"
+# Options that a checkpoint has to agree in.
+MADE_WITH: tuple[str, ...] = ("window_size", "rank", "density", "block_size", "scope")
+MADE_WITH += ("window_dtype", "error_dtype", "window_format", "error_format")
+
+# The state of a parameter, by name.
+State = Mapping[str, Any]
+
+
+class Saving:
+    """The state of a setup, for whoever saves and loads it.
+
+    Args:
+        setup: the parameters, their specs and who holds what.
+        state: parameter -> name -> what this process holds.
+    """
+
+    def __init__(self, setup: Setup, state: Mapping[Tensor, State]):
+        self.setup, self.placement = setup, setup.placement
+        self.state = state
+
+    def outer(self, p: Tensor, with_window: bool) -> dict[str, Any]:
+        """Copy the state of p for `state_dict`, without the window where `with_window` is false; DTensors where p is one."""
+        specs = self.setup.specs.get(p, {})
+        entry = copies(self.state[p], specs, with_window)
+        return {name: self.placement.outer(t, specs[name], p) if name in specs else t for name, t in entry.items()}
+
+    def stub(self, optimizer_id: int, params: Sequence[Tensor]) -> dict[str, Any]:
+        """Give what stands in the state_dict of a state that is saved apart.
+
+        Args:
+            optimizer_id: tells the optimizers of a process apart.
+            params: of all groups.
+
+        Returns:
+            `origin`: from which process, optimizer and step it is; `trained`: positions of the parameters with state;
+            `errors`: of how many processes it has errors, with comm="factors".
+        """
+        trained = [i for i, p in enumerate(params) if p in self.state]
+        origin = f"{os.getpid()}/{optimizer_id}/{int(self.setup.counters.step)}"
+        stub: dict[str, Any] = {"processes": self.placement.size, "origin": origin, "trained": trained}
+        return {**stub, "errors": self.placement.size} if self._has_own_errors else stub
+
+    def save_folder(self, folder: Path, with_window: bool) -> None:
+        """Write this process's part; to be called on every process."""
+        from ..distributed import folder as folders  # takes most of a second
+
+        folders.save(self._parts(with_window), folder, self.placement.group)
+
+    def load_folder(self, folder: Path, with_window: bool, errors: int) -> None:
+        """Read this process's part into the state; everything is checked before anything is changed.
+
+        Args:
+            folder: as `save_folder` wrote it, on any number of processes.
+            with_window: whether it has the window.
+            errors: of how many processes it has errors (comm="factors"); 0: one error, of all.
+
+        Raises:
+            OptionError: the folder is damaged or does not fit.
+        """
+        from ..distributed import folder as folders
+
+        parts = self._parts(with_window)
+        means = self._errors_of_others(errors, parts)
+        try:
+            folders.load(parts, self._expected(with_window, errors), folder, self.placement.group, means)
+        except folders.CheckpointError as error:
+            raise OptionError(str(error)) from None
+
+    def check(self, numbers: Sequence[tuple[int, Tensor]], entries: Mapping[Tensor, State], with_window: bool) -> None:
+        """Raise OptionError where a checkpoint's entries are not those of these parameters and options.
+
+        Args:
+            numbers: position in the optimizer, and parameter.
+            entries: of the checkpoint.
+            with_window: whether it has the window.
+        """
+        for number, p in numbers:
+            specs = self.setup.specs.get(p, {}).values()
+            _check_entry(number, {s.name: s for s in specs if with_window or not s.window}, entries.get(p, {}))
+
+    def load(self, entries: Mapping[Tensor, State]) -> None:
+        """Copy what this process holds of the entries, which have been checked, into the state."""
+        inner = {p: self._inner(p, entry) for p, entry in entries.items()}
+        for p, entry in inner.items():
+            for name, t in entry.items():
+                self.state[p][name].copy_(t)
+
+    def start_without_window(self) -> None:
+        """Empty the window after a load without one."""
+        for p, entry in self.state.items():
+            for name, spec in self.setup.specs[p].items():
+                if spec.window and name in entry:
+                    entry[name].zero_()
+
+    @property
+    def _has_own_errors(self) -> bool:
+        """Whether each process has errors of its own."""
+        return bool(self.setup.factors) or any(s.held == "each" for specs in self.setup.specs.values() for s in specs.values())
+
+    def _inner(self, p: Tensor, entry: State) -> dict[str, Tensor]:
+        owners, specs, rank = self.setup.owners[p], self.setup.specs[p], self.placement.rank
+        mine = {name: t for name, t in entry.items() if name in self.state[p]}
+        return {name: self.placement.inner(t, specs[name], p, owners.get(rank)) for name, t in mine.items()}
+
+    def _parts(self, with_window: bool) -> dict[str, Part]:
+        """Give what this process holds, by the names in a folder."""
+        from ..distributed.folder import Part
+
+        parts = {}
+        for number, p in enumerate(self.setup.params):
+            rows = self.setup.owners[p].get(self.placement.rank)
+            for name, spec in self.setup.specs[p].items():
+                t = self.state[p].get(name)
+                if t is None or (spec.window and not with_window):
+                    continue
+                key, dim = f"{number}.{name}", spec.divided(p)
+                if spec.held == "each":  # side by side
+                    parts[key] = Part(t[None], (self.placement.size, *t.shape), 0, self.placement.rank)
+                elif dim is None or rows is None:
+                    parts[key] = Part(t, tuple(t.shape))
+                elif t.numel():
+                    parts[key] = Part(t, spec.shape, dim, rows.start // spec.per)
+        return parts
+
+    def _expected(self, with_window: bool, errors: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Give shape and dtype of everything in a folder of this optimizer; with the errors of so many processes."""
+        expected = {}
+        for number, p in enumerate(self.setup.params):
+            specs = self.setup.specs[p]
+            for name, spec in specs.items():
+                if with_window or not spec.window:
+                    several = errors and name == "error" and "warm_start" in specs
+                    shape = (errors, *spec.shape) if several else spec.shape
+                    expected[f"{number}.{name}"] = shape, spec.dtype
+        return expected
+
+    def _errors_of_others(self, errors: int, parts: dict[str, Part]) -> dict[str, Part]:
+        """Adapt `parts` to a folder with errors of another number of processes.
+
+        Returns:
+            The parts that become the mean of those errors: only the mean matters to the run.
+        """
+        from ..distributed.folder import Part
+
+        means: dict[str, Part] = {}
+        if errors == (self.placement.size if self._has_own_errors else 0):
+            return means
+        for number, p in enumerate(self.setup.params):
+            key, specs = f"{number}.error", self.setup.specs[p]
+            if key in parts and "warm_start" in specs:
+                part = parts.pop(key)
+                if specs["error"].held == "each":
+                    error = self.state[p]["error"]
+                    part = Part(error, tuple(error.shape))
+                (means if errors else parts)[key] = part
+        return means
+
+
+def copies(entry: State, specs: Specs, with_window: bool) -> dict[str, Any]:
+    """Copy an entry's tensors, since a view would drag its stack along; those of the window where `with_window`."""
+    kept = {name: t for name, t in entry.items() if name not in specs or with_window or not specs[name].window}
+    return {name: t.clone() if name in specs else t for name, t in kept.items()}
+
+
+def check_container(state_dict: Any) -> None:
+    """Raise OptionError for what is no optimizer's state dict."""
+    if not isinstance(state_dict, Mapping):
+        raise OptionError(f"not the checkpoint of an optimizer: expected a dict, got {type(state_dict).__name__}")
+    missing = [key for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        raise OptionError(f"not the checkpoint of an optimizer: {' and '.join(missing)} missing; it has {list(state_dict)}")
+    for number, group in enumerate(state_dict["param_groups"]):
+        check_keys(group, ("params",), f"its parameter group {number}")
+
+
+def check_keys(part: Mapping[str, Any], keys: Sequence[str], place: str) -> None:
+    """Raise OptionError where a part of a checkpoint lacks a key."""
+    missing = [key for key in keys if key not in part]
+    if missing:
+        raise OptionError(f"checkpoint is damaged: {place} lacks {', '.join(missing)}")
+
+
+def check_options(
+    saved: Any, state: Mapping[Any, Any], name: str, options: Any, expected: set[str], unchosen: Sequence[str]
+) -> None:
+    """Raise OptionError where a checkpoint is of another optimizer or was made with other options.
+
+    Args:
+        saved: its section with class and options; None: it is another optimizer's, or torch.distributed.checkpoint's, which
+            keeps state and groups only.
+        state: its state.
+        name: of this optimizer's class.
+        options: of this optimizer.
+        expected: names of state of which at least one is in a state of ours.
+        unchosen: names of options that a checkpoint without state need not agree in.
+    """
+    if saved is None:
+        names = {str(key) for entry in state.values() if isinstance(entry, Mapping) for key in entry}
+        if names and not names & expected:
+            raise OptionError(f"checkpoint is of another optimizer, with the state {', '.join(sorted(names))}; this is {name}")
+        return
+    check_keys(saved, ("format", "class", "options"), "its efcp section")
+    if saved["format"] > FORMAT:
+        raise OptionError(f"checkpoint has format {saved['format']}, this version of hf_efcp reads up to {FORMAT}: upgrade")
+    if saved["class"] != name:
+        raise OptionError(f"checkpoint is of {saved['class']}, this optimizer is {name}")
+    for option in MADE_WITH:
+        if option in unchosen and not state and "sharded" not in saved:
+            continue
+        missing = "plain" if option.endswith("_format") else None
+        here, there = getattr(options, option, missing), saved["options"].get(option, missing)
+        if here != there:
+            raise OptionError(f"checkpoint was made with {option}={there!r}, this optimizer has {option}={here!r}")
+
+
+def _check_entry(number: int, here: Mapping[str, Spec], there: Any) -> None:
+    if not isinstance(there, Mapping):
+        raise OptionError(f"parameter {number}: the checkpoint has {type(there).__name__} in place of its state")
+    if here.keys() != there.keys():
+        missing, extra = sorted(here.keys() - there.keys()), sorted(there.keys() - here.keys())
+        raise OptionError(
+            f"parameter {number}: the checkpoint's state does not fit this optimizer's parameters and options"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; unexpected: {', '.join(extra)}" if extra else "")
+        )
+    for name, spec in here.items():
+        t = there[name]
+        if not isinstance(t, Tensor):
+            raise OptionError(f"parameter {number}: {name} is of type {type(t).__name__} in the checkpoint, not a tensor")
+        widened = (spec.dtype, t.dtype) == (torch.int16, torch.int32)  # as it is saved under FSDP2
+        if tuple(t.shape) != spec.shape or not (widened or t.dtype == spec.dtype):
+            raise OptionError(
+                f"parameter {number}: {name} is {tuple(t.shape)} {t.dtype} in the checkpoint, {spec.shape} {spec.dtype} here"
+            )

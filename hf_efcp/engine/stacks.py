@@ -1,0 +1,165 @@
+"""Tensors of one shape, stacked: their state is one buffer with a leading dimension n, and a step handles them as one batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.accumulated import Accumulated
+from ..core.cells import Cell, Layout, Spec, Turn, compute_dtype, matrix_shape
+from ..core.linalg import CHUNK_BYTES, chunks
+from ..distributed.fsdp2 import is_sharded, local, local_gradient
+from ..distributed.placement import Placement
+from ..distributed.plan import Owners
+
+
+@dataclasses.dataclass(eq=False)
+class Piece:
+    """The part of a parameter whose state this process holds: all of it or, where state is divided, some rows.
+
+    Attributes:
+        param: the parameter.
+        number: its position among all trainable parameters.
+        rows: of dimension 0; None: all.
+    """
+
+    param: Tensor
+    number: int
+    rows: slice | None = None
+
+    def __post_init__(self) -> None:
+        rows, cols = matrix_shape(self.param)
+        if self.rows is not None:
+            length = self.rows.stop - self.rows.start
+            rows, cols = (length, cols) if self.param.ndim > 1 else (1, length)
+        self.shape = rows, cols
+        start = 0 if self.rows is None else self.rows.start
+        # Where the piece begins in the parameter's 2-D view.
+        self.origin = (start, 0) if self.param.ndim > 1 else (0, start)
+        self._sharded = is_sharded(self.param)
+        self._cut = None if self._sharded else self.rows
+
+    @property
+    def data(self) -> Tensor:
+        """The parameter's own memory, (rows, ...)."""
+        p = local(self.param) if self._sharded else self.param.detach()
+        return p if self._cut is None else p[self._cut]
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient of `data`, dense; shares memory with `param.grad` unless that is sparse."""
+        g = local_gradient(self.param) if self._sharded else self.param.grad
+        if g is None:
+            return None
+        g = g.to_dense() if g.is_sparse else g
+        return g if self._cut is None else g[self._cut]
+
+
+class Stack:
+    """n pieces of one shape, dtype, device and parameter group, with their state.
+
+    Args:
+        pieces: the n pieces.
+        group: index of their parameter group.
+        specs: of one parameter's state.
+        total: sums a tensor over the processes that share the matrices; None: each piece is a whole matrix.
+
+    Attributes:
+        ids: (n,) int64, the parameters' numbers.
+        layout: of one whole parameter.
+        shape: (rows, cols) of each piece.
+        buffers: state name -> (n, ...).
+        turn: the present step, for the cells.
+    """
+
+    def __init__(self, pieces: list[Piece], group: int, specs: Iterable[Spec], total: Callable[[Tensor], Tensor] | None = None):
+        first = pieces[0]
+        self.pieces, self.group, self.total = pieces, group, total
+        self.layout, self.shape = Layout.of(first.param), first.shape
+        self.device = first.param.device
+        self.ids = torch.tensor([piece.number for piece in pieces], device=self.device)
+        self.buffers: dict[str, Tensor] = {}
+        for spec in specs:
+            shape = (len(pieces), *spec.part(first.param, first.rows))
+            buffer = torch.zeros(shape, dtype=spec.dtype, device=self.device)  # untouched memory, until it is written to
+            self.buffers[spec.name] = buffer.fill_(spec.start) if spec.start else buffer
+        self.turn = Turn(self.ids, first.origin)
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The n parameters."""
+        return [piece.param for piece in self.pieces]
+
+    def open(self, step: Tensor) -> None:
+        """Begin a step: which tensors have a gradient, and by which number rounding is counted."""
+        self.turn.step, self.turn.ok = step, True
+        self.turn.absent = [i for i, piece in enumerate(self.pieces) if piece.param.grad is None]
+
+    def accumulated(self, error: Cell | None, l2: float = 0.0) -> Accumulated:
+        """Give the operand a = e + g + l2 * p."""
+        return Accumulated(self.gradients(l2), error, self.turn.absent, self.total)
+
+    def gradients(self, l2: float = 0.0) -> list[Tensor]:
+        """Give g + l2 * p, n matrices (rows, cols) in the compute dtype; zeros where a parameter has no gradient.
+
+        They may share memory with `p.grad`, which is never written to.
+        """
+        shape, dtype = self.shape, self.layout.dtype
+        gradients = []
+        for piece in self.pieces:
+            g = piece.grad
+            if g is None:
+                gradients.append(torch.zeros(shape, dtype=dtype, device=self.device))
+                continue
+            dense = g.reshape(shape).to(dtype)
+            if l2:
+                dense = dense.clone() if dense.data_ptr() == g.data_ptr() else dense
+                matrix = piece.data.reshape(shape)
+                for part in chunks(shape[0], 8 * shape[1]):
+                    dense[part].add_(matrix[part].to(dtype), alpha=l2)
+            gradients.append(dense)
+        return gradients
+
+
+def batches_of(
+    groups: Sequence[Sequence[Tensor]],
+    numbers: Mapping[Tensor, int],
+    owners: Mapping[Tensor, Owners],
+    placement: Placement,
+) -> Iterator[tuple[list[Piece], int, Callable[[Tensor], Tensor] | None]]:
+    """Group the pieces that this process holds into batches of one shape, dtype, device, parameter group and place.
+
+    Args:
+        groups: the parameters of each parameter group.
+        numbers: position of each parameter among all.
+        owners: who holds which rows.
+        placement: of this process.
+
+    Yields:
+        The pieces, the index of their group, and what sums over the processes that share their matrices.
+    """
+    alike: dict[tuple, list[Piece]] = {}
+    for index, params in enumerate(groups):
+        for p in params:
+            if placement.rank not in owners[p]:
+                continue
+            piece = Piece(p, numbers[p], owners[p][placement.rank])
+            # Rows of several tensors are one batch only where every process makes the same batches: they meet in each.
+            number = None if placement.follows else piece.number
+            place = piece.rows and (piece.rows.start, piece.rows.stop, number)
+            alike.setdefault((index, matrix_shape(p), p.ndim < 2, p.dtype, p.device, place), []).append(piece)
+    for (index, *_, place), members in alike.items():
+        for batch in batches(members, placement.size if place else 1):
+            yield batch, index, placement.sum if place else None
+
+
+def batches(members: list[Piece], processes: int = 1) -> Iterator[list[Piece]]:
+    """Cut pieces of one shape, each 1/processes of its parameter, into lists that are not too large for one stack."""
+    first = members[0].param
+    limit = processes * CHUNK_BYTES
+    size = max(1, limit // max(1, first.numel() * compute_dtype(first).itemsize))
+    for start in range(0, len(members), size):
+        yield members[start : start + size]

@@ -1,0 +1,190 @@
+"""The step of every method that couples no tensors: a tensor's update is made of its own gradient and state alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.accumulated import Accumulated, LowRankEntry
+from ..core.cells import Cell, Layout, Spec, cell, matrix_specs
+from ..core.counters import Counters
+from ..core.deferred import masked, readable
+from .apply import apply
+from .costs import Count
+from .factor_sync import FactorSync
+from .method import Group
+from .phases import LISTENER, PHASES
+from .setup import Setup, decoupled_of, l2_of
+from .stacks import Piece, Stack
+
+# What makes an update: (stack, a, t, options) -> u (n, rows, cols), or u's factors. a = e + g; t, (n, 1, 1) in the compute dtype,
+# counts each tensor's own gradients, this one included.
+Update = Callable[["TensorStack", Accumulated, Tensor, Any], "Tensor | LowRankEntry"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How tensors of one kind are optimized.
+
+    Attributes:
+        specs: (layout, options) -> the state of one tensor, beside its count of steps and its error.
+        update: what makes the update; it reads and writes the stack's cells by name, `s.exp_avg.read()`.
+        lossy: whether the rule compresses, and calls `a.keep(c)`: then e is state, in the format that the options say.
+        operations: (n, rows, cols, options) -> operations of a step in the compute dtype, for the roofline.
+    """
+
+    specs: Callable[[Layout, Any], tuple[Spec, ...]]
+    update: Update
+    lossy: bool = False
+    operations: Callable[[int, int, int, Any], float] = lambda n, rows, cols, options: 0.0
+
+
+class TensorStack(Stack):
+    """n pieces of one shape, with their rule; the cells of their state are attributes.
+
+    Args:
+        pieces, group, specs, total: as in Stack.
+        rule: of the tensors.
+    """
+
+    def __init__(
+        self,
+        pieces: list[Piece],
+        group: int,
+        specs: Sequence[Spec],
+        rule: Rule,
+        total: Callable[[Tensor], Tensor] | None = None,
+    ):
+        super().__init__(pieces, group, specs, total)
+        self.rule = rule
+        names = [name for name in self.buffers if f"{name.removesuffix('_scale')}_scale" != name]
+        self.cells = {name: cell(name, self.buffers, self.layout, self.turn, self.shape[1]) for name in names}
+
+    def __getattr__(self, name: str) -> Cell:
+        """Give the cell of a state entry by its name."""
+        cells = self.__dict__.get("cells", {})
+        if name not in cells:
+            raise AttributeError(f"no state entry {name!r}; there are {', '.join(cells)}")
+        return cells[name]
+
+    def update(self, l2: float, options: Any) -> Tensor | LowRankEntry:
+        """Make the update, and the state of the next step."""
+        t = self.cells["step"].read() + 1
+        self.cells["step"].write(t)
+        a = self.accumulated(self.cells.get("error"), l2)
+        return self.rule.update(self, a, t.to(self.layout.dtype).view(-1, 1, 1), options)
+
+    def apply(self, u: Tensor | LowRankEntry, group: Group, options: Any) -> None:
+        """Compute p <- (1 - lr*wd) p - lr u, for the tensors that have a gradient."""
+        ok, lr = self.turn.ok, float(group["lr"])
+        rate: float | Tensor = lr if ok is True else lr * ok.to(self.device, self.layout.dtype)  # type: ignore[union-attr]
+
+        def update(rows: slice) -> Tensor:
+            part = u.rows(rows) if isinstance(u, LowRankEntry) else u[:, rows]
+            return part if ok is True else masked(ok, part, 0.0)
+
+        rounding = self.turn.step if options.stochastic_rounding else None
+        apply(self, update, rate, decoupled_of(group, options), rounding, self.turn.absent)
+
+
+class Tensorwise:
+    """A rule for matrices, and another one for everything else. A `Method`.
+
+    Args:
+        rule: for matrices.
+        others: for vectors, for groups with `compress` false, and for groups of the kinds `other_kinds`.
+        other_kinds: kinds of parameter groups ("embedding", "head", see `parameter_groups`) that `others` is for.
+    """
+
+    def __init__(self, rule: Rule, others: Rule, other_kinds: Container[str] = ()):
+        self.matrices, self.others, self.other_kinds = rule, others, other_kinds
+
+    def rule(self, layout: Layout, group: Group) -> Rule:
+        """Choose the rule for a tensor."""
+        plain = layout.vector or not group.get("compress", True) or group.get("kind") in self.other_kinds
+        return self.others if plain else self.matrices
+
+    def specs(self, layout: Layout, group: Group, options: Any, flat: bool) -> tuple[Spec, ...]:
+        """See Method."""
+        rule = self.rule(layout, group)
+        error = matrix_specs("error", layout, options.error_dtype, options.error_format) if rule.lossy else ()
+        return (Spec("step", (), torch.float32), *error, *rule.specs(layout, options))
+
+    def shared_specs(self, number: int, options: Any) -> tuple[Spec, ...]:
+        """See Method."""
+        names = ("counter", "skipped") if number == 0 else ()
+        return tuple(Spec(name, (), torch.int64, held="everywhere") for name in names)
+
+    def make_stack(
+        self,
+        pieces: list[Piece],
+        index: int,
+        group: Group,
+        options: Any,
+        flat: bool,
+        sync: FactorSync,
+        total: Callable[[Tensor], Tensor] | None,
+    ) -> TensorStack:
+        """See Method."""
+        layout = Layout.of(pieces[0].param)
+        return TensorStack(pieces, index, self.specs(layout, group, options, flat), self.rule(layout, group), total)
+
+    def make_counters(self, number: int, options: Any, device: torch.device) -> Counters:
+        """See Method."""
+        return Counters(device)
+
+    def step(self, setup: Setup, groups: Sequence[Group], o: Any) -> None:
+        """Take a step."""
+        counters, phase = setup.counters, LISTENER.get()
+        ok = _gate(setup)
+        counters.count(ok)
+        if ok is False:
+            return
+        for s in setup.stacks:
+            s.open(counters.step)
+            s.turn.ok = ok
+            with phase("compress"):
+                u = s.update(l2_of(groups[s.group], o), o)
+            with phase("update"):
+                s.apply(u, groups[s.group], o)
+        setup.placement.publish(setup.params, setup.owners)
+        setup.started = True
+
+    def diagnostics(self, setup: Setup) -> dict[str, float]:
+        """See Method: step and skipped_steps; error_norm, |e|, where one process trains."""
+        figures = {"step": float(setup.counters.step), "skipped_steps": float(setup.counters.skipped)}
+        if setup.placement.alone:
+            errors = [s.cells["error"] for s in setup.stacks if "error" in s.cells]
+            figures["error_norm"] = sum(e.square() for e in errors) ** 0.5
+        return figures
+
+    def costs(self, setup: Setup, options: Any) -> dict[str, Count]:
+        """See Method: state is read and written once, a gradient read, and a parameter read and written."""
+        counts = {name: Count() for name in PHASES}
+        for s in setup.stacks:
+            n, (rows, cols) = len(s.pieces), s.shape
+            parameter, state = n * rows * cols * s.pieces[0].param.element_size(), sum(b.nbytes for b in s.buffers.values())
+            operations = float(s.rule.operations(n, rows, cols, options))
+            fp64 = s.layout.dtype == torch.float64
+            counts["compress"] += Count(0.0 if fp64 else operations, operations if fp64 else 0.0, parameter + 2 * state)
+            counts["update"] += Count(bytes=2 * parameter)
+        return counts
+
+
+def _gate(setup: Setup) -> bool | Tensor:
+    """Tell whether the gradients of all tensors and processes are finite, and their squares too; on a GPU a flag.
+
+    QR and other decompositions raise for what is not finite, so that a step has to know before it forms anything.
+    """
+    device = setup.counters.step.device
+    gradients = [g for s in setup.stacks for piece in s.pieces if (g := piece.grad) is not None and g.numel()]
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    if gradients:
+        norms = torch._foreach_norm([g if g.dtype == torch.float64 else g.float() for g in gradients])
+        square += torch.stack([norm.to(device, torch.float64) for norm in norms]).square().sum()
+    finite = setup.placement.sum(square).isfinite()
+    return bool(finite) if readable(device) else finite

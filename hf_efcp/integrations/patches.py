@@ -1,0 +1,246 @@
+"""What hf_efcp changes in transformers and accelerate: one table, `_PATCHES`, and how its lines are applied.
+
+transformers has no plug-in mechanism for optimizers. Each line is applied as soon as its module has been imported (at once, if
+it already was), so that `import hf_efcp` itself does not pay for importing transformers. Names other than those of
+`list_optimizers()` go to the original, untouched.
+
+Where a future transformers lacks one of these parts, one warning names the public way, which needs none of them:
+`hf_efcp.optimizer_cls_and_kwargs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.abc
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..options import as_text
+from ..registry import get_optimizer_info, list_optimizers
+from . import deepspeed
+from .checkpoints import hook_states, load_beside, load_fsdp, save_beside
+from .ddp_hook import hook_model, hook_optimizer
+from .trainer_options import check_no_fields, is_ours, name_of, optimizer_cls_and_kwargs
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+    from transformers.training_args import OptimizerNames
+
+_warned = False
+
+
+def register_with_transformers() -> None:
+    """Make our names valid for `--optim`, `TrainingArguments` and the stock Trainer. Idempotent; survives reloads."""
+    sys.meta_path[:] = [f for f in sys.meta_path if not _is_import_hook(f)]
+    sys.meta_path.insert(0, _PatchOnImport())
+    for name in dict.fromkeys(patch.module for patch in _PATCHES):
+        if name in sys.modules:
+            _apply(sys.modules[name])
+
+
+# What is put in the place of an original ------------------------------------------------------------------------------------
+
+
+def _with_names(names: type[OptimizerNames]) -> type[OptimizerNames]:
+    """`OptimizerNames` with a member for every registered name: argparse and `TrainingArguments(optim=...)` accept them."""
+    for value in list_optimizers():
+        member: Any = names._value2member_map_.get(value)
+        if member is None:
+            member = _add_member(names, value)
+        # On the member, not the class: the built-in names keep their own pickling.
+        member.__reduce_ex__ = functools.partial(_reduce, value)
+    return names
+
+
+def _add_member(names: Any, value: str) -> Any:
+    """A new member of the str enum `names`, entered wherever Python's enum module (3.10 to 3.13) looks for members."""
+    name = value.upper()
+    member: Any = str.__new__(names, value)
+    member._name_, member._value_, member._sort_order_ = name, value, len(names._member_names_)
+    member.__objclass__ = names
+    by_name, by_value, order = names._member_map_, names._value2member_map_, names._member_names_
+    setattr(names, name, member)  # 3.12+ has no lookup in _member_map_; once it is there, setting it is refused
+    by_name[name] = by_value[value] = member
+    order.append(name)
+    if hasattr(names, "_hashable_values_"):
+        names._hashable_values_.append(value)
+    return member
+
+
+def _reduce(value: str, protocol: int) -> tuple[Callable[[str], OptimizerNames], tuple[str]]:
+    return _restore, (value,)
+
+
+def _restore(value: str) -> OptimizerNames:
+    """Unpickle one of our names: finding this function imports hf_efcp, which registers it."""
+    from transformers.training_args import OptimizerNames
+
+    return OptimizerNames(value)
+
+
+def _checked(original: Callable[..., None]) -> Callable[..., None]:
+    """`TrainingArguments.__post_init__`, which then fails for a bad `--optim_args` before any data or model is loaded."""
+
+    def __post_init__(self: TrainingArguments, *args: Any, **kwargs: Any) -> None:
+        if name_of(self).startswith("efcp_"):  # a mistyped name: transformers would list all of its own
+            get_optimizer_info(name_of(self))
+        original(self, *args, **kwargs)
+        if is_ours(self):
+            optimizer_cls_and_kwargs(self)
+            if isinstance(self.optim_args, dict):  # to_json_string, which reporters call, cannot write a dtype
+                self.optim_args = {k: as_text(v) if isinstance(v, torch.dtype) else v for k, v in self.optim_args.items()}
+        else:
+            check_no_fields(self)
+
+    return __post_init__
+
+
+def _answered(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Trainer.get_optimizer_cls_and_kwargs`, before whose parser of `optim_args` ours comes: that one fails on JSON."""
+
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: torch.nn.Module | None = None, *rest: Any, **kwargs: Any
+    ) -> Any:
+        if is_ours(args):
+            return optimizer_cls_and_kwargs(args, model=model, decay_names=_decay_names(model))
+        return original(args, model, *rest, **kwargs)
+
+    return get_optimizer_cls_and_kwargs
+
+
+def _decay_names(model: torch.nn.Module | None) -> list[str] | None:
+    """What the Trainer decays; it passes no instance, so that a subclass's own rule is not known here (EFCPTrainer knows it)."""
+    from transformers.trainer import Trainer
+
+    rule: Callable[..., list[str]] = Trainer.get_decay_parameter_names  # it does not look at its instance
+    return None if model is None else rule(None, model)
+
+
+def _handled(handlers: dict[str, Any]) -> dict[str, Any]:
+    """`_OPTIMIZER_HANDLERS` with ours, for code that looks there: the Trainer itself is answered above."""
+    handlers.update(dict.fromkeys(list_optimizers(), _handler))
+    return handlers
+
+
+def _handler(context: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    return optimizer_cls_and_kwargs(context.args, model=context.model, decay_names=_decay_names(context.model))
+
+
+def _hooked(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Accelerator.prepare_optimizer` with both hooks: of checkpoints and of comm="factors"."""
+    return hook_optimizer(hook_states(original))
+
+
+# The table ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Patch:
+    """One private part that is changed.
+
+    Attributes:
+        module: where it is.
+        path: its attributes' names from there, with dots between them.
+        wrapper: original -> replacement; or the original, changed in place.
+        static: whether the original is a static method; if it is not as said here, nothing is changed.
+        optional: whether it may be absent.
+    """
+
+    module: str
+    path: str
+    wrapper: Callable[[Any], Any]
+    static: bool = False
+    optional: bool = False
+
+
+_PATCHES = (
+    _Patch("transformers.training_args", "OptimizerNames", _with_names),
+    _Patch("transformers.training_args", "TrainingArguments.__post_init__", _checked),
+    _Patch("transformers.trainer", "Trainer.get_optimizer_cls_and_kwargs", _answered, static=True),
+    _Patch("transformers.trainer", "Trainer._save_optimizer_and_scheduler", save_beside),
+    _Patch("transformers.trainer", "Trainer._load_optimizer_and_scheduler", load_beside),
+    _Patch("transformers.trainer", "load_fsdp_optimizer", load_fsdp),
+    _Patch("transformers.trainer_optimizer", "_OPTIMIZER_HANDLERS", _handled, optional=True),  # transformers 5
+    _Patch("accelerate.accelerator", "Accelerator.prepare_optimizer", _hooked),
+    _Patch("accelerate.accelerator", "Accelerator.prepare_model", hook_model),
+    _Patch("accelerate.accelerator", "Accelerator._prepare_deepspeed", deepspeed.prepare),
+    _Patch("accelerate.accelerator", "load_fsdp_optimizer", load_fsdp),
+)
+
+
+# How the table is applied ---------------------------------------------------------------------------------------------------
+
+
+def _apply(module: ModuleType) -> None:
+    """Apply the table's lines for a module that has been executed."""
+    try:
+        for patch in _PATCHES:
+            if patch.module == module.__name__:
+                _replace(module, patch)
+    except (AttributeError, KeyError, TypeError) as error:
+        _warn_unsupported(f"{module.__name__}: {error}")
+
+
+def _replace(module: ModuleType, patch: _Patch) -> None:
+    """Put the wrapped original in its place; a version of ours that is already there is replaced, not wrapped again."""
+    *parents, name = patch.path.split(".")
+    owner: Any = functools.reduce(getattr, parents, module)
+    if patch.optional and not hasattr(owner, name):
+        return
+    current = getattr(owner, name)
+    if isinstance(inspect.getattr_static(owner, name), staticmethod) != patch.static:
+        raise TypeError(f"{patch.path} is {'no' if patch.static else 'a'} static method")
+    original = getattr(current, "_hf_efcp_original", current)
+    new = patch.wrapper(original)
+    if new is original:
+        return
+    functools.update_wrapper(new, original)
+    new._hf_efcp_original = original
+    setattr(owner, name, staticmethod(new) if patch.static else new)
+
+
+def _warn_unsupported(reason: str) -> None:
+    global _warned
+    if _warned:
+        return
+    _warned = True
+    warnings.warn(
+        f"hf_efcp cannot register its optimizers with this version of transformers ({reason}): `--optim efcp_...` may "
+        "not work. Use Trainer(optimizer_cls_and_kwargs=hf_efcp.optimizer_cls_and_kwargs(args)), with the name as a second "
+        "argument where TrainingArguments refuses it.",
+        stacklevel=2,
+    )
+
+
+def _is_import_hook(finder: object) -> bool:
+    # By name: after a reload of this module the class of an installed finder is another one.
+    return (type(finder).__module__, type(finder).__name__) == (__name__, "_PatchOnImport")
+
+
+class _PatchOnImport(importlib.abc.MetaPathFinder):
+    """Finds the modules of `_PATCHES` as the other finders do, and patches them when they have been executed."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """See importlib: None unless the table has lines for the module."""
+        if all(patch.module != fullname for patch in _PATCHES):
+            return None
+        others = (f for f in sys.meta_path if hasattr(f, "find_spec") and not _is_import_hook(f))
+        spec = next((s for f in others if (s := f.find_spec(fullname, path, target)) is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_patch(module: ModuleType) -> None:
+                execute(module)
+                _apply(module)
+
+            # On this loader alone: one of another class would lose the source, the cache and the resources.
+            spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
+        return spec

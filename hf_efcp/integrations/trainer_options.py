@@ -1,0 +1,126 @@
+"""The optimizer that TrainingArguments ask for: its name, its options from every place where they may stand, all checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..engine.base import EngineOptimizer
+from ..groups import parameter_groups, parse_targets
+from ..options import OptionError, unknown_name
+from ..registry import OptimizerInfo, all_optimizers, get_optimizer_info, list_optimizers, parse_optim_args
+from . import deepspeed
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# Options that are also arguments of their own: name in optim_args -> field of TrainingArguments.
+_OWN_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+# Fields of EFCPTrainingArguments: this and the option's name.
+FIELD = "efcp_"
+
+
+def optimizer_cls_and_kwargs(
+    args: TrainingArguments,
+    name: str | None = None,
+    model: torch.nn.Module | None = None,
+    decay_names: Iterable[str] | None = None,
+) -> tuple[type[EngineOptimizer], dict[str, Any]]:
+    """What `Trainer(optimizer_cls_and_kwargs=...)` takes: the class and its keyword arguments, every option checked.
+
+    The Trainer calls this by itself for a registered name. By hand it needs nothing private of transformers.
+
+    Args:
+        args: the TrainingArguments, of which only what concerns the optimizer is read.
+        name: one of `hf_efcp.list_optimizers()`; None: `args.optim`.
+        model: what is trained: the keyword arguments then include its `params`, in groups (see `parameter_groups`), which
+            replace the Trainer's own. `optim_target_modules` needs it.
+        decay_names: the parameters with weight decay; None: as `parameter_groups` has it.
+
+    Raises:
+        OptionError: unknown name or option, wrong type, value out of range, or an option that contradicts `args`.
+    """
+    info = get_optimizer_info(name or name_of(args))
+    options = info.check(_given_options(args, info))
+    for option, field in _OWN_ARGUMENTS.items():
+        if option in options and options[option] != getattr(args, field):
+            raise OptionError(
+                f"optim_args: {option}={options[option]!r} contradicts {field}={getattr(args, field)!r}; use --{field}"
+            )
+    own = info.check({option: getattr(args, field) for option, field in _OWN_ARGUMENTS.items()})
+    targets = getattr(args, "optim_target_modules", None)
+    if targets is not None:
+        parse_targets(targets)
+    kwargs = {"lr": own["lr"], **info.defaults(options), **options}
+    if config := deepspeed.config_of(args):
+        deepspeed.check_config(config, info.cls, kwargs)
+    if kwargs.get("comm") == "factors":
+        _check_for_factors(args)
+    if model is not None:
+        groups = parameter_groups(model, own["weight_decay"], decay_names=decay_names, target_modules=targets)
+        stage = deepspeed.stage_of(config)
+        kwargs["params"] = deepspeed.one_group(groups, stage) if stage else groups
+    return info.cls, kwargs
+
+
+def name_of(args: TrainingArguments) -> str:
+    """The value of `args.optim` as text."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def is_ours(args: TrainingArguments) -> bool:
+    """Whether `args.optim` is a registered name."""
+    return name_of(args) in list_optimizers()
+
+
+def efcp_fields(args: TrainingArguments) -> dict[str, Any]:
+    """Option name -> value of the `efcp_...` fields of `args` that are set."""
+    set_fields = {n: v for n, v in vars(args).items() if n.startswith(FIELD) and v is not None}
+    return {name.removeprefix(FIELD): value for name, value in set_fields.items()}
+
+
+def check_no_fields(args: TrainingArguments) -> None:
+    """Raise OptionError where an `efcp_...` field is set beside the name of another optimizer."""
+    if fields := ", ".join(FIELD + option for option in efcp_fields(args)):
+        raise OptionError(f"{fields}: no effect with optim={name_of(args)}; choose one of {', '.join(list_optimizers())}")
+
+
+def _given_options(args: TrainingArguments, info: OptimizerInfo) -> dict[str, Any]:
+    """The options of `optim_args` and of the `efcp_...` fields, which may repeat but not contradict each other."""
+    options = parse_optim_args(args.optim_args)
+    for option in [option for option in options if option not in info.options()]:
+        if having := _having(option):
+            raise OptionError(f"optim_args: {option}={options[option]!r}: no option of {info.name}, but of {having}")
+    for option, value in efcp_fields(args).items():
+        if option not in info.options():
+            if having := _having(option):
+                raise OptionError(f"{FIELD}{option}={value!r}: no option of {info.name}, but of {having}")
+            valid = [FIELD + o for o in info.options() if o not in _OWN_ARGUMENTS]
+            raise OptionError(unknown_name("field", FIELD + option, valid, info.name))
+        typed_value = info.check({option: value})[option]
+        if option in options and info.check({option: options[option]})[option] != typed_value:
+            raise OptionError(
+                f"{FIELD}{option}={value!r} contradicts {option}={options[option]!r} in optim_args: give one of them"
+            )
+        options[option] = value
+    return options
+
+
+def _having(option: str) -> str:
+    """The names that have an option, with commas between them."""
+    return ", ".join(info.name for info in all_optimizers() if option in info.options())
+
+
+def _check_for_factors(args: TrainingArguments) -> None:
+    """With comm="factors" no process ever has the gradient: its norm is not known, and it is not unscaled."""
+    if getattr(args, "max_grad_norm", None):
+        raise OptionError(
+            f"comm='factors' with max_grad_norm={args.max_grad_norm!r}: the gradient's norm is not known where only factors are "
+            "sent; set max_grad_norm=0 (the update is rescaled by update_rms), or comm='gradients'"
+        )
+    if getattr(args, "fp16", False):
+        raise OptionError(
+            "comm='factors' with fp16=True: the factors would be of scaled gradients; use bf16, or comm='gradients'"
+        )

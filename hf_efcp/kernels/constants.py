@@ -1,0 +1,37 @@
+"""Numbers that say how numbers are stored and hashed. The kernels and plain torch (`hf_efcp.core`) both use them.
+
+Plain numbers without imports: a compiled function sees each as a constant.
+"""
+
+# --- bf16: the upper half of an fp32 number.
+BF16_SHIFT = 16
+LOWER_16_BITS = 0xFFFF
+
+# --- fp32: its exponent begins at this bit, and is stored with this added.
+EXPONENT_SHIFT = 23
+EXPONENT_BIAS = 127
+
+# --- `core.codecs.BlockQuantizer`: this many numbers share a scale; codes are -LARGEST ... LARGEST.
+BLOCK = 256
+LARGEST_INT8 = 127
+LARGEST_INT4 = 7
+# Two 4-bit codes to a byte, each as code + INT4_ZERO.
+INT4_BITS = 4
+INT4_MASK = 15
+INT4_ZERO = 8
+
+# --- `core.codecs.SparseCodec`: 16 bits, index << VALUE_BITS | code + VALUE_ZERO, with codes -LARGEST_VALUE ... LARGEST_VALUE.
+INDEX_BITS = 10
+VALUE_BITS = 6
+VALUE_MASK = 63
+VALUE_ZERO = 32
+LARGEST_VALUE = 31
+
+# --- `core.random`: a hash of 32 bits, in 64-bit arithmetic.
+HASH_MULTIPLIER = 0x045D9F3B
+HASH_MASK = 0xFFFFFFFF
+COUNTER_MASK = 0x7FFFFFFF
+# Added to a salt: the hashes of a salt and of an equal counter would cancel.
+SALT_OFFSET = 0x9E3779B9
+# The upper 16 bits of a hash as a number in (0, 1): (bits + 0.5) * UNIFORM_UNIT.
+UNIFORM_UNIT = 2.0**-16

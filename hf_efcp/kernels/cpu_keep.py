@@ -1,0 +1,215 @@
+"""e <- e + g - c on CPUs, by numba: a row of the sum is formed in the cache, rounded, and written.
+
+Rounding is that of `core.error_feedback`: stochastic where e has few bits, by the numbers of `core.random`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba import types
+from numba.extending import overload
+
+from . import Blocks, Entry, Error, Matrices, Rounding
+from .constants import (
+    BF16_SHIFT,
+    BLOCK,
+    COUNTER_MASK,
+    HASH_MASK,
+    HASH_MULTIPLIER,
+    INT4_BITS,
+    INT4_ZERO,
+    LARGEST_INT4,
+    LARGEST_INT8,
+    LOWER_16_BITS,
+    SALT_OFFSET,
+    UNIFORM_UNIT,
+)
+from .cpu_threads import divide_work
+from .cpu_tools import (
+    REORDERED,
+    Addresses,
+    Errors,
+    add_error,
+    array,
+    compiled,
+    fits,
+    kept_places,
+    matrix_row,
+    reads,
+    real,
+)
+
+# There is no NaN: maxima are vectorized.
+_FINITE = {"nnan", "nsz"}
+
+
+@compiled
+def _mix(x):
+    """`core.random._mix`."""
+    x = ((x ^ (x >> 16)) * HASH_MULTIPLIER) & HASH_MASK
+    x = ((x ^ (x >> 16)) * HASH_MULTIPLIER) & HASH_MASK
+    return x ^ (x >> 16)
+
+
+@compiled
+def _column_keys(step, salt, origin, keys):
+    """The columns' factors of `core.random.counted_bits`, from column `origin` on, into `keys`; returns what `_row_key` takes."""
+    key = _mix(_mix(step & COUNTER_MASK) ^ _mix(salt + SALT_OFFSET))
+    mixed = _mix(key)
+    for x in range(keys.size):
+        keys[x] = np.int32(_mix(mixed ^ (origin + x)) | 1)
+    return key
+
+
+@compiled
+def _row_key(key, row):
+    """A row's factor."""
+    return np.int32(_mix(key ^ row) | 1)
+
+
+@compiled
+def _noise(factor, key):
+    return (np.int32(factor * key) >> np.int32(16)) & np.int32(LOWER_16_BITS)
+
+
+def _write(e, scale, a, factor, keys, single, limit):
+    """e <- a for a row, as `core.error_feedback` does it: plain, or rounded by the hashes factor * keys.
+
+    Args:
+        e: fp32 or fp64; the bits of bf16; or int8 or packed 4-bit codes.
+        scale: where e is codes, those of its blocks.
+        a: the row, which may be overwritten.
+        factor, keys: what the numbers of `counted_bits` are the products of.
+        single: room for a row of fp32.
+        limit: the largest scale that may be stored.
+    """
+    raise NotImplementedError  # compiled code only
+
+
+@overload(_write)
+def _write_compiled(e, scale, a, factor, keys, single, limit):
+    if isinstance(e.dtype, types.Float):
+        return _write_plain
+    if e.dtype == types.int16:
+        return _write_bf16
+    return _write_bytes if e.dtype == types.int8 else _write_halves
+
+
+def _write_plain(e, scale, a, factor, keys, single, limit):
+    for x in range(a.size):
+        e[x] = a[x]
+
+
+def _write_bf16(e, scale, a, factor, keys, single, limit):
+    bits = single.view(np.int32)
+    for x in range(a.size):
+        single[x] = a[x]
+    for x in range(a.size):
+        e[x] = np.int16(np.int32(bits[x] + _noise(factor, keys[x])) >> np.int32(BF16_SHIFT))
+
+
+def _write_bytes(e, scale, a, factor, keys, single, limit):
+    _encode(scale, a, factor, keys, LARGEST_INT8, limit)
+    for x in range(a.size):
+        e[x] = np.int8(a[x])
+
+
+def _write_halves(e, scale, a, factor, keys, single, limit):
+    _encode(scale, a, factor, keys, LARGEST_INT4, limit)
+    for x in range(0, a.size - 1, 2):
+        e[x >> 1] = np.uint8((np.int32(a[x]) + INT4_ZERO) | ((np.int32(a[x + 1]) + INT4_ZERO) << INT4_BITS))
+    if a.size % 2:
+        e[a.size >> 1] = np.uint8(np.int32(a[a.size - 1]) + INT4_ZERO)
+
+
+@compiled
+def _encode(scale, a, factor, keys, largest_code, limit):
+    """a <- its codes, rounded stochastically: `core.codecs.BlockQuantizer.encode`."""
+    top, finite = np.finfo(a.dtype).max, True
+    for x in range(a.size):
+        finite &= abs(a[x]) <= top
+    if finite:
+        _quantize(scale, a, factor, keys, largest_code, limit)
+        return
+    for block in range(scale.size):  # noticed at the next step
+        scale[block] = np.nan
+    for x in range(a.size):
+        a[x] = 0
+
+
+@compiled(relaxed=_FINITE)
+def _quantize(scale, a, factor, keys, largest_code, limit):
+    """`_encode` for finite numbers."""
+    tiny, half, unit = np.finfo(a.dtype).tiny, np.float32(0.5), np.float32(UNIFORM_UNIT)
+    top = a.dtype.type(largest_code)
+    for block in range(scale.size):
+        part, key = a[block * BLOCK : (block + 1) * BLOCK], keys[block * BLOCK : (block + 1) * BLOCK]
+        largest = a.dtype.type(0)
+        for x in range(part.size):
+            largest = max(largest, abs(part[x]))
+        size = min(largest / top, limit)
+        size = a.dtype.type(0) if size < tiny else size
+        scale[block], by = size, (a.dtype.type(1) if size == 0 else size)
+        for x in range(part.size):
+            noise = (np.float32(_noise(factor, key[x])) + half) * unit
+            part[x] = min(max(np.floor(part[x] / by + noise), -top), top)
+
+
+@compiled(relaxed=REORDERED)
+def _keep(lo, hi, error, scale, limit, absent, gradients, one, two, starts, cols, step, salts, origin_row, origin_col, like):
+    """e <- e + g - c for some rows. `one` and `two` are p and q; or, where there are `starts`, indices and values."""
+    rows = error.shape[1]
+    a, single, keys, key = np.empty(cols, like.dtype), np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
+    for task in range(lo, hi):
+        t, row = task // rows, task % rows
+        if absent[t]:
+            continue
+        if task == lo or row == 0:
+            key = _column_keys(step, salts[t], origin_col, keys)
+        add_error(a, matrix_row(gradients[t], row, cols, like), error, scale, t, row, 0)
+        if starts.size:
+            index, value = one[t, row], two[t, row]
+            for i in range(value.size):
+                a[starts[i] + np.int64(index[i])] -= real(value[i])
+        else:
+            for s in range(one.shape[1]):
+                weight, y = one[t, s, row], two[t, s]
+                for x in range(cols):
+                    a[x] -= weight * y[x]
+        to = scale[t, row] if scale.size else like
+        _write(error[t, row], to, a, _row_key(key, origin_row + row), keys, single, limit)
+
+
+def keep(
+    error: Error, gradients: Matrices, entry: Entry, rounding: Rounding, absent: Sequence[int], blocks: Blocks | None = None
+) -> bool:
+    """e <- e + g - c in place, for a sparse entry c with `blocks` and a low-rank one without: see `hf_efcp.kernels.keep`.
+
+    Args:
+        error: e, as `Errors` takes it.
+        gradients: g, n matrices (rows, cols) in fp32 or fp64.
+        entry: int16 indices and values (n, rows, k); or p (n, r, rows) and q (n, r, cols).
+        rounding: the step, () int64; a salt of each tensor, (n,) int64; their origin: as `core.random.counted_bits` takes them.
+        absent: tensors whose error stays as it is.
+        blocks: of a sparse entry.
+
+    Returns:
+        Whether it was done.
+    """
+    if error is None or not (reads(error) if blocks else fits(gradients, error, entry[0])):
+        return False
+    g, kept, (step, salts, origin) = Addresses(gradients), Errors(error, gradients[0].dtype), rounding
+    n, rows, cols = g.shape
+    if blocks:
+        arrays, starts, numbers = [array(x) for x in entry], kept_places(cols, blocks)[0], cols
+    else:
+        arrays, starts, numbers = [array(x.to(g.dtype)) for x in entry], np.empty(0, np.int32), cols * (2 + entry[0].shape[1])
+    noise = int(step), array(salts), *origin, array(torch.empty(0, dtype=g.dtype))
+    absent_flags = np.zeros(n, bool)
+    absent_flags[list(absent)] = True
+    where = *kept.arrays, kept.limit, absent_flags, g.array
+    divide_work(_keep, n * rows, numbers, *where, *arrays, starts, cols, *noise)
+    return True

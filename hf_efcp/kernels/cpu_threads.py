@@ -1,0 +1,83 @@
+"""Threads of the compiled CPU functions. They hold no lock, and use as many threads as torch does.
+
+Work is cut by rows of the tensors. Every row is one thread's, and sums over rows are cut by the shape alone: the result does not
+depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import functools
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+# Into how many parts a sum over rows is cut, whatever the number of threads.
+PARTS = 16
+# Less than this many numbers are not worth a turn of another thread.
+_SMALL = 2**16
+# Turns of each thread: what else a core has to do delays one of them, not half of the work.
+_TURNS = 4
+
+
+def divide_work(function: Callable[..., object], total: int, numbers: int, *args: Any) -> None:
+    """function(lo, hi, *args) over range(total), each item of `numbers` numbers, by as many threads as torch uses."""
+    turns = max(1, min(total, total * numbers // _SMALL))
+    threads = min(torch.get_num_threads(), turns)
+    turns = min(turns, _TURNS * threads) if threads > 1 else 1
+    todo = collections.deque(itertools.pairwise([total * i // turns for i in range(turns + 1)]))
+
+    def work_off() -> None:
+        while True:
+            try:
+                lo, hi = todo.popleft()  # gives a turn to one thread
+            except IndexError:
+                return
+            function(lo, hi, *args)
+
+    if threads == 1:
+        work_off()
+    elif _gomp_parallel is not None and os.getpid() == _HOME:
+        _in_team(work_off)
+    else:
+        others = [_pool(os.getpid()).submit(work_off) for _ in range(threads - 1)]
+        try:
+            work_off()
+        finally:
+            for other in others:
+                other.result()
+
+
+# torch's own threads, where it has GNU's OpenMP: after each of torch's loops they look for work, at full speed, for some
+# milliseconds, and threads of our own would share their cores with them. They do not survive a fork. (numba's pools would abort
+# where two threads step at once, or in a process forked after a step, and choosing one is a global setting.)
+_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_gomp_parallel: Any = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform == "linux" else None
+_HOME = os.getpid()
+
+
+def _in_team(work: Callable[[], None]) -> None:
+    """work() in every thread of the team that torch's loops have when called from this thread."""
+    raised: list[BaseException] = []
+
+    def guarded(_: object) -> None:
+        try:
+            work()
+        except BaseException as error:  # would be printed and forgotten
+            raised.append(error)
+
+    _gomp_parallel(_CALLBACK(guarded), None, ctypes.c_uint(torch.get_num_threads()), ctypes.c_uint(0))
+    if raised:
+        raise raised[0]
+
+
+@functools.cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Of this process: threads do not survive a fork. A thread is started when none is idle."""
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="hf_efcp")

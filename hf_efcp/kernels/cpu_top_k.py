@@ -1,0 +1,151 @@
+"""Block top-k on CPUs, by numba: of each block of a row the numbers of largest magnitude."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba.cpython.unsafe.numbers import trailing_zeros
+
+from . import Blocks, Entry, Error, Matrices
+from .cpu_threads import divide_work
+from .cpu_tools import Addresses, Errors, add_error, array, compiled, matrix_row, reads
+
+# Where more is kept, a heap over the whole block.
+_MANY = 32
+# Maxima of parts of a block: at most this many, at least what is kept.
+_LANES = 64
+
+
+@compiled
+def flagged(words, where):
+    """Where the bytes of `words`, int64, are 1, in order, into `where`; returns how many."""
+    count = 0
+    for w in range(words.size):
+        word = words[w]
+        while word != 0:
+            where[count] = 8 * w + (trailing_zeros(word) >> 3)
+            count += 1
+            word &= word - 1
+    return count
+
+
+@compiled
+def _select(bits, kept, lanes, words, where):
+    """Indices of the `kept` largest of `bits` into where[:kept]."""
+    width = bits.size
+    if kept > _MANY or width < 4 * kept:
+        for i in range(width):
+            where[i] = i
+        _largest(bits, width, kept, where)
+        return
+    least = _bound(bits, kept, lanes)
+    flags = words.view(np.uint8)
+    for i in range(width):
+        flags[i] = np.uint8(bits[i] >= least)
+    for i in range(width, flags.size):
+        flags[i] = 0
+    _largest(bits, flagged(words, where), kept, where)
+
+
+@compiled
+def _bound(bits, kept, lanes):
+    """A number that `kept` of `bits` reach, and not many more: the kept-th largest maximum of disjoint subsets."""
+    many = (bits.size + 1) // 2
+    low, high = bits[:many], bits[many:]  # slices start at 0, which lets loops be vectorized
+    for i in range(high.size):
+        lanes[i] = max(low[i], high[i])
+    if high.size < many:
+        lanes[many - 1] = bits[many - 1]
+    while many > _LANES:
+        before, many = many, (many + 1) // 2
+        low, high = lanes[:many], lanes[many:before]
+        for i in range(high.size):
+            low[i] = max(low[i], high[i])
+    left, least = lanes[:many], bits.dtype.type(np.iinfo(bits.dtype).max)
+    for _ in range(kept):
+        largest = bits.dtype.type(-1)
+        for i in range(many):
+            largest = max(largest, left[i] if left[i] < least else bits.dtype.type(-1))
+        if largest < 0:  # equal numbers count once
+            break
+        least = largest
+    return least
+
+
+@compiled
+def _largest(bits, candidates, kept, where):
+    """Move those of where[:candidates] with the `kept` largest of `bits` to the front: a heap of the largest so far."""
+    if candidates == kept:
+        return
+    for start in range(kept // 2 - 1, -1, -1):
+        _sift(bits, where, start, kept)
+    for i in range(kept, candidates):
+        if bits[where[i]] > bits[where[0]]:
+            where[0] = where[i]
+            _sift(bits, where, 0, kept)
+
+
+@compiled
+def _sift(bits, where, start, size):
+    """Let the index at `start` sink until no child is smaller."""
+    index = where[start]
+    value = bits[index]
+    while True:
+        child = 2 * start + 1
+        if child >= size:
+            break
+        if child + 1 < size and bits[where[child + 1]] < bits[where[child]]:
+            child += 1
+        if bits[where[child]] >= value:
+            break
+        where[start] = where[child]
+        start = child
+    where[start] = index
+
+
+@compiled
+def _top_k(lo, hi, gradients, error, scale, unsigned, block, kept, kept_tail, cols, indices, values):
+    rows = values.shape[1]
+    a, magnitudes, lanes = np.empty(block, values.dtype), np.empty(block, unsigned.dtype), np.empty(block, unsigned.dtype)
+    words, where = np.empty(-(-block // 8), np.int64), np.empty(block, np.int32)
+    bits, top = a.view(unsigned.dtype), np.iinfo(unsigned.dtype).max
+    for task in range(lo, hi):
+        t, row = task // rows, task % rows
+        g, index, value = matrix_row(gradients[t], row, cols, values), indices[t, row], values[t, row]
+        place = 0
+        for start in range(0, cols, block):
+            width = min(block, cols - start)
+            size = kept if width == block else kept_tail
+            add_error(a[:width], g[start : start + width], error, scale, t, row, start)
+            # Without the sign, the bits of numbers are ordered as their magnitudes are, with NaN above all.
+            for i in range(width):
+                magnitudes[i] = bits[i] & top
+            _select(magnitudes[:width], size, lanes, words[: -(-width // 8)], where)
+            for i in range(size):
+                index[place], value[place] = where[i], a[where[i]]
+                place += 1
+
+
+def top_k(gradients: Matrices, error: Error, blocks: Blocks) -> Entry | None:
+    """The largest magnitudes of every block of a = e + g; a is not formed.
+
+    Args:
+        gradients: g, n matrices (rows, cols) in fp32 or fp64.
+        error: e, as `Errors` takes it.
+        blocks: length of a block, how many numbers are kept in each, and how many in a shorter last one.
+
+    Returns:
+        (n, rows, k) int16 indices in the block, and values in g's dtype; None: it cannot be done.
+    """
+    if not reads(error):
+        return None
+    g = Addresses(gradients)
+    n, rows, cols = g.shape
+    block, kept, kept_tail = blocks
+    full, tail = divmod(cols, block)
+    shape = (n, rows, full * kept + (kept_tail if tail else 0))
+    indices, values = torch.empty(shape, dtype=torch.int16), torch.empty(shape, dtype=g.dtype)
+    unsigned = np.empty(0, np.int32 if g.dtype.itemsize == 4 else np.int64)
+    arrays = g.array, *Errors(error, g.dtype).arrays, unsigned, block, kept, kept_tail, cols, array(indices), array(values)
+    divide_work(_top_k, n * rows, cols, *arrays)
+    return indices, values

@@ -1,0 +1,94 @@
+"""`hf-efcp bench`: what it writes and says, what does not fit, and what it refuses."""
+
+import pytest
+import torch
+
+from hf_efcp.bench import command as bench
+from hf_efcp.bench import measuring, peers
+from hf_efcp.cli.common import chosen
+from hf_efcp.cli.main import main
+from tests.bench.helpers import CPU, LIST, started
+from tests.cli.helpers import assert_one_line_of_error, write_shapes, written
+from tests.reference import NAMES
+
+
+@pytest.fixture
+def shape_file(tmp_path):
+    return str(write_shapes(tmp_path, LIST))
+
+
+def test_all_optimizers_and_torchs_in_one_run(tmp_path, shape_file, monkeypatch, capsys):
+    mine = {name: entry for name, entry in peers.PEERS.items() if entry[0] == "torch"}
+    broken = {"absent": ("no-such-package", None), "broken": ("torch", lambda model, m: 1 / 0)}
+    monkeypatch.setattr(peers, "PEERS", mine | broken)
+    monkeypatch.setattr(bench, "PEERS", mine | broken)
+    flags = ["--steps", "2", "--warmup", "1", "--quick", "--peers", "--device", "cpu", "--threads", "1"]
+    found = written("bench", tmp_path, shape_file, "--optim_args", "window_size=8", *flags)
+    assert set(found["optimizers"]) == {*NAMES, *mine}
+    assert found["skipped"] == {
+        "absent": "no-such-package is not installed",
+        "broken": "raised ZeroDivisionError: division by zero",
+    }
+    assert found["machine"]["threads"] == 1 and found["machine"]["cpu"] and found["machine"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["versions"]["torch"])  # the package's may not tell the build
+    rates = found["rates"]
+    assert set(rates) == {"bandwidth", "copy_bytes", "scale_bytes", "fp32_flops", "fp64_flops"}
+    assert rates["bandwidth"]["max"] == max(rates["copy_bytes"]["max"], rates["scale_bytes"]["max"])
+    for name in NAMES:
+        entry = found["optimizers"][name]
+        assert entry["options"]["window_size"] == 8
+        assert min(time for phase, time in entry["phases_ms"].items() if phase != "rest") > 0
+        assert set(entry["phases_ms"]) == set(entry["phase_share"]) == set(measuring.PHASES)
+        assert sum(entry["phase_share"].values()) == pytest.approx(1)
+        assert entry["step_ms"]["min"] <= entry["step_ms"]["median"] <= entry["step_ms"]["max"]
+        assert entry["ratio"] == pytest.approx(entry["step_ms"]["median"] / entry["roofline"]["ms"])
+        assert entry["bytes"] == started(name, "window_size=8")[0].memory_footprint()
+        assert entry["peak_bytes"] == 8 * found["parameters"] + entry["total"] + entry["temporaries"]
+    assert "ratio" in found["optimizers"]["torch AdamW fused"] and "ratio" not in found["optimizers"]["torch Adafactor"]
+    said = capsys.readouterr()
+    assert all(f"| {name} " in said.out for name in (*NAMES, *mine)) and "skipped: absent" in said.out
+
+
+def test_what_does_not_fit_is_left_out_or_waits(shape_file, capsys):
+    assert main(["bench", shape_file, "--steps", "1", "--warmup", "0", "--quick", "--memory", "450kB"]) == 0
+    out = capsys.readouterr().out
+    assert "skipped: efcp_dense_ggt: its state of 1.27 MiB does not fit" in out
+    assert "By turns ran: " in out
+
+
+def test_low_precision_and_tied_parameters():
+    model = torch.nn.Module()
+    model.a = torch.nn.Linear(8, 8, bias=False, device="meta", dtype=torch.bfloat16)
+    model.b = torch.nn.Linear(8, 8, bias=False, device="meta", dtype=torch.bfloat16)
+    model.b.weight = model.a.weight
+    found = bench.bench(model, chosen("efcp_sparse_mfac", None), CPU, steps=1, warmup=0, quick=True)
+    assert (found["parameters"], found["dtype"]) == (64, "bfloat16")
+    assert model.b.weight is model.a.weight and model.a.weight.grad.dtype == torch.bfloat16
+
+
+BAD = {
+    (): "MODEL is missing",
+    ("nosuch",): "unknown model 'nosuch'",
+    ("minilm", "--steps", "0"): "steps=0",
+    ("minilm", "--warmup", "-1"): "warmup=-1",
+    ("minilm", "--threads", "0"): "threads=0",
+    ("minilm", "--device", "tpu"): "device='tpu'",
+    ("minilm", "--optim", "efcp_lowrank"): "did you mean 'efcp_lowrank_",
+    ("minilm", "--memory", "much"): "'much'",
+    ("minilm", "--plot", "x.png"): "only a --sweep",
+    ("--sweep", "--sweep_windows", "a"): "sweep_windows='a'",
+    ("minilm", "--sweep"): "shapes of its own",
+    ("--sweep", "--sweep_parameters", "0"): "sweep_parameters='0'",
+}
+
+
+@pytest.mark.parametrize("flags", BAD, ids=" ".join)
+def test_bad_input_is_one_line(flags, capsys):
+    threads = torch.get_num_threads()
+    assert_one_line_of_error(capsys, BAD[flags], "bench", *flags)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_is_said(capsys):
+    assert_one_line_of_error(capsys, "no CUDA device", "bench", "minilm", "--device", "cuda")

@@ -1,0 +1,68 @@
+"""Counts against numbers worked out by hand, and what the roofline makes of them."""
+
+import pytest
+import torch
+
+from hf_efcp.bench import roofline
+from hf_efcp.engine.costs import Count
+from tests.bench.helpers import started
+
+# As in docs/benchmarks/roofline.md: (fp32, fp64, bytes) by phase.
+SOLVE = (0, 32**3 / 3 + 2 * 32**2, 8 * 32**2 + 16 * 32)
+BY_HAND = {
+    ("efcp_lowrank_mfac", "rank=4"): {
+        "compress": (49152, 0, 19392),
+        "dots": (0, 117760, 61504),
+        "feedback": (24576, 0, 8896),
+        "solve": SOLVE,
+        "update": (789504, 0, 63488 + 24960),
+    },
+    ("efcp_sparse_mfac", "density=0.25,block_size=16"): {
+        "compress": (0, 0, 18624),
+        "dots": (0, 52224, 148800),
+        "feedback": (768, 0, 10944),
+        "solve": SOLVE,
+        "update": (52224, 0, 153600 + 24960),
+    },
+    ("efcp_dense_mfac", ""): {
+        "compress": (0, 0, 12480),
+        "dots": (0, 199680, 386880),
+        "feedback": (0, 0, 12480),
+        "solve": SOLVE,
+        "update": (199680, 0, 399360 + 24960),
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "optim_args"), BY_HAND)
+def test_counts_are_those_worked_out_by_hand(name, optim_args):
+    counts = roofline.count(started(name, optim_args)[0])
+    assert {phase: (c.fp32, c.fp64, c.bytes) for phase, c in counts.items()} == {
+        phase: pytest.approx(numbers) for phase, numbers in BY_HAND[name, optim_args].items()
+    }
+
+
+def test_counts_follow_the_options():
+    def total(optim_args, name="efcp_lowrank_mfac", dtype=torch.float32):
+        counts = roofline.count(started(name, optim_args, dtype=dtype)[0])
+        return sum(counts.values(), Count()), counts
+
+    plain, _ = total("")
+    d = 64 * 48 + 48
+    assert total("momentum=0.5")[0].bytes == plain.bytes + 8 * d
+    assert total("weight_decay_mode=l2")[0].bytes == plain.bytes + 4 * d
+    assert total("error_dtype=fp32")[0].bytes == plain.bytes + 2 * 2 * 64 * 48
+    assert total("power_iterations=3")[0].fp32 == plain.fp32 + 2 * 4 * 64 * 48 * 4
+    assert total("", dtype=torch.bfloat16)[0].bytes == plain.bytes - 3 * 2 * d
+    assert total("scope=layer")[1]["solve"].fp64 == 2 * total("")[1]["solve"].fp64
+    everything, _ = total("error_dtype=fp64", dtype=torch.float64)
+    assert everything.fp32 == 0 and everything.fp64 == plain.fp32 + plain.fp64
+    assert total("window_size=32", "efcp_lowrank_ggt")[1]["solve"].fp64 == pytest.approx(14 / 3 * 32**3)
+
+
+def test_roofline_is_the_larger_of_two_times():
+    counts = {"dots": Count(fp32=6e9, fp64=1e9, bytes=5e9), "update": Count(bytes=1e9)}
+    found = roofline.report(counts, {"fp32_flops": 2e9, "fp64_flops": 1e9, "bandwidth": 2e9})
+    assert (found["ms"], found["bound"], found["compute_ms"], found["memory_ms"]) == (4000, "compute", 4000, 3000)
+    assert found["phases_ms"] == {"dots": 4000, "update": 500}
+    assert roofline.report(counts, {"fp32_flops": 2e9, "fp64_flops": 1e9, "bandwidth": 1e9})["ms"] == 6000

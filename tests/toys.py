@@ -1,0 +1,83 @@
+"""Two small methods, registered as any other: what docs/adding_a_method.md explains, and what the engine is tested with."""
+
+import dataclasses
+
+from hf_efcp.core.accumulated import LowRankEntry
+from hf_efcp.core.cells import Spec
+from hf_efcp.core.coefficients import quadratic, weights
+from hf_efcp.core.compressors import PowerIteration
+from hf_efcp.engine.adamw import ADAMW, AdamWOptions
+from hf_efcp.engine.base import EngineOptimizer
+from hf_efcp.engine.formats import SparseFormat
+from hf_efcp.engine.options import SparseOptions, StateOptions, WindowOptions
+from hf_efcp.engine.tensorwise import Rule, Tensorwise
+from hf_efcp.engine.windowed import Windowed
+from hf_efcp.options import fraction, option, positive
+from hf_efcp.registry import OptimizerInfo, add_optimizer
+
+# A window method: the mean of the window's entries, scaled to length 1.  u = G^T w / |G^T w|
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyMeanOptions(SparseOptions, WindowOptions):
+    """Options of ToyMean."""
+
+
+def phi(o, gram, j, dtype):
+    """Give c = w / sqrt(w^T K w), (groups, m) fp64."""
+    w = weights(gram.matrix, gram.ages(j), o.window_momentum)
+    return w / quadratic(gram.matrix, w).sqrt().clamp_min(1e-300)[:, None]
+
+
+class ToyMean(EngineOptimizer):
+    """The normalized mean of sparse gradients."""
+
+    options_type = ToyMeanOptions
+    method = Windowed(SparseFormat, phi, lambda m: 2 * m**2)
+
+
+# A per-tensor method: c = P Q^T of a = e + g, and an average of P.  L <- b L + (1 - b) P;  u = L Q^T
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyFactorsOptions(AdamWOptions, StateOptions):
+    """Options of ToyFactors."""
+
+    rank: int = option(2, "rank of the update", allowed="an integer >= 1", check=positive)
+    mean_decay: float = option(0.5, "b, decay of the mean of P", allowed="a number in [0, 1)", check=fraction)
+
+
+def specs(layout, o):
+    """Declare L (rows x r), which follows the rows, and Q (cols x r), which does not."""
+    r = min(o.rank, layout.rows, layout.cols)
+    return Spec("left", (layout.rows, r), layout.dtype, rows=0), Spec("right", (layout.cols, r), layout.dtype)
+
+
+def update(s, a, t, o):
+    """Give u = L Q^T as its factors."""
+    power = PowerIteration(s.right)
+    c = power.compress(a, s.turn.step)
+    p, q = c.parts
+    a.keep(c)
+    power.commit()
+    left = o.mean_decay * s.left.read() + (1 - o.mean_decay) * p.mT
+    s.left.write(left)
+    return LowRankEntry(left.mT, q)
+
+
+class ToyFactors(EngineOptimizer):
+    """The mean of the left factors; AdamW for vectors."""
+
+    options_type = ToyFactorsOptions
+    method = Tensorwise(Rule(specs, update, lossy=True), ADAMW)
+
+
+def register():
+    """Register both."""
+    small = {"density": 0.2, "block_size": 16}
+    defaults = {"window_size": 16, "shard": "auto"}
+    mean = {"family": "mean", "compression": "sparse", "lossy": small, "exact": {"density": 1.0}, "hf_defaults": defaults}
+    factors = {"family": "factors", "compression": "low rank", "windowed": False, "lossy": {"rank": 2}, "exact": {"rank": 10_000}}
+    add_optimizer(OptimizerInfo("efcp_toy_mean", ToyMean, "toy: mean of the window", paper="none", **mean))
+    factors |= {"hf_defaults": {"shard": "auto"}}
+    add_optimizer(OptimizerInfo("efcp_toy_factors", ToyFactors, "toy: mean of left factors", paper="none", **factors))
