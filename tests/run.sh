@@ -12,4 +12,4 @@ case $mode in --fast | --style) shift ;; esac
 [ "$mode" != --style ] || exit 0
 [ "$mode" != --fast ] || set -- $(grep -v '^#' tests/fast.txt) "$@"
 # One thread a worker: two cores and two workers, and figures that do not depend on the machine's threads.
-HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false exec "$venv/bin/python" -m pytest -q -n 2 -m "not slow and not gpu" "$@"
+HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false exec "$venv/bin/python" -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu" "$@"

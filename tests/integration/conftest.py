@@ -11,6 +11,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 import hf_efcp
+from hf_efcp.run import main
 
 CHECKOUT = Path(hf_efcp.__file__).parents[1]
 
@@ -50,6 +51,15 @@ def python(tmp_path):
         )
 
     return run
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """`hf_efcp.run` in tmp_path, in this process: that saves the seconds which importing transformers takes in another."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    return main
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import random
 import statistics
 import string
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrai
 
 from hf_efcp import list_optimizers
 from hf_efcp.registry import get_optimizer_info
-from hf_efcp.run import main
 from tests.optim.helpers import same
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -110,15 +108,6 @@ def lines(generator, count):
     """Text: the first or the second half of the alphabet, from one of its first three letters on."""
     starts = [13 * generator.randrange(2) + generator.randrange(3) for _ in range(count)]
     return "".join(" ".join(string.ascii_lowercase[i : i + 10]) + "\n" for i in starts)
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path):
-    """`hf_efcp.run` in tmp_path, in this process: that saves the seconds which importing transformers takes in another."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr(sys, "path", ["", *sys.path])
-    return main
 
 
 @pytest.fixture

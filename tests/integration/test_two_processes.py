@@ -16,7 +16,7 @@ def shards(folder):
     return sorted(path.name for path in (folder / "efcp_optim").iterdir())
 
 
-def test_torchrun_shards_saves_and_resumes_bit_for_bit(launch, arguments, tmp_path, python):
+def test_torchrun_shards_saves_and_resumes_bit_for_bit(launch, arguments, tmp_path, run, capsys):
     launch(TORCHRUN, arguments)
     out, checkpoint = tmp_path / "out", tmp_path / f"out/checkpoint-{SAVED}"
     losses = [entry["loss"] for entry in steps(out)]
@@ -32,13 +32,11 @@ def test_torchrun_shards_saves_and_resumes_bit_for_bit(launch, arguments, tmp_pa
 
     # One process goes on from what two have saved; a lost shard is named.
     alone = {**arguments, "output_dir": "alone", "resume_from_checkpoint": str(checkpoint), "per_device_train_batch_size": 8}
-    done = python("-m", "hf_efcp.run", *command("glue_like", alone))
-    assert done.returncode == 0, done.stderr
+    assert run(command("glue_like", alone)) == 0
     assert len(steps(tmp_path / "alone")) == STEPS
     (checkpoint / "efcp_optim/__1_0.distcp").unlink()
-    done = python("-m", "hf_efcp.run", *command("glue_like", {**alone, "output_dir": "lost"}))
-    assert done.returncode == 2
-    assert "__1_0.distcp is missing" in done.stderr.splitlines()[-1]
+    assert run(command("glue_like", {**alone, "output_dir": "lost"})) == 2
+    assert "__1_0.distcp is missing" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
