@@ -21,7 +21,7 @@ from .factor_sync import FactorSync
 from .formats import EntryFormat, costs_of
 from .method import Group
 from .phases import LISTENER, PHASES
-from .setup import Setup, decoupled_of, l2_of
+from .setup import Setup, decoupled_of
 from .stacks import Piece, Stack
 
 
@@ -169,7 +169,7 @@ class Windowed:
     def step(self, setup: Setup, groups: Sequence[Group], o: Any) -> None:
         """Take a step of Algorithm 1."""
         gram, stacks, phase, dots = setup.counters, setup.stacks, LISTENER.get(), []
-        j, l2 = gram.next_slot(), [l2_of(group, o) for group in groups]
+        j, l2 = gram.next_slot(), [g["weight_decay"] if o.weight_decay_mode == "l2" else 0.0 for g in groups]
         for f in setup.factors:
             f.stage(gram.step)                                                  # made during backward, see factor_sync.py
         for s in stacks:
@@ -191,7 +191,8 @@ class Windowed:
         for s in stacks:
             with phase("update"):
                 s.apply(_share(c, s, o.scope), groups[s.group], o)             # u = G^T c;  p <- (1 - lr wd) p - lr u
-        setup.finish(c, ok)
+        setup.placement.publish(setup.params, setup.owners)
+        setup.remember(c, ok)
     # fmt: on
 
     def costs(self, setup: Setup, options: Any) -> dict[str, Count]:
