@@ -190,7 +190,7 @@ class Windowed:
             c = _rescaled(self.phi(o, gram, j, setup.dtype), setup, o.update_rms, ok)  # c = phi(K) w
         for s in stacks:
             with phase("update"):
-                s.apply(_share(c, s, o.scope), groups[s.group], o)             # u = G^T c;  p <- (1 - lr wd) p - lr u
+                s.apply(_coefficients_of(c, s, o.scope), groups[s.group], o)             # u = G^T c;  p <- (1 - lr wd) p - lr u
         setup.finish(c, ok)
     # fmt: on
 
@@ -243,7 +243,7 @@ def _rescaled(c: Tensor, setup: Setup, rms: float | None, ok: bool | Tensor) -> 
     return c if ok is True else masked(ok, c, 0.0)
 
 
-def _share(c: Tensor, s: WindowStack, scope: str) -> Tensor:
+def _coefficients_of(c: Tensor, s: WindowStack, scope: str) -> Tensor:
     """Give the stack's coefficients, (n, m)."""
     c = c.to(s.device)
     return c.index_select(0, s.ids) if scope == "layer" else c.expand(len(s.pieces), -1)
