@@ -52,6 +52,6 @@ def test_nobody_reads_what_a_method_is_from_its_name():
     assert places == []
 
 
-@pytest.mark.parametrize(("pattern", "example"), NAME_IS_READ.items())
+@pytest.mark.parametrize(("pattern", "example"), NAME_IS_READ.items(), ids=["split", "ends with", "in", "put together"])
 def test_the_patterns_match_their_examples(pattern, example):
     assert re.search(pattern, example)

@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from hf_efcp.core.accumulated import LowRankEntry
-from hf_efcp.core.cells import Spec
+from hf_efcp.core.cells import Spec, matrix_specs
 from hf_efcp.core.coefficients import quadratic, weights
 from hf_efcp.core.compressors import PowerIteration
 from hf_efcp.engine.adamw import ADAMW, AdamWOptions
@@ -36,7 +35,7 @@ class ToyMean(EngineOptimizer):
     method = Windowed(SparseFormat, phi, lambda m: 2 * m**2)
 
 
-# A per-tensor method: c = P Q^T of a = e + g, and an average of P.  L <- b L + (1 - b) P;  u = L Q^T
+# A per-tensor method: c = P Q^T of a = e + g, and its mean.  m <- b m + (1 - b) P Q^T;  u = m
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,29 +43,28 @@ class ToyFactorsOptions(AdamWOptions, StateOptions):
     """Options of ToyFactors."""
 
     rank: int = option(2, "rank of the update", allowed="an integer >= 1", check=positive)
-    mean_decay: float = option(0.5, "b, decay of the mean of P", allowed="a number in [0, 1)", check=fraction)
+    mean_decay: float = option(0.5, "b, decay of the mean", allowed="a number in [0, 1)", check=fraction)
 
 
 def specs(layout, o):
-    """Declare L (rows x r), which follows the rows, and Q (cols x r), which does not."""
+    """Declare m (rows x cols), which follows the rows, and Q (cols x r), which does not."""
     r = min(o.rank, layout.rows, layout.cols)
-    return Spec("left", (layout.rows, r), layout.dtype, rows=0), Spec("right", (layout.cols, r), layout.dtype)
+    return *matrix_specs("mean", layout, None), Spec("right", (layout.cols, r), layout.dtype)
 
 
 def update(s, a, t, o):
-    """Give u = L Q^T as its factors."""
+    """Give u = m, (n, rows, cols)."""
     power = PowerIteration(s.right)
     c = power.compress(a, s.turn.step)
-    p, q = c.parts
     a.keep(c)
     power.commit()
-    left = o.mean_decay * s.left.read() + (1 - o.mean_decay) * p.mT
-    s.left.write(left)
-    return LowRankEntry(left.mT, q)
+    m = o.mean_decay * s.mean.read() + (1 - o.mean_decay) * c.dense()
+    s.mean.write(m)
+    return m
 
 
 class ToyFactors(EngineOptimizer):
-    """The mean of the left factors; AdamW for vectors."""
+    """The mean of low-rank gradients; AdamW for vectors."""
 
     options_type = ToyFactorsOptions
     method = Tensorwise(Rule(specs, update, lossy=True), ADAMW)
@@ -80,4 +78,4 @@ def register():
     factors = {"family": "factors", "compression": "low rank", "windowed": False, "lossy": {"rank": 2}, "exact": {"rank": 10_000}}
     add_optimizer(OptimizerInfo("efcp_toy_mean", ToyMean, "toy: mean of the window", paper="none", **mean))
     factors |= {"hf_defaults": {"shard": "auto"}}
-    add_optimizer(OptimizerInfo("efcp_toy_factors", ToyFactors, "toy: mean of left factors", paper="none", **factors))
+    add_optimizer(OptimizerInfo("efcp_toy_factors", ToyFactors, "toy: mean of factors", paper="none", **factors))

@@ -45,6 +45,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         **options: the fields of `options_type`.
 
     Attributes:
+        builder: what the optimizer was asked for, and what is built of it.
         shard_folder: where the next `load_state_dict` finds the tensors of a state that is saved apart; None afterwards.
 
     Raises:
@@ -59,7 +60,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         group = build(GroupOptions, {"lr": lr, "weight_decay": weight_decay}, name)
         checked = build(self.options_type, options, name)
-        self._builder = Builder(name, self.method, checked, Budget(name, checked, options), process_group)
+        self.builder = Builder(name, self.method, checked, Budget(name, checked, options), process_group)
         super().__init__(params, {"lr": group.lr, "weight_decay": group.weight_decay})
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -70,7 +71,7 @@ class EngineOptimizer(torch.optim.Optimizer):
     @property
     def options(self) -> Any:
         """The options, an instance of `options_type`; a memory_budget chooses some of them at the first step."""
-        return self._builder.options
+        return self.builder.options
 
     @torch._disable_dynamo  # as torch's own methods: a compiled training step calls this one as it is
     @torch.no_grad()
@@ -92,13 +93,13 @@ class EngineOptimizer(torch.optim.Optimizer):
         setup = self.setup()
         if setup.params and _has_work(setup):
             with ieee_matmul(setup.counters.step.device):
-                self.method.step(setup, self.param_groups, self._builder.options)
-            setup.warn_of_skips(self._builder.name)
+                self.method.step(setup, self.param_groups, self.builder.options)
+            setup.warn_of_skips(self.builder.name)
         return loss
 
     def setup(self) -> Setup:
         """Give what is built for the present parameters: stacks, specs, placement. It is built now if no step was taken yet."""
-        return self._builder.prepare(self.param_groups, self.state)
+        return self.builder.prepare(self.param_groups, self.state)
 
     # Parameters -----------------------------------------------------------------------------------------------------------
 
@@ -110,33 +111,23 @@ class EngineOptimizer(torch.optim.Optimizer):
                 optimized (complex; a flat FSDP1 shard; a DTensor that is not divided by rows).
         """
         super().add_param_group(checked_group(param_group, self.param_groups, self.options_type, type(self).__name__))
-        self._builder.plain |= any(type(p) is Tensor for p in self.param_groups[-1]["params"])
+        self.builder.plain |= any(type(p) is Tensor for p in self.param_groups[-1]["params"])
 
     def take_flat_pieces(self, coordinates: int) -> None:
         """Prepare for ZeRO-1 and 2: the parameters of the one group are about to become this process's flat piece of them.
 
-        K is then summed over all processes, and nothing else is sent. Sparse blocks are runs of the piece. Each process's
-        state_dict has its own state.
+        K is then summed over all processes, and nothing else is sent. Each process's state_dict has its own state.
 
         Args:
             coordinates: of all pieces, without padding.
         """
-        self._builder.pieces = ZeroPieces(coordinates)
-
-    def keep_state_together(self) -> None:
-        """Let every process hold the whole state from now on (shard="off", no process_group)."""
-        self._builder.options = dataclasses.replace(self.options, shard="off")
-        self._builder.process_group = None
-
-    def shares_state(self) -> bool:
-        """Tell whether processes may share the state: by `shard` or a process_group."""
-        return self.options.shard == "auto" or self._builder.process_group is not None
+        self.builder.pieces = ZeroPieces(coordinates)
 
     def register_comm_hook(self, model: Any) -> None:
         """Make DDP all-reduce factors (comm="factors"); before the first backward, and before `load_state_dict`.
 
-        From then on, after backward, the gradients of compressed matrices are each process's own, and must reach `step()`
-        as they are. Under Trainer and Accelerate this is called for you. On one process there is nothing to do.
+        After backward, the gradients of compressed matrices then are each process's own, and must reach `step()` as they are.
+        Under Trainer and Accelerate this is called for you. On one process there is nothing to do.
 
         Args:
             model: a DistributedDataParallel that holds all parameters; its process group makes the factors.
@@ -145,7 +136,7 @@ class EngineOptimizer(torch.optim.Optimizer):
             OptionError: the option comm is not "factors", `model` is no DDP or lacks a parameter, or the state is already that
                 of a run without the hook.
         """
-        sync = self._builder.sync
+        sync = self.builder.sync
         if not sync.wanted:
             has = f"comm={self.options.comm!r}" if hasattr(self.options, "comm") else "no option comm"
             raise OptionError(f"register_comm_hook is for comm='factors', and this {type(self).__name__} has {has}")
@@ -155,23 +146,22 @@ class EngineOptimizer(torch.optim.Optimizer):
         def hook(_, bucket):
             return sync.reduce(bucket, self.setup(), self.param_groups, self.options)
 
-        sync.register(model, hook, self._all_params(), fresh=self._builder.setup is None)
+        sync.register(model, hook, _params(self), fresh=self.builder.setup is None)
 
     # State ----------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state as torch's, with the optimizer's options under "efcp"; without the window if `save_window` is off.
 
-        Tensors are copies. Where parameters are DTensors (FSDP2), so is the state that goes with their rows. A state that is
-        divided otherwise is left out, see `save_shards`: processes do not meet here, since Trainer calls this on the first one
-        only.
+        Tensors are copies, or DTensors where parameters are (FSDP2). A state that is divided otherwise is left out, see
+        `save_shards`: processes do not meet here, since Trainer calls this on the first one only.
         """
         saved = super().state_dict()
         options = dataclasses.asdict(self.options)
-        saved["efcp"] = {"format": FORMAT, "class": self._builder.name, "options": options}
-        params, with_window, saving = self._all_params(), options.get("save_window", True), self._saving()
+        saved["efcp"] = {"format": FORMAT, "class": self.builder.name, "options": options}
+        params, with_window, saving = _params(self), options.get("save_window", True), self._saving()
         if saving is None:  # nothing is built of the state yet
-            specs = self._builder.specs(self.param_groups, self.state, self.options)
+            specs = self.builder.specs(self.param_groups, self.state, self.options)
             saved["state"] = {i: copies(self.state[params[i]], specs.get(params[i], {}), with_window) for i in saved["state"]}
         elif saving.placement.apart:
             saved["state"] = {}
@@ -191,15 +181,15 @@ class EngineOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         saving = self._saving()
-        own_stub = saving.stub(id(self), self._all_params()) if saving is not None and saving.placement.apart else None
-        if load(state_dict, self._builder, self.param_groups, self.state, self.shard_folder, own_stub):
+        own_stub = saving.stub(id(self), _params(self)) if saving is not None and saving.placement.apart else None
+        if load(state_dict, self.builder, self.param_groups, self.state, self.shard_folder, own_stub):
             self.shard_folder = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: tensors are copied out of the stacks, which are built again from them."""
-        setup, builder = self._builder.setup, self._builder
+        setup, builder = self.builder.setup, self.builder
         copies = {p: {name: t.clone() for name, t in entry.items()} for p, entry in self.state.items()}
         copied = builder.copied if setup is None or setup.placement.follows else (setup.owners, setup.placement.shards)
         made = builder.options, copy.copy(builder.budget), copied
@@ -209,26 +199,25 @@ class EngineOptimizer(torch.optim.Optimizer):
         """See torch.optim.Optimizer. A copy has no process group: that belongs to the process."""
         options, budget, copied = state.pop("made")
         super().__setstate__(state)
-        self._builder = Builder(budget.name, self.method, options, budget)
-        self._builder.plain, self._builder.copied = True, copied
+        self.builder = Builder(budget.name, self.method, options, budget)
+        self.builder.plain, self.builder.copied = True, copied
 
     def save_shards(self, folder: str | Path) -> None:
         """Write this process's part of a state that is saved apart; to be called on every process.
 
-        Nothing is written where there is no need: a state that is not divided, or one of DTensors (FSDP2), is in `state_dict`.
-        `state_dict()` then is a stub, without tensors; `load_state_dict(stub)` reads the folder that `shard_folder` names,
-        on any number of processes.
+        A state that is not divided, or one of DTensors (FSDP2), is in `state_dict`: nothing is written. Else `state_dict()` is a
+        stub, and `load_state_dict(stub)` reads the folder that `shard_folder` names, on any number of processes.
         """
         saving = self._saving()
         if saving is not None and saving.placement.apart:
-            saving.save_folder(Path(folder), self.options.save_window)
+            saving.save_folder(Path(folder), getattr(self.options, "save_window", True))
 
     def choose_as(self, saved: Mapping[str, Any] | str | Path) -> None:
         """Let memory_budget choose what it chose in the run that was saved; to be called on every process, before loading.
 
-        For torch.distributed.checkpoint, which loads into the sizes that `get_optimizer_state_dict` of a new optimizer has: they
-        are its own choice, and on another number of processes that may be another one. `load_state_dict`, and Trainer and
-        Accelerate, need no such call. A state of other sizes is dropped. Without a memory_budget nothing happens.
+        For torch.distributed.checkpoint, which loads into the sizes that a new optimizer has chosen, perhaps otherwise on another
+        number of processes. `load_state_dict`, Trainer and Accelerate need no such call. A state of other sizes is dropped.
+        Without a memory_budget nothing happens.
 
         Args:
             saved: a folder of `torch.distributed.checkpoint.save`, a file of `torch.save`, or a state dict; processes that have
@@ -237,7 +226,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         Raises:
             OptionError: nothing can be read, or no choice gives the state that was saved.
         """
-        builder, sharded = self._builder, [p for p in self._all_params() if is_sharded(p)]
+        builder, sharded = self.builder, [p for p in _params(self) if is_sharded(p)]
         if not builder.budget.free:
             return
         entries, options = saved_choice(saved, FSDP2Mesh(sharded) if sharded else Alone())
@@ -266,12 +255,12 @@ class EngineOptimizer(torch.optim.Optimizer):
         Raises:
             OptionError: such a run would be refused.
         """
-        return self._builder.estimate(self.param_groups, self.state, processes, fsdp)
+        return self.builder.estimate(self.param_groups, self.state, processes, fsdp)
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
         """Give figures of the last accepted step, by name (docs/using.md); nothing before the first step."""
-        return {} if self._builder.setup is None else self.method.diagnostics(self._builder.setup)
+        return {} if self.builder.setup is None else self.method.diagnostics(self.builder.setup)
 
     def costs(self) -> dict[str, Count]:
         """Count what a step must do at least, by phase: operations, and bytes that must move (docs/benchmarks/roofline.md)."""
@@ -289,11 +278,12 @@ class EngineOptimizer(torch.optim.Optimizer):
         loads, divided = describe(labels, [setup.owners[p] for p in setup.params], sizes, placement.shards)
         return loads + ("\nevery tensor divided by rows, as the parameters are" if placement.follows else divided)
 
-    def _all_params(self) -> list[Tensor]:
-        return [p for g in self.param_groups for p in g["params"]]
-
     def _saving(self) -> Saving | None:
-        return None if self._builder.setup is None else Saving(self._builder.setup, self.state)
+        return None if self.builder.setup is None else Saving(self.builder.setup, self.state)
+
+
+def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for g in optimizer.param_groups for p in g["params"]]
 
 
 def _has_work(setup: Setup) -> bool:
@@ -301,9 +291,9 @@ def _has_work(setup: Setup) -> bool:
 
     torch.distributed.checkpoint takes a step on zero gradients to have the state allocated.
     """
-    grads = [g for p in setup.params if (g := local_gradient(p) if is_sharded(p) else p.grad) is not None]
     placement = setup.placement
     if setup.started or setup.counters.step > 0:
-        return bool(grads) or not placement.alone
-    work = any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in grads)
+        return not placement.alone or any(p.grad is not None for p in setup.params)
+    gradients = [g for p in setup.params if (g := local_gradient(p)) is not None]
+    work = any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in gradients)
     return placement.any(work, setup.counters.step.device)

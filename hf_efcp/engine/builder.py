@@ -73,6 +73,12 @@ class Builder:
             self.setup = self._build(groups, trained, key, state)
         return self.setup
 
+    def keep_state_together(self) -> bool:
+        """Let every process hold the whole state from now on (shard="off", no process_group); tell whether that is a change."""
+        shared = self.options.shard == "auto" or self.process_group is not None
+        self.options, self.process_group = dataclasses.replace(self.options, shard="off"), None
+        return shared
+
     def replace_options(self, options: Any, state: State) -> None:
         """Take other options; a state of other sizes is dropped."""
         if options != self.options:

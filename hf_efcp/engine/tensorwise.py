@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.accumulated import Accumulated, LowRankEntry
+from ..core.accumulated import Accumulated
 from ..core.cells import Cell, Layout, Spec, cell, matrix_specs
 from ..core.counters import Counters
 from ..core.deferred import masked, readable
@@ -21,9 +21,9 @@ from .phases import LISTENER, PHASES
 from .setup import Setup, decoupled_of, l2_of
 from .stacks import Piece, Stack
 
-# What makes an update: (stack, a, t, options) -> u (n, rows, cols), or u's factors. a = e + g; t, (n, 1, 1) in the compute dtype,
-# counts each tensor's own gradients, this one included.
-Update = Callable[["TensorStack", Accumulated, Tensor, Any], "Tensor | LowRankEntry"]
+# What makes an update: (stack, a, t, options) -> u (n, rows, cols). a = e + g; t, (n, 1, 1) in the compute dtype, counts each
+# tensor's own gradients, this one included.
+Update = Callable[["TensorStack", Accumulated, Tensor, Any], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,21 +71,20 @@ class TensorStack(Stack):
             raise AttributeError(f"no state entry {name!r}; there are {', '.join(cells)}")
         return cells[name]
 
-    def update(self, l2: float, options: Any) -> Tensor | LowRankEntry:
+    def update(self, l2: float, options: Any) -> Tensor:
         """Make the update, and the state of the next step."""
         t = self.cells["step"].read() + 1
         self.cells["step"].write(t)
         a = self.accumulated(self.cells.get("error"), l2)
         return self.rule.update(self, a, t.to(self.layout.dtype).view(-1, 1, 1), options)
 
-    def apply(self, u: Tensor | LowRankEntry, group: Group, options: Any) -> None:
+    def apply(self, u: Tensor, group: Group, options: Any) -> None:
         """Compute p <- (1 - lr*wd) p - lr u, for the tensors that have a gradient."""
         ok, lr = self.turn.ok, float(group["lr"])
         rate: float | Tensor = lr if ok is True else lr * ok.to(self.device, self.layout.dtype)  # type: ignore[union-attr]
 
         def update(rows: slice) -> Tensor:
-            part = u.rows(rows) if isinstance(u, LowRankEntry) else u[:, rows]
-            return part if ok is True else masked(ok, part, 0.0)
+            return u[:, rows] if ok is True else masked(ok, u[:, rows], 0.0)
 
         rounding = self.turn.step if options.stochastic_rounding else None
         apply(self, update, rate, decoupled_of(group, options), rounding, self.turn.absent)
@@ -141,9 +140,8 @@ class Tensorwise:
         """Take a step."""
         counters, phase = setup.counters, LISTENER.get()
         ok = _gate(setup)
-        counters.count(ok)
         if ok is False:
-            return
+            return counters.count(ok)
         for s in setup.stacks:
             s.open(counters.step)
             s.turn.ok = ok
@@ -151,6 +149,7 @@ class Tensorwise:
                 u = s.update(l2_of(groups[s.group], o), o)
             with phase("update"):
                 s.apply(u, groups[s.group], o)
+        counters.count(ok)
         setup.placement.publish(setup.params, setup.owners)
         setup.started = True
 

@@ -129,11 +129,9 @@ def prepare(original: Any) -> Any:
 def _set_up(ours: EngineOptimizer, stage: int) -> None:
     if ours.state:
         raise OptionError("the optimizer has taken steps: under DeepSpeed prepare it first")
-    if ours.shares_state():
-        # DeepSpeed saves what the first process has, or with ZeRO what each has: no stubs.
-        if stage == 0:
-            logger.warning("DeepSpeed without ZeRO: every process holds the optimizer's whole state (shard=off)")
-        ours.keep_state_together()
+    # DeepSpeed saves what the first process has, or with ZeRO what each has: no stubs.
+    if ours.builder.keep_state_together() and stage == 0:
+        logger.warning("DeepSpeed without ZeRO: every process holds the optimizer's whole state (shard=off)")
     if stage == 0:
         return
     groups = [group for group in ours.param_groups if any(p.requires_grad for p in group["params"])]

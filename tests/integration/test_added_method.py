@@ -5,6 +5,9 @@ import dataclasses
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 import hf_efcp
 from hf_efcp import EFCPTrainingArguments, SparseMFAC
+from hf_efcp.engine.formats import SparseFormat
+from hf_efcp.engine.windowed import Windowed
+from hf_efcp.optim import mfac
 from hf_efcp.options import option, positive
 from hf_efcp.registry import OptimizerInfo, add_optimizer
 
@@ -14,10 +17,12 @@ own = {"output_dir": "out", "use_cpu": True, "report_to": []}
 class ToyOptions(SparseMFAC.options_type):
     shrink: float = option(1.0, "what each coefficient is divided by", allowed="a finite number > 0", check=positive)
 
+def shrunk(o, gram, j, dtype):
+    return mfac.phi(o, gram, j, dtype) / o.shrink
+
 class Toy(SparseMFAC):
     options_type = ToyOptions
-    def coefficients(self, *given):
-        return super().coefficients(*given) / self.options.shrink
+    method = Windowed(SparseFormat, shrunk, mfac.solve)
 
 add_optimizer(OptimizerInfo("efcp_toy_test", Toy, "a toy", "mfac", "sparse", "0000.00000", {"window_size": 4}))
 """
