@@ -11,7 +11,7 @@ Private names: one underscore in front; torch's own are left out. On an optimize
 it after a step, the object's attributes included. Shared between files: `self._x` in two or more files of optim/ and engine/.
 Used elsewhere: defined in optim/ or engine/ and used, as `anything._x`, in a file of hf_efcp that does not define it.
 
-Parsing of names: lines such as `"sparse" in name`, `name.endswith("mfac")`, `name.split("_")[1]`.
+Parsing of names: lines that look for a word such as mfac in an optimizer's name or at its ends, or split the name at a `_`.
 """
 
 import argparse
