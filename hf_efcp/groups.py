@@ -46,7 +46,8 @@ def parameter_groups(
         decay_names: which parameters decay, as in `model.named_parameters()`; None: those of kinds other than `vector`.
         target_modules: whose matrices are compressed: "all-linear" (but not the head), a name or part of one, a regular
             expression for the whole name, or several of these. The rest enters the window whole, as GaLore's other
-            parameters are optimized whole: window_size numbers for each entry. None: all matrices are compressed.
+            parameters are optimized whole: window_size numbers for each entry; a method without a window trains it by AdamW.
+            None: all matrices are compressed.
 
     Returns:
         Groups for any of our optimizers: `params` as (canonical name, tensor) pairs, `weight_decay`, `kind`, `compress`.
@@ -119,7 +120,7 @@ def _tell_of_whole_rows(groups: Iterable[dict[str, Any]]) -> None:
     if sizes[False]:
         logger.warning(
             "optim_target_modules: %.1fM of %.1fM parameters are compressed; the other %.1fM enter the window whole, "
-            "window_size numbers for each",
+            "window_size numbers for each (a method without a window trains them by AdamW)",
             *(n / 1e6 for n in (sizes[True], sum(sizes.values()), sizes[False])),
         )
 

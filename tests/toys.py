@@ -1,7 +1,9 @@
 """Two small methods, registered as any other: what docs/adding_a_method.md explains, and what the engine is tested with."""
 
+import contextlib
 import dataclasses
 
+from hf_efcp import registry
 from hf_efcp.core.cells import Spec, matrix_specs
 from hf_efcp.core.coefficients import quadratic, weights
 from hf_efcp.core.compressors import PowerIteration
@@ -79,3 +81,15 @@ def register():
     add_optimizer(OptimizerInfo("efcp_toy_mean", ToyMean, "toy: mean of the window", paper="none", **mean))
     factors |= {"hf_defaults": {"shard": "auto"}}
     add_optimizer(OptimizerInfo("efcp_toy_factors", ToyFactors, "toy: mean of factors", paper="none", **factors))
+
+
+@contextlib.contextmanager
+def registered():
+    """Register both for a while: other tests of this process go through all names that are registered."""
+    before = dict(registry._REGISTRY)
+    register()
+    try:
+        yield
+    finally:
+        registry._REGISTRY.clear()
+        registry._REGISTRY.update(before)

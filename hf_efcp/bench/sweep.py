@@ -13,6 +13,7 @@ import torch
 from ..cli.common import chosen, table, write_json
 from ..cli.shapes import module
 from ..options import OptionError
+from ..registry import get_optimizer_info
 
 # d is made of matrices of this size, so that only their number changes.
 _SIDE = 1024
@@ -59,7 +60,7 @@ def sweep(args: argparse.Namespace, bench: Callable[..., dict[str, Any]], dtype:
         for window in windows:
             number = max(1, round(size / _SIDE**2))
             model = module({f"{i}.weight": (_SIDE, _SIDE) for i in range(number)}, dtype)
-            last = bench(model, {name: {**options, "window_size": window} for name, options in optimizers.items()})
+            last = bench(model, {name: _with_window(name, options, window) for name, options in optimizers.items()})
             skipped += [f"d={last['parameters']}, m={window}: {n}: {why}" for n, why in last["skipped"].items()]
             for name, e in last["optimizers"].items():
                 point = {"optimizer": name, "parameters": last["parameters"], "window_size": window, "step_ms": e["step_ms"]}
@@ -82,6 +83,11 @@ def sweep(args: argparse.Namespace, bench: Callable[..., dict[str, Any]], dtype:
     if args.plot:
         _draw(result, args.plot)
     return result
+
+
+def _with_window(name: str, options: dict[str, Any], window: int) -> dict[str, Any]:
+    """The options with this window size; as they are for a method without a window, whose time should not depend on m."""
+    return {**options, "window_size": window} if get_optimizer_info(name).windowed else options
 
 
 def _numbers(name: str, text: str) -> list[int]:

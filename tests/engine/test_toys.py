@@ -14,8 +14,6 @@ from tests.distributed.processes import run
 from tests.optim.helpers import differences, snapshot, step_quietly, through_a_file
 from tests.reference import relative
 
-toys.register()
-
 FORMATS = [{}, {"error_dtype": "bf16"}, {"error_format": "int8"}, {"error_format": "int4"}]
 RUNS = [(name, options) for name in ("efcp_toy_mean", "efcp_toy_factors") for options in FORMATS]
 EVERY = pytest.mark.parametrize(
@@ -23,6 +21,12 @@ EVERY = pytest.mark.parametrize(
 )
 # The first is larger than all others together: it is divided by rows.
 SHAPES = [(130, 12), (12, 10), (12, 10), (7,), (5, 3, 2), (9, 8)]
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    with toys.registered():
+        yield
 
 
 def build(name, params, **options):
