@@ -6,7 +6,6 @@ compare_trajectories.py runs this file on two trees, so the file asks for nothin
 OUT.pt holds {(optimizer, format, placement, rank): {"hashes": [{entry: hash} of every step], "end": the parameters, fp64}}.
 """
 
-import contextlib
 import datetime
 import hashlib
 import inspect
@@ -269,17 +268,15 @@ def on_flat_pieces(name, dtype, options, steps):
 
 
 def take_flat_pieces(optimizer, coordinates):
-    """The optimizer's method of that name; in older trees it is told of the processes too."""
-    takes_processes = len(inspect.signature(optimizer.take_flat_pieces).parameters) == 2
-    optimizer.take_flat_pieces(*((zero_processes(), coordinates) if takes_processes else (coordinates,)))
-
-
-def zero_processes():
-    """What `take_flat_pieces` of an older tree wants to know of the processes, under its name there."""
-    for module, name in (("shards", "Shards"), ("ddp", "Shards")):
-        with contextlib.suppress(ImportError, AttributeError):
-            return getattr(__import__(f"hf_efcp.distributed.{module}", fromlist=[name]), name)()
-    raise RuntimeError("hf_efcp.distributed has no class of processes that this script knows: add its name")
+    """The optimizer's method of that name; in older trees it takes the processes too, from one of two files."""
+    arguments = [coordinates]
+    if len(inspect.signature(optimizer.take_flat_pieces).parameters) == 2:
+        try:
+            from hf_efcp.distributed.shards import Shards
+        except ImportError:
+            from hf_efcp.distributed.ddp import Shards
+        arguments.insert(0, Shards())
+    optimizer.take_flat_pieces(*arguments)
 
 
 PLACEMENTS = {

@@ -30,6 +30,9 @@ class Accumulated:
         error: e; None: it is always 0, as nothing is lost.
         absent: positions of the tensors without a gradient.
         total: where a is some rows of matrices that several processes share: sums a tensor over the processes.
+
+    Attributes:
+        dtype, device: of the numbers.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Accumulated:
         total: Callable[[Tensor], Tensor] | None = None,
     ):
         self.gradients, self.error, self.absent, self.total = gradients, error, absent, total
+        self.dtype, self.device = gradients[0].dtype, gradients[0].device
         self._chunks = row_chunks(gradients)
         self._formed: Tensor | None = None
 
@@ -48,16 +52,6 @@ class Accumulated:
         """(n, rows, cols), of the rows that this process has."""
         rows, cols = self.gradients[0].shape
         return len(self.gradients), rows, cols
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the numbers."""
-        return self.gradients[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the numbers are."""
-        return self.gradients[0].device
 
     def rows(self, rows: slice = ALL) -> Tensor:
         """Form rows `rows` of a, (n, rows, cols); without e, g itself, a view or a copy."""

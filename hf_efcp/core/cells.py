@@ -146,15 +146,14 @@ class Cell:
         buffer: (n, ...).
         turn: of the stack; the stack opens it for each step.
         dtype: of the numbers that are read.
+
+    Attributes:
+        stored: the buffers, for kernels.
     """
 
     def __init__(self, buffer: Tensor, turn: Turn, dtype: torch.dtype):
         self.buffer, self.turn, self.dtype = buffer, turn, dtype
-
-    @property
-    def stored(self) -> tuple[Tensor, Tensor | None]:
-        """The buffers, for kernels."""
-        return self.buffer, None
+        self.stored: tuple[Tensor, Tensor | None] = buffer, None
 
     def read(self, rows: slice = ALL) -> Tensor:
         """Give the numbers, or those of some rows, (n, rows, ...) in `dtype`; may share memory with the state."""
@@ -201,11 +200,7 @@ class QuantizedCell(Cell):
         super().__init__(buffer, turn, dtype)
         self.quantizer = BlockQuantizer(8 if buffer.dtype == torch.int8 else 4)
         self.scale, self.cols = scale, cols
-
-    @property
-    def stored(self) -> tuple[Tensor, Tensor | None]:
-        """See Cell."""
-        return self.buffer, self.scale
+        self.stored = buffer, scale
 
     def read(self, rows: slice = ALL) -> Tensor:
         """See Cell."""

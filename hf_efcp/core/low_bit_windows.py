@@ -61,7 +61,7 @@ class LowBitDenseWindow(_Coded, DenseWindow):
         for part in chunks(rows, n * cols * 24):
             codes[:, part], scale[:, part] = _INT8.encode(a[:, part])
             a[:, part] = _INT8.decode(codes[:, part], scale[:, part], cols)
-        self._codes, self._staged = (codes, scale), DenseEntry(a)
+        self._codes, self.staged = (codes, scale), DenseEntry(a)
 
     def _slots(self, slots: slice, rows: slice = ALL) -> Tensor:
         codes, scale = (buffer[:, slots, rows] for buffer in self.buffers.values())
@@ -89,7 +89,7 @@ class LowBitLowRankWindow(_Coded, LowRankWindow):
     def stage(self, entry: Entry) -> None:
         """See Window."""
         p, (q, scale) = encode_float8(entry.parts[0]), _INT8.encode(entry.parts[1])
-        self._codes, self._staged = (p, q, scale), LowRankEntry(*self._decode(p, q, scale))
+        self._codes, self.staged = (p, q, scale), LowRankEntry(*self._decode(p, q, scale))
 
     def _factors(self, slots: slice, rows: slice = ALL) -> tuple[Tensor, Tensor]:
         p, q, scale = (buffer[:, slots] for buffer in self.buffers.values())
@@ -130,7 +130,7 @@ class LowBitSparseWindow(_Coded, SparseWindow):
         """See Window."""
         entries, scales = self.codec.encode(*entry.parts)
         values = self.codec.decode(entries, scales, self.compute_dtype)[1]
-        self._codes, self._staged = (entries, scales), SparseEntry(entry.parts[0], values, self.grid)
+        self._codes, self.staged = (entries, scales), SparseEntry(entry.parts[0], values, self.grid)
 
     def _stored(self) -> kernels.Stored:
         return self.buffers["window_entries"], None, self.buffers["window_scale"]

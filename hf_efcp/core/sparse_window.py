@@ -51,7 +51,7 @@ class SparseWindow(Window):
     def stage(self, entry: Entry) -> None:
         """See Window."""
         indices, values = entry.parts
-        self._staged = SparseEntry(indices, values.to(self.buffers["window_values"].dtype), self.grid)
+        self.staged = SparseEntry(indices, values.to(self.buffers["window_values"].dtype), self.grid)
 
     def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float) -> bool:
         """See Window."""
@@ -73,7 +73,7 @@ class SparseWindow(Window):
         return out
 
     def _dots_with_window(self) -> Tensor:
-        indices, values = self.staged.parts
+        indices, values = self._parts
         fast = kernels.dots(self._stored(), (indices, values), self.grid.cols, self.grid.blocks)
         if fast is not None:
             return fast
@@ -88,7 +88,7 @@ class SparseWindow(Window):
         return dots
 
     def _staged_square(self) -> Tensor:
-        return self.staged.parts[1].double().square().sum((1, 2))
+        return self._parts[1].double().square().sum((1, 2))
 
     def _pieces(self, rows: slice = ALL) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Cut the window's `rows` by tensors, then rows: (tensor slice, row slice, int64 columns, values) of limited size."""

@@ -24,6 +24,9 @@ class Window:
     Args:
         buffers: name -> (n, ...), as `specs` declares them.
         compute_dtype: dtype of gradients, errors and updates.
+
+    Attributes:
+        staged: the new entry as the window stores it, in numbers; None: there is none.
     """
 
     slot_dim = 1  # of the buffers
@@ -31,18 +34,7 @@ class Window:
     def __init__(self, buffers: Buffers, compute_dtype: torch.dtype):
         self.buffers = buffers
         self.compute_dtype = compute_dtype
-        self._staged: Entry | None = None
-
-    @property
-    def staged(self) -> Entry:
-        """The new entry as the window stores it, in numbers."""
-        assert self._staged is not None, "stage comes first"
-        return self._staged
-
-    @property
-    def holds_entry(self) -> bool:
-        """Whether an entry is staged."""
-        return self._staged is not None
+        self.staged: Entry | None = None
 
     def stage(self, entry: Entry) -> None:
         """Take the new entry, rounded as the window stores it."""
@@ -64,7 +56,7 @@ class Window:
 
     def release(self) -> None:
         """Forget the staged entry: it may share memory with a gradient."""
-        self._staged = None
+        self.staged = None
 
     def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float) -> bool:
         """Compute p <- decay * p + scale * G^T c in place for n matrices (rows, cols) in the compute dtype.
@@ -84,6 +76,12 @@ class Window:
         raise NotImplementedError
 
     def _parts_to_store(self) -> tuple[Tensor, ...]:
+        return self._parts
+
+    @property
+    def _parts(self) -> tuple[Tensor, ...]:
+        """The tensors of the staged entry."""
+        assert self.staged is not None, "stage comes first"
         return self.staged.parts
 
     def _dots_with_window(self) -> Tensor:
@@ -103,7 +101,7 @@ class DenseWindow(Window):
 
     def stage(self, entry: Entry) -> None:
         """See Window."""
-        self._staged = DenseEntry(entry.parts[0].to(self.buffers["window_rows"].dtype))
+        self.staged = DenseEntry(entry.parts[0].to(self.buffers["window_rows"].dtype))
 
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window."""
@@ -124,10 +122,10 @@ class DenseWindow(Window):
         return self.buffers["window_rows"][:, slots, rows]
 
     def _dots_of(self, entries: Tensor) -> Tensor:
-        return inner(entries.flatten(2), self.staged.parts[0].flatten(1)[:, None]).squeeze(2)
+        return inner(entries.flatten(2), self._parts[0].flatten(1)[:, None]).squeeze(2)
 
     def _staged_square(self) -> Tensor:
-        entry = self.staged.parts[0].flatten(1)[:, None]
+        entry = self._parts[0].flatten(1)[:, None]
         return inner(entry, entry)[:, 0, 0]
 
 
@@ -148,7 +146,7 @@ class LowRankWindow(Window):
     def stage(self, entry: Entry) -> None:
         """See Window."""
         p, q = entry.parts
-        self._staged = LowRankEntry(p.to(self.buffers["window_p"].dtype), q.to(self.buffers["window_q"].dtype))
+        self.staged = LowRankEntry(p.to(self.buffers["window_p"].dtype), q.to(self.buffers["window_q"].dtype))
 
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window. c scales the shorter factor, a few slots at a time."""
@@ -184,10 +182,10 @@ class LowRankWindow(Window):
         return self.buffers["window_p"][:, slots, :, rows], self.buffers["window_q"][:, slots]
 
     def _staged_square(self) -> Tensor:
-        p, q = self.staged.parts
+        p, q = self._parts
         return self._factor_dots(p[:, None], q[:, None])[:, 0]
 
     def _factor_dots(self, p: Tensor, q: Tensor) -> Tensor:
-        gram_p = inner(p.flatten(1, 2), self.staged.parts[0])
-        gram_q = inner(q.flatten(1, 2), self.staged.parts[1])
+        gram_p = inner(p.flatten(1, 2), self._parts[0])
+        gram_q = inner(q.flatten(1, 2), self._parts[1])
         return gram_p.mul_(gram_q).unflatten(1, p.shape[1:3]).sum((2, 3))

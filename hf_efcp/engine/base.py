@@ -111,7 +111,7 @@ class EngineOptimizer(torch.optim.Optimizer):
                 optimized (complex; a flat FSDP1 shard; a DTensor that is not divided by rows).
         """
         super().add_param_group(checked_group(param_group, self.param_groups, self.options_type, type(self).__name__))
-        self.builder.plain |= any(type(p) is Tensor for p in self.param_groups[-1]["params"])
+        self.builder.takes_tensors |= any(type(p) is Tensor for p in self.param_groups[-1]["params"])
 
     def take_flat_pieces(self, coordinates: int) -> None:
         """Prepare for ZeRO-1 and 2: the parameters of the one group are about to become this process's flat piece of them.
@@ -200,7 +200,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         options, budget, copied = state.pop("made")
         super().__setstate__(state)
         self.builder = Builder(budget.name, self.method, options, budget)
-        self.builder.plain, self.builder.copied = True, copied
+        self.builder.takes_tensors, self.builder.copied = True, copied
 
     def save_shards(self, folder: str | Path) -> None:
         """Write this process's part of a state that is saved apart; to be called on every process.

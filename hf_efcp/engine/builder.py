@@ -43,7 +43,7 @@ class Builder:
         setup: what is built; None: nothing yet, or the state is another.
         pieces: the placement of flat pieces, under DeepSpeed's ZeRO.
         sync: DDP's hook for comm="factors".
-        plain: whether tensors that are no nn.Parameter may be among the parameters.
+        takes_tensors: whether tensors that are no nn.Parameter may be among the parameters.
         copied: owners of the state, and number of processes, where the optimizer is a copy.
     """
 
@@ -52,7 +52,7 @@ class Builder:
         self.process_group = process_group
         self.pieces: ZeroPieces | None = None
         self.sync = FactorSync(options)
-        self.plain = False
+        self.takes_tensors = False
         self.forget()
 
     def forget(self) -> None:
@@ -159,7 +159,7 @@ class Builder:
 
     def _check_parameter(self, p: Tensor) -> None:
         refuse_parameter(p, self.name)
-        if self.pieces is None and not self.plain and type(p) is Tensor:
+        if self.pieces is None and not self.takes_tensors and type(p) is Tensor:
             raise OptionError(
                 f"{self.name} was given parameters, and finds a plain tensor {tuple(p.shape)} in their place, as "
                 "DeepSpeed does: prepare it by Accelerate or Trainer, without ZeRO in full precision; or use DDP"

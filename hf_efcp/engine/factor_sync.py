@@ -106,6 +106,7 @@ class FactorStack(Stack):
     def commit(self, j: Tensor, l2: float, ok: bool | Tensor) -> None:
         """Let e <- e + g - P Q^T, and Q become the next warm start, where the step is accepted."""
         self.turn.ok = ok
+        assert self.window.staged is not None, "stage comes first"
         Accumulated(self.gradients(l2), self.error).keep(self.window.staged)
         self.compressor.commit()
         self.window.release()

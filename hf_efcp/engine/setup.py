@@ -65,8 +65,9 @@ class Setup:
             views[p] |= {name: t for name, t in self.counters.entries(number).items() if name in self.specs[p]}
         return views
 
-    def remember(self, last: Tensor, ok: bool | Tensor) -> None:
-        """End a step: remember the coefficients where the step was accepted."""
+    def finish(self, last: Tensor, ok: bool | Tensor) -> None:
+        """End a step: hand out the parameters, and remember the coefficients where the step was accepted."""
+        self.placement.publish(self.params, self.owners)
         self.last = last if ok is True or self.last is None else masked(ok, last, self.last)
         self.started = True
 

@@ -21,7 +21,7 @@ from .factor_sync import FactorSync
 from .formats import EntryFormat, costs_of
 from .method import Group
 from .phases import LISTENER, PHASES
-from .setup import Setup, decoupled_of
+from .setup import Setup
 from .stacks import Piece, Stack
 
 
@@ -61,10 +61,10 @@ class WindowStack(Stack):
 
     def commit(self, j: Tensor, l2: float, ok: bool | Tensor) -> None:
         """Let e <- a - c, and write c into slot j, where the step is accepted."""
-        if not self.window.holds_entry:
+        if self.window.staged is None:
             self._compress(l2)
         self.turn.ok = ok
-        if self.error is not None:
+        if self.error is not None and self.window.staged is not None:
             self.accumulated(self.error, l2).keep(self.window.staged)
         self.window.commit(j.to(self.device), ok)
         self.compressor.commit()
@@ -74,7 +74,8 @@ class WindowStack(Stack):
 
         A large tensor's u is never whole. Of a refused step, u is zero; with lr and 1 - mu zero too, nothing moves.
         """
-        ok, lr, weight_decay, momentum = self.turn.ok, float(group["lr"]), decoupled_of(group, options), options.momentum
+        ok, lr, momentum = self.turn.ok, float(group["lr"]), options.momentum
+        weight_decay = group["weight_decay"] if options.weight_decay_mode == "decoupled" else 0.0
         if self._apply_at_once(c, lr, weight_decay):
             return
         rate: float | Tensor = lr
@@ -126,6 +127,7 @@ class Windowed:
         solve: Callable[[int], float],
     ):
         self.entries, self.phi, self.solve = entries, phi, solve
+        self.takes_flat_pieces = entries.takes_flat_pieces
 
     def format(self, layout: Layout, group: Group, options: Any, flat: bool) -> EntryFormat:
         """Choose the format of a tensor's entries."""
@@ -186,13 +188,11 @@ class Windowed:
                 s.commit(j, l2[s.group], ok)                                    # e <- a - c_j;  slot j of G <- c_j
         with phase("solve"):
             gram.update(j, k_j, ok)
-            c = _rescaled(self.phi(o, gram, j, setup.dtype), gram, setup, o.update_rms)  # c = phi(K) w
-        c = c if ok is True else masked(ok, c, 0.0)
+            c = _rescaled(self.phi(o, gram, j, setup.dtype), setup, o.update_rms, ok)  # c = phi(K) w
         for s in stacks:
             with phase("update"):
-                s.apply(_share(c, s, o.scope), groups[s.group], o)             # u = G^T c;  p <- (1 - lr wd) p - lr u
-        setup.placement.publish(setup.params, setup.owners)
-        setup.remember(c, ok)
+                s.apply(_coefficients_of(c, s, o.scope), groups[s.group], o)             # u = G^T c;  p <- (1 - lr wd) p - lr u
+        setup.finish(c, ok)
     # fmt: on
 
     def costs(self, setup: Setup, options: Any) -> dict[str, Count]:
@@ -231,16 +231,20 @@ def _finite(k_j: Tensor) -> bool | Tensor:
     return bool(finite) if readable(finite.device) else finite
 
 
-def _rescaled(c: Tensor, gram: GramMatrix, setup: Setup, rms: float | None) -> Tensor:
-    """Multiply c by rms * sqrt(d) / |u|: |u|^2 = c^T K c is free, so no pass over the parameters is needed."""
+def _rescaled(c: Tensor, setup: Setup, rms: float | None, ok: bool | Tensor) -> Tensor:
+    """Multiply c by rms * sqrt(d) / |u|: |u|^2 = c^T K c is free, so no pass over the parameters is needed.
+
+    A refused step has zeros.
+    """
     if rms is not None:
-        norm = quadratic(gram.matrix, c).sum().sqrt()
+        norm = quadratic(setup.counters.matrix, c).sum().sqrt()
         c = c * torch.where(norm > 0, rms * math.sqrt(setup.coordinates) / norm, 0.0)
     # Gradients near the smallest fp32 number ask for coefficients beyond the largest: they are zeros.
-    return torch.where(c.abs().amax(-1, keepdim=True) < torch.finfo(setup.dtype).max / 2**20, c, 0.0)
+    c = torch.where(c.abs().amax(-1, keepdim=True) < torch.finfo(setup.dtype).max / 2**20, c, 0.0)
+    return c if ok is True else masked(ok, c, 0.0)
 
 
-def _share(c: Tensor, s: WindowStack, scope: str) -> Tensor:
+def _coefficients_of(c: Tensor, s: WindowStack, scope: str) -> Tensor:
     """Give the stack's coefficients, (n, m)."""
     c = c.to(s.device)
     return c.index_select(0, s.ids) if scope == "layer" else c.expand(len(s.pieces), -1)

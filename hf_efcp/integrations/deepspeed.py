@@ -17,8 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..engine.base import EngineOptimizer
-from ..engine.windowed import Windowed
-from ..options import OptionError, field_types
+from ..options import OptionError
 from ..registry import all_optimizers
 from .checkpoints import unwrapped
 
@@ -64,7 +63,7 @@ def check_config(config: Mapping[str, Any], cls: type[EngineOptimizer], options:
         raise OptionError(f"DeepSpeed tensor_parallel.autotp_size: {name} has no tensor parallelism; {INSTEAD}")
     if stage == 0:
         return
-    if _needs_matrices(cls):
+    if not cls.method.takes_flat_pieces:
         remedies = [*_without_matrices(cls), "stage 0", INSTEAD]
         raise OptionError(
             f"DeepSpeed zero_optimization.stage={stage} flattens the parameters, and {name} needs matrices: use "
@@ -82,15 +81,10 @@ def check_config(config: Mapping[str, Any], cls: type[EngineOptimizer], options:
             raise OptionError(f"DeepSpeed {key}=true takes the optimizer's state for copies of the parameters: set it to false")
 
 
-def _needs_matrices(cls: type[EngineOptimizer]) -> bool:
-    """Whether flat pieces are not enough: they are only for a window of sparse or dense entries."""
-    return "rank" in field_types(cls.options_type) or not isinstance(cls.method, Windowed)
-
-
 def _without_matrices(cls: type[EngineOptimizer]) -> list[str]:
     """The classes of the same family that take flat pieces, as one piece of text; empty where `cls` is not registered."""
     family = next((info.family for info in all_optimizers() if info.cls is cls), None)
-    flat = [info.cls.__name__ for info in all_optimizers() if info.family == family and not _needs_matrices(info.cls)]
+    flat = [i.cls.__name__ for i in all_optimizers() if i.family == family and i.cls.method.takes_flat_pieces]
     return [" or ".join(flat)] if flat else []
 
 

@@ -36,7 +36,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize(("name", "optim_args"), BY_HAND)
 def test_counts_are_those_worked_out_by_hand(name, optim_args):
-    counts = roofline.count(started(name, optim_args)[0])
+    counts = started(name, optim_args)[0].costs()
     assert {phase: (c.fp32, c.fp64, c.bytes) for phase, c in counts.items()} == {
         phase: pytest.approx(numbers) for phase, numbers in BY_HAND[name, optim_args].items()
     }
@@ -44,7 +44,7 @@ def test_counts_are_those_worked_out_by_hand(name, optim_args):
 
 def test_counts_follow_the_options():
     def total(optim_args, name="efcp_lowrank_mfac", dtype=torch.float32):
-        counts = roofline.count(started(name, optim_args, dtype=dtype)[0])
+        counts = started(name, optim_args, dtype=dtype)[0].costs()
         return sum(counts.values(), Count()), counts
 
     plain, _ = total("")

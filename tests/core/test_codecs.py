@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_efcp.core.accumulated import Accumulated
 from hf_efcp.core.codecs import BlockQuantizer, SparseCodec, decode_float8, encode_float8
 from hf_efcp.core.compressors import BlockTopK
 from hf_efcp.core.random import counted_uniform
@@ -102,7 +103,7 @@ def test_float8_keeps_four_bits_of_what_is_at_most_one():
 def test_sparse_entries_take_16_bits_and_keep_their_index(cols, density, block, dtype):
     top = BlockTopK(cols, density, block)
     codec = SparseCodec(top.block, top.full, top.kept, top.kept_tail)
-    indices, values = top.compress(numbers(2, 4, cols, dtype=dtype), None)
+    indices, values = top.compress(Accumulated(numbers(2, 4, cols, dtype=dtype)), torch.tensor(0)).parts
     values[0, 0] = 0
     entries, scales = codec.encode(indices, values)
     assert entries.dtype == torch.int16 and scales.dtype == torch.uint8 and entries.shape == values.shape

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from hf_efcp import LowRankGGT, LowRankMFAC, kernels
-from hf_efcp.core.error_feedback import ErrorFeedback, QuantizedErrorFeedback
+from hf_efcp.core.accumulated import Accumulated, LowRankEntry
+from hf_efcp.core.cells import Layout
 from hf_efcp.core.linalg import inner
 from hf_efcp.core.windows import LowRankWindow
+from tests.kernels.helpers import allocated, coded_error, plain_error
 from tests.reference import parameters, relative, set_gradients
 
 pytest.importorskip("numba")
@@ -54,6 +56,13 @@ def test_many_columns_are_left_to_torch():
     assert relative(inner(a, a), a.double() @ a.double().mT) < 1e-14
 
 
+def staged(n, rows, cols, rank, dtype):
+    """An entry as a window stores it."""
+    window = LowRankWindow(allocated(LowRankWindow.specs(Layout(rows, cols, dtype), 2, rank, dtype), n), dtype)
+    window.stage(LowRankEntry.of(random(n, rows, rank, dtype=dtype) / 8, random(n, cols, rank, dtype=dtype, seed=1)))
+    return window.staged
+
+
 @SHAPES
 @DTYPES
 @pytest.mark.parametrize("error_dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -61,11 +70,9 @@ def test_the_error_is_torchs_and_rounded_by_the_same_numbers(n, rows, cols, rank
     errors = []
     for off in ("0", "1"):
         monkeypatch.setenv("HF_EFCP_KERNELS", off)
-        window = LowRankWindow(n, 2, rows, cols, rank, dtype=dtype, compute_dtype=dtype, device=torch.device("cpu"))
-        window.stage((random(n, rows, rank, dtype=dtype) / 8, random(n, cols, rank, dtype=dtype, seed=1)))
-        feedback = ErrorFeedback(random(n, rows, cols, dtype=error_dtype, seed=2), torch.arange(n) + 5, (7, 3))
-        feedback.keep(random(n, rows, cols, dtype=dtype, seed=3), window, torch.tensor(4))
-        errors.append(feedback.error)
+        error = plain_error(random(n, rows, cols, dtype=error_dtype, seed=2), dtype, step=4)
+        Accumulated(random(n, rows, cols, dtype=dtype, seed=3), error).keep(staged(n, rows, cols, rank, dtype))
+        errors.append(error.buffer)
     # A sum in another order may be rounded to the next number of bf16.
     assert (errors[0] == errors[1]).double().mean() > (0.98 if error_dtype == torch.bfloat16 else 0)
     assert relative(errors[1].double(), errors[0].double()) < {torch.bfloat16: 3e-3}.get(error_dtype, 1e-6)
@@ -78,16 +85,16 @@ def test_errors_in_codes(n, rows, cols, rank, dtype, bits, monkeypatch):
     ends, g = [], random(n, rows, cols, dtype=dtype, seed=3)
     for off in ("0", "1"):
         monkeypatch.setenv("HF_EFCP_KERNELS", off)
-        window = LowRankWindow(n, 2, rows, cols, rank, dtype=dtype, compute_dtype=dtype, device=torch.device("cpu"))
-        window.stage((random(n, rows, rank, dtype=dtype) / 8, random(n, cols, rank, dtype=dtype, seed=1)))
-        feedback = QuantizedErrorFeedback(bits, (n, rows, cols), dtype, torch.arange(n) + 5, (7, 3))
-        feedback.keep(list(g), window, torch.tensor(4))
-        codes = feedback.error.clone()
-        feedback.keep(list(g), window, torch.tensor(5), absent=[0])
-        assert torch.equal(feedback.error[0], codes[0])
-        q = random(n, rank, cols, dtype=dtype)
-        products = kernels.times(g, feedback.stored(), q) if off == "1" else feedback.accumulate(g) @ q.mT
-        ends.append((feedback.accumulate(g), products, feedback.scale))
+        error, entry = coded_error(bits, n, rows, cols, dtype), staged(n, rows, cols, rank, dtype)
+        error.turn.step = torch.tensor(4)
+        Accumulated(list(g), error).keep(entry)
+        codes = error.buffer.clone()
+        error.turn.step, error.turn.absent = torch.tensor(5), [0]
+        Accumulated(list(g), error, [0]).keep(entry)
+        assert torch.equal(error.buffer[0], codes[0])
+        q, a = random(n, rank, cols, dtype=dtype), Accumulated(g, error).rows()
+        products = kernels.times(g, error.stored, q) if off == "1" else a @ q.mT
+        ends.append((a, products, error.scale))
     for mine, theirs in zip(*ends, strict=True):
         # A sum in another order may end at the next code.
         assert relative(mine.double(), theirs.double()) < (1e-3 if bits == 8 else 2e-2)

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_efcp.core.error_feedback import ErrorFeedback, QuantizedErrorFeedback
 from torch.utils.data import DataLoader
 
 from hf_efcp import SparseGGT, SparseMFAC, kernels
-from hf_efcp.core.codecs import SparseCodec
+from hf_efcp.core.accumulated import Accumulated
+from hf_efcp.core.cells import Layout
 from hf_efcp.core.compressors import BlockTopK
 from hf_efcp.core.low_bit_windows import LowBitSparseWindow
-from hf_efcp.core.windows import SparseWindow
+from hf_efcp.core.sparse_window import SparseWindow
+from tests.kernels.helpers import allocated, coded_error, plain_error
 from tests.reference import parameters, relative, set_gradients, update_of
 
 NEEDS = {"cpu": "numba", "gpu": "triton"}
 OPERATIONS = ("top_k", "dots", "combine", "apply", "keep")
 STEP = torch.tensor(0)
-PLAIN = {"dtype": torch.float32, "compute_dtype": torch.float32, "device": torch.device("cpu")}
 # n, rows, cols, block, density: one block, a ragged tail, many blocks, k = 1, tiny rows, a full block, one row
 SHAPES = [
     (2, 5, 24, 1024, 0.15),
@@ -88,9 +88,9 @@ def plain(monkeypatch):
     return run
 
 
-def dense(compressor, indices, values, cols):
-    zeros = torch.zeros(*indices.shape[:2], cols, dtype=values.dtype)
-    return zeros.scatter(2, indices.long() + compressor.offsets(zeros.device), values)
+def compressed(grid, gradients, error=None):
+    """The entry of e + g."""
+    return grid.compress(Accumulated(gradients, error), STEP)
 
 
 @EVERY_DTYPE
@@ -99,11 +99,11 @@ def test_top_k_is_that_of_torch(module, plain, n, rows, cols, block, density, dt
     generator = torch.Generator().manual_seed(0)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     a, e = (torch.randn(n, rows, cols, generator=generator, dtype=compute) for _ in range(2))
-    compressor = BlockTopK(cols, density, block)
-    for feedback in (ErrorFeedback(None), ErrorFeedback(e.to(dtype))):
-        mine, theirs = compressor.compress(a, STEP, feedback), plain(compressor.compress, a, STEP, feedback)
-        assert [x.shape for x in mine] == [x.shape for x in theirs] and [x.dtype for x in mine] == [x.dtype for x in theirs]
-        assert torch.equal(dense(compressor, *mine, cols), dense(compressor, *theirs, cols))
+    grid = BlockTopK(cols, density, block)
+    for error in (None, plain_error(e.to(dtype), compute)):
+        mine, theirs = compressed(grid, a, error), plain(compressed, grid, a, error)
+        assert [(x.shape, x.dtype) for x in mine.parts] == [(x.shape, x.dtype) for x in theirs.parts]
+        assert torch.equal(mine.dense(), theirs.dense())
     assert module == ["top_k"] * 2
 
 
@@ -120,49 +120,45 @@ def test_top_k_however_much_is_kept_and_however_it_is_distributed(module, kept, 
         "one": torch.zeros(1, 4, cols).index_fill_(2, torch.tensor(200), 5.0),
         "subnormal": torch.randn(1, 4, cols) * 1e-42,
     }[values]
-    indices, found = BlockTopK(cols, kept / cols, cols).compress(a, STEP)
-    assert torch.equal(found, a.gather(2, indices.long()))
+    indices, values = compressed(BlockTopK(cols, kept / cols, cols), a).parts
+    assert torch.equal(values, a.gather(2, indices.long()))
     assert all(len(set(row)) == kept for row in indices[0].tolist())
-    assert torch.equal(found.abs().sort(-1).values, a.abs().topk(kept).values.sort(-1).values)
+    assert torch.equal(values.abs().sort(-1).values, a.abs().topk(kept).values.sort(-1).values)
 
 
 def test_top_k_of_gradients_that_are_views(module):
     a = torch.randn(2, 6, 40)
-    top, expected = BlockTopK(40, 0.1, 40), BlockTopK(40, 0.1, 40).compress(-a, STEP)[1]
+    grid = BlockTopK(40, 0.1, 40)
+    expected = compressed(grid, -a).parts[1]
     for odd in ([x._neg_view() for x in a], [-x.mT.contiguous().mT for x in a], list((-a).expand(2, 6, 40))):
-        assert torch.equal(top.compress(odd, STEP)[1].sort(-1).values, expected.sort(-1).values)
+        assert torch.equal(compressed(grid, odd).parts[1].sort(-1).values, expected.sort(-1).values)
 
 
 def test_top_k_of_ties_zeros_and_what_is_not_finite(module):
-    compressor = BlockTopK(200, 0.02, 100)
+    grid = BlockTopK(200, 0.02, 100)
     for a in (torch.zeros(1, 2, 200), torch.ones(1, 2, 200), -torch.ones(1, 2, 200)):
-        indices, values = compressor.compress(a, STEP)
+        indices, values = compressed(grid, a).parts
         assert all(len(set(half)) == 2 for half in indices.view(-1, 2).tolist())
         assert values.eq(a.flatten()[0]).all()
     a = torch.randn(1, 2, 200)
     a[0, 0, 150], a[0, 1, 3], a[0, 1, 4] = torch.nan, torch.inf, -torch.inf
-    _, values = compressor.compress(a, STEP)
+    _, values = compressed(grid, a).parts
     assert values[0, 0].isnan().sum() == 1 and values[0, 1].isinf().sum() == 2
 
 
 def window_of(n, rows, cols, block, density, dtype, m=6, filled=None):
-    """A window with `filled` rows and a staged one."""
+    """A window with `filled` entries and a staged one."""
     generator = torch.Generator().manual_seed(1)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    compressor = BlockTopK(cols, density, block)
-    offsets = compressor.offsets(torch.device("cpu"))
-    like = {"compute_dtype": compute, "device": torch.device("cpu")}
-    if dtype == LOW_BIT:
-        codec = SparseCodec(compressor.block, compressor.full, compressor.kept, compressor.kept_tail)
-        window = LowBitSparseWindow(n, m, rows, cols, offsets, compressor.blocks, codec, **like)
-    else:
-        window = SparseWindow(n, m, rows, cols, offsets, compressor.blocks, dtype=dtype, **like)
+    grid = BlockTopK(cols, density, block)
+    kind, dtype = (LowBitSparseWindow, compute) if dtype == LOW_BIT else (SparseWindow, dtype)
+    window = kind(allocated(kind.specs(Layout(rows, cols, compute), m, grid, dtype), n), compute, grid)
     for slot in range(m if filled is None else filled):
-        window.stage(compressor.compress(torch.randn(n, rows, cols, generator=generator, dtype=compute), STEP))
+        window.stage(compressed(grid, torch.randn(n, rows, cols, generator=generator, dtype=compute)))
         window.commit(torch.tensor([slot]))
     new = torch.randn(n, rows, cols, generator=generator, dtype=compute)
     new[:, 0] = 0  # a row of which nothing is kept
-    window.stage(compressor.compress(new, STEP))
+    window.stage(compressed(grid, new))
     return window, torch.randn(n, m, generator=generator, dtype=torch.float64)
 
 
@@ -202,9 +198,9 @@ def test_the_error_is_torchs_and_rounded_by_the_same_numbers(module, plain, n, r
     kept = []
     for run in (lambda f, *args: f(*args), plain):
         window, _ = plain(window_of, n, rows, cols, block, density, compute)
-        feedback = ErrorFeedback(e.to(error_dtype), torch.arange(n) + 5, (7, 3))
-        run(feedback.keep, list(g), window, torch.tensor(4))
-        kept.append(feedback.error)
+        error = plain_error(e.to(error_dtype, copy=True), compute, step=4)
+        run(Accumulated(list(g), error).keep, window.staged)
+        kept.append(error.buffer)
     assert torch.equal(*kept)
     assert module == ["keep"]
 
@@ -214,7 +210,7 @@ def test_a_window_with_indices_out_of_range_does_no_harm(module, dtype):
     if dtype == LOW_BIT and on_gpu_kernels():
         pytest.skip("no kernel; torch raises")
     window, c = window_of(1, 2, 40, 16, 0.2, dtype)
-    next(iter(window.state.values())).random_(-(2**15), 2**15)
+    next(iter(window.buffers.values())).random_(-(2**15), 2**15)
     window.dots(torch.tensor([1]))
     assert window.combine(c).shape == (1, 2, 40)
     around = torch.zeros(6, 40)
@@ -231,13 +227,12 @@ def test_an_error_in_codes_is_read_and_written_as_torch_does(module, plain, n, r
     g[0, 0] = 0  # a scale of zero
     for run in (lambda f, *args: f(*args), plain):
         window, _ = plain(window_of, n, rows, cols, block, density, dtype)
-        feedback = QuantizedErrorFeedback(bits, (n, rows, cols), dtype, torch.arange(n) + 5, (7, 3))
-        compressor = BlockTopK(cols, density, block)
+        error, grid = coded_error(bits, n, rows, cols, dtype), BlockTopK(cols, density, block)
         for step in range(3):
-            absent = [n - 1] if step == 1 else []
-            parts = run(compressor.compress, g, STEP, feedback)
-            run(feedback.keep, list(g), window, torch.tensor(step), True, absent)
-        ends.append([feedback.error, feedback.scale, dense(compressor, *parts, cols)])
+            error.turn.step, error.turn.absent = torch.tensor(step), [n - 1] if step == 1 else []
+            entry = run(compressed, grid, g, error)
+            run(Accumulated(list(g), error, error.turn.absent).keep, window.staged)
+        ends.append([*error.stored, entry.dense()])
     for mine, theirs in zip(*ends, strict=True):
         assert torch.equal(mine, theirs)
     assert module == ["top_k", "keep"] * 3
@@ -332,9 +327,10 @@ def test_a_kernel_that_fails_is_given_up_with_one_line(module, monkeypatch, capl
 
 def test_a_shard_without_rows_is_no_failure(module):
     """As FSDP2 makes them."""
-    window = SparseWindow(2, 3, 0, 40, BlockTopK(40, 0.1, 40).offsets(torch.device("cpu")), (40, 4, 0), **PLAIN)
-    top = BlockTopK(40, 0.1, 40)
-    window.stage(top.compress(torch.zeros(2, 0, 40), torch.tensor(0)))
+    grid = BlockTopK(40, 0.1, 40)
+    specs = SparseWindow.specs(Layout(0, 40, torch.float32), 3, grid, torch.float32)
+    window = SparseWindow(allocated(specs, 2), torch.float32, grid)
+    window.stage(compressed(grid, torch.zeros(2, 0, 40)))
     assert window.dots(torch.tensor([1])).shape == (2, 3)
     assert window.combine(torch.ones(2, 3)).shape == (2, 0, 40)
     assert not kernels._failed

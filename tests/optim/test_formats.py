@@ -1,11 +1,12 @@
 """Low-bit state: the update is that of the rows as stored, the error is what they left out, and every byte is counted."""
 
-import collections
-
 import pytest
 import torch
-from hf_efcp.optim.stacks import Piece, build_stacks, matrix_shape
 
+from hf_efcp.core.cells import Layout, matrix_shape
+from hf_efcp.engine.formats import EntryFormat
+from hf_efcp.engine.stacks import Piece
+from hf_efcp.engine.windowed import WindowStack
 from hf_efcp.kernels.constants import BLOCK
 from hf_efcp.options import OptionError
 from tests.optim.helpers import EVERY, M, count, gradients_at, started
@@ -172,17 +173,15 @@ def test_an_update_below_half_a_unit_moves_bf16_parameters_in_the_mean():
     assert abs(walk.mean() - 100 * 1e-4) < 4 * (100 * 1e-4 / 256 / 64**2) ** 0.5 and walk.std() > 0
 
 
-Processes = collections.namedtuple("Processes", "size sum follows")
-
-
 def applied(p, update, step, rows=None, weight_decay=0.1):
     """The parameter after p <- SR((1 - lr wd) p - lr u), done to some of its rows only."""
     p = torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format))
-    options, processes = make("efcp_dense_mfac", [p], stochastic_rounding=True).options, Processes(2, None, False)
-    (stack,) = build_stacks([[Piece(p, 3, rows)]], options, [None], processes)
-    stack.window.state["window_rows"][0, 0] = update
+    options = make("efcp_dense_mfac", [p], stochastic_rounding=True).options
+    stack = WindowStack([Piece(p, 3, rows)], 0, EntryFormat(Layout.of(p), options))
+    stack.buffers["window_rows"][0, 0] = update
     c = torch.zeros(1, options.window_size).index_fill_(1, torch.tensor(0), 1.0)
-    stack.update(c, 0.01, weight_decay, 0.0, True, torch.tensor(step))
+    stack.open(torch.tensor(step))
+    stack.apply(c, {"lr": 0.01, "weight_decay": weight_decay}, options)
     return p.detach()
 
 
