@@ -86,6 +86,18 @@ def trainer(folder, name, cls=Trainer, arguments=TrainingArguments, seed=0, dtyp
     return cls(Net(seed, dtype), arguments(str(folder), **{**common, **given}), train_dataset=examples())
 
 
+def probabilities(params):
+    """Give the logarithms of the classes' probabilities under these fp64 parameters.
+
+    Parameters themselves may differ by a shift of all classes' scores, which has no gradient: there rounding errors grow.
+    """
+    net = Net(dtype=torch.float64)
+    with torch.no_grad():
+        for p, value in zip(net.parameters(), params, strict=True):
+            p.copy_(value)
+        return net(**torch.utils.data.default_collate(examples()))["logits"].log_softmax(-1)
+
+
 def losses(made):
     """The losses that were logged."""
     return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
