@@ -127,7 +127,7 @@ class GroupOptions:
 class ParamGroupOptions(GroupOptions):
     """What a parameter group may set."""
 
-    compress: bool = option(True, "false: this group's tensors are not compressed")
+    compress: bool = option(True, "false: this group's tensors are not compressed: they enter the window whole, or have AdamW")
 
 
 def typed(name: str, value: Any, annotation: Any) -> Any:
