@@ -13,14 +13,17 @@ from tests import toys
 from tests.distributed.fsdp2 import runs_models
 from tests.distributed.processes import run
 from tests.engine.toy_programs import (
+    EXACT,
     NAMES,
     SAVED,
     STEPS,
     advance,
     divided_between_two,
     everything,
+    known_to_transformers,
     loop,
     losses,
+    probabilities,
     trained_by_two,
     trainer,
 )
@@ -34,8 +37,7 @@ CLASSES = {"efcp_toy_mean": toys.ToyMean, "efcp_toy_factors": toys.ToyFactors}
 
 @pytest.fixture(autouse=True)
 def registered():
-    with toys.registered():
-        hf_efcp.register()
+    with known_to_transformers():
         yield
 
 
@@ -149,15 +151,15 @@ def test_typed_fields_where_their_module_is_imported_after_registration(tmp_path
 def test_trainer_on_two_processes_trains_as_one_and_resumes_bit_for_bit(tmp_path):
     everybody = run(2, trained_by_two, str(tmp_path / "two"))
     for name in NAMES:
-        plain = {"optim_args": {**trainer(tmp_path, name).args.optim_args, "error_format": "plain"}}
-        alone = trainer(tmp_path / "one", name, dtype=torch.float64, **plain)
+        alone = trainer(tmp_path / "one", name, dtype=torch.float64, optim_args=EXACT[name])
         alone.train()
-        flat = torch.cat([p.detach().flatten() for p in alone.model.parameters()])
+        expected = probabilities(alone.model.parameters())
         for results in everybody:
             out, again, plan, wrapper = results[name]
             assert wrapper == "DistributedDataParallel" and plan.startswith("rank 0: ")
             assert differences(out, again) == []
-            assert relative(torch.cat([p.flatten() for k, p in out.items() if k.startswith("parameter")]), flat) < 1e-9
+            params = [value for key, value in out.items() if key.startswith("parameter ")]
+            assert relative(probabilities(params), expected) < 1e-9
         folder = tmp_path / f"two/{name}/out/checkpoint-{SAVED}/efcp_optim"
         assert sorted(path.name for path in folder.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
 

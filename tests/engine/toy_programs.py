@@ -1,11 +1,13 @@
 """A small model and its data, trained by Trainer and by a plain Accelerate loop: for test_toys_in_programs.py."""
 
+import contextlib
 import os
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 import hf_efcp
 from tests import toys
@@ -16,14 +18,32 @@ OPTIONS = {
     "efcp_toy_mean": {"density": 0.2, "block_size": 16, "window_size": 4, "window_momentum": 0.5},
     "efcp_toy_factors": {"rank": 2, "error_format": "int8"},
 }
+# Without rounding, two processes train as one.
+EXACT = {name: {**options, "error_format": "plain"} for name, options in OPTIONS.items()}
 # The checkpoint lies inside the second epoch of 8 batches, after the window has wrapped around.
 STEPS, SAVED = 20, 11
 
 
-def register():
-    """What a user does who has a method of their own."""
-    toys.register()
-    hf_efcp.register()
+@contextlib.contextmanager
+def known_to_transformers():
+    """Do for a while what a user does who has a method of their own: register it, then the names with transformers."""
+    with toys.registered():
+        hf_efcp.register()
+        try:
+            yield
+        finally:
+            for name in NAMES:
+                _remove_member(name)
+
+
+def _remove_member(name):
+    """Take a name out of OptimizerNames wherever `hf_efcp.integrations.patches` has entered it."""
+    by_value = OptimizerNames._value2member_map_
+    del OptimizerNames._member_map_[name.upper()], by_value[name]
+    delattr(OptimizerNames, name.upper())
+    OptimizerNames._member_names_.remove(name.upper())
+    if hasattr(OptimizerNames, "_hashable_values_"):
+        OptimizerNames._hashable_values_.remove(name)
 
 
 class Net(nn.Module):
@@ -66,6 +86,18 @@ def trainer(folder, name, cls=Trainer, arguments=TrainingArguments, seed=0, dtyp
     return cls(Net(seed, dtype), arguments(str(folder), **{**common, **given}), train_dataset=examples())
 
 
+def probabilities(params):
+    """Give the logarithms of the classes' probabilities under these fp64 parameters.
+
+    Parameters themselves may differ by a shift of all classes' scores, which has no gradient: there rounding errors grow.
+    """
+    net = Net(dtype=torch.float64)
+    with torch.no_grad():
+        for p, value in zip(net.parameters(), params, strict=True):
+            p.copy_(value)
+        return net(**torch.utils.data.default_collate(examples()))["logits"].log_softmax(-1)
+
+
 def losses(made):
     """The losses that were logged."""
     return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
@@ -104,7 +136,8 @@ def launched(rank):
     """Set what a launcher of two processes sets."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    register()
+    toys.register()
+    hf_efcp.register()
 
 
 def trained_by_two(rank, folder):
@@ -112,11 +145,7 @@ def trained_by_two(rank, folder):
     launched(rank)
     results = {}
     for name in NAMES:
-        given = {
-            "per_device_train_batch_size": 8,
-            "optim_args": {**OPTIONS[name], "error_format": "plain"},
-            "dtype": torch.float64,
-        }
+        given = {"per_device_train_batch_size": 8, "optim_args": EXACT[name], "dtype": torch.float64}
         out, again = (trainer(f"{folder}/{name}/{part}", name, **given) for part in ("out", "again"))
         out.train()
         out.accelerator.wait_for_everyone()
@@ -138,10 +167,8 @@ def divided_between_two(rank, folder):
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     results = {}
     for name in NAMES:
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, state_dict_type="SHARDED_STATE_DICT", cpu_ram_efficient_loading=False
-        )
-        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+        sharded = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False}
+        accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, **sharded))
         run = accelerator, *loop(accelerator, name, 0, torch.float64)
         first = advance(*run, 0, SAVED)
         accelerator.save_state(f"{folder}/{name}")
