@@ -127,7 +127,7 @@ class GroupOptions:
 class ParamGroupOptions(GroupOptions):
     """What a parameter group may set."""
 
-    compress: bool = option(True, "false: the rows of this group's tensors enter the window whole")
+    compress: bool = option(True, "false: this group's tensors are not compressed")
 
 
 def typed(name: str, value: Any, annotation: Any) -> Any:

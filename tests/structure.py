@@ -4,7 +4,8 @@
 
 One gradient's way: the third step of LowRankMFAC on one (12, 30) parameter in one process, in plain torch (HF_EFCP_KERNELS=0),
 traced by sys.setprofile. Counted are Python functions of hf_efcp; torch's in between are not seen. A change of file is a call
-from one file of hf_efcp into another, or the return from it.
+from one file of hf_efcp into another, or the return from it. The second count of files is of those alone whose functions are
+handed the gradient: a tensor with its memory, a list of them, or an object that has the list.
 
 Private names: one underscore in front; torch's own are left out. On an optimizer: of the class LowRankMFAC, and of an object of
 it after a step, the object's attributes included. Shared between files: `self._x` in two or more files of optim/ and engine/.
@@ -33,8 +34,10 @@ _PARSED = re.compile(
 )
 # Row of the table -> what is aimed at; the functions below return these rows in this order.
 TARGETS = {
-    "files that one gradient passes in a step": "7",
+    "files in a step of one gradient": "7",
     "changes of file in a step": "60",
+    "files whose functions are handed the gradient": "7",
+    "changes of file between those": "60",
     "functions in a step": "",
     "private names of the class LowRankMFAC": "25",
     "private names of one object after a step": "25",
@@ -52,9 +55,18 @@ TARGETS = {
 # The running package: called with PYTHONPATH set to the tree ----------------------------------------------------------------
 
 
-def traced_step(optimizer, package):
-    """(files in the order in which control is in them, names of the functions) of one step."""
-    stack, files, functions = [], [], set()
+def holds(value, memory):
+    """Whether a value is the gradient, or has it."""
+    if hasattr(value, "untyped_storage"):
+        return value.device.type == "cpu" and value.untyped_storage().data_ptr() == memory
+    if isinstance(value, list | tuple):
+        return any(holds(one, memory) for one in value)
+    return holds(getattr(value, "gradients", None), memory) if isinstance(getattr(value, "gradients", None), list) else False
+
+
+def traced_step(optimizer, package, memory):
+    """(files in the order in which control is in them, those of calls with the gradient, names of the functions) of one step."""
+    stack, files, handed, functions = [], [], [], set()
 
     def profile(frame, event, _):
         file = frame.f_code.co_filename
@@ -64,6 +76,8 @@ def traced_step(optimizer, package):
             stack.append(file)
             functions.add((file, frame.f_code.co_firstlineno, frame.f_code.co_name))
             files.append(file)
+            if any(holds(value, memory) for value in frame.f_locals.values()):
+                handed.append(file)
         elif event == "return":
             stack.pop()
             files.extend(stack[-1:])
@@ -71,7 +85,7 @@ def traced_step(optimizer, package):
     sys.setprofile(profile)
     optimizer.step()
     sys.setprofile(None)
-    return files, functions
+    return files, handed, functions
 
 
 def measure_running():
@@ -88,15 +102,15 @@ def measure_running():
         p.grad = torch.randn(12, 30, generator=generator)
         if step < 2:
             optimizer.step()
-    files, functions = traced_step(optimizer, str(Path(hf_efcp.__file__).parent))
+    files, handed, functions = traced_step(optimizer, str(Path(hf_efcp.__file__).parent), p.grad.untyped_storage().data_ptr())
     plain = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     names = [
         {n for n in dir(thing) if n.startswith("_") and not n.startswith("__")} - set(dir(plain))
         for thing in (type(optimizer), optimizer)
     ]
-    changes = sum(a != b for a, b in pairwise(files))
+    counts = [n for way in (files, handed) for n in (len(set(way)), sum(a != b for a, b in pairwise(way)))]
     named = {f for f in functions if not f[2].startswith("<")}
-    print(json.dumps([len(set(files)), changes, len(named), *map(len, names)]))
+    print(json.dumps([*counts, len(named), *map(len, names)]))
 
 
 # The text of the package ------------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ class EntryFormat:
         options: WindowOptions.
     """
 
+    takes_flat_pieces = True  # see Method
+
     def __init__(self, layout: Layout, options: Any):
         self.layout, self.options = layout, options
         self.low_bit = options.window_format == "low_bit"
@@ -121,6 +123,8 @@ class SparseFormat(EntryFormat):
 
 class LowRankFormat(EntryFormat):
     """Entries P Q^T of rank min(r, rows, cols), unless both factors take as much as the tensor: r (rows + cols) >= rows cols."""
+
+    takes_flat_pieces = False
 
     def __init__(self, layout: Layout, options: Any):
         super().__init__(layout, options)

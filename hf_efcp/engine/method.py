@@ -21,6 +21,11 @@ Group = Mapping[str, Any]
 class Method(Protocol):
     """The state that a method keeps, and its step."""
 
+    @property
+    def takes_flat_pieces(self) -> bool:
+        """Whether the method works on flat pieces of the parameters (DeepSpeed's ZeRO-1 and 2), which have no matrices."""
+        ...
+
     def specs(self, layout: Layout, group: Group, options: Any, flat: bool) -> tuple[Spec, ...]:
         """Declare the state of a parameter; `flat`: whether it is a flat piece of several."""
         ...

@@ -62,6 +62,8 @@ class TensorStack(Stack):
         super().__init__(pieces, group, specs, total)
         self.rule = rule
         names = [name for name in self.buffers if f"{name.removesuffix('_scale')}_scale" != name]
+        if taken := [name for name in names if hasattr(self, name)]:
+            raise ValueError(f"state entries {', '.join(taken)}: a stack has attributes of these names, choose others")
         self.cells = {name: cell(name, self.buffers, self.layout, self.turn, self.shape[1]) for name in names}
 
     def __getattr__(self, name: str) -> Cell:
@@ -76,6 +78,9 @@ class TensorStack(Stack):
         t = self.cells["step"].read() + 1
         self.cells["step"].write(t)
         a = self.accumulated(self.cells.get("error"), l2)
+        ok = self.turn.ok
+        if isinstance(ok, Tensor):  # a decomposition raises for what is not finite, and whether it is nobody waits to hear
+            a.gradients = [masked(ok, g, 0.0) for g in a.gradients]
         return self.rule.update(self, a, t.to(self.layout.dtype).view(-1, 1, 1), options)
 
     def apply(self, u: Tensor, group: Group, options: Any) -> None:
@@ -98,6 +103,8 @@ class Tensorwise:
         others: for vectors, for groups with `compress` false, and for groups of the kinds `other_kinds`.
         other_kinds: kinds of parameter groups ("embedding", "head", see `parameter_groups`) that `others` is for.
     """
+
+    takes_flat_pieces = False  # the rule would have no matrix
 
     def __init__(self, rule: Rule, others: Rule, other_kinds: Container[str] = ()):
         self.matrices, self.others, self.other_kinds = rule, others, other_kinds

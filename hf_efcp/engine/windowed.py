@@ -127,6 +127,7 @@ class Windowed:
         solve: Callable[[int], float],
     ):
         self.entries, self.phi, self.solve = entries, phi, solve
+        self.takes_flat_pieces = entries.takes_flat_pieces
 
     def format(self, layout: Layout, group: Group, options: Any, flat: bool) -> EntryFormat:
         """Choose the format of a tensor's entries."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..engine.base import EngineOptimizer
-from ..options import OptionError, field_types
+from ..options import OptionError
 from ..registry import all_optimizers
 from .checkpoints import unwrapped
 
@@ -63,7 +63,7 @@ def check_config(config: Mapping[str, Any], cls: type[EngineOptimizer], options:
         raise OptionError(f"DeepSpeed tensor_parallel.autotp_size: {name} has no tensor parallelism; {INSTEAD}")
     if stage == 0:
         return
-    if "rank" in field_types(cls.options_type):
+    if not cls.method.takes_flat_pieces:
         remedies = [*_without_matrices(cls), "stage 0", INSTEAD]
         raise OptionError(
             f"DeepSpeed zero_optimization.stage={stage} flattens the parameters, and {name} needs matrices: use "
@@ -84,7 +84,7 @@ def check_config(config: Mapping[str, Any], cls: type[EngineOptimizer], options:
 def _without_matrices(cls: type[EngineOptimizer]) -> list[str]:
     """The classes of the same family that take flat pieces, as one piece of text; empty where `cls` is not registered."""
     family = next((info.family for info in all_optimizers() if info.cls is cls), None)
-    flat = [info.cls.__name__ for info in all_optimizers() if info.family == family and info.compression != "low rank"]
+    flat = [i.cls.__name__ for i in all_optimizers() if i.family == family and i.cls.method.takes_flat_pieces]
     return [" or ".join(flat)] if flat else []
 
 

@@ -75,7 +75,7 @@ def apply(stored: Stored, c: Tensor, cols: int, blocks: Blocks, params: Matrices
 def keep(
     error: Error, gradients: Matrices, entry: Entry, rounding: Rounding, absent: Sequence[int], blocks: Blocks | None = None
 ) -> bool:
-    """e <- e + g - c in place, rounded as e is stored: see `ErrorFeedback`.
+    """e <- e + g - c in place, rounded as e is stored: see `Accumulated.keep`.
 
     Args:
         error: e.

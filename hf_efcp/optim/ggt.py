@@ -37,7 +37,7 @@ class GGTOptions:
         allowed="a number in [0, 1)",
         check=fraction,
     )
-    beta2: float = option(1.0, "decay of the window's rows by age", allowed="a number in (0, 1]", check=lambda x: 0 < x <= 1)
+    beta2: float = option(1.0, "decay of the window's entries by age", allowed="a number in (0, 1]", check=lambda x: 0 < x <= 1)
 
 
 @dataclasses.dataclass(frozen=True)

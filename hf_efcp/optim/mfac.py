@@ -28,10 +28,10 @@ class MFACOptions:
 
     damping: float = option(1e-6, "damping of the empirical Fisher", allowed="a finite number > 0", check=positive)
     damping_mode: str = option(
-        "absolute", "relative: damping times the mean squared norm of the rows", choices=("absolute", "relative")
+        "absolute", "relative: damping times the mean squared norm of the entries", choices=("absolute", "relative")
     )
     divisor: str = option(
-        "window", "N: the window size m, or filled: the number of rows so far, min(t, m)", choices=("window", "filled")
+        "window", "N: the window size m, or filled: the number of entries so far, min(t, m)", choices=("window", "filled")
     )
 
 
