@@ -163,6 +163,8 @@ class Tensorwise:
     def diagnostics(self, setup: Setup) -> dict[str, float]:
         """See Method: step and skipped_steps; error_norm, |e|, where one process trains."""
         figures = {"step": float(setup.counters.step), "skipped_steps": float(setup.counters.skipped)}
+        if not any(figures.values()):
+            return {}
         if setup.placement.alone:
             errors = [s.cells["error"] for s in setup.stacks if "error" in s.cells]
             figures["error_norm"] = sum(e.square() for e in errors) ** 0.5
