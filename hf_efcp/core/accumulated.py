@@ -1,6 +1,6 @@
 """The one operand of every method, a = e + g, and the entry c that a compressor makes of it.
 
-    a @ q,   a.mT @ p,   a.top_k(blocks),   a.rows(rows),   a.keep(c): e <- a - c
+    a @ q,   a.mT @ p,   a.top_k(grid),   a.rows(rows),   a.keep(c): e <- a - c
 
 A large a is formed a few rows at a time, by a kernel not at all. Where processes hold some rows each, a product that sums over
 rows is summed over the processes. A method that uses nothing else runs in every format and on every placement.
@@ -46,6 +46,7 @@ class Accumulated:
         self.dtype, self.device = gradients[0].dtype, gradients[0].device
         self._chunks = row_chunks(gradients)
         self._formed: Tensor | None = None
+        self._used = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -81,27 +82,40 @@ class Accumulated:
         """The transposed operand, for `a.mT @ p`."""
         return Transposed(self)
 
-    def top_k(self, blocks: kernels.Blocks) -> tuple[Tensor, Tensor] | None:
-        """Give the largest magnitudes of every block by a kernel: indices int16 and values (n, rows, k); None: there is none."""
-        return kernels.top_k(self.gradients, self._stored, blocks)
+    def top_k(self, grid: BlockTopK) -> tuple[Tensor, Tensor]:
+        """Give the largest magnitudes of every block: indices in the block, int16 (n, rows, k), and values (n, rows, k)."""
+        fast = kernels.top_k(self.gradients, self._stored, grid.blocks)
+        if fast is not None:
+            return fast
+        n, rows, _ = self.shape
+        shape = n, rows, grid.per_row
+        indices = torch.empty(shape, dtype=torch.int16, device=self.device)
+        values = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for part in self._chunks:
+            grid.choose(self.rows(part), indices[:, part], values[:, part])
+        return indices, values
 
     def keep(self, entry: Entry) -> None:
-        """Compute e <- a - c for the entry c as stored, where the step is accepted."""
+        """Compute e <- a - c for the entry c as stored, where the step is accepted; a is used up."""
         error = self.error
         if error is None:
             return
-        turn = error.turn
+        turn, self._formed = error.turn, None
         if turn.ok is True and entry.keep(error.stored, self.gradients, (turn.step, turn.ids, turn.origin), self.absent):
             return
-        in_place = turn.ok is True and error.buffer.dtype == self.dtype
+        in_place = turn.ok is True and error.buffer.dtype == self.dtype and not self.absent
         for part in self._chunks:
             if in_place:
                 entry.subtract_from_(error.buffer[:, part].add_(stacked(self.gradients, part)), part)
             else:
                 error.write(entry.subtract_from_(self.rows(part), part), part)
 
+        self._used = True
+
     @property
     def _stored(self) -> kernels.Error:
+        if self._used:
+            raise RuntimeError("a.keep(c) has changed e, and so a: use a before")
         return None if self.error is None else self.error.stored
 
 

@@ -76,6 +76,7 @@ class Spec:
         held: who holds the entry where processes share the state: its "owner" (or the owners of its rows), "everywhere" (equal
             copies), or "each" process its own.
         start: the number that a fresh entry is filled with.
+        cols: numbers in a row, where the entry is codes and one code is not one element.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Spec:
     slot: int | None = None
     held: Literal["owner", "everywhere", "each"] = "owner"
     start: float = 0.0
+    cols: int | None = None
 
     @property
     def kind(self) -> str:
@@ -105,7 +107,8 @@ class Spec:
         """
         if self.rows is None or self.held != "owner":
             return None
-        return self.rows if p.ndim > 1 else self.rows + 1
+        dim = self.rows if p.ndim > 1 else self.rows + 1
+        return dim if dim < len(self.shape) else None
 
     def cuttable(self, p: Tensor) -> bool:
         """Tell whether the entry can be cut between any two numbers of dimension 0 of p."""
@@ -146,13 +149,16 @@ class Cell:
         buffer: (n, ...).
         turn: of the stack; the stack opens it for each step.
         dtype: of the numbers that are read.
+        follows: whether the entry follows the parameter's rows; one that does not is the same on every process that holds it, and
+            is rounded by the same numbers there.
 
     Attributes:
         stored: the buffers, for kernels.
     """
 
-    def __init__(self, buffer: Tensor, turn: Turn, dtype: torch.dtype):
+    def __init__(self, buffer: Tensor, turn: Turn, dtype: torch.dtype, follows: bool = True):
         self.buffer, self.turn, self.dtype = buffer, turn, dtype
+        self.origin = turn.origin if follows else (0, 0)
         self.stored: tuple[Tensor, Tensor | None] = buffer, None
 
     def read(self, rows: slice = ALL) -> Tensor:
@@ -178,8 +184,8 @@ class Cell:
             old.copy_(new if ok is True else masked(ok, new, old))
 
     def _origin(self, rows: slice) -> tuple[int, int]:
-        """Where these rows begin in the whole tensors."""
-        return self.turn.origin[0] + (rows.start or 0), self.turn.origin[1]
+        """Give the row and the column at which these rows begin in the whole tensors."""
+        return self.origin[0] + (rows.start or 0), self.origin[1]
 
     def square(self) -> float:
         """Sum the squares in fp64, some rows at a time."""
@@ -194,10 +200,11 @@ class QuantizedCell(Cell):
         buffer: codes, int8 (n, rows, cols) or packed uint8 (n, rows, cols/2).
         scale: (n, rows, runs) in `dtype`.
         cols: length of a row.
+        turn, dtype, follows: as in Cell.
     """
 
-    def __init__(self, buffer: Tensor, scale: Tensor, cols: int, turn: Turn, dtype: torch.dtype):
-        super().__init__(buffer, turn, dtype)
+    def __init__(self, buffer: Tensor, scale: Tensor, cols: int, turn: Turn, dtype: torch.dtype, follows: bool = True):
+        super().__init__(buffer, turn, dtype, follows)
         self.quantizer = BlockQuantizer(8 if buffer.dtype == torch.int8 else 4)
         self.scale, self.cols = scale, cols
         self.stored = buffer, scale
@@ -233,12 +240,12 @@ def matrix_specs(name: str, layout: Layout, dtype: torch.dtype | None, format: s
     bits = int(format.removeprefix("int"))
     codes, scales = BlockQuantizer(bits).shapes(*shape)
     code = torch.int8 if bits == 8 else torch.uint8
-    return Spec(name, codes, code, rows=0), Spec(f"{name}_scale", scales, layout.dtype, rows=0)
+    return Spec(name, codes, code, rows=0, cols=layout.cols), Spec(f"{name}_scale", scales, layout.dtype, rows=0)
 
 
-def cell(name: str, buffers: Buffers, layout: Layout, turn: Turn, cols: int | None = None) -> Cell:
-    """Make the cell of an entry from the stack's buffers; `cols`: length of a row, if it is not the layout's."""
-    scale = buffers.get(f"{name}_scale")
-    if scale is None:
-        return Cell(buffers[name], turn, layout.dtype)
-    return QuantizedCell(buffers[name], scale, layout.cols if cols is None else cols, turn, layout.dtype)
+def cell(spec: Spec, buffers: Buffers, dtype: torch.dtype, turn: Turn) -> Cell:
+    """Make the cell of an entry from the stack's buffers, whose numbers are read in `dtype`."""
+    buffer, follows = buffers[spec.name], spec.rows is not None
+    if spec.cols is None:
+        return Cell(buffer, turn, dtype, follows)
+    return QuantizedCell(buffer, buffers[f"{spec.name}_scale"], spec.cols, turn, dtype, follows)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .accumulated import Accumulated, DenseEntry, Entry, LowRankEntry, SparseEntry
 from .cells import Cell
 from .deferred import readable
-from .linalg import orthonormalize, row_chunks
+from .linalg import orthonormalize
 from .random import counted_noise
 
 # A column of Q this many rounding errors long, beside the longest, is made of nothing else.
@@ -88,19 +88,13 @@ class BlockTopK(Compressor):
 
     def compress(self, a: Accumulated, step: Tensor) -> SparseEntry:
         """See Compressor: block-relative indices (n, rows, k) int16, and values (n, rows, k)."""
-        kept = a.top_k(self.blocks)
-        if kept is None:
-            n, rows, _ = a.shape
-            shape = (n, rows, self.per_row)
-            kept = torch.empty(shape, dtype=torch.int16, device=a.device), torch.empty(shape, dtype=a.dtype, device=a.device)
-            for part in row_chunks(a.gradients):
-                self._compress_rows(a.rows(part), kept[0][:, part], kept[1][:, part])
-        indices, values = kept
+        indices, values = a.top_k(self)
         for i in a.absent:
             values[i] = 0
         return SparseEntry(indices, values, self)
 
-    def _compress_rows(self, a: Tensor, indices: Tensor, values: Tensor) -> None:
+    def choose(self, a: Tensor, indices: Tensor, values: Tensor) -> None:
+        """Write what is kept of a (n, rows, cols) to `indices` int16 and `values`, (n, rows, k)."""
         split = self.full * self.block
         head = self.full * self.kept
         blocks = a[..., :split].unflatten(2, (self.full, self.block))
@@ -149,12 +143,12 @@ class PowerIteration(Compressor):
         """Let Q become the next step's warm start; a tensor whose Q is all zero (no gradient) keeps the one it has."""
         assert self._next is not None, "compress comes before commit"
         alive = self._next.ne(0).any(dim=(1, 2), keepdim=True)
-        self.warm_start.write(torch.where(alive, self._next, self.warm_start.buffer))
+        self.warm_start.write(torch.where(alive, self._next, self.warm_start.read()))
         self._next = None
 
     def start(self, step: Tensor) -> Tensor:
         """Give the Q that this step starts from, (n, cols, r): unit columns of the last one, dead ones redrawn."""
-        last = self.warm_start.buffer
+        last = self.warm_start.read()
         norms = _column_norms(last)
         dead = norms <= _DEAD * torch.finfo(last.dtype).eps * norms.amax(dim=-1, keepdim=True)
         if readable(dead.device) and not dead.any():

@@ -57,10 +57,9 @@ class GramMatrix(Counters):
         """
         if accepted is not True:
             k_j = masked(accepted, k_j, self.matrix.index_select(1, j).squeeze(1))
-            self.skipped += ~accepted
         self.matrix.index_copy_(1, j, k_j[:, None, :])
         self.matrix.index_copy_(2, j, k_j[:, :, None])
-        self.step += accepted
+        self.count(accepted)
         return self.matrix
 
     def ages(self, j: Tensor) -> Tensor:

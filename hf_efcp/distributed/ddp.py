@@ -124,8 +124,9 @@ def size_of(p: Tensor, specs: Specs, least: int = 2) -> Size:
     total, fixed = sum(s.nbytes for s in held), sum(s.nbytes for s in held if s.divided(p) is None)
     if p.ndim < least or p.numel() == 0:
         return Size(1, total, 0.0, False)
-    units = -(-len(p) // unit(specs))
-    return Size(units, fixed, (total - fixed) / units, True)
+    by = unit(specs)
+    units = -(-len(p) // by)
+    return Size(units, fixed, (total - fixed) / units, True, by)
 
 
 def unit(specs: Specs) -> int:

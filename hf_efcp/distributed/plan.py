@@ -18,14 +18,16 @@ class Size:
     """Bytes of one tensor's state: `fixed` wherever a part of it is held, and `per_row` for each of its rows.
 
     Attributes:
-        rows: of the tensor's 2-D view.
+        rows: of the tensor's 2-D view, or units of rows that stay together.
         divisible: whether rows may go to different processes.
+        unit: how many rows of the view count as one row here.
     """
 
     rows: int
     fixed: float
     per_row: float
     divisible: bool
+    unit: int = 1
 
     @property
     def total(self) -> float:
@@ -33,8 +35,8 @@ class Size:
         return self.fixed + self.rows * self.per_row
 
     def of(self, rows: slice | None) -> float:
-        """Bytes of some rows; None: of all."""
-        return self.total if rows is None else self.fixed + (rows.stop - rows.start) * self.per_row
+        """Give the bytes of some rows of the 2-D view; None: of all."""
+        return self.total if rows is None else self.fixed + -(-(rows.stop - rows.start) // self.unit) * self.per_row
 
 
 def assign(sizes: Sequence[Size], processes: int, held: Sequence[float] | None = None) -> list[Owners]:

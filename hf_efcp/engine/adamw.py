@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.accumulated import Accumulated
@@ -28,13 +29,15 @@ def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
 
 
 def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> Tensor:
-    """Let m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2; give their `adam` quotient."""
-    g = a.rows()
-    m = s.exp_avg.read().lerp(g, 1 - o.beta1)
-    v = (o.beta2 * s.exp_avg_sq.read()).addcmul_(g, g, value=1 - o.beta2)
-    s.exp_avg.write(m)
-    s.exp_avg_sq.write(v)
-    return adam(m, v, t, o)
+    """Let m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2, some rows at a time; give their `adam` quotient."""
+    u = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    for rows, g in a.parts():
+        m = s.exp_avg.read(rows).lerp(g, 1 - o.beta1)
+        v = (o.beta2 * s.exp_avg_sq.read(rows)).addcmul_(g, g, value=1 - o.beta2)
+        s.exp_avg.write(m, rows)
+        s.exp_avg_sq.write(v, rows)
+        u[:, rows] = adam(m, v, t, o)
+    return u
 
 
 def adam(m: Tensor, v: Tensor, t: Tensor, o: Any) -> Tensor:

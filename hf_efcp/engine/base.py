@@ -190,15 +190,17 @@ class EngineOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: tensors are copied out of the stacks, which are built again from them."""
         setup, builder = self.builder.setup, self.builder
-        copies = {p: {name: t.clone() for name, t in entry.items()} for p, entry in self.state.items()}
+        copies = {p: {k: t.clone() if isinstance(t, Tensor) else t for k, t in entry.items()} for p, entry in self.state.items()}
         copied = builder.copied if setup is None or setup.placement.follows else (setup.owners, setup.placement.shards)
         made = builder.options, copy.copy(builder.budget), copied
         return {**super().__getstate__(), "state": collections.defaultdict(dict, copies), "made": made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See torch.optim.Optimizer. A copy has no process group: that belongs to the process."""
-        options, budget, copied = state.pop("made")
+        made = state.pop("made", None)
+        options, budget, copied = made or _made_by_0_1(state)
         super().__setstate__(state)
+        budget.name = type(self).__name__
         self.builder = Builder(budget.name, self.method, options, budget)
         self.builder.takes_tensors, self.builder.copied = True, copied
 
@@ -260,7 +262,8 @@ class EngineOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
         """Give figures of the last accepted step, by name (docs/using.md); nothing before the first step."""
-        return {} if self.builder.setup is None else self.method.diagnostics(self.builder.setup)
+        setup = self.builder.setup
+        return {} if setup is None else self.method.diagnostics(setup)
 
     def costs(self) -> dict[str, Count]:
         """Count what a step must do at least, by phase: operations, and bytes that must move (docs/benchmarks/roofline.md)."""
@@ -284,6 +287,14 @@ class EngineOptimizer(torch.optim.Optimizer):
 
 def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for g in optimizer.param_groups for p in g["params"]]
+
+
+def _made_by_0_1(state: dict[str, Any]) -> tuple[Any, Budget, tuple[dict[Tensor, Any], int]]:
+    """Give what a pickle of the first 0.1 has of options, budget and owners; take it out of `state`."""
+    options, owners = state.pop("options"), state.pop("owners", None)
+    budget = Budget("", options, {})
+    budget.free, budget.chosen = state.pop("_free"), state.pop("_chosen")
+    return options, budget, ({}, 1) if owners is None else (owners[1], owners[0])
 
 
 def _has_work(setup: Setup) -> bool:

@@ -91,11 +91,11 @@ class Builder:
         specs: dict[Tensor, Specs] = {}
         flat = self.pieces is not None
         known: dict[Any, tuple[Spec, ...]] = {}
-        for group, params in zip(groups, trained_of(groups, state), strict=True):
+        for index, (group, params) in enumerate(zip(groups, trained_of(groups, state), strict=True)):
             for p in params:
-                key = Layout.of(p), group.get("kind"), group.get("compress", True)
+                key = index, Layout.of(p)
                 if key not in known:
-                    known[key] = self.sync.held(self.method.specs(key[0], group, options, flat), processes)
+                    known[key] = self.sync.held(self.method.specs(key[1], group, options, flat), processes)
                 shared = self.method.shared_specs(len(specs), options)
                 specs[p] = {spec.name: spec for spec in (*known[key], *shared)}
         return specs
@@ -127,7 +127,7 @@ class Builder:
             self._check_parameter(p)
         placement = self._find_placement(params)
         self.sync.check(params, placement, self.options)
-        known, shards = self.copied if old is None else (old.owners, old.placement.shards)
+        known, shards = self.copied if old is None else (old.owners if old.placement.shards > 1 else {}, old.placement.shards)
         if known and not placement.follows and placement.shards != shards:
             raise OptionError(
                 f"this is a copy of an optimizer whose state was divided among {shards} processes, and holds one "

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.accumulated import Accumulated, LowRankEntry
-from ..core.cells import Layout, Spec, cell, matrix_shape
+from ..core.cells import Layout, Spec, matrix_shape
 from ..core.compressors import Compressor, PowerIteration
 from ..core.deferred import DelayedFlag
 from ..core.linalg import ieee_matmul
@@ -51,8 +51,7 @@ class FactorStack(Stack):
 
     def __init__(self, pieces: list[Piece], group: int, specs: Specs, options: Any):
         super().__init__(pieces, group, [specs["error"], specs["warm_start"]])
-        self.error = cell("error", self.buffers, self.layout, self.turn)
-        warm_start = cell("warm_start", self.buffers, self.layout, self.turn)
+        self.error, warm_start = self.cell("error"), self.cell("warm_start")
         self.compressor = PowerIteration(warm_start, options.power_iterations)
         n, rank = len(pieces), warm_start.buffer.shape[2]
         specs_of_window = LowRankWindow.specs(self.layout, 0, rank, specs["window_p"].dtype)
@@ -218,6 +217,7 @@ class FactorSync:
 
     def check(self, params: Sequence[Tensor], placement: Placement, options: Any) -> None:
         """Raise OptionError where factors are asked for and cannot be made: no hook, or sharded parameters."""
+        self._places = {}  # of the stacks that are about to be built
         if not self.wanted:
             return
         if any(map(is_sharded, params)):
@@ -263,8 +263,7 @@ class FactorSync:
                     alike.setdefault((matrix_shape(p), p.dtype, p.device), []).append(Piece(p, numbers[p]))
             for members in alike.values():
                 stacks += [FactorStack(batch, index, specs[batch[0].param], options) for batch in batches(members)]
-        self._places.clear()
-        self._places.update({p: (s, i) for s in stacks for i, p in enumerate(s.params)})
+        self._places |= places_of(stacks)
         return stacks
 
     def reduce(self, bucket: Any, setup: Setup, groups: Sequence[Mapping[str, Any]], options: Any) -> Any:
@@ -276,10 +275,10 @@ class FactorSync:
         if buffer.is_sparse:
             raise OptionError("comm='factors': no sparse gradients (nn.Embedding(sparse=True))")
         members: dict[FactorStack, dict[int, Tensor]] = {}
-        plain = []
+        places, plain = places_of(setup.factors), []
         for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            if p in self._places:
-                s, i = self._places[p]
+            if p in places:
+                s, i = places[p]
                 members.setdefault(s, {})[i] = g
             else:
                 plain.append(g)
@@ -296,6 +295,11 @@ class FactorSync:
     def _mean(self, tensors: Sequence[Tensor]) -> None:
         assert self.replicas is not None
         mean_(tensors, self.replicas.group, self.replicas.size)
+
+
+def places_of(stacks: Sequence[FactorStack]) -> dict[Tensor, tuple[FactorStack, int]]:
+    """Give the stack and the position of each parameter."""
+    return {p: (s, i) for s in stacks for i, p in enumerate(s.params)}
 
 
 def _sample(g: Tensor) -> Tensor:

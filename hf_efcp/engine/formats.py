@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.cells import Buffers, Layout, Spec, cell, matrix_specs
+from ..core.cells import Buffers, Layout, Spec, matrix_specs
 from ..core.codecs import BlockQuantizer
 from ..core.compressors import BlockTopK, Compressor, Identity, PowerIteration
 from ..core.low_bit_windows import LowBitDenseWindow, LowBitLowRankWindow, LowBitSparseWindow, codec_of
@@ -146,8 +146,7 @@ class LowRankFormat(EntryFormat):
 
     def compressor(self, stack: Stack) -> Compressor:
         """See EntryFormat."""
-        warm_start = cell("warm_start", stack.buffers, self.layout, stack.turn)
-        return PowerIteration(warm_start, self.options.power_iterations)
+        return PowerIteration(stack.cell("warm_start"), self.options.power_iterations)
 
     def window(self, buffers: Buffers) -> Window:
         """See EntryFormat."""

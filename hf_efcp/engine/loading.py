@@ -16,6 +16,7 @@ from ..options import GroupOptions, OptionError, build
 from .budget import entries_of
 from .builder import Builder, State
 from .choices import BUDGETED
+from .parameters import levels_to_caller
 from .saving import SHARD_FOLDER, Saving, check_container, check_keys, check_options
 
 # Where torch.distributed.checkpoint has mixed the state that it loads with the one that was there.
@@ -44,19 +45,16 @@ def load(
     check_container(state_dict)
     before = builder.options, builder.budget.chosen, builder.setup, builder.copied, dict(state)
     try:
-        used = _load(state_dict, builder, groups, state, folder, own_stub)
+        return _load(state_dict, builder, groups, state, folder, own_stub)
     except OptionError:
-        if (builder.options, builder.budget.chosen) != before[:2]:
-            builder.options, builder.budget.chosen, builder.setup, builder.copied = before[:4]
-            state.clear()
-            state.update(before[4])
+        builder.options, builder.budget.chosen, builder.setup, builder.copied = before[:4]
+        state.clear()
+        state.update(before[4])
         raise
-    return used
 
 
 def take_choice(builder: Builder, groups: Sequence[dict[str, Any]], state: State, entries: Any) -> bool:
     """Take the choice of memory_budget whose state has these entries; tell whether there is one."""
-
     shared = {spec.name for spec in builder.method.shared_specs(0, builder.options)}
 
     def specs_with(options: Any) -> Iterable[Spec]:
@@ -108,9 +106,9 @@ def _load(
                 )
         else:
             trained = [p for i, p in enumerate(params) if i in stub.get("trained", [])]
-            with _Thawed(trained, state):
-                saving = Saving(builder.prepare(groups, state), state)
-                saving.load_folder(Path(folder), with_window, stub.get("errors", 0))
+            _thaw(trained, state)
+            saving = Saving(builder.prepare(groups, state), state)
+            saving.load_folder(Path(folder), with_window, stub.get("errors", 0))
             _warn_without_window(saving, with_window, builder.name)
             used = True
     elif entries:
@@ -148,10 +146,10 @@ def _load_entries(
     named: bool,
 ) -> None:
     try:
-        with _Thawed(list(entries), state):
-            saving = Saving(builder.prepare(groups, state), state)
-            saving.check(list(enumerate(params)), entries, with_window)
-            saving.load(entries)
+        _thaw(entries, state)
+        saving = Saving(builder.prepare(groups, state), state)
+        saving.check(list(enumerate(params)), entries, with_window)
+        saving.load(entries)
     except OptionError as error:
         if named or not builder.budget.free:
             raise
@@ -167,24 +165,10 @@ def _warn_without_window(saving: Saving, with_window: bool, name: str) -> None:
     warnings.warn(
         f"{name}: the checkpoint was saved without its window (save_window=False): error feedback is "
         "restored, the window starts empty",
-        stacklevel=6,
+        stacklevel=levels_to_caller(),
     )
 
 
-class _Thawed:
-    """While inside, parameters that were frozen after they had been trained count as trained: they have state too.
-
-    After an OptionError they do not.
-    """
-
-    def __init__(self, trained: Sequence[Tensor], state: State):
-        self.state = state
-        self.frozen = [p for p in trained if p not in state and not p.requires_grad]
-
-    def __enter__(self) -> None:
-        self.state.update({p: {} for p in self.frozen})
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is not None:
-            for p in self.frozen:
-                self.state.pop(p, None)
+def _thaw(trained: Iterable[Tensor], state: State) -> None:
+    """Let parameters that were frozen after they had been trained count as trained: they have state too."""
+    state.update({p: {} for p in trained if p not in state and not p.requires_grad})

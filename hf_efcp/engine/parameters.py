@@ -76,6 +76,14 @@ def signature(options_type: type) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
+def levels_to_caller() -> int:
+    """Count the frames up to the first one outside of torch and of this package, for `warnings.warn(stacklevel=...)`."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "hf_efcp"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def _named_alike(params: list[Any], others: Sequence[dict[str, Any]]) -> list[Any]:
     """Give `params` as (name, tensor) pairs or as tensors, as the groups so far: torch refuses a mixture."""
     if not others or not params:

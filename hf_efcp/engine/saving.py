@@ -71,7 +71,7 @@ class Saving:
         """Write this process's part; to be called on every process."""
         from ..distributed import folder as folders  # takes most of a second
 
-        folders.save(self._parts(with_window), folder, self.placement.group)
+        folders.save(self._folder_parts(with_window), folder, self.placement.group)
 
     def load_folder(self, folder: Path, with_window: bool, errors: int) -> None:
         """Read this process's part into the state; everything is checked before anything is changed.
@@ -86,7 +86,7 @@ class Saving:
         """
         from ..distributed import folder as folders
 
-        parts = self._parts(with_window)
+        parts = self._folder_parts(with_window)
         means = self._errors_of_others(errors, parts)
         try:
             folders.load(parts, self._expected(with_window, errors), folder, self.placement.group, means)
@@ -129,7 +129,7 @@ class Saving:
         mine = {name: t for name, t in entry.items() if name in self.state[p]}
         return {name: self.placement.inner(t, specs[name], p, owners.get(rank)) for name, t in mine.items()}
 
-    def _parts(self, with_window: bool) -> dict[str, Part]:
+    def _folder_parts(self, with_window: bool) -> dict[str, Part]:
         """Give what this process holds, by the names in a folder."""
         from ..distributed.folder import Part
 
@@ -218,7 +218,7 @@ def check_options(
         state: its state.
         name: of this optimizer's class.
         options: of this optimizer.
-        expected: names of state of which at least one is in a state of ours.
+        expected: names of state of which at least one is in a state of this package.
         unchosen: names of options that a checkpoint without state need not agree in.
     """
     if saved is None:

@@ -14,6 +14,7 @@ from ..core.cells import compute_dtype
 from ..core.deferred import DelayedFlag, masked
 from ..distributed.placement import Placement, Specs
 from ..distributed.plan import Owners
+from .parameters import levels_to_caller
 
 
 @dataclasses.dataclass(eq=False)
@@ -65,10 +66,10 @@ class Setup:
             views[p] |= {name: t for name, t in self.counters.entries(number).items() if name in self.specs[p]}
         return views
 
-    def finish(self, last: Tensor, ok: bool | Tensor) -> None:
-        """End a step: hand out the parameters, and remember the coefficients where the step was accepted."""
+    def finish(self, last: Tensor | None = None, ok: bool | Tensor = True) -> None:
+        """End a step: hand out the parameters, and remember the coefficients, if there are any, where the step was accepted."""
         self.placement.publish(self.params, self.owners)
-        self.last = last if ok is True or self.last is None else masked(ok, last, self.last)
+        self.last = last if ok is True or last is None or self.last is None else masked(ok, last, self.last)
         self.started = True
 
     def listen_anew(self) -> None:
@@ -86,7 +87,7 @@ class Setup:
                 f"{name}: a gradient is not finite, or its square is out of range: step skipped, state "
                 f"unchanged ({count} skipped so far)",
                 RuntimeWarning,
-                stacklevel=5,  # the caller of step(), past torch's two wrappers
+                stacklevel=levels_to_caller(),
             )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.accumulated import Accumulated
-from ..core.cells import Cell, Layout, Spec, Turn, compute_dtype, matrix_shape
+from ..core.cells import Cell, Layout, Spec, Turn, cell, compute_dtype, matrix_shape
 from ..core.linalg import CHUNK_BYTES, chunks
 from ..distributed.fsdp2 import is_sharded, local, local_gradient
 from ..distributed.placement import Placement
@@ -71,6 +71,7 @@ class Stack:
         ids: (n,) int64, the parameters' numbers.
         layout: of one whole parameter.
         shape: (rows, cols) of each piece.
+        specs: of one parameter's state, by name.
         buffers: state name -> (n, ...).
         turn: the present step, for the cells.
     """
@@ -81,12 +82,17 @@ class Stack:
         self.layout, self.shape = Layout.of(first.param), first.shape
         self.device = first.param.device
         self.ids = torch.tensor([piece.number for piece in pieces], device=self.device)
+        self.specs = {spec.name: spec for spec in specs}
         self.buffers: dict[str, Tensor] = {}
-        for spec in specs:
+        for spec in self.specs.values():
             shape = (len(pieces), *spec.part(first.param, first.rows))
             buffer = torch.zeros(shape, dtype=spec.dtype, device=self.device)  # untouched memory, until it is written to
             self.buffers[spec.name] = buffer.fill_(spec.start) if spec.start else buffer
         self.turn = Turn(self.ids, first.origin)
+
+    def cell(self, name: str) -> Cell:
+        """Make the cell of a state entry."""
+        return cell(self.specs[name], self.buffers, self.layout.dtype, self.turn)
 
     @property
     def params(self) -> list[Tensor]:

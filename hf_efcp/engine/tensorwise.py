@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.accumulated import Accumulated
-from ..core.cells import Cell, Layout, Spec, cell, matrix_specs
+from ..core.cells import Cell, Layout, Spec, matrix_specs
 from ..core.counters import Counters
 from ..core.deferred import masked, readable
 from .apply import apply
@@ -61,10 +61,11 @@ class TensorStack(Stack):
     ):
         super().__init__(pieces, group, specs, total)
         self.rule = rule
-        names = [name for name in self.buffers if f"{name.removesuffix('_scale')}_scale" != name]
+        scales = {f"{spec.name}_scale" for spec in specs if spec.cols is not None}
+        names = [name for name in self.buffers if name not in scales]
         if taken := [name for name in names if hasattr(self, name)]:
             raise ValueError(f"state entries {', '.join(taken)}: a stack has attributes of these names, choose others")
-        self.cells = {name: cell(name, self.buffers, self.layout, self.turn, self.shape[1]) for name in names}
+        self.cells = {name: self.cell(name) for name in names}
 
     def __getattr__(self, name: str) -> Cell:
         """Give the cell of a state entry by its name."""
@@ -157,8 +158,7 @@ class Tensorwise:
             with phase("update"):
                 s.apply(u, groups[s.group], o)
         counters.count(ok)
-        setup.placement.publish(setup.params, setup.owners)
-        setup.started = True
+        setup.finish()
 
     def diagnostics(self, setup: Setup) -> dict[str, float]:
         """See Method: step and skipped_steps; error_norm, |e|, where one process trains."""
@@ -192,7 +192,9 @@ def _gate(setup: Setup) -> bool | Tensor:
     gradients = [g for s in setup.stacks for piece in s.pieces if (g := piece.grad) is not None and g.numel()]
     square = torch.zeros((), dtype=torch.float64, device=device)
     if gradients:
-        norms = torch._foreach_norm([g if g.dtype == torch.float64 else g.float() for g in gradients])
-        square += torch.stack([norm.to(device, torch.float64) for norm in norms]).square().sum()
+        for dtype in dict.fromkeys(g.dtype for g in gradients):
+            alike = [g for g in gradients if g.dtype == dtype]
+            norms = torch._foreach_norm(alike, 2, torch.promote_types(dtype, torch.float32))
+            square += torch.stack([norm.to(device, torch.float64) for norm in norms]).square().sum()
     finite = setup.placement.sum(square).isfinite()
     return bool(finite) if readable(device) else finite

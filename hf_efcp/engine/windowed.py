@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.cells import Layout, Spec, cell
+from ..core.cells import Layout, Spec
 from ..core.coefficients import quadratic
 from ..core.compressors import Identity
 from ..core.deferred import masked, readable
@@ -21,7 +21,7 @@ from .factor_sync import FactorSync
 from .formats import EntryFormat, costs_of
 from .method import Group
 from .phases import LISTENER, PHASES
-from .setup import Setup
+from .setup import Setup, decoupled_of, l2_of
 from .stacks import Piece, Stack
 
 
@@ -38,7 +38,7 @@ class WindowStack(Stack):
         self.format = format
         self.compressor = format.compressor(self)
         self.window = format.window(self.buffers)
-        self.error = cell("error", self.buffers, self.layout, self.turn) if "error" in self.buffers else None
+        self.error = self.cell("error") if "error" in self.buffers else None
         self.momentum = self.buffers.get("momentum")
 
     def stage(self, step: Tensor, l2: float) -> None:
@@ -74,8 +74,7 @@ class WindowStack(Stack):
 
         A large tensor's u is never whole. Of a refused step, u is zero; with lr and 1 - mu zero too, nothing moves.
         """
-        ok, lr, momentum = self.turn.ok, float(group["lr"]), options.momentum
-        weight_decay = group["weight_decay"] if options.weight_decay_mode == "decoupled" else 0.0
+        ok, lr, weight_decay, momentum = self.turn.ok, float(group["lr"]), decoupled_of(group, options), options.momentum
         if self._apply_at_once(c, lr, weight_decay):
             return
         rate: float | Tensor = lr
@@ -171,7 +170,7 @@ class Windowed:
     def step(self, setup: Setup, groups: Sequence[Group], o: Any) -> None:
         """Take a step of Algorithm 1."""
         gram, stacks, phase, dots = setup.counters, setup.stacks, LISTENER.get(), []
-        j, l2 = gram.next_slot(), [g["weight_decay"] if o.weight_decay_mode == "l2" else 0.0 for g in groups]
+        j, l2 = gram.next_slot(), [l2_of(group, o) for group in groups]
         for f in setup.factors:
             f.stage(gram.step)                                                  # made during backward, see factor_sync.py
         for s in stacks:
