@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from hf_efcp.core.accumulated import Accumulated, DenseEntry
 from hf_efcp.core.cells import Cell, Layout, QuantizedCell, Spec, Turn, cell, matrix_specs
-from hf_efcp.distributed.ddp import plan, unit
+from hf_efcp.distributed.ddp import plan, size_of, unit
 from hf_efcp.distributed.fsdp2 import check_cuts
 from hf_efcp.options import OptionError
 
@@ -20,9 +21,9 @@ def numbers(*shape, seed=0):
 
 
 def made(dtype, format, n=3, rows=6, cols=300, **turn):
-    layout = Layout(rows, cols, torch.float32)
-    buffers = buffers_of(matrix_specs("x", layout, dtype, format), n)
-    return cell("x", buffers, layout, Turn(torch.arange(n), **turn)), buffers
+    specs = matrix_specs("x", Layout(rows, cols, torch.float32), dtype, format)
+    buffers = buffers_of(specs, n)
+    return cell(specs[0], buffers, torch.float32, Turn(torch.arange(n), **turn)), buffers
 
 
 FORMATS = pytest.mark.parametrize(
@@ -87,6 +88,23 @@ def test_rounding_goes_by_the_place_in_the_whole_tensor():
     assert torch.equal(piece.read(), whole.read(ROWS))
 
 
+def test_an_entry_that_does_not_follow_the_rows_is_rounded_alike_on_every_process():
+    """Each process that has some rows of a tensor holds such an entry, and all must hold the same bits."""
+    x, spec = numbers(1, 8, 30), Spec("right", (8, 30), torch.bfloat16)
+    ours, theirs = (cell(spec, buffers_of([spec], 1), torch.float32, Turn(torch.arange(1), (row, 0))) for row in (0, 70))
+    ours.write(x)
+    theirs.write(x)
+    assert torch.equal(ours.read(), theirs.read())
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_codes_of_another_width_than_the_parameters(format):
+    specs = matrix_specs("small", Layout(6, 3, torch.float32), None, format)
+    c = cell(specs[0], buffers_of(specs, 2), torch.float32, Turn(torch.arange(2)))
+    c.write(numbers(2, 6, 3))
+    assert c.read().shape == (2, 6, 3)
+
+
 def test_the_format_follows_from_the_buffers():
     assert type(made(torch.bfloat16, "plain")[0]) is Cell
     assert type(made(None, "int4")[0]) is QuantizedCell
@@ -109,6 +127,7 @@ def parameter(*shape):
         (Spec("root", (3, 4, 4), torch.float32, rows=0, per=4), parameter(9, 4), slice(4, 9), (2, 4, 4)),
         (Spec("error", (9, 4), torch.float32, rows=0, held="each"), parameter(9, 4), slice(2, 7), (9, 4)),
         (Spec("error", (9, 4), torch.float32, rows=0), parameter(9, 4), None, (9, 4)),
+        (Spec("row_mean", (1,), torch.float32, rows=0), parameter(9), slice(2, 7), (1,)),  # no entry for each number
     ],
     ids=str,
 )
@@ -132,6 +151,16 @@ def test_rows_that_share_an_entry_stay_on_one_process():
     assert sum(parts) == 13
 
 
+def test_what_is_held_is_counted_in_units_too():
+    """A parameter that joins later goes where less is held: 100 rows of one process weigh as much as 25 units of 4."""
+    p, q = parameter(100, 8), parameter(100, 8)
+    specs = {x: {"root": Spec("root", (25, 4, 4), torch.float32, rows=0, per=4)} for x in (p, q)}
+    assert size_of(p, specs[p]).of(slice(0, 100)) == size_of(p, specs[p]).total == 25 * 4 * 4 * 4
+    known = plan({p: specs[p]}, 2, {p: {0: slice(0, 100)}})
+    (owners,) = [o for x, o in plan(specs, 2, known).items() if x is q]
+    assert owners == {1: None}
+
+
 def test_fsdp2_is_refused_where_it_would_cut_an_entry():
     p = parameter(50, 8)
     specs = {p: {"root": Spec("root", (13, 4, 4), torch.float32, rows=0, per=4)}}
@@ -142,3 +171,22 @@ def test_fsdp2_is_refused_where_it_would_cut_an_entry():
     codes = {q: {s.name: s for s in matrix_specs("error", Layout.of(q), None, "int8")}}
     with pytest.raises(OptionError, match="1-D tensors cannot have blocks"):
         check_cuts(codes, 2)
+
+
+def test_an_operand_is_used_up_when_its_error_is_kept():
+    c, _ = made(None, "plain")
+    a = Accumulated(numbers(3, 6, 300), c)
+    a.keep(DenseEntry(a.rows() / 2))
+    torch.testing.assert_close(c.read(), numbers(3, 6, 300) / 2)
+    with pytest.raises(RuntimeError, match="use a before"):
+        a @ torch.ones(3, 300, 2)
+
+
+def test_the_error_of_a_tensor_without_a_gradient_stays_whatever_entry_it_is_given():
+    c, _ = made(None, "plain")
+    c.write(numbers(3, 6, 300))
+    c.turn.absent = [1]
+    a = Accumulated(torch.zeros(3, 6, 300), c, absent=[1])
+    a.keep(DenseEntry(torch.ones(3, 6, 300)))
+    assert torch.equal(c.read()[1], numbers(3, 6, 300)[1])
+    assert torch.equal(c.read()[0], numbers(3, 6, 300)[0] - 1)

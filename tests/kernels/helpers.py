@@ -26,4 +26,5 @@ def plain_error(e, dtype, step=0):
 def coded_error(bits, n, rows, cols, dtype):
     """An error in 8 or 4 bits, which starts at zero."""
     layout = Layout(rows, cols, dtype)
-    return cell("error", allocated(matrix_specs("error", layout, None, f"int{bits}"), n), layout, turn_of(n))
+    specs = matrix_specs("error", layout, None, f"int{bits}")
+    return cell(specs[0], allocated(specs, n), dtype, turn_of(n))
