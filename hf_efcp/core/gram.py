@@ -38,17 +38,17 @@ class GramMatrix(Counters):
 
     @property
     def filled(self) -> Tensor:
-        """0-D int64: min(t, m), the number of slots written."""
+        """Give min(t, m), the number of slots written, 0-D int64."""
         return self.step.clamp_max(self.window_size)
 
     def next_slot(self) -> Tensor:
-        """(1,) int64: the slot that the next entry goes into, the oldest entry's."""
+        """Give the slot that the next entry goes into, the oldest entry's, (1,) int64."""
         return (self.step % self.window_size).view(1)
 
     def update(self, j: Tensor, k_j: Tensor, accepted: bool | Tensor = True) -> Tensor:
-        """Put k_j, the dots of the new entry, into row and column j; returns K.
+        """Put k_j, the dots of the new entry, into row and column j; give K.
 
-        An entry that is not `accepted` is counted as skipped and changes nothing else.
+        An entry that is not `accepted` is counted as skipped, and changes nothing else.
 
         Args:
             j: (1,) int64, the slot.
@@ -63,7 +63,7 @@ class GramMatrix(Counters):
         return self.matrix
 
     def ages(self, j: Tensor) -> Tensor:
-        """(m,) int64: how many steps ago each slot was written; slots never written have the ages still to come.
+        """Count how many steps ago each slot was written, (m,) int64; slots never written have the ages still to come.
 
         Args:
             j: (1,) int64, the newest slot.

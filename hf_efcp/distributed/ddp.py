@@ -142,7 +142,7 @@ def _whole_units(owners: Owners, p: Tensor, specs: Specs) -> Owners:
 
 
 def _buckets(params: Sequence[Tensor], owners: Sequence[Owners], rank: int, limit: int) -> Iterator[list[Tensor]]:
-    """What `rank` owns, as views of the parameters, in lists of at most `limit` bytes (or a single row)."""
+    """Give what `rank` owns, as views of the parameters, in lists of at most `limit` bytes (or a single row)."""
     bucket: list[Tensor] = []
     size = 0
     for p, who in zip(params, owners, strict=True):
@@ -168,7 +168,7 @@ def _padded(t: Tensor) -> int:
 
 
 def _cut(flat: Tensor, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The parts of a byte buffer that belong to `tensors`, in their dtypes and shapes."""
+    """Cut a byte buffer into the parts that belong to `tensors`, in their dtypes and shapes."""
     start = 0
     for t in tensors:
         part = flat[start : start + t.numel() * t.element_size()]

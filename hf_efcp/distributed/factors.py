@@ -19,7 +19,7 @@ from ..core.linalg import orthonormalize
 
 
 def mean_(tensors: Sequence[Tensor], group: dist.ProcessGroup, size: int) -> None:
-    """The mean over the `size` processes of `group`, in place; one all-reduce for each dtype among the tensors."""
+    """Take the mean over the `size` processes of `group`, in place; one all-reduce for each dtype among the tensors."""
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         alike = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in alike]).div_(size)
@@ -35,7 +35,7 @@ def factors_of_mean(
     mean_: Callable[[Sequence[Tensor]], None],
     plain: Sequence[Tensor] = (),
 ) -> list[tuple[Tensor, Tensor]]:
-    """P and Q of the mean over processes of each a; two rounds of messages for each power iteration.
+    """Make P and Q of the mean over processes of each a; two rounds of messages for each power iteration.
 
     Args:
         a: (n, rows, cols), this process's; any number of stacks.

@@ -21,17 +21,17 @@ from .plan import Owners
 
 
 def is_sharded(p: Any) -> bool:
-    """Whether p is a DTensor."""
+    """Tell whether p is a DTensor."""
     return hasattr(p, "device_mesh") and hasattr(p, "placements")
 
 
 def local(t: Any) -> Tensor:
-    """What this process holds of t, in t's memory."""
+    """Give what this process holds of t, in t's memory."""
     return t.detach().to_local() if is_sharded(t) else t.detach()
 
 
 def local_gradient(p: Any) -> Tensor | None:
-    """What this process holds of p's gradient."""
+    """Give what this process holds of p's gradient."""
     g = p.grad
     if g is None or not is_sharded(g):
         return g
@@ -41,7 +41,7 @@ def local_gradient(p: Any) -> Tensor | None:
 
 
 def problem(p: Any) -> str | None:
-    """What is wrong with the way in which the DTensor p is divided; None: nothing."""
+    """Say what is wrong with the way in which the DTensor p is divided; None: nothing."""
     dims = [d for d, placement in enumerate(p.placements) if not placement.is_replicate()]
     rows = [d for d in dims if type(p.placements[d]).__name__ == "Shard" and p.placements[d].dim == 0]
     if len(dims) <= 1 and rows == dims:

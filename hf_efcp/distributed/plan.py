@@ -71,7 +71,7 @@ def assign(sizes: Sequence[Size], processes: int, held: Sequence[float] | None =
 
 
 def _place(sizes: Sequence[Size], by_size: list[int], divided: list[int], loads: list[float]) -> tuple[float, list[Owners]]:
-    """What the fullest process holds, and the owners, where the tensors `divided` go by rows."""
+    """Give what the fullest process holds, and the owners, where the tensors `divided` go by rows."""
     owners: list[Owners] = [{} for _ in sizes]
     for i in by_size:
         if i not in divided:
@@ -90,7 +90,7 @@ def _place(sizes: Sequence[Size], by_size: list[int], divided: list[int], loads:
 
 
 def _levelling_rows(loads: list[float], size: Size) -> list[int]:
-    """How many rows each process gets so that the loads come out as even as they can."""
+    """Share out rows so that the loads come out as even as they can."""
     per_row = max(size.per_row, 1e-9)
     order = sorted(range(len(loads)), key=loads.__getitem__)
     # The water level: the lowest k loads are filled up to it.
@@ -107,7 +107,7 @@ def _levelling_rows(loads: list[float], size: Size) -> list[int]:
 
 
 def loads(owners: Sequence[Owners], sizes: Sequence[Size], processes: int) -> list[float]:
-    """Bytes of every process."""
+    """Count the bytes of every process."""
     held = [0.0] * processes
     for who, size in zip(owners, sizes, strict=True):
         for rank, rows in who.items():
@@ -116,7 +116,7 @@ def loads(owners: Sequence[Owners], sizes: Sequence[Size], processes: int) -> li
 
 
 def describe(names: Sequence[str], owners: Sequence[Owners], sizes: Sequence[Size], processes: int) -> tuple[str, str]:
-    """The plan as text: bytes of every process, and the tensors that are divided, each a line."""
+    """Write the plan as text: bytes of every process, and the tensors that are divided, each a line."""
     held = [f"rank {rank}: {round(load):,} bytes" for rank, load in enumerate(loads(owners, sizes, processes))]
     divided = ""
     for name, who in zip(names, owners, strict=True):

@@ -2,9 +2,9 @@
 
 The choice is a pure function of shapes and options, so that all processes and every restart make the same:
 
-1. at a window of 32 rows (or the class default, if that is less), the first formats of `_FORMATS` that fit;
+1. at a window of 32 entries (or the class default, if that is less), the first formats of `_FORMATS` that fit;
 2. then the longest window that fits, doubled up to the class default;
-3. where the smallest formats do not fit at 32 rows: 16, 8; then less rank or density; then 4, 2, 1 rows.
+3. where the smallest formats do not fit at 32 entries: 16, 8; then less rank or density; then 4, 2, 1 entries.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FIRST_WINDOW = 32
 
 
 def free_options(options: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the options that the budget chooses: none without a budget. A dtype that is given decides on the format too."""
+    """Name the options that the budget chooses: none without a budget. A dtype that is given decides on the format too."""
     if options.memory_budget is None:
         return ()
     fixed = set(given) | {f"{kind}_format" for kind in ("window", "error") if given.get(f"{kind}_dtype") is not None}
@@ -42,7 +42,7 @@ def free_options(options: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def choose(options: Any, free: tuple[str, ...], bytes_of: Callable[[Any], int]) -> tuple[Any, int]:
-    """The options that keep to `options.memory_budget`, and the bytes of their state.
+    """Choose the options that keep to `options.memory_budget`; give them and the bytes of their state.
 
     Args:
         options: the optimizer's, with the defaults of its class where they are free.
@@ -75,7 +75,7 @@ def choose(options: Any, free: tuple[str, ...], bytes_of: Callable[[Any], int]) 
 
 
 def candidates(options: Any, free: tuple[str, ...]) -> Iterator[Any]:
-    """What may be chosen, in order, at the shortest window that is tried for each."""
+    """Give what may be chosen, in order, at the shortest window that is tried for each."""
     first = min(_FIRST_WINDOW, options.window_size)
 
     def changed(start: Any, **values: Any) -> Any:
@@ -112,6 +112,6 @@ def shown(size: float) -> str:
 
 
 def described(options: Any) -> str:
-    """The options that a budget may choose, in words."""
+    """Write the options that a budget may choose, in words."""
     values = {name: getattr(options, name, None) for name in BUDGETED}
     return ", ".join(f"{name}={str(v).removeprefix('torch.')}" for name, v in values.items() if v is not None)

@@ -24,7 +24,7 @@ class Count:
         return Count(self.fp32 + other.fp32, self.fp64 + other.fp64, self.bytes + other.bytes)
 
     def seconds(self, rates: Mapping[str, float]) -> dict[str, float]:
-        """Seconds of the operations ("compute") and of the bytes ("memory").
+        """Give the seconds of the operations ("compute") and of the bytes ("memory").
 
         Args:
             rates: of the machine, per second: "fp32_flops", "fp64_flops" and "bandwidth" (bytes).
