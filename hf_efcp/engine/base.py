@@ -192,16 +192,14 @@ class EngineOptimizer(torch.optim.Optimizer):
         setup, builder = self.builder.setup, self.builder
         copies = {p: {k: t.clone() if isinstance(t, Tensor) else t for k, t in entry.items()} for p, entry in self.state.items()}
         copied = builder.copied if setup is None or setup.placement.follows else (setup.owners, setup.placement.shards)
-        made = builder.options, copy.copy(builder.budget), copied
-        return {**super().__getstate__(), "state": collections.defaultdict(dict, copies), "made": made}
+        made = {"made": (builder.options, copy.copy(builder.budget), copied)}
+        return {**super().__getstate__(), "state": collections.defaultdict(dict, copies), **made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See torch.optim.Optimizer. A copy has no process group: that belongs to the process."""
-        made = state.pop("made", None)
-        options, budget, copied = made or _made_by_0_1(state)
+        options, budget, copied = state.pop("made", None) or _made_by_0_1(state)
         super().__setstate__(state)
-        budget.name = type(self).__name__
-        self.builder = Builder(budget.name, self.method, options, budget)
+        self.builder = Builder(type(self).__name__, self.method, options, budget)
         self.builder.takes_tensors, self.builder.copied = True, copied
 
     def save_shards(self, folder: str | Path) -> None:
@@ -262,8 +260,7 @@ class EngineOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
         """Give figures of the last accepted step, by name (docs/using.md); nothing before the first step."""
-        setup = self.builder.setup
-        return {} if setup is None else self.method.diagnostics(setup)
+        return {} if self.builder.setup is None else self.method.diagnostics(self.builder.setup)
 
     def costs(self) -> dict[str, Count]:
         """Count what a step must do at least, by phase: operations, and bytes that must move (docs/benchmarks/roofline.md)."""

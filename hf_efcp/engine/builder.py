@@ -49,6 +49,7 @@ class Builder:
 
     def __init__(self, name: str, method: Method, options: Any, budget: Budget, process_group: Any = None):
         self.name, self.method, self.options, self.budget = name, method, options, budget
+        budget.name = name
         self.process_group = process_group
         self.pieces: ZeroPieces | None = None
         self.sync = FactorSync(options)
