@@ -74,8 +74,11 @@ def train_everything(rank, dtype):
     return results
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(
+    ("processes", "dtype"),
+    [(2, torch.float64), (4, torch.float64), (2, torch.float32), pytest.param(4, torch.float32, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_the_parameters_are_those_of_one_process(processes, dtype):
     everybody = run(processes, train_everything, dtype)
     for name in NAMES:
