@@ -25,6 +25,10 @@ class GramMatrix(Counters):
     def __init__(self, groups: int, window_size: int, device: torch.device):
         super().__init__(device)
         self.matrix = torch.zeros(groups, window_size, window_size, dtype=torch.float64, device=device)
+        self.listen_anew()
+
+    def listen_anew(self) -> None:
+        """See Counters."""
         self.dependent = DelayedFlag()
 
     def entries(self, number: int) -> dict[str, Tensor]:

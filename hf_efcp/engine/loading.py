@@ -76,7 +76,7 @@ def _load(
     folder: str | Path | None,
     own_stub: Any,
 ) -> bool:
-    section, saved, theirs = state_dict.get("efcp"), state_dict["state"], state_dict["param_groups"]
+    section, saved, saved_groups = state_dict.get("efcp"), state_dict["state"], state_dict["param_groups"]
     budget = builder.budget
     if budget.free and isinstance(section, Mapping) and (saved or "sharded" in section):
         builder.replace_options(budget.taken(builder.options, section.get("options", {})), state)
@@ -85,9 +85,9 @@ def _load(
     expected = {spec.name for i in (0, 1) for spec in builder.method.shared_specs(i, builder.options)} | {"error"}
     unchosen = BUDGETED if budget.size is not None else ()
     check_options(section, saved, builder.name, builder.options, expected - {"step"}, unchosen)
-    values = _group_values(theirs, groups)
+    values = _group_values(saved_groups, groups)
     params = [p for g in groups for p in g["params"]]
-    index = [i for g in theirs for i in g["params"]]
+    index = [i for g in saved_groups for i in g["params"]]
     entries = {p: saved[i] for i, p in zip(index, params, strict=True) if i in saved}
     stub = (section or {}).get("sharded")
     if section is not None:
@@ -120,20 +120,20 @@ def _load(
     if builder.setup is not None:
         builder.setup.last = None
         builder.setup.listen_anew()
-    for ours, group, checked in zip(groups, theirs, values, strict=True):
-        kept = {k: ours[k] for k in ("params", "param_names") if k in ours}
-        ours |= {**copy.deepcopy({k: v for k, v in group.items() if k not in kept}), **dataclasses.asdict(checked)}
+    for group, saved_group, checked in zip(groups, saved_groups, values, strict=True):
+        kept = {k: group[k] for k in ("params", "param_names") if k in group}
+        group |= {**copy.deepcopy({k: v for k, v in saved_group.items() if k not in kept}), **dataclasses.asdict(checked)}
     return used
 
 
-def _group_values(theirs: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+def _group_values(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Give lr and weight_decay of the checkpoint's groups, checked."""
-    sizes = [len(g["params"]) for g in theirs], [len(g["params"]) for g in groups]
+    sizes = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups]
     if sizes[0] != sizes[1]:
         raise OptionError(f"checkpoint has parameter groups of {sizes[0]} tensors, this optimizer of {sizes[1]}")
-    for number, group in enumerate(theirs):
+    for number, group in enumerate(saved_groups):
         check_keys(group, ("lr", "weight_decay"), f"its parameter group {number}")
-    return [build(GroupOptions, {k: g[k] for k in ("lr", "weight_decay")}, "a group of the checkpoint") for g in theirs]
+    return [build(GroupOptions, {k: g[k] for k in ("lr", "weight_decay")}, "a group of the checkpoint") for g in saved_groups]
 
 
 def _load_entries(

@@ -73,7 +73,8 @@ class Setup:
         self.started = True
 
     def listen_anew(self) -> None:
-        """Forget what a flag said one step ago: the state is another, and whoever saved it was warned of its skips."""
+        """Forget what flags said one step ago: the state is another, and whoever saved it was warned of its skips."""
+        self.counters.listen_anew()
         self.skips, self._warned_of = DelayedFlag(), int(self.counters.skipped)
 
     def warn_of_skips(self, name: str) -> None:
