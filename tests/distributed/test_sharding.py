@@ -76,7 +76,11 @@ def train_everything(rank, dtype):
 
 @pytest.mark.parametrize(
     ("processes", "dtype"),
-    [(2, torch.float64), (4, torch.float64), (2, torch.float32), pytest.param(4, torch.float32, marks=pytest.mark.slow)],
+    [
+        (4, torch.float64),
+        (2, torch.float32),
+        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in ((2, torch.float64), (4, torch.float32))),
+    ],
     ids=str,
 )
 def test_the_parameters_are_those_of_one_process(processes, dtype):

@@ -166,8 +166,16 @@ def trained_together(rank, folder):
     return results
 
 
-def test_two_processes_train_as_one_and_one_goes_on(tmp_path):
-    everybody = run(2, trained_together, str(tmp_path))
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What two processes give, and the folder of their checkpoints."""
+    folder = tmp_path_factory.mktemp("together")
+    with toys.registered():
+        return run(2, trained_together, str(folder)), folder
+
+
+def test_two_processes_train_as_one_and_one_goes_on(together):
+    everybody, tmp_path = together
     for name, options in RUNS:
         key, alone = (name, *options.values()), problem()
         optimizer = build(name, alone, **options)
@@ -186,8 +194,8 @@ def test_two_processes_train_as_one_and_one_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["efcp_toy_mean", "efcp_toy_factors"])
-def test_fsdp2_trains_as_one_process_and_state_follows_the_rows(name, tmp_path):
-    everybody = run(2, trained_together, str(tmp_path))
+def test_fsdp2_trains_as_one_process_and_state_follows_the_rows(name, together):
+    everybody, _ = together
     alone = list(fsdp2.Parameters().parameters())
     optimizer = build(name, alone)
     fsdp2.train(optimizer, alone, 0, 15)
