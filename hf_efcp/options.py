@@ -136,7 +136,7 @@ def typed(name: str, value: Any, annotation: Any) -> Any:
     Text: `none` for None, `true`/`false`/`1`/`0` for booleans, `1e-3` for floats, `bf16` or `bfloat16` for dtypes.
     """
     kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+    if value is None or (isinstance(value, str) and value.strip().lower() == "none" and kinds != (str,)):
         if type(None) in kinds:
             return None
         raise OptionError(f"{name}={value!r}: a value is needed")

@@ -5,7 +5,7 @@ import dataclasses
 
 from hf_efcp import registry
 from hf_efcp.core.cells import Spec, matrix_specs
-from hf_efcp.core.coefficients import quadratic, weights
+from hf_efcp.core.coefficients import quadratic
 from hf_efcp.core.compressors import PowerIteration
 from hf_efcp.engine.adamw import ADAMW, AdamWOptions
 from hf_efcp.engine.base import EngineOptimizer
@@ -24,9 +24,8 @@ class ToyMeanOptions(SparseOptions, WindowOptions):
     """Options of ToyMean."""
 
 
-def phi(o, gram, j, dtype):
+def phi(o, gram, j, w, dtype):
     """Give c = w / sqrt(w^T K w), (groups, m) fp64."""
-    w = weights(gram.matrix, gram.ages(j), o.window_momentum)
     return w / quadratic(gram.matrix, w).sqrt().clamp_min(1e-300)[:, None]
 
 

@@ -30,6 +30,7 @@ class Accumulated:
         error: e; None: it is always 0, as nothing is lost.
         absent: positions of the tensors without a gradient.
         total: where a is some rows of matrices that several processes share: sums a tensor over the processes.
+        scale: x (n, rows) and y (n, cols): g stands for diag(x) g diag(y), see `Metric`; None: for itself.
 
     Attributes:
         dtype, device: of the numbers.
@@ -41,8 +42,9 @@ class Accumulated:
         error: Cell | None = None,
         absent: Sequence[int] = (),
         total: Callable[[Tensor], Tensor] | None = None,
+        scale: kernels.Scale = None,
     ):
-        self.gradients, self.error, self.absent, self.total = gradients, error, absent, total
+        self.gradients, self.error, self.absent, self.total, self.scale = gradients, error, absent, total, scale
         self.dtype, self.device = gradients[0].dtype, gradients[0].device
         self._chunks = row_chunks(gradients)
         self._formed: Tensor | None = None
@@ -56,10 +58,12 @@ class Accumulated:
 
     def rows(self, rows: slice = ALL) -> Tensor:
         """Form rows `rows` of a, (n, rows, cols); without e, g itself, a view or a copy."""
-        a = stacked(self.gradients, rows)
+        a, copied = stacked(self.gradients, rows), not isinstance(self.gradients, Tensor) and len(self.gradients) > 1
+        if self.scale is not None:
+            x, y = self.scale
+            a, copied = (a.mul_(x[:, rows, None]) if copied else a * x[:, rows, None]).mul_(y[:, None]), True
         if self.error is None:
             return a
-        copied = not isinstance(self.gradients, Tensor) and len(self.gradients) > 1
         return a.add_(self.error.read(rows)) if copied else a + self.error.read(rows)
 
     def parts(self) -> Iterable[tuple[slice, Tensor]]:
@@ -74,7 +78,7 @@ class Accumulated:
         """Give a @ q, (n, rows, r), for q (n, cols, r)."""
         # The factor first: CPU libraries are several times slower at a @ q and a.mT @ p.
         q = q.mT.contiguous()
-        p = kernels.times(self.gradients, self._stored, q)
+        p = kernels.times(self.gradients, self._stored, q, self.scale)
         return torch.cat([(q @ a.mT).mT for _, a in self.parts()], 1) if p is None else p
 
     @property
@@ -84,7 +88,7 @@ class Accumulated:
 
     def top_k(self, grid: BlockTopK) -> tuple[Tensor, Tensor]:
         """Give the largest magnitudes of every block: indices in the block, int16 (n, rows, k), and values (n, rows, k)."""
-        fast = kernels.top_k(self.gradients, self._stored, grid.blocks)
+        fast = kernels.top_k(self.gradients, self._stored, grid.blocks, self.scale)
         if fast is not None:
             return fast
         n, rows, _ = self.shape
@@ -101,11 +105,12 @@ class Accumulated:
         if error is None:
             return
         turn, self._formed = error.turn, None
-        if turn.ok is True and entry.keep(error.stored, self.gradients, (turn.step, turn.ids, turn.origin), self.absent):
+        rounding = turn.step, turn.ids, turn.origin
+        if turn.ok is True and entry.keep(error.stored, self.gradients, rounding, self.absent, self.scale):
             return
         in_place = turn.ok is True and error.buffer.dtype == self.dtype and not self.absent
         for part in self._chunks:
-            if in_place:
+            if in_place and self.scale is None:
                 entry.subtract_from_(error.buffer[:, part].add_(stacked(self.gradients, part)), part)
             else:
                 error.write(entry.subtract_from_(self.rows(part), part), part)
@@ -128,7 +133,7 @@ class Transposed:
     def __matmul__(self, p: Tensor) -> Tensor:
         """Give a.mT @ p, (n, cols, r), for p (n, rows, r): summed over the processes that share the rows."""
         a = self._a
-        q = kernels.transposed_times(a.gradients, a._stored, p.mT)
+        q = kernels.transposed_times(a.gradients, a._stored, p.mT, a.scale)
         if q is None:
             q = _sum(p[:, rows].mT @ part for rows, part in a.parts())
         q = q.mT.contiguous()
@@ -156,7 +161,14 @@ class Entry:
         """Compute a <- a - c in place for rows `rows` of c, (n, rows, cols); return a."""
         raise NotImplementedError
 
-    def keep(self, error: kernels.Error, gradients: kernels.Matrices, rounding: kernels.Rounding, absent: Sequence[int]) -> bool:
+    def keep(
+        self,
+        error: kernels.Error,
+        gradients: kernels.Matrices,
+        rounding: kernels.Rounding,
+        absent: Sequence[int],
+        scale: kernels.Scale,
+    ) -> bool:
         """Compute e <- e + g - c in place by a kernel, but for the tensors `absent`; tell whether it was done."""
         return False
 
@@ -192,9 +204,16 @@ class LowRankEntry(Entry):
         """Form c, (n, rows, cols)."""
         return self.parts[0].mT @ self.parts[1]
 
-    def keep(self, error: kernels.Error, gradients: kernels.Matrices, rounding: kernels.Rounding, absent: Sequence[int]) -> bool:
+    def keep(
+        self,
+        error: kernels.Error,
+        gradients: kernels.Matrices,
+        rounding: kernels.Rounding,
+        absent: Sequence[int],
+        scale: kernels.Scale,
+    ) -> bool:
         """See Entry."""
-        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent)
+        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent, None, scale)
 
 
 class SparseEntry(Entry):
@@ -213,9 +232,16 @@ class SparseEntry(Entry):
         indices, values = (part[:, rows] for part in self.parts)
         return a.scatter_add_(2, self.grid.columns(indices), -values.to(a.dtype))
 
-    def keep(self, error: kernels.Error, gradients: kernels.Matrices, rounding: kernels.Rounding, absent: Sequence[int]) -> bool:
+    def keep(
+        self,
+        error: kernels.Error,
+        gradients: kernels.Matrices,
+        rounding: kernels.Rounding,
+        absent: Sequence[int],
+        scale: kernels.Scale,
+    ) -> bool:
         """See Entry."""
-        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent, self.grid.blocks)
+        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent, self.grid.blocks, scale)
 
     def dense(self) -> Tensor:
         """Form c, (n, rows, cols)."""

@@ -93,7 +93,8 @@ class Spec:
     @property
     def kind(self) -> str:
         """The kind that memory_footprint() counts the entry under."""
-        return "window" if self.name.startswith("window_") else self.name.removesuffix("_scale")
+        family = next((f for f in ("window", "metric") if self.name.startswith(f"{f}_")), None)
+        return family or self.name.removesuffix("_scale")
 
     @property
     def nbytes(self) -> int:

@@ -10,17 +10,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .deferred import DelayedFlag
+from .deferred import DelayedFlag, readable
 
 # By entry dtype. Above _CANCELLATION / eps, the sum G^T c cancels and the null space of K has to be cut away.
 _CANCELLATION = {torch.float32: 1e-5, torch.float64: 1e-10}
 # Eigenvalues of the entries' correlation matrix below this fraction of the largest are rounding noise, not directions.
 _NULL_SPACE = {torch.float32: 1e-10, torch.float64: 1e-13}
+# The same of their covariance.
+_CENTERED_NULL_SPACE = 1e-10
 # GGT's decay: entries with a smaller D_ii are as good as forgotten, and D^-1 would blow them up.
 _FORGOTTEN = 1e-8
 
 
-def weights(gram: Tensor, ages: Tensor, momentum: float) -> Tensor:
+def weights(gram: Tensor, ages: Tensor, momentum: float, nesterov: bool = False, normalized: bool = False) -> Tensor:
     """The vector w that is preconditioned, in the window's span: e_j, or w_i = (1-beta) beta^age(i).
 
     Entries that are zero get no weight: they carry no direction, only a null space.
@@ -29,12 +31,17 @@ def weights(gram: Tensor, ages: Tensor, momentum: float) -> Tensor:
         gram: (groups, m, m) fp64.
         ages: (m,) int64, 0 for the newest slot.
         momentum: beta in [0, 1).
+        nesterov: w <- beta w + (1-beta) e_j afterwards.
+        normalized: w <- w / sum(w) before.
 
     Returns:
         (groups, m) fp64.
     """
-    w = (1 - momentum) * momentum ** ages.double() if momentum else (ages == 0).double()
-    return torch.where(gram.diagonal(dim1=-2, dim2=-1) > 0, w, 0.0)
+    alive, newest = gram.diagonal(dim1=-2, dim2=-1) > 0, (ages == 0).double()
+    w = torch.where(alive, (1 - momentum) * momentum ** ages.double() if momentum else newest, 0.0)
+    if normalized:
+        w = w / torch.where(alive.any(-1, keepdim=True), w.sum(-1, keepdim=True), 1.0)
+    return momentum * w + (1 - momentum) * torch.where(alive, newest, 0.0) if nesterov else w
 
 
 def mfac(
@@ -44,8 +51,9 @@ def mfac(
     divisor: Tensor | float,
     entry_dtype: torch.dtype,
     dependent: DelayedFlag | None = None,
+    centered: Tensor | None = None,
 ) -> Tensor:
-    """c = N (K + N*damping*I)^-1 w, so that G^T c = (damping*I + G^T G / N)^-1 G^T w.
+    """c = N (M K + N*damping*I)^-1 w, so that G^T c = (damping*I + G^T M G / N)^-1 G^T w.
 
     This form has no difference of two nearly equal vectors, unlike Woodbury's x/damping - G^T(...), which loses 3e-2 in fp32
     at damping 1e-6 (M-FAC, arXiv 2107.03356, with the preconditioned vector in the span of the window).
@@ -58,11 +66,14 @@ def mfac(
         entry_dtype: the dtype in which G^T c will be summed.
         dependent: None: where entries depend on each other, the null space is cut away at once. Else whether any entries do: on
             a GPU this is known one step late, and the first step with such entries takes K for its diagonal.
+        centered: the filled slots, (m,) bool: M subtracts the mean over them, see `subtract_mean`; None: M = I.
 
     Returns:
         (groups, m) fp64.
     """
     shift = (gram.new_ones(gram.shape[0]) * (damping * divisor))[:, None]
+    if centered is not None:
+        return _centered_mfac(gram, w, shift, divisor, entry_dtype, centered)
     factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift.expand_as(w)))
     # Not cholesky_solve, which for batches on a GPU goes to a library that waits for the device in older versions of torch.
     half = torch.linalg.solve_triangular(factor, w[..., None], upper=False)
@@ -76,8 +87,35 @@ def mfac(
     return c
 
 
-def ggt(gram: Tensor, w: Tensor, decay: Tensor, eps: float, entry_dtype: torch.dtype) -> Tensor:
+def _centered_mfac(
+    gram: Tensor, w: Tensor, shift: Tensor, divisor: Tensor | float, entry_dtype: torch.dtype, filled: Tensor
+) -> Tensor:
+    """`mfac` with M K, which is not symmetric: by LU. What dependent entries leave in the null space of K is cut away."""
+    matrix = subtract_mean(gram, filled) + torch.diag_embed(shift.expand_as(w))
+    c = divisor * torch.linalg.solve_ex(matrix, w[..., None]).result.squeeze(-1)
+    bad = ~(cancellation(gram, c) <= _CANCELLATION[entry_dtype] / torch.finfo(entry_dtype).eps)
+    if readable(c.device) and not bad.any():
+        return c
+    return torch.where(bad[:, None], spectral(gram, c.nan_to_num(), torch.ones_like, entry_dtype), c)
+
+
+def subtract_mean(x: Tensor, filled: Tensor) -> Tensor:
+    """M x with M = I - 1 1^T / n on the n filled slots: G^T M G / n is the entries' covariance.
+
+    Args:
+        x: (groups, m, ...) fp64, zeros in slots that are not filled.
+        filled: (m,) bool.
+    """
+    mean = x.sum(1, keepdim=True) / filled.sum()
+    return x - mean * filled.view(1, -1, *[1] * (x.ndim - 2))
+
+
+def ggt(gram: Tensor, w: Tensor, decay: Tensor, eps: float, entry_dtype: torch.dtype, centered: Tensor | None = None) -> Tensor:
     """c = D phi(D K D) D^-1 w with phi(s) = 1 / (sqrt(s) + eps), so that G^T c = ((A^T A)^1/2 + eps*I)^-1 G^T w, A = D G.
+
+    With `centered`, D = I and G^T c = ((G^T M G)^1/2 + eps*I)^-1 G^T w, by
+
+        c = phi(0) w + M V psi(s) V^T M K w,   M K M = V diag(s) V^T,   psi(s) = (phi(s) - phi(0)) / s
 
     Full-matrix Adagrad on the window (GGT, arXiv 1806.02958). Both sides see the decayed entries A: with the eigenvectors of
     D K D and undecayed entries the update would be off by tens of percent.
@@ -88,10 +126,18 @@ def ggt(gram: Tensor, w: Tensor, decay: Tensor, eps: float, entry_dtype: torch.d
         decay: the diagonal of D, (m,) fp64: beta2^age.
         eps: a number in units of the gradient's norm.
         entry_dtype: the dtype in which G^T c will be summed.
+        centered: the filled slots, (m,) bool; None: M = I.
 
     Returns:
         (groups, m) fp64.
     """
+    if centered is not None:
+        s, v = torch.linalg.eigh(subtract_mean(subtract_mean(gram, centered).mT, centered))
+        # M K M always has the eigenvalue 0, where psi is infinite.
+        kept = s > _CENTERED_NULL_SPACE * s[..., -1:]
+        s = torch.where(kept, s, 1.0)
+        psi = torch.where(kept, (1 / (s.sqrt() + eps) - 1 / eps) / s, 0.0)
+        return w / eps + _apply(v, psi * _apply(v.mT, subtract_mean(_apply(gram, w), centered)))
     known = decay >= _FORGOTTEN
     decay = torch.where(known, decay, 0.0)
     inner_w = torch.where(known, w / decay, 0.0)

@@ -45,6 +45,11 @@ class GramMatrix(Counters):
         """Give min(t, m), the number of slots written, 0-D int64."""
         return self.step.clamp_max(self.window_size)
 
+    @property
+    def filled_slots(self) -> Tensor:
+        """Tell which slots are written, (m,) bool."""
+        return torch.arange(self.window_size, device=self.step.device) < self.filled
+
     def next_slot(self) -> Tensor:
         """Give the slot that the next entry goes into, the oldest entry's, (1,) int64."""
         return (self.step % self.window_size).view(1)

@@ -53,10 +53,10 @@ class SparseWindow(Window):
         indices, values = entry.parts
         self.staged = SparseEntry(indices, values.to(self.buffers["window_values"].dtype), self.grid)
 
-    def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float) -> bool:
+    def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float, factors: kernels.Scale = None) -> bool:
         """See Window."""
         c = c.to(self.compute_dtype)
-        return kernels.apply(self._stored(), c, self.grid.cols, self.grid.blocks, params, scale, decay)
+        return kernels.apply(self._stored(), c, self.grid.cols, self.grid.blocks, params, scale, decay, factors)
 
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window."""

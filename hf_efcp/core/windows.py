@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .. import kernels
 from .accumulated import DenseEntry, Entry, LowRankEntry
 from .cells import ALL, Buffers, Layout, Spec
 from .deferred import masked
@@ -58,13 +59,14 @@ class Window:
         """Forget the staged entry: it may share memory with a gradient."""
         self.staged = None
 
-    def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float) -> bool:
-        """Compute p <- decay * p + scale * G^T c in place for n matrices (rows, cols) in the compute dtype.
+    def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float, factors: kernels.Scale = None) -> bool:
+        """Compute p <- decay * p + scale * u in place, u = diag(x) G^T c diag(y), for n matrices in the compute dtype.
 
         Args:
             c: (n, m) fp64.
-            params: the matrices.
+            params: the matrices, (rows, cols) each.
             scale, decay: numbers.
+            factors: x (n, rows) and y (n, cols) in the compute dtype; None: u = G^T c.
 
         Returns:
             Whether it was done; else the caller goes by `combine`.
@@ -157,21 +159,23 @@ class LowRankWindow(Window):
             out.baddbmm_(left.mT, right)
         return out
 
-    def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float) -> bool:
+    def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float, factors: kernels.Scale = None) -> bool:
         """See Window. Products that are added to p itself: G^T c is not formed."""
-        for i, (left, right) in enumerate(self._products(c, slice(0, len(params[0])))):
+        for i, (left, right) in enumerate(self._products(c, slice(0, len(params[0])), factors)):
             for p, x, y in zip(params, left, right, strict=True):
                 p.addmm_(x.mT, y, beta=1.0 if i else decay, alpha=scale)
         return True
 
-    def _products(self, c: Tensor, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give X (n, slots r, rows) and Y (n, slots r, cols) whose X^T Y make up rows `part` of G^T c: some slots at a time."""
+    def _products(self, c: Tensor, part: slice, factors: kernels.Scale = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give X (n, slots r, rows) and Y (n, slots r, cols) whose X^T Y make up rows `part` of u: some slots at a time."""
         (n, m, rank, _), cols, dtype = self.buffers["window_p"].shape, self.buffers["window_q"].shape[3], self.compute_dtype
         rows, c = part.stop - part.start, c.to(dtype)[:, :, None, None]
         converted = rows + cols if self.buffers["window_p"].dtype != dtype else min(rows, cols)
         for slots in chunks(m, n * rank * converted * dtype.itemsize):
             left, right = (factor.to(dtype) for factor in self._factors(slots, part))
             left, right = (left * c[:, slots], right) if rows <= cols else (left, right * c[:, slots])
+            if factors is not None:
+                left, right = left * factors[0][:, None, None, part], right * factors[1][:, None, None]
             yield left.flatten(1, 2), right.flatten(1, 2)
 
     def _dots_with_window(self) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.linalg import ieee_matmul
 from ..distributed.ddp import size_of
-from ..distributed.fsdp2 import FSDP2Mesh, is_sharded, local_gradient
+from ..distributed.fsdp2 import FSDP2Mesh, is_sharded
 from ..distributed.placement import Alone
 from ..distributed.plan import describe
 from ..distributed.zero import ZeroPieces
@@ -91,10 +91,12 @@ class EngineOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         setup = self.setup()
-        if setup.params and _has_work(setup):
+        if setup.params and setup.has_work():
             with ieee_matmul(setup.counters.step.device):
                 self.method.step(setup, self.param_groups, self.builder.options)
             setup.warn_of_skips(self.builder.name)
+        elif not setup.has_gradients():
+            setup.warn_of_idleness(self.builder.name)
         return loss
 
     def setup(self) -> Setup:
@@ -292,16 +294,3 @@ def _made_by_0_1(state: dict[str, Any]) -> tuple[Any, Budget, tuple[dict[Tensor,
     budget = Budget("", options, {})
     budget.free, budget.chosen = state.pop("_free"), state.pop("_chosen")
     return options, budget, ({}, 1) if owners is None else (owners[1], owners[0])
-
-
-def _has_work(setup: Setup) -> bool:
-    """Tell whether there is a gradient; on empty state, one that is not zero.
-
-    torch.distributed.checkpoint takes a step on zero gradients to have the state allocated.
-    """
-    placement = setup.placement
-    if setup.started or setup.counters.step > 0:
-        return not placement.alone or any(p.grad is not None for p in setup.params)
-    gradients = [g for p in setup.params if (g := local_gradient(p)) is not None]
-    work = any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in gradients)
-    return placement.any(work, setup.counters.step.device)

@@ -205,8 +205,11 @@ class Builder:
 
 
 def trained_of(groups: Sequence[Group], state: State) -> list[list[Tensor]]:
-    """Give the parameters with state in each group: one that is frozen later keeps its entries, which K counts."""
-    return [[p for p in g["params"] if p.requires_grad or p in state] for g in groups]
+    """Give the parameters with state in each group.
+
+    A parameter that is frozen later keeps its entries, which K counts. One that has a gradient is trained, frozen or not.
+    """
+    return [[p for p in g["params"] if p.requires_grad or p in state or p.grad is not None] for g in groups]
 
 
 def adopt(state: State, setup: Setup, of_all: set[str]) -> None:

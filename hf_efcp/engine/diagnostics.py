@@ -44,7 +44,7 @@ def of_last_step(setup: Setup) -> dict[str, float]:
         "rows": gram.filled,
         "row_norm": row,
         "update_norm": update,
-        "update_rms": update / setup.coordinates**0.5,
+        "update_rms": _ratio(update, setup.size**0.5),
         "cosine_update_row": _ratio((newest * c).sum(), row * update),
         "cosine_rows": others.mean() if len(others) else 0.0,
         "kappa": cancellation(k, c).max(),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core import metric
 from ..core.cells import Buffers, Layout, Spec, matrix_specs
 from ..core.codecs import BlockQuantizer
 from ..core.compressors import BlockTopK, Compressor, Identity, PowerIteration
@@ -52,7 +53,7 @@ class EntryFormat:
         o = self.options
         error = () if self.lossless else matrix_specs("error", self.layout, o.error_dtype, o.error_format)
         momentum = matrix_specs("momentum", self.layout, None) if o.momentum else ()
-        return (*error, *self.compressor_specs(), *self.window_specs(), *momentum)
+        return (*error, *self.compressor_specs(), *self.window_specs(), *momentum, *metric.specs(self.layout, o.metric))
 
     def compressor(self, stack: Stack) -> Compressor:
         """Make the compressor of a stack."""

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from ..options import OptionError, fraction, option, parse_bytes, positive
+from ..options import OptionError, fraction, non_negative, option, parse_bytes, positive
 
 _STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -52,15 +52,35 @@ class WindowOptions(StateOptions):
         allowed="a number in [0, 1)",
         check=fraction,
     )
+    window_nesterov: bool = option(False, "weigh the newest gradient once more: w <- beta w + (1-beta) e_j")
+    centered: bool = option(
+        False, "precondition by the covariance of the window's entries around their mean, not by their second moment"
+    )
     momentum: float = option(
         0.0, "momentum after preconditioning: v <- mu v + (1-mu) u", allowed="a number in [0, 1)", check=fraction
     )
     scope: str = option("model", "one Gram matrix over all tensors, or one per tensor", choices=("model", "layer"))
     update_rms: float | None = option(
         None,
-        "rescale the whole update to this root mean square per coordinate; none: the raw update",
+        "rescale the whole update to this root mean square per coordinate (with a metric, a weighted one); none: the raw update",
         allowed="a number > 0, or none",
         check=positive,
+    )
+    rms_mode: str = option(
+        "constant",
+        "constant: the update has the size update_rms; adam: update_rms times the size of the averaged gradient relative to that "
+        "of one, as Adam's has, which is small where gradients are noise",
+        choices=("constant", "adam"),
+    )
+    metric: str = option(
+        "none",
+        "scale coordinates by a running second moment D of the gradient before the window and after it; factored: D by rows and "
+        "columns (0.02 bytes per parameter); diagonal: of each coordinate (4 bytes); tensor: of each tensor",
+        choices=("none", "factored", "diagonal", "tensor"),
+    )
+    metric_beta: float = option(0.99, "decay of the metric's running means", allowed="a number in [0, 1)", check=fraction)
+    metric_eps: float = option(
+        1e-3, "added to the metric, relative to its mean", allowed="a finite number >= 0", check=non_negative
     )
     window_dtype: torch.dtype | None = option(
         None, "dtype of the window's numbers; none: fp64 for fp64 parameters, else fp32", choices=_STATE_DTYPES
@@ -85,6 +105,11 @@ class WindowOptions(StateOptions):
         block = getattr(self, "block_size", 1)  # of the sparse methods
         if self.window_format == "low_bit" and block > 1024:
             raise OptionError(f"block_size={block}: at most 1024 with window_format=low_bit, where an index has 10 bits")
+
+    @property
+    def averaging(self) -> float:
+        """The momentum before preconditioning, by whatever option it is given."""
+        return self.window_momentum
 
 
 @dataclasses.dataclass(frozen=True)

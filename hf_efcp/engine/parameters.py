@@ -39,16 +39,15 @@ def checked_group(group: Any, others: Sequence[dict[str, Any]], options_type: ty
     params = group["params"]
     if not isinstance(params, Tensor | set):  # torch refuses a set, with a good message
         params = list({id(_tensor(entry)): entry for entry in params}.values())  # tied weights once
-        for entry in params:
-            refuse_parameter(_tensor(entry), name)
+        for p in map(_tensor, params):
+            if isinstance(p, Tensor) and p.requires_grad:  # what is no tensor is torch's to refuse
+                refuse_parameter(p, name)
         params = _named_alike(params, others)
     return {**group, **{k: getattr(checked, k) for k in given}, "params": params}
 
 
-def refuse_parameter(p: Any, name: str) -> None:
-    """Raise OptionError for a parameter that cannot be optimized; what is no tensor is torch's to refuse."""
-    if not isinstance(p, Tensor) or not p.requires_grad:
-        return
+def refuse_parameter(p: Tensor, name: str) -> None:
+    """Raise OptionError for a parameter that cannot be optimized."""
     if p.is_complex():
         raise OptionError(f"{name} has no complex arithmetic: pass torch.view_as_real(p) instead of the {p.dtype} parameter")
     if hasattr(p, "_is_flat_param") or hasattr(p, "_fsdp_flattened"):

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from ..core.cells import compute_dtype
 from ..core.deferred import DelayedFlag, masked
+from ..distributed.fsdp2 import local_gradient
 from ..distributed.placement import Placement, Specs
 from ..distributed.plan import Owners
 from .parameters import levels_to_caller
+
+# So many steps without any gradient are no accident.
+_IDLE_STEPS = 3
 
 
 @dataclasses.dataclass(eq=False)
@@ -30,6 +34,7 @@ class Setup:
         stacks, factors: batches of the parameters; those whose factors are made during backward (comm="factors").
         counters: of steps; a window method's Gram matrix.
         last: coefficients of the last accepted step, for diagnostics.
+        size: the sum of S_i^2 over the coordinates that had a gradient in the last step; without a metric, their number.
         started: whether a step was taken.
         skips: the number of refused steps, as far as the host knows.
     """
@@ -43,18 +48,35 @@ class Setup:
     factors: Sequence[Any]
     counters: Any
     last: Tensor | None = None
+    size: Tensor | float = 0.0
     started: bool = False
 
     def __post_init__(self) -> None:
+        self._idle = 0
         self.dtype = torch.float64 if {compute_dtype(p) for p in self.params} == {torch.float64} else torch.float32
         self.listen_anew()
 
-    @property
     def coordinates(self) -> int:
-        """d, the number of coordinates that are trained, on all processes."""
+        """Count d, the coordinates of all tensors that have a gradient in this step, on all processes."""
         if self.placement.coordinates is not None:
             return self.placement.coordinates
-        return sum(p.numel() for p in self.params if p.requires_grad)
+        return sum(p.numel() for p in self.params if p.grad is not None)
+
+    def has_gradients(self) -> bool:
+        """Tell whether any parameter has a gradient."""
+        return any(p.grad is not None for p in self.params)
+
+    def has_work(self) -> bool:
+        """Tell whether there is a gradient; on empty state, one that is not zero.
+
+        torch.distributed.checkpoint takes a step on zero gradients to have the state allocated. The same parameters have a
+        gradient on all processes, but for flat pieces.
+        """
+        if self.started or self.counters.step > 0:
+            return self.placement.flat or self.has_gradients()
+        gradients = [g for p in self.params if (g := local_gradient(p)) is not None]
+        work = any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in gradients)
+        return self.placement.any(work, self.counters.step.device)
 
     def views(self) -> dict[Tensor, dict[str, Tensor]]:
         """Give the state by parameter and name: views of the stacks' buffers, and of the counters."""
@@ -66,16 +88,29 @@ class Setup:
             views[p] |= {name: t for name, t in self.counters.entries(number).items() if name in self.specs[p]}
         return views
 
-    def finish(self, last: Tensor | None = None, ok: bool | Tensor = True) -> None:
-        """End a step: hand out the parameters, and remember the coefficients, if there are any, where the step was accepted."""
+    def finish(self, last: Tensor | None = None, ok: bool | Tensor = True, size: Tensor | float = 0.0) -> None:
+        """End a step: hand out the parameters, and remember coefficients and size, if any, where the step was accepted."""
         self.placement.publish(self.params, self.owners)
         self.last = last if ok is True or last is None or self.last is None else masked(ok, last, self.last)
+        self.size = size
         self.started = True
+        self._idle = 0 if self._idle < _IDLE_STEPS else self._idle
 
     def listen_anew(self) -> None:
         """Forget what flags said one step ago: the state is another, and whoever saved it was warned of its skips."""
         self.counters.listen_anew()
         self.skips, self._warned_of = DelayedFlag(), int(self.counters.skipped)
+
+    def warn_of_idleness(self, name: str) -> None:
+        """Warn, once, when several steps in a row find no gradient at all: somebody trains other parameters than these."""
+        self._idle += 1
+        if self._idle == _IDLE_STEPS:
+            warnings.warn(
+                f"{name}: no parameter had a gradient in {_IDLE_STEPS} steps, and nothing was updated: are the parameters those "
+                "of the model that computes the loss?",
+                RuntimeWarning,
+                stacklevel=levels_to_caller(),
+            )
 
     def warn_of_skips(self, name: str) -> None:
         """Warn of the 1st, 2nd, 4th, 8th, ... refused step; on a GPU one step late."""

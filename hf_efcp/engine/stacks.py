@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..core.accumulated import Accumulated
 from ..core.cells import Cell, Layout, Spec, Turn, cell, compute_dtype, matrix_shape
 from ..core.linalg import CHUNK_BYTES, chunks
 from ..distributed.fsdp2 import is_sharded, local, local_gradient
@@ -103,10 +102,6 @@ class Stack:
         """Begin a step: which tensors have a gradient, and by which number rounding is counted."""
         self.turn.step, self.turn.ok = step, True
         self.turn.absent = [i for i, piece in enumerate(self.pieces) if piece.param.grad is None]
-
-    def accumulated(self, error: Cell | None, l2: float = 0.0) -> Accumulated:
-        """Give the operand a = e + g + l2 * p."""
-        return Accumulated(self.gradients(l2), error, self.turn.absent, self.total)
 
     def gradients(self, l2: float = 0.0) -> list[Tensor]:
         """Give g + l2 * p, n matrices (rows, cols) in the compute dtype; zeros where a parameter has no gradient.

@@ -78,7 +78,7 @@ class TensorStack(Stack):
         """Make the update, and the state of the next step."""
         t = self.cells["step"].read() + 1
         self.cells["step"].write(t)
-        a = self.accumulated(self.cells.get("error"), l2)
+        a = Accumulated(self.gradients(l2), self.cells.get("error"), self.turn.absent, self.total)
         ok = self.turn.ok
         if isinstance(ok, Tensor):  # a decomposition raises for what is not finite, and whether it is nobody waits to hear
             a.gradients = [masked(ok, g, 0.0) for g in a.gradients]

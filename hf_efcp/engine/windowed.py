@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.accumulated import Accumulated
 from ..core.cells import Layout, Spec
-from ..core.coefficients import quadratic
+from ..core.coefficients import quadratic, weights
 from ..core.compressors import Identity
 from ..core.deferred import masked, readable
 from ..core.gram import GramMatrix
+from ..core.metric import KINDS, Metric, kind_of
 from .apply import apply
 from .costs import Count
 from .diagnostics import of_last_step
@@ -40,17 +42,27 @@ class WindowStack(Stack):
         self.window = format.window(self.buffers)
         self.error = self.cell("error") if "error" in self.buffers else None
         self.momentum = self.buffers.get("momentum")
+        self.metric = self._make_metric(format.options)
 
     def stage(self, step: Tensor, l2: float) -> None:
-        """Compute a = e + g and c = C(a) as the window stores it; the state stays as it is.
+        """Compute a = e + S^-1 g and c = C(a) as the window stores it; the state stays as it is.
 
         A parameter without a gradient gives an entry of zeros, and its error stays.
         """
         self.open(step)
-        self._compress(l2)
+        gradients = self.gradients(l2)
+        if self.metric is not None:
+            self.metric.measure(gradients)
+        self._compress(gradients)
 
-    def _compress(self, l2: float) -> None:
-        self.window.stage(self.compressor.compress(self.accumulated(self.error, l2), self.turn.step))
+    def _compress(self, gradients: Sequence[Tensor]) -> None:
+        self.window.stage(self.compressor.compress(self._accumulated(gradients), self.turn.step))
+
+    def _accumulated(self, gradients: Sequence[Tensor]) -> Accumulated:
+        """Give the operand a = e + S^-1 g."""
+        if self.metric is None:
+            return Accumulated(gradients, self.error, self.turn.absent, self.total)
+        return Accumulated(self.metric.whitened(gradients), self.error, self.turn.absent, self.total, self.metric.scale)
 
     def dots(self, j: Tensor) -> Tensor:
         """Give the staged entry's inner products with the window, (n, m) fp64. A plain entry, the gradient, is not held."""
@@ -60,22 +72,27 @@ class WindowStack(Stack):
         return dots
 
     def commit(self, j: Tensor, l2: float, ok: bool | Tensor) -> None:
-        """Let e <- a - c, and write c into slot j, where the step is accepted."""
+        """Let e <- a - c, write c into slot j, and let D contain g, where the step is accepted."""
+        gradients = self.gradients(l2)
         if self.window.staged is None:
-            self._compress(l2)
+            self._compress(gradients)
         self.turn.ok = ok
         if self.error is not None and self.window.staged is not None:
-            self.accumulated(self.error, l2).keep(self.window.staged)
+            self._accumulated(gradients).keep(self.window.staged)
         self.window.commit(j.to(self.device), ok)
         self.compressor.commit()
+        if self.metric is not None:
+            self.metric.commit(gradients)
 
     def apply(self, c: Tensor, group: Group, options: Any) -> None:
-        """Let u = G^T c for coefficients c (n, m);  v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v.
+        """Let u = S^-1 G^T c for coefficients c (n, m);  v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v.
 
-        A large tensor's u is never whole. Of a refused step, u is zero; with lr and 1 - mu zero too, nothing moves.
+        A tensor without a gradient stays where it is, and so does its v. A large tensor's u is never whole. Of a refused step,
+        u is zero; with lr and 1 - mu zero too, nothing moves.
         """
         ok, lr, weight_decay, momentum = self.turn.ok, float(group["lr"]), decoupled_of(group, options), options.momentum
-        if self._apply_at_once(c, lr, weight_decay):
+        absent = self.turn.absent
+        if len(absent) == len(self.pieces) or self._apply_at_once(c, lr, weight_decay):
             return
         rate: float | Tensor = lr
         new_part: float | Tensor = 1 - momentum
@@ -85,21 +102,36 @@ class WindowStack(Stack):
 
         def update(rows: slice) -> Tensor:
             u = self.window.combine(c, rows)
-            return u if self.momentum is None else self.momentum[:, rows].lerp_(u, new_part)
+            u = u if self.metric is None else self.metric.unwhiten_(u, rows)
+            if self.momentum is None:
+                return u
+            v = self.momentum[:, rows]
+            kept = v[absent].clone() if absent else None
+            v.lerp_(u, new_part)
+            if kept is not None:
+                v[absent] = kept
+            return v
 
-        frozen = [i for i, piece in enumerate(self.pieces) if not piece.param.requires_grad]
-        apply(self, update, rate, weight_decay, self.turn.step if options.stochastic_rounding else None, frozen)
+        apply(self, update, rate, weight_decay, self.turn.step if options.stochastic_rounding else None, absent)
+
+    def _make_metric(self, o: Any) -> Metric | None:
+        kind, names = kind_of(self.layout, o.metric), [name for name in self.buffers if name.startswith("metric_")]
+        if kind == "none":
+            return None
+        cells = {name.removeprefix("metric_"): self.cell(name) for name in names}
+        return KINDS[kind](cells, self.layout, o.metric_beta, o.metric_eps, self.total)
 
     def _apply_at_once(self, c: Tensor, lr: float, weight_decay: float) -> bool:
         """Do the plain case of `apply` without forming u; tell whether the window can."""
         pieces, dtype = self.pieces, self.layout.dtype
         unmasked = self.turn.ok is True or not weight_decay  # of a refused step c is zero
-        plain = unmasked and self.momentum is None and all(piece.param.requires_grad for piece in pieces)
+        factors = None if self.metric is None else self.metric.scale
+        plain = unmasked and self.momentum is None and not self.turn.absent and (self.metric is None or factors is not None)
         params = [piece.data for piece in pieces] if plain else []
         if not plain or any(p.dtype != dtype for p in params):
             return False
         matrices = [p.reshape(self.shape).contiguous() for p in params]  # copies where the layout is another
-        if not self.window.apply(c, matrices, -lr, 1 - lr * weight_decay):
+        if not self.window.apply(c, matrices, -lr, 1 - lr * weight_decay, factors):
             return False
         for p, matrix in zip(params, matrices, strict=True):
             if matrix.data_ptr() != p.data_ptr():
@@ -114,15 +146,15 @@ class Windowed:
 
     Args:
         entries: the format of compressed tensors.
-        phi: (options, gram, j, dtype) -> c = phi(K) w, (groups, m) fp64: for K with the newest entry in it, its slot j, a (1,)
-            int64 tensor, and the dtype in which G^T c will be summed.
+        phi: (options, gram, j, w, dtype) -> c = phi(K) w, (groups, m) fp64: for K with the newest entry in it, its slot j, a (1,)
+            int64 tensor, w (groups, m) fp64, and the dtype in which G^T c will be summed.
         solve: m -> fp64 operations of `phi` for one Gram matrix.
     """
 
     def __init__(
         self,
         entries: type[EntryFormat],
-        phi: Callable[[Any, GramMatrix, Tensor, torch.dtype], Tensor],
+        phi: Callable[[Any, GramMatrix, Tensor, Tensor, torch.dtype], Tensor],
         solve: Callable[[int], float],
     ):
         self.entries, self.phi, self.solve = entries, phi, solve
@@ -175,23 +207,23 @@ class Windowed:
             f.stage(gram.step)                                                  # made during backward, see factor_sync.py
         for s in stacks:
             with phase("compress"):
-                s.stage(gram.step, l2[s.group])                                 # a = e + g;  c_j = C(a), as the window stores it
+                s.stage(gram.step, l2[s.group])                                 # a = e + S^-1 g;  c_j = C(a), as it is stored
             with phase("dots"):
                 dots.append(s.dots(j))                                          # <c_j, c_i> for all i
-        k_j = setup.placement.sum(_new_row(stacks, dots, gram, o.scope))
-        ok = _finite(k_j)                                                       # on a GPU a flag, which masks what follows
+        k_j, size = _over_processes(setup, _new_row(stacks, dots, gram, o.scope), o)  # and the sum of S^2
+        ok = _finite(k_j, size)                                                 # on a GPU a flag, which masks what follows
         if ok is False:
             return gram.count(ok)
         for s in (*stacks, *setup.factors):
             with phase("feedback"):
-                s.commit(j, l2[s.group], ok)                                    # e <- a - c_j;  slot j of G <- c_j
+                s.commit(j, l2[s.group], ok)                                    # e <- a - c_j;  slot j of G <- c_j;  D
         with phase("solve"):
-            gram.update(j, k_j, ok)
-            c = _rescaled(self.phi(o, gram, j, setup.dtype), setup, o.update_rms, ok)  # c = phi(K) w
+            w = _weights(gram.update(j, k_j, ok), gram, j, o)
+            c = _rescaled(self.phi(o, gram, j, w, setup.dtype), w, gram, size, o, setup.dtype, ok)  # c = phi(K) w
         for s in stacks:
             with phase("update"):
-                s.apply(_coefficients_of(c, s, o.scope), groups[s.group], o)             # u = G^T c;  p <- (1 - lr wd) p - lr u
-        setup.finish(c, ok)
+                s.apply(_coefficients_of(c, s, o.scope), groups[s.group], o)    # u = S^-1 G^T c;  p <- (1 - lr wd) p - lr u
+        setup.finish(c, ok, size)
     # fmt: on
 
     def costs(self, setup: Setup, options: Any) -> dict[str, Count]:
@@ -221,25 +253,60 @@ def _new_row(stacks: Iterable[WindowStack], dots: Iterable[Tensor], gram: GramMa
     return k_j
 
 
-def _finite(k_j: Tensor) -> bool | Tensor:
+def _over_processes(setup: Setup, k_j: Tensor, o: Any) -> tuple[Tensor, Tensor | float]:
+    """Sum over processes, in one message: the new row of K, the sum of S_i^2, and what the metrics of divided tensors need.
+
+    Returns:
+        The row, (groups, m) fp64, and the sum over all coordinates that have a gradient, 0-D fp64; without a metric their number.
+    """
+    if o.metric == "none":
+        return setup.placement.sum(k_j), float(setup.coordinates())
+    metrics = [s.metric for s in setup.stacks if s.metric is not None]
+    size = torch.zeros((), dtype=torch.float64, device=k_j.device)
+    for metric in metrics:
+        size += metric.live_square().to(k_j.device)
+    divided = [metric for metric in metrics if metric.divided]
+    sent = [k_j, size, *(metric.means.to(k_j.device) for metric in divided)]
+    message = setup.placement.sum(torch.cat([t.flatten() for t in sent]))
+    k_j, size, *means = (part.view(t.shape) for part, t in zip(message.split([t.numel() for t in sent]), sent, strict=True))
+    for metric, mean in zip(divided, means, strict=True):
+        metric.means = mean.to(metric.means.device)
+    return k_j, size
+
+
+def _finite(k_j: Tensor, size: Tensor | float) -> bool | Tensor:
     """Tell whether the staged entry may enter: a flag, or on a GPU the tensor that holds it.
 
     A gradient with NaN or infinity leaves its mark in the entry's own norm.
     """
     finite = k_j.isfinite().all()
+    finite = finite & size.isfinite() if isinstance(size, Tensor) else finite
     return bool(finite) if readable(finite.device) else finite
 
 
-def _rescaled(c: Tensor, setup: Setup, rms: float | None, ok: bool | Tensor) -> Tensor:
-    """Multiply c by rms * sqrt(d) / |u|: |u|^2 = c^T K c is free, so no pass over the parameters is needed.
+def _weights(k: Tensor, gram: GramMatrix, j: Tensor, o: Any) -> Tensor:
+    """Give w, the average of the window's entries that is preconditioned."""
+    return weights(k, gram.ages(j), o.averaging, o.window_nesterov, o.window_nesterov or o.metric != "none")
 
-    A refused step has zeros.
+
+def _rescaled(
+    c: Tensor, w: Tensor, gram: GramMatrix, size: Tensor | float, o: Any, dtype: torch.dtype, ok: bool | Tensor
+) -> Tensor:
+    """Multiply c so that the sum of S_i^2 u_i^2 is update_rms^2 times the sum of S_i^2; S = 1 without a metric.
+
+    |S u|^2 = c^T K c is free, so no pass over the parameters is needed. With rms_mode="adam" the update is smaller by the norm of
+    the averaged entry over the root mean square of the entries' norms. A refused step has zeros.
     """
-    if rms is not None:
-        norm = quadratic(setup.counters.matrix, c).sum().sqrt()
-        c = c * torch.where(norm > 0, rms * math.sqrt(setup.coordinates) / norm, 0.0)
+    k = gram.matrix
+    if o.update_rms is not None:
+        norm = quadratic(k, c).sum().sqrt()
+        root = size.sqrt() if isinstance(size, Tensor) else math.sqrt(size)
+        c = c * torch.where(norm > 0, o.update_rms * root / norm, 0.0)
+        if o.rms_mode == "adam":
+            mean_square = k.diagonal(dim1=-2, dim2=-1).sum() / gram.filled
+            c = c * torch.where(mean_square > 0, quadratic(k, w).sum() / mean_square, 0.0).sqrt()
     # Gradients near the smallest fp32 number ask for coefficients beyond the largest: they are zeros.
-    c = torch.where(c.abs().amax(-1, keepdim=True) < torch.finfo(setup.dtype).max / 2**20, c, 0.0)
+    c = torch.where(c.abs().amax(-1, keepdim=True) < torch.finfo(dtype).max / 2**20, c, 0.0)
     return c if ok is True else masked(ok, c, 0.0)
 
 

@@ -30,6 +30,8 @@ Entry = tuple[Tensor, Tensor]
 Stored = tuple[Tensor, Tensor | None, Tensor | None]
 # The error e: (n, rows, cols) and None, or codes and their scales (`codecs.BlockQuantizer`); None: there is none.
 Error = tuple[Tensor, Tensor | None] | None
+# x (n, rows) and y (n, cols) in g's dtype: g stands for diag(x) g diag(y); None: for itself.
+Scale = tuple[Tensor, Tensor] | None
 # The step, () int64; the tensors' salts, (n,) int64; their origin, the row and column of a larger matrix at which they begin:
 # see `core.random.counted_bits`.
 Rounding = tuple[Tensor, Tensor, tuple[int, int]]
@@ -37,6 +39,7 @@ Rounding = tuple[Tensor, Tensor, tuple[int, int]]
 _log = logging.getLogger("hf_efcp")
 # Operation -> device type -> module. A GPU's libraries need no help with low rank.
 _MODULES = {
+    "squares": {"cpu": "cpu_metric"},
     "top_k": {"cpu": "cpu_top_k", "cuda": "gpu_sparse"},
     "dots": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
     "combine": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
@@ -52,9 +55,14 @@ _LONGEST_ROW = 2**20
 _failed: set[str] = set()
 
 
-def top_k(gradients: Matrices, error: Error, blocks: Blocks) -> Entry | None:
+def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
+    """The sums of g^2 over rows and over columns, (n, rows) and (n, cols) fp64: see `core.metric.squares`."""
+    return _try("squares", gradients[0], gradients)
+
+
+def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> Entry | None:
     """The largest magnitudes of every block of e + g: see `BlockTopK`."""
-    return _try_sparse("top_k", gradients[0], gradients, error, blocks)
+    return _try_sparse("top_k", gradients[0], gradients, error, blocks, scale)
 
 
 def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks) -> Tensor | None:
@@ -67,13 +75,21 @@ def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -
     return _try_sparse("combine", stored[0][0], stored, c, cols, blocks, rows)
 
 
-def apply(stored: Stored, c: Tensor, cols: int, blocks: Blocks, params: Matrices, scale: float, decay: float) -> bool:
-    """p <- decay * p + scale * G^T c for a sparse window, in place: see `SparseWindow`. Whether it was done."""
-    return bool(_try_sparse("apply", stored[0][0], stored, c, cols, blocks, params, scale, decay))
+def apply(
+    stored: Stored, c: Tensor, cols: int, blocks: Blocks, params: Matrices, scale: float, decay: float, factors: Scale = None
+) -> bool:
+    """p <- decay * p + scale * diag(x) G^T c diag(y) for a sparse window, in place: see `SparseWindow`. Whether it was done."""
+    return bool(_try_sparse("apply", stored[0][0], stored, c, cols, blocks, params, scale, decay, factors))
 
 
 def keep(
-    error: Error, gradients: Matrices, entry: Entry, rounding: Rounding, absent: Sequence[int], blocks: Blocks | None = None
+    error: Error,
+    gradients: Matrices,
+    entry: Entry,
+    rounding: Rounding,
+    absent: Sequence[int],
+    blocks: Blocks | None = None,
+    scale: Scale = None,
 ) -> bool:
     """e <- e + g - c in place, rounded as e is stored: see `Accumulated.keep`.
 
@@ -84,22 +100,23 @@ def keep(
         rounding: what the random numbers of stochastic rounding are counted by.
         absent: tensors whose error stays as it is.
         blocks: of a sparse entry.
+        scale: of g.
 
     Returns:
         Whether it was done.
     """
     attempt = _try if blocks is None else _try_sparse
-    return bool(attempt("keep", gradients[0], error, gradients, entry, rounding, absent, blocks))
+    return bool(attempt("keep", gradients[0], error, gradients, entry, rounding, absent, blocks, scale))
 
 
-def times(gradients: Matrices, error: Error, q: Tensor) -> Tensor | None:
+def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None) -> Tensor | None:
     """(e + g) q^T for q (n, r, cols), (n, rows, r): see `PowerIteration`."""
-    return _try("times", q[0], gradients, error, q)
+    return _try("times", q[0], gradients, error, q, scale)
 
 
-def transposed_times(gradients: Matrices, error: Error, p: Tensor) -> Tensor | None:
+def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None) -> Tensor | None:
     """p (e + g) for p (n, r, rows), (n, r, cols): see `PowerIteration`."""
-    return _try("transposed_times", p[0], gradients, error, p)
+    return _try("transposed_times", p[0], gradients, error, p, scale)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor | None:

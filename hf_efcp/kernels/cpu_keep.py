@@ -12,7 +12,7 @@ import torch
 from numba import types
 from numba.extending import overload
 
-from . import Blocks, Entry, Error, Matrices, Rounding
+from . import Blocks, Entry, Error, Matrices, Rounding, Scale
 from .constants import (
     BF16_SHIFT,
     BLOCK,
@@ -32,12 +32,13 @@ from .cpu_tools import (
     REORDERED,
     Addresses,
     Errors,
-    add_error,
     array,
     compiled,
+    factors,
     fits,
     kept_places,
     matrix_row,
+    read_row,
     reads,
     real,
 )
@@ -159,7 +160,9 @@ def _quantize(scale, a, factor, keys, largest_code, limit):
 
 
 @compiled(relaxed=REORDERED)
-def _keep(lo, hi, error, scale, limit, absent, gradients, one, two, starts, cols, step, salts, origin_row, origin_col, like):
+def _keep(
+    lo, hi, error, scale, limit, absent, gradients, left, right, one, two, starts, cols, step, salts, origin_row, origin_col, like
+):
     """e <- e + g - c for some rows. `one` and `two` are p and q; or, where there are `starts`, indices and values."""
     rows = error.shape[1]
     a, single, keys, key = np.empty(cols, like.dtype), np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
@@ -169,7 +172,7 @@ def _keep(lo, hi, error, scale, limit, absent, gradients, one, two, starts, cols
             continue
         if task == lo or row == 0:
             key = _column_keys(step, salts[t], origin_col, keys)
-        add_error(a, matrix_row(gradients[t], row, cols, like), error, scale, t, row, 0)
+        read_row(a, matrix_row(gradients[t], row, cols, like), left, right, error, scale, t, row, 0)
         if starts.size:
             index, value = one[t, row], two[t, row]
             for i in range(value.size):
@@ -184,7 +187,13 @@ def _keep(lo, hi, error, scale, limit, absent, gradients, one, two, starts, cols
 
 
 def keep(
-    error: Error, gradients: Matrices, entry: Entry, rounding: Rounding, absent: Sequence[int], blocks: Blocks | None = None
+    error: Error,
+    gradients: Matrices,
+    entry: Entry,
+    rounding: Rounding,
+    absent: Sequence[int],
+    blocks: Blocks | None = None,
+    scale: Scale = None,
 ) -> bool:
     """e <- e + g - c in place, for a sparse entry c with `blocks` and a low-rank one without: see `hf_efcp.kernels.keep`.
 
@@ -195,6 +204,7 @@ def keep(
         rounding: the step, () int64; a salt of each tensor, (n,) int64; their origin: as `core.random.counted_bits` takes them.
         absent: tensors whose error stays as it is.
         blocks: of a sparse entry.
+        scale: of g.
 
     Returns:
         Whether it was done.
@@ -210,6 +220,6 @@ def keep(
     noise = int(step), array(salts), *origin, array(torch.empty(0, dtype=g.dtype))
     absent_flags = np.zeros(n, bool)
     absent_flags[list(absent)] = True
-    where = *kept.arrays, kept.limit, absent_flags, g.array
+    where = *kept.arrays, kept.limit, absent_flags, g.array, *factors(scale, g.dtype)
     divide_work(_keep, n * rows, numbers, *where, *arrays, starts, cols, *noise)
     return True

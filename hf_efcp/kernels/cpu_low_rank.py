@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Error, Matrices
+from . import Error, Matrices, Scale
 from .cpu_threads import PARTS, divide_work
-from .cpu_tools import DTYPES, REORDERED, SKINNY, Addresses, Errors, add_error, array, compiled, fits, matrix_row, real
+from .cpu_tools import DTYPES, REORDERED, SKINNY, Addresses, Errors, array, compiled, factors, fits, matrix_row, read_row, real
 
 # The new entry's factor is converted at once, and read from the cache for each factor of the window.
 _LONG = 2**20
@@ -41,27 +41,27 @@ def _products(x, y, start, out):
 
 
 @compiled(relaxed=REORDERED)
-def _times(lo, hi, gradients, error, scale, q, out):
+def _times(lo, hi, gradients, x, y, error, scale, q, out):
     rows, cols = out.shape[1], q.shape[2]
     a = np.empty(cols, q.dtype)
     for task in range(lo, hi):
         t, row = task // rows, task % rows
-        add_error(a, matrix_row(gradients[t], row, cols, q), error, scale, t, row, 0)
+        read_row(a, matrix_row(gradients[t], row, cols, q), x, y, error, scale, t, row, 0)
         _products(a, q[t], 0, out[t, row])
 
 
 @compiled(relaxed=REORDERED)
-def _transposed_times(lo, hi, parts, gradients, error, scale, p, out):
+def _transposed_times(lo, hi, parts, gradients, x, y, error, scale, p, out):
     rows, cols = p.shape[2], out.shape[3]
     a = np.empty(cols, p.dtype)
     for task in range(lo, hi):
         t, part = task // parts, task % parts
         for row in range(rows * part // parts, rows * (part + 1) // parts):
-            add_error(a, matrix_row(gradients[t], row, cols, p), error, scale, t, row, 0)
+            read_row(a, matrix_row(gradients[t], row, cols, p), x, y, error, scale, t, row, 0)
             for s in range(p.shape[1]):
                 weight, to = p[t, s, row], out[t, part, s]
-                for x in range(cols):
-                    to[x] += weight * a[x]
+                for k in range(cols):
+                    to[k] += weight * a[k]
 
 
 @compiled(relaxed=REORDERED)
@@ -75,24 +75,26 @@ def _inner(lo, hi, a, b, out):
             _products(a[t, i, start:stop], b[t], start, out[t, i])
 
 
-def times(gradients: Matrices, error: Error, q: Tensor) -> Tensor | None:
+def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None) -> Tensor | None:
     """a q^T for a = e + g, which is not formed: (n, rows, r) in g's dtype.
 
     Args:
         gradients: g, n matrices (rows, cols) in fp32 or fp64.
         error: e, as `Errors` takes it.
         q: (n, r, cols) in g's dtype.
+        scale: of g.
     """
     if not fits(gradients, error, q):
         return None
     g = Addresses(gradients)
     n, rows, cols = g.shape
     out = torch.zeros(n, rows, q.shape[1], dtype=g.dtype)
-    divide_work(_times, n * rows, cols * q.shape[1], g.array, *Errors(error, g.dtype).arrays, array(q), array(out))
+    arrays = g.array, *factors(scale, g.dtype), *Errors(error, g.dtype).arrays, array(q), array(out)
+    divide_work(_times, n * rows, cols * q.shape[1], *arrays)
     return out
 
 
-def transposed_times(gradients: Matrices, error: Error, p: Tensor) -> Tensor | None:
+def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None) -> Tensor | None:
     """p a for a = e + g and p (n, r, rows): (n, r, cols) in g's dtype; otherwise as `times`."""
     if not fits(gradients, error, p):
         return None
@@ -100,7 +102,7 @@ def transposed_times(gradients: Matrices, error: Error, p: Tensor) -> Tensor | N
     n, rows, cols = g.shape
     parts = -(-PARTS // n)
     out = torch.zeros(n, parts, p.shape[1], cols, dtype=g.dtype)
-    arrays = g.array, *Errors(error, g.dtype).arrays, array(p), array(out)
+    arrays = g.array, *factors(scale, g.dtype), *Errors(error, g.dtype).arrays, array(p), array(out)
     divide_work(_transposed_times, n * parts, rows * cols * p.shape[1] // parts, parts, *arrays)
     return out.sum(1)
 

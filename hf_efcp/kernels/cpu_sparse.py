@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Blocks, Entry, Matrices, Stored
+from . import Blocks, Entry, Matrices, Scale, Stored
 from .constants import EXPONENT_SHIFT, LOWER_16_BITS, VALUE_BITS, VALUE_MASK, VALUE_ZERO
 from .cpu_threads import PARTS, divide_work
-from .cpu_tools import Addresses, array, compiled, kept_places, matrix_row, real
+from .cpu_tools import Addresses, array, compiled, factors, kept_places, matrix_row, real
 from .cpu_top_k import flagged
 
 # Up to this many new numbers in a row, each is compared with all of the window; else they are marked in a row of flags.
@@ -132,8 +132,10 @@ def _sum_row(shift, index, value, columns, weights, products, places, dense):
 
 
 @compiled
-def _update(lo, hi, start, shift, indices, values, scales, c, columns, blocks_of, params, rows, cols, factor, decay):
-    """p <- decay * p + factor * u with u = G^T c, of `rows` rows from `start` on, for the matrices at `params`."""
+def _update(lo, hi, start, shift, indices, values, scales, c, columns, blocks_of, left, right, params, rows, cols, factor, decay):
+    """p <- decay * p + factor * u with u = diag(left) G^T c diag(right), of `rows` rows from `start` on, for the matrices at
+    `params`; u = G^T c where left and right are empty.
+    """
     length = indices.shape[2]
     dense, columns = np.zeros(cols + 2 * _ROOM, c.dtype), _tiled(columns, length)
     weights, products, places = np.empty(length, c.dtype), np.empty(length, c.dtype), np.empty(length, np.int32)
@@ -145,6 +147,10 @@ def _update(lo, hi, start, shift, indices, values, scales, c, columns, blocks_of
         value = values[t, start + row] if values.size else values[0, 0]
         _sum_row(shift, indices[t, start + row], value, columns, weights, products, places, dense)
         p = matrix_row(params[t], row, cols, dense)
+        if right.size:
+            size, sizes = left[t, row], right[t]
+            for x in range(cols):
+                u[x] = (size * u[x]) * sizes[x]
         for x in range(cols):
             p[x] = decay * p[x] + factor * u[x]
         for x in range(cols):
@@ -173,29 +179,33 @@ def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks) -> Tensor:
 def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor:
     """Rows `rows` of G^T c, (n, rows, cols) in c's dtype, fp32 or fp64; c is (n, m)."""
     u = torch.zeros(len(c), rows.stop - rows.start, cols, dtype=c.dtype)
-    _update_rows(stored, c, blocks, rows.start, u, 1.0, 0.0)
+    _update_rows(stored, c, blocks, rows.start, u, 1.0, 0.0, None)
     return u
 
 
-def apply(stored: Stored, c: Tensor, cols: int, blocks: Blocks, params: Matrices, scale: float, decay: float) -> bool:
-    """p <- decay * p + scale * u with u = G^T c, which is not formed, for n matrices (rows, cols) in c's dtype.
+def apply(
+    stored: Stored, c: Tensor, cols: int, blocks: Blocks, params: Matrices, scale: float, decay: float, sizes: Scale = None
+) -> bool:
+    """p <- decay * p + scale * u with u = diag(x) G^T c diag(y), which is not formed, for n matrices (rows, cols) in c's dtype.
 
     Returns:
         Whether it was done: matrices have to be contiguous.
     """
     if not all(p.is_contiguous() for p in params):
         return False
-    _update_rows(stored, c, blocks, 0, params, scale, decay)
+    _update_rows(stored, c, blocks, 0, params, scale, decay, sizes)
     return True
 
 
-def _update_rows(stored: Stored, c: Tensor, blocks: Blocks, start: int, params: Matrices, factor: float, decay: float) -> None:
+def _update_rows(
+    stored: Stored, c: Tensor, blocks: Blocks, start: int, params: Matrices, factor: float, decay: float, sizes: Scale
+) -> None:
     p, weights = Addresses(params), array(c)
     n, rows, cols = p.shape
     shift, indices, values, scales = _window(stored)
     number = weights.dtype.type
-    arrays = indices, values, scales, weights, *_places(cols, blocks), p.array, rows, cols, number(factor), number(decay)
-    divide_work(_update, n * rows, indices.shape[2] + cols, start, shift, *arrays)
+    arrays = indices, values, scales, weights, *_places(cols, blocks), *factors(sizes, c.dtype), p.array
+    divide_work(_update, n * rows, indices.shape[2] + cols, start, shift, *arrays, rows, cols, number(factor), number(decay))
 
 
 def _window(stored: Stored) -> tuple[np.int32, np.ndarray, np.ndarray, np.ndarray]:

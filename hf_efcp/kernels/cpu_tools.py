@@ -17,7 +17,7 @@ from numba import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from . import Blocks, Error, Matrices
+from . import Blocks, Error, Matrices, Scale
 from .constants import BF16_SHIFT, BLOCK, INT4_BITS, INT4_MASK, INT4_ZERO, LARGEST_INT4, LARGEST_INT8
 
 # Sums may be taken in any order, so that loops are vectorized; NaN and infinity stay what they are.
@@ -110,6 +110,18 @@ def add_error(a, g, error, scale, t, row, start):
             first = stop
 
 
+@compiled
+def read_row(a, g, x, y, error, scale, t, row, start):
+    """`add_error` for x[t, row] * g * y[t]; where x and y are empty, for g."""
+    if y.size == 0:
+        add_error(a, g, error, scale, t, row, start)
+        return
+    factor, factors = x[t, row], y[t, start : start + a.size]
+    for k in range(a.size):
+        a[k] = (factor * g[k]) * factors[k]
+    add_error(a, a, error, scale, t, row, start)
+
+
 def array(x: Tensor) -> np.ndarray:
     """x for compiled functions; shares memory where x is contiguous. bf16 as int16, its bits."""
     x = x.contiguous()
@@ -152,6 +164,12 @@ class Errors:
         range_ = torch.finfo(dtype)
         largest = LARGEST_INT8 if stored.dtype == torch.int8 else LARGEST_INT4
         self.limit = self.arrays[1].dtype.type(range_.max / largest * (1 - 2 * range_.eps))
+
+
+def factors(scale: Scale, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """x and y for compiled functions; empty where there are none."""
+    x, y = (torch.empty(0, 0, dtype=dtype),) * 2 if scale is None else scale
+    return array(x), array(y)
 
 
 def reads(error: Error) -> bool:

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from numba.cpython.unsafe.numbers import trailing_zeros
 
-from . import Blocks, Entry, Error, Matrices
+from . import Blocks, Entry, Error, Matrices, Scale
 from .cpu_threads import divide_work
-from .cpu_tools import Addresses, Errors, add_error, array, compiled, matrix_row, reads
+from .cpu_tools import Addresses, Errors, array, compiled, factors, matrix_row, read_row, reads
 
 # Where more is kept, a heap over the whole block.
 _MANY = 32
@@ -104,7 +104,7 @@ def _sift(bits, where, start, size):
 
 
 @compiled
-def _top_k(lo, hi, gradients, error, scale, unsigned, block, kept, kept_tail, cols, indices, values):
+def _top_k(lo, hi, gradients, x, y, error, scale, unsigned, block, kept, kept_tail, cols, indices, values):
     rows = values.shape[1]
     a, magnitudes, lanes = np.empty(block, values.dtype), np.empty(block, unsigned.dtype), np.empty(block, unsigned.dtype)
     words, where = np.empty(-(-block // 8), np.int64), np.empty(block, np.int32)
@@ -116,7 +116,7 @@ def _top_k(lo, hi, gradients, error, scale, unsigned, block, kept, kept_tail, co
         for start in range(0, cols, block):
             width = min(block, cols - start)
             size = kept if width == block else kept_tail
-            add_error(a[:width], g[start : start + width], error, scale, t, row, start)
+            read_row(a[:width], g[start : start + width], x, y, error, scale, t, row, start)
             # Without the sign, the bits of numbers are ordered as their magnitudes are, with NaN above all.
             for i in range(width):
                 magnitudes[i] = bits[i] & top
@@ -126,13 +126,14 @@ def _top_k(lo, hi, gradients, error, scale, unsigned, block, kept, kept_tail, co
                 place += 1
 
 
-def top_k(gradients: Matrices, error: Error, blocks: Blocks) -> Entry | None:
+def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> Entry | None:
     """The largest magnitudes of every block of a = e + g; a is not formed.
 
     Args:
         gradients: g, n matrices (rows, cols) in fp32 or fp64.
         error: e, as `Errors` takes it.
         blocks: length of a block, how many numbers are kept in each, and how many in a shorter last one.
+        scale: of g.
 
     Returns:
         (n, rows, k) int16 indices in the block, and values in g's dtype; None: it cannot be done.
@@ -146,6 +147,6 @@ def top_k(gradients: Matrices, error: Error, blocks: Blocks) -> Entry | None:
     shape = (n, rows, full * kept + (kept_tail if tail else 0))
     indices, values = torch.empty(shape, dtype=torch.int16), torch.empty(shape, dtype=g.dtype)
     unsigned = np.empty(0, np.int32 if g.dtype.itemsize == 4 else np.int64)
-    arrays = g.array, *Errors(error, g.dtype).arrays, unsigned, block, kept, kept_tail, cols, array(indices), array(values)
-    divide_work(_top_k, n * rows, cols, *arrays)
+    arrays = g.array, *factors(scale, g.dtype), *Errors(error, g.dtype).arrays, unsigned, block, kept, kept_tail, cols
+    divide_work(_top_k, n * rows, cols, *arrays, array(indices), array(values))
     return indices, values

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Blocks, Entry, Error, Matrices, Stored
+from . import Blocks, Entry, Error, Matrices, Scale, Stored
 
 # How many rows one program of `dots` sums over, and how many slots at once.
 _ROWS = 64
@@ -100,15 +100,17 @@ def _combine(
         tl.debug_barrier()
 
 
-def top_k(gradients: Matrices, error: Error, blocks: Blocks) -> Entry | None:
+def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> Entry | None:
     """As in cpu_top_k.py; of equal magnitudes the first ones. None for errors in codes."""
-    plain, scale = error or (None, None)
-    if scale is not None:
+    plain, codes_scale = error or (None, None)
+    if codes_scale is not None:
         return None
     if isinstance(gradients, Tensor):
         gradient = gradients
     else:
         gradient = gradients[0][None] if len(gradients) == 1 else torch.stack(list(gradients))
+    if scale is not None:
+        gradient = gradient * scale[0][:, :, None] * scale[1][:, None]
     n, rows, cols = gradient.shape
     block, kept, kept_tail = blocks
     full, tail = divmod(cols, block)

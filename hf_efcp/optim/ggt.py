@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.coefficients import ggt, weights
+from ..core.coefficients import ggt
 from ..core.gram import GramMatrix
 from ..engine.base import EngineOptimizer
 from ..engine.formats import EntryFormat, LowRankFormat, SparseFormat
@@ -50,6 +50,13 @@ class DenseGGTOptions(GGTOptions, WindowOptions):
             raise OptionError(
                 f"beta1={self.beta1} and window_momentum={self.window_momentum} are the same thing: give one of them"
             )
+        if self.centered and self.beta2 < 1:
+            raise OptionError(f"centered=true with beta2={self.beta2}: allowed is beta2=1, since decayed entries have no mean")
+
+    @property
+    def averaging(self) -> float:
+        """See WindowOptions."""
+        return self.beta1 or self.window_momentum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +69,10 @@ class LowRankGGTOptions(LowRankOptions, DenseGGTOptions):
     """Options of LowRankGGT."""
 
 
-def phi(o: Any, gram: GramMatrix, j: Tensor, dtype: torch.dtype) -> Tensor:
+def phi(o: Any, gram: GramMatrix, j: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     """Give c = D phi(D K D) D^-1 w, (groups, m) fp64; arguments: see `Windowed`."""
-    k, ages = gram.matrix, gram.ages(j)
-    w = weights(k, ages, o.beta1 or o.window_momentum)
-    return ggt(k, w, o.beta2 ** ages.double(), o.eps, dtype)
+    decay = o.beta2 ** gram.ages(j).double()
+    return ggt(gram.matrix, w, decay, o.eps, dtype, gram.filled_slots if o.centered else None)
 
 
 def solve(m: int) -> float:

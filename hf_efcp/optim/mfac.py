@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.coefficients import mfac, weights
+from ..core.coefficients import mfac
 from ..core.gram import GramMatrix
 from ..engine.base import EngineOptimizer
 from ..engine.formats import EntryFormat, LowRankFormat, SparseFormat
@@ -31,7 +31,9 @@ class MFACOptions:
         "absolute", "relative: damping times the mean squared norm of the entries", choices=("absolute", "relative")
     )
     divisor: str = option(
-        "window", "N: the window size m, or filled: the number of entries so far, min(t, m)", choices=("window", "filled")
+        "window",
+        "N: the window size m, or filled: the number of entries so far, as always with centered",
+        choices=("window", "filled"),
     )
 
 
@@ -50,13 +52,13 @@ class LowRankMFACOptions(LowRankOptions, MFACOptions, WindowOptions):
     """Options of LowRankMFAC."""
 
 
-def phi(o: Any, gram: GramMatrix, j: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give c = N (K + N*damping*I)^-1 w, (groups, m) fp64; arguments: see `Windowed`."""
+def phi(o: Any, gram: GramMatrix, j: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give c = N (M K + N*damping*I)^-1 w, (groups, m) fp64; arguments: see `Windowed`."""
     k, damping = gram.matrix, o.damping
     if o.damping_mode == "relative":
         damping = damping * k.diagonal(dim1=-2, dim2=-1).sum(-1) / gram.filled
-    divisor = o.window_size if o.divisor == "window" else gram.filled
-    return mfac(k, weights(k, gram.ages(j), o.window_momentum), damping, divisor, dtype, gram.dependent)
+    divisor = gram.filled if o.centered or o.divisor == "filled" else o.window_size
+    return mfac(k, w, damping, divisor, dtype, gram.dependent, gram.filled_slots if o.centered else None)
 
 
 def solve(m: int) -> float:

@@ -1,0 +1,249 @@
+"""The metric of a window: D, a running second moment of the gradient, and S = D^(1/4), elementwise.
+
+    g^ = S^-1 g  enters the window,  u = S^-1 G^T c  leaves it
+
+so that outside of the window's span the update is that of a diagonal method, and the full matrix acts where it pays. S^-1 is 0
+where D is 0. A running mean x of x_t is x <- beta x + (1 - beta) x_t, divided by 1 - beta^k, where k counts the tensor's own
+gradients from its first one that is not zero.
+
+    factored   D_ij = (r_i + eps mu) (c_j / mu + eps)   r_i, c_j: means of g^2 over a row, a column; mu: the mean of c
+    diagonal   D = v + eps mean(v)                      v: of g^2
+    tensor     D = v                                    v: of the mean of g^2 over the tensor
+
+r and the v of `diagonal` contain the present gradient; c, mu, mean(v) and the v of `tensor` are those of the step before, so that
+processes which hold some rows each need no message before they whiten them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from .cells import ALL, Cell, Layout, Spec
+from .linalg import row_chunks
+
+# S^-1 as two factors: x (n, rows) and y (n, cols), in the dtype of the arithmetic.
+Scale = tuple[Tensor, Tensor]
+
+
+def kind_of(layout: Layout, metric: str) -> str:
+    """Give the kind of a tensor's metric: a vector has no rows and columns to factor, an empty tensor nothing to measure."""
+    if not layout.numel:
+        return "none"
+    return "diagonal" if metric == "factored" and layout.vector else metric
+
+
+def specs(layout: Layout, metric: str) -> tuple[Spec, ...]:
+    """Declare the state of a tensor's metric.
+
+    Args:
+        layout: of the parameter.
+        metric: "none", "factored", "diagonal" or "tensor".
+    """
+    kind = kind_of(layout, metric)
+    count, mean = Spec("metric_count", (), torch.int64), Spec("metric_mean", (), layout.dtype)
+    if kind == "factored":
+        rows = Spec("metric_rows", (layout.rows,), layout.dtype, rows=0)
+        return rows, Spec("metric_cols", (layout.cols,), layout.dtype), count
+    if kind == "diagonal":
+        return Spec("metric_values", (layout.rows, layout.cols), layout.dtype, rows=0), mean, count
+    return (mean, count) if kind == "tensor" else ()
+
+
+class Metric:
+    """D of n tensors of one shape, or of the rows of them that this process has. A step goes
+
+        measure(g),  whitened(g) ...,  commit(g),  unwhiten_(u)
+
+    Args:
+        cells: of the state, by name without `metric_`.
+        layout: of one whole parameter.
+        beta, eps: `metric_beta` and `metric_eps`.
+        total: sums a tensor over the processes that share the matrices; None: they are whole here.
+
+    Attributes:
+        means: (n, k) fp64, of this gradient: what the next step's D needs of all rows of a tensor. Where `divided`, `measure`
+            gives this process's part, and the caller puts the sum over processes in its place.
+        scale: S^-1 of this step as factors; None: it has none.
+        square: (n,) fp64, the sum of S_i^2 of each tensor over the rows that are held here.
+    """
+
+    def __init__(
+        self,
+        cells: Mapping[str, Cell],
+        layout: Layout,
+        beta: float,
+        eps: float,
+        total: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.cells, self.layout, self.beta, self.eps, self.total = cells, layout, beta, eps, total
+        self.turn = cells["count"].turn
+        self.means: Tensor = torch.empty(0)
+        self.scale: Scale | None = None
+        self.square: Tensor = torch.empty(0)
+
+    @property
+    def divided(self) -> bool:
+        """Whether `means` has to be summed over processes."""
+        return self.total is not None
+
+    def measure(self, gradients: Sequence[Tensor]) -> None:
+        """Read g, n matrices (rows, cols): the state stays as it is."""
+        raise NotImplementedError
+
+    def whitened(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Give S^-1 g, n matrices, where S has no factors; else g itself: whoever forms rows of it applies `scale`."""
+        return gradients
+
+    def unwhiten_(self, u: Tensor, rows: slice = ALL) -> Tensor:
+        """Compute u <- S^-1 u for rows `rows` of n matrices, after `commit`; return u."""
+        assert self.scale is not None
+        return scaled_(u, self.scale, rows)
+
+    def live_square(self) -> Tensor:
+        """Sum `square` over the tensors with a gradient, 0-D fp64; NaN, to refuse the step, where the state cannot hold means."""
+        square = self.square.clone()
+        square[list(self.turn.absent)] = 0
+        return square.sum() + 0 * self.means.to(self.layout.dtype).sum()
+
+    def commit(self, gradients: Sequence[Tensor]) -> None:
+        """Let the running means contain g, where the step is accepted and a tensor has a gradient."""
+        self.keep(gradients)
+        count = self.cells["count"].buffer
+        seen = (count > 0) | (self.means.sum(1) > 0)
+        self.cells["count"].write(count + seen)
+
+    def keep(self, gradients: Sequence[Tensor]) -> None:
+        """Write the running means."""
+        raise NotImplementedError
+
+    def mixed(self, old: Tensor, new: Tensor) -> Tensor:
+        """Give beta old + (1 - beta) new as the state has it; sums of several processes' finite parts stay finite."""
+        mean = self.beta * old.double() + (1 - self.beta) * new
+        return mean.clamp_max(torch.finfo(self.layout.dtype).max).to(self.layout.dtype)
+
+    def corrected(self, mean: Tensor, more: int = 0) -> Tensor:
+        """Divide running means (n, ...) by 1 - beta^(k + more), in fp64; means of nothing are 0."""
+        divisor = 1 - self.beta ** (self.cells["count"].buffer + more).double()
+        return mean.double() / torch.where(divisor > 0, divisor, 1.0).view(-1, *[1] * (mean.ndim - 1))
+
+
+class Factored(Metric):
+    """D_ij = (r_i + eps mu) (c_j / mu + eps); at a tensor's first gradient D_ij = r_i."""
+
+    def measure(self, gradients: Sequence[Tensor]) -> None:
+        """See Metric."""
+        rows, cols = squares(gradients)
+        r = self.beta * self.cells["rows"].buffer.double() + (1 - self.beta) * (rows / self.layout.cols)
+        self._rows, self.means = r.to(self.layout.dtype), cols / self.layout.rows
+        self._factor(self.corrected(self._rows, 1))
+
+    def keep(self, gradients: Sequence[Tensor]) -> None:
+        """See Metric."""
+        self.cells["rows"].write(self._rows)
+        self.cells["cols"].write(self.mixed(self.cells["cols"].buffer, self.means))
+
+    def _factor(self, r: Tensor) -> None:
+        """Make S^-1 from r (n, rows) and the state."""
+        c = self.cells["cols"].buffer.double()
+        mu = c.mean(1, keepdim=True)
+        r = r + self.eps * self.corrected(mu)
+        c = torch.where(mu > 0, c / torch.where(mu > 0, mu, 1.0) + self.eps, 1.0)
+        self.square = r.sqrt().sum(1) * c.sqrt().sum(1)
+        self.scale = inverse_root(r).to(self.layout.dtype), inverse_root(c).to(self.layout.dtype)
+
+
+class Diagonal(Metric):
+    """D = v + eps mean(v). What is as large as the gradient is formed anew for each use, a tensor's at a time."""
+
+    def measure(self, gradients: Sequence[Tensor]) -> None:
+        """See Metric."""
+        self._mean = self.eps * self.corrected(self.cells["mean"].buffer)
+        self.means = torch.stack([square_sum(g) for g in gradients])[:, None] / max(1, self.layout.numel)
+        self.square = torch.stack([self._d(self._values(i, g), i, 1).sqrt().sum() for i, g in enumerate(gradients)])
+
+    def whitened(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See Metric."""
+        return [g * self._inverse(self._values(i, g), i, 1) for i, g in enumerate(gradients)]
+
+    def unwhiten_(self, u: Tensor, rows: slice = ALL) -> Tensor:
+        """See Metric: v is in the state now."""
+        for i, x in enumerate(u):
+            x.mul_(self._inverse(self.cells["values"].buffer[i, rows], i, 0))
+        return u
+
+    def keep(self, gradients: Sequence[Tensor]) -> None:
+        """See Metric."""
+        self.cells["values"].write(torch.stack([self._values(i, g) for i, g in enumerate(gradients)]))
+        self.cells["mean"].write(self.mixed(self.cells["mean"].buffer, self.means[:, 0]))
+
+    def _values(self, i: int, g: Tensor) -> Tensor:
+        """Give v of tensor i with this gradient in it, as the state has it."""
+        v = self.beta * self.cells["values"].buffer[i].double() + (1 - self.beta) * g.double().square()
+        return v.to(self.layout.dtype)
+
+    def _d(self, values: Tensor, i: int, more: int) -> Tensor:
+        divisor = 1 - self.beta ** (self.cells["count"].buffer[i] + more).double()
+        return values.double() / torch.where(divisor > 0, divisor, 1.0) + self._mean[i]
+
+    def _inverse(self, values: Tensor, i: int, more: int) -> Tensor:
+        return inverse_root(self._d(values, i, more)).to(self.layout.dtype)
+
+
+class Uniform(Metric):
+    """D = v, one number; a tensor's first gradient makes its own, for which rows that are divided take a message."""
+
+    divided = False
+
+    def measure(self, gradients: Sequence[Tensor]) -> None:
+        """See Metric."""
+        rows, cols = gradients[0].shape
+        sums = torch.stack([square_sum(g) for g in gradients])
+        own = (sums if self.total is None else self.total(sums)) / max(1, self.layout.numel)
+        count, mean = self.cells["count"].buffer, self.cells["mean"].buffer
+        d, self.means = torch.where(count > 0, self.corrected(mean), own), own[:, None]
+        self.square = d.sqrt() * (rows * cols)
+        x = inverse_root(d).to(self.layout.dtype)
+        self.scale = x[:, None].expand(-1, rows).contiguous(), x.new_ones(len(x), cols)
+
+    def keep(self, gradients: Sequence[Tensor]) -> None:
+        """See Metric."""
+        self.cells["mean"].write(self.mixed(self.cells["mean"].buffer, self.means[:, 0]))
+
+
+KINDS = {"factored": Factored, "diagonal": Diagonal, "tensor": Uniform}
+
+
+def scaled_(a: Tensor, scale: Scale, rows: slice = ALL) -> Tensor:
+    """Compute a <- diag(x) a diag(y) for rows `rows` of n matrices; return a."""
+    x, y = scale
+    return a.mul_(x[:, rows, None]).mul_(y[:, None])
+
+
+def inverse_root(d: Tensor) -> Tensor:
+    """Give d^(-1/4), 0 where d is 0, and NaN where d is not finite."""
+    return torch.where(d > 0, d, 1.0).rsqrt().sqrt() * (d > 0) + 0 * d
+
+
+def square_sum(g: Tensor) -> Tensor:
+    """Sum the squares of g in fp64, 0-D."""
+    return torch.linalg.vector_norm(g, dtype=torch.float64).square()
+
+
+def squares(gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum the squares of n matrices (rows, cols) over each row and each column: (n, rows) and (n, cols), fp64."""
+    fast = kernels.squares(gradients)
+    if fast is not None:
+        return fast
+    n, (rows, cols), device = len(gradients), gradients[0].shape, gradients[0].device
+    by_row = torch.empty(n, rows, dtype=torch.float64, device=device)
+    by_col = torch.zeros(n, cols, dtype=torch.float64, device=device)
+    for i, g in enumerate(gradients):
+        for part in row_chunks([g]):
+            square = g[part].double().square()
+            by_row[i, part] = square.sum(1)
+            by_col[i] += square.sum(0)
+    return by_row, by_col
