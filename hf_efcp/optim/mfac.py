@@ -57,7 +57,7 @@ def phi(o: Any, gram: GramMatrix, j: Tensor, w: Tensor, dtype: torch.dtype) -> T
     k, damping = gram.matrix, o.damping
     if o.damping_mode == "relative":
         damping = damping * k.diagonal(dim1=-2, dim2=-1).sum(-1) / gram.filled
-    divisor = gram.filled if o.centered or o.divisor == "filled" else o.window_size
+    divisor = gram.filled.double() if o.centered or o.divisor == "filled" else o.window_size
     return mfac(k, w, damping, divisor, dtype, gram.dependent, gram.filled_slots if o.centered else None)
 
 
