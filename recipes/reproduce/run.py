@@ -21,11 +21,11 @@ from pathlib import Path
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-import transformers
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
-from reproduce.contenders import Unavailable
-from reproduce.spec import Run, Spec, SpecError, read_results, read_spec, write_result
+from reproduce.contenders import Unavailable  # noqa: E402
+from reproduce.spec import Run, Spec, SpecError, read_results, read_spec, write_result  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STAGES = ("grid", "final")
