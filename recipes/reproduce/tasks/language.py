@@ -5,7 +5,7 @@ import functools
 import torch
 from bbc_news import load_bbc
 from causal_lm import DataArguments, LoraArguments, ModelArguments, learn_tokenizer, load_model, pack
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -35,7 +35,6 @@ def _learn() -> str:
 @functools.lru_cache(maxsize=1)
 def articles() -> dict[str, Dataset]:
     """Whole articles, split by story."""
-    disable_progress_bars()
     return load_bbc("articles", validation=True)
 
 
