@@ -30,7 +30,7 @@ from .tasks import get_task
 from .tasks.base import Task
 
 WIDER = 3  # factor between the last rate of the grid and one that is added
-_KEYS = {"tasks", "rates", "widen", "seeds", "final_seeds", "contenders"}
+_KEYS = {"tasks", "rates", "widen", "seeds", "final_seeds", "contenders", "compare", "plot"}
 _CONTENDER_KEYS = {"optimizer", "options", "matrix_options", "rest", "variant_of", "tasks"}
 
 
@@ -91,6 +91,8 @@ class Spec:
     final_seeds: tuple[int, ...]
     families: dict[str, list[Contender]]
     limited_to: dict[str, set[str]]  # family -> tasks; absent: all
+    compare: list[list[str]]
+    plot: list[str]
 
     def families_of(self, label: str) -> list[str]:
         """The families that take part in a task."""
@@ -170,7 +172,11 @@ def read_spec(path: Path) -> Spec:
         rates = tuple(Fraction(str(rate)) for rate in given["rates"])
         families, limits = _families(given["contenders"], tasks, str(path))
         seeds = tuple(map(int, given["seeds"])), tuple(map(int, given.get("final_seeds", ())))
-        return Spec(path.stem, tasks, rates, int(given.get("widen", 0)), *seeds, families, limits)
+        named = given.get("compare", []), given.get("plot", [])
+        unknown = {name for names in [*named[0], named[1]] for name in names} - set(families)
+        if unknown:
+            raise SpecError(f"{path}: compare, plot: no contender {', '.join(sorted(unknown))}, or it is a variant")
+        return Spec(path.stem, tasks, rates, int(given.get("widen", 0)), *seeds, families, limits, *named)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise error if isinstance(error, SpecError) else SpecError(f"{path}: {error!r}") from None
 

@@ -41,8 +41,9 @@ def fit(problem: Problem, optimizer: torch.optim.Optimizer, task: Task, rate: fl
     Clipping at 1.0, warm-up and linear decay, the same batches and the same dropout for every optimizer with this seed.
 
     Returns:
-        "steps", "losses" (mean over the steps since the one before), "seconds" (of training so far, as all seconds here of
-        this process's CPU time: other work does not count), "optimizer_seconds", "train_seconds", and "diverged_at": the step whose loss or solution is no number, None if there is none.
+        "steps", "losses" (mean over the steps since the one before), "seconds" (of training so far), "optimizer_seconds",
+        "train_seconds", and "diverged_at": the step whose loss or solution is no number, None if there is none. Seconds are
+        this process's CPU time, so that other work does not count.
     """
     model, data = problem.model, problem.splits["train"]
     params = [p for p in model.parameters() if p.requires_grad]
