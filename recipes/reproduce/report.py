@@ -148,9 +148,9 @@ class Report:
         paragraphs = (
             f"Written by `python recipes/reproduce/report.py {self.spec_path}`, never by hand. {have} of the {len(wanted)} runs "
             "that are known to be needed have a result.",
-            f"Every contender of [the spec](../../{self.spec_path}) trains the same models on the same batches: gradient clipping "
-            "at 1.0, weight decay 0, warm-up over a tenth of the steps, then linear decay to 0. The seed decides new weights, the "
-            "order of the data and dropout. The splits are fixed and share no example (BBC News: no story).",
+            f"Every contender of [the spec](../../{self.spec_path}) trains the same models on the same batches: gradient "
+            "clipping at 1.0, weight decay 0, warm-up over a tenth of the steps, then linear decay to 0. The seed decides new "
+            "weights, the order of the data and dropout. The splits are fixed and share no example (BBC News: no story).",
             f"The grid has {rates} times the task's usual rate. It is widened up to {spec.widen} times, by a factor of 3, where "
             f"the best rate lies on its edge. Seed {seeds} chooses the rate, and variants such as betas, by loss on the "
             f"validation split. Seeds {final} give the tables: mean loss on the test split ± standard error, and differences to "

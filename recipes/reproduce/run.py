@@ -129,19 +129,20 @@ def execute(spec: Spec, folder: Path, options: argparse.Namespace) -> list[Run]:
     results, fresh, failed = read_results(folder), set(), []
     idle: list[Connection] = []
     running: dict[Connection, Run] = {}
-    for _ in range(options.processes):
+
+    def start() -> Connection:
         ours, theirs = context.Pipe()
         context.Process(target=work, args=(theirs, folder), daemon=True).start()
         theirs.close()  # so that the end of a worker is seen
-        idle.append(ours)
+        return ours
+
     while True:
         stuck = {run.key() for run in [*failed, *running.values()]}
         wanted = selected(spec, results, options)
         left = [r for r in wanted if r.key() not in fresh and (options.again or r.key() not in results)]
-        for run in [r for r in left if r.key() not in stuck]:
-            if not idle:
-                break
-            running[worker := idle.pop()] = run
+        for run in [r for r in left if r.key() not in stuck][: options.processes - len(running)]:
+            worker = idle.pop() if idle else start()
+            running[worker] = run
             worker.send(run)
         if not running:
             return failed

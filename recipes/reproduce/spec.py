@@ -224,8 +224,10 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
 def write_result(folder: Path, label: str, result: Mapping[str, Any]) -> None:
     """Append a result to the task's file as one line, in one write: processes do not mix theirs."""
     folder.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(result, allow_nan=False) + "\n"
-    descriptor = os.open(folder / f"{label}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    path = folder / f"{label}.jsonl"
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a process that was killed
+    line = "\n" * torn + json.dumps(result, allow_nan=False) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode())
     finally:
