@@ -15,7 +15,7 @@ TASKS = {
         Task("lora", "BBC News, LoRA of rank 8 on that LLaMA, a new topic", "language.lora", 1e-3, 200, 8, 0.1, 200, True),
         Task("two_layer_frozen", f"{BBC}, MiniLM's first two layers, frozen embeddings", "sentences.two_frozen", 3e-4, 200, 16),
         Task("two_layer", f"{BBC}, MiniLM's first two layers", "sentences.two", 3e-4, 200, 16),
-        Task("minilm", f"{BBC}, the whole of MiniLM", "sentences.whole", 1e-4, 150, 16),
+        Task("minilm", f"{BBC}, the whole of MiniLM", "sentences.whole", 1e-4, 150, 16, examples=500),
         Task("seq2seq", f"{BBC}, T5 of 1M parameters from scratch restores hidden words", "language.seq2seq", 1e-3, 500, 16),
         Task("softmax", f"{BBC}, softmax regression on MiniLM's features", "sentences.softmax", 1e-3, 500, 64, examples=3000),
     )

@@ -59,7 +59,7 @@ class Task:
         steps: number of training steps.
         batch_size: examples a step.
         warmup: share of the steps in which the learning rate grows; from there it falls linearly to 0.
-        examples: at most so many of the validation split, and of the test split, are evaluated.
+        examples: so many of the validation split, and of the test split, are evaluated, or all.
         perplexity: whether exp(loss) is a perplexity.
     """
 
