@@ -147,7 +147,7 @@ def _sentences_of(articles: list[dict], seen: set[str], rng: random.Random) -> l
     return rows
 
 
-def load_bbc(task: str = "articles", seed: int = 0) -> DatasetDict:
+def load_bbc(task: str = "articles", seed: int = 0, validation: bool = False) -> DatasetDict:
     """BBC News as splits "train" (80%) and "test" (20% of the articles of every topic).
 
     Args:
@@ -155,6 +155,7 @@ def load_bbc(task: str = "articles", seed: int = 0) -> DatasetDict:
             topic: harder, with thousands of test examples). Both are split by article, and articles that share a long
             sentence stay together, so no text is in both splits. For one seed both tasks have the same test articles.
         seed: of the split and of the order of the rows.
+        validation: also a split "validation", 20% of what is "train" without it; "test" stays the same.
 
     Returns:
         DatasetDict with the columns "text", "label" (ClassLabel of the topics) and "article" ("topic/number").
@@ -167,6 +168,8 @@ def load_bbc(task: str = "articles", seed: int = 0) -> DatasetDict:
     articles = read_articles()
     topics = sorted({article["topic"] for article in articles})
     splits = dict(zip(("train", "test"), _split(articles, seed), strict=True))
+    if validation:
+        splits["train"], splits["validation"] = _split(splits["train"], seed)
     if task == "sentences":
         rng, seen = random.Random(seed), set()
         splits = {name: _sentences_of(rows, seen, rng) for name, rows in splits.items()}

@@ -17,7 +17,7 @@ LR = 1e-4
 _RANK = 128
 
 
-def _split(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def split_matrices(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The matrices inside the model, and everything else (embeddings, head, vectors)."""
     matrices: list[Tensor] = []
     others: list[Tensor] = []
@@ -33,7 +33,7 @@ def _torch(name: str, **options: Any) -> Callable:
 
 def _low_rank(module: str, name: str, **options: Any) -> Callable:
     def make(model: nn.Module, m: int) -> torch.optim.Optimizer:
-        matrices, others = _split(model)
+        matrices, others = split_matrices(model)
         groups = [{"params": others}, {"params": matrices, "rank": _RANK, "update_proj_gap": 200, "proj_type": "std", **options}]
         return getattr(importlib.import_module(module), name)([g for g in groups if g["params"]], lr=LR)
 
@@ -45,7 +45,7 @@ def _plain(module: str, name: str, **options: Any) -> Callable:
 
 
 def _muon(model: nn.Module, m: int) -> torch.optim.Optimizer:
-    matrices, others = _split(model)
+    matrices, others = split_matrices(model)
     groups = [{"params": matrices, "use_muon": True}, {"params": others, "use_muon": False}]
     return importlib.import_module("pytorch_optimizer").Muon([g for g in groups if g["params"]], lr=LR)
 
