@@ -1,0 +1,125 @@
+"""The metric of every window method beside the dense reference: each tensor's move at each step, three windows long."""
+
+import pytest
+import torch
+
+from tests.optim.metric_runs import METRICS, M, beside_reference, gradients_at, step_together
+from tests.reference import names
+
+EVERY = pytest.mark.parametrize("name", names(windowed=True))
+MFAC = pytest.mark.parametrize("name", names(family="mfac"))
+GGT = pytest.mark.parametrize("name", names(family="ggt"))
+EVENTS = pytest.mark.parametrize("events", [False, True], ids=["all gradients", "absent, zero, not finite"])
+# Damping and eps at which the dense solve itself is right to 1e-11.
+WELL_POSED = {"damping": 1e-2, "eps": 1e-2, "lr": 0.01, "window_size": M, "metric_beta": 0.9}
+START = {"damping_mode": "relative", "damping": 0.1, "window_momentum": 0.9, "window_nesterov": True, "update_rms": 1.0}
+
+
+def compare(name, events=False, **options):
+    fast, params, slow = beside_reference(name, **{**WELL_POSED, **options})
+    moved = 0
+    for t in range(3 * M):
+        gradients_at(t, params, events)
+        moved += sum(move.norm() for move in step_together(fast, params, slow))
+    assert moved > 0 and slow.t == 3 * M - events
+
+
+@EVENTS
+@METRICS
+@pytest.mark.parametrize("scope", ["model", "layer"])
+@EVERY
+@pytest.mark.usefixtures("kernels")
+def test_the_raw_update(name, scope, metric, events):
+    compare(name, events, metric=metric, scope=scope)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"update_rms": 0.3},
+        {"update_rms": 0.3, "scope": "layer", "window_momentum": 0.8},
+        {"update_rms": 1.0, "rms_mode": "adam", "window_momentum": 0.8},
+        {"update_rms": 1.0, "rms_mode": "adam", "window_momentum": 0.8, "scope": "layer"},
+        {"window_momentum": 0.8, "window_nesterov": True},
+        {"window_nesterov": True, "scope": "layer", "update_rms": 0.3, "window_momentum": 0.8},
+        {"centered": True, "window_momentum": 0.8},
+        {"centered": True, "window_momentum": 0.8, "update_rms": 0.3, "scope": "layer", "window_nesterov": True},
+        {"weight_decay": 0.3, "update_rms": 0.3},
+        {"weight_decay": 0.3, "weight_decay_mode": "l2", "update_rms": 0.3},
+        {"momentum": 0.7, "weight_decay": 0.3, "update_rms": 0.3},
+        {"momentum": 0.7, "weight_decay": 0.3, "weight_decay_mode": "l2", "scope": "layer", "rms_mode": "adam", "update_rms": 1.0},
+        {"metric_beta": 0.5, "metric_eps": 0.1, "update_rms": 0.3},
+    ],
+    ids=str,
+)
+@EVENTS
+@EVERY
+def test_each_option_with_a_factored_metric(name, options, events):
+    compare(name, events, metric="factored", **options)
+
+
+@pytest.mark.parametrize("metric", ["none", "tensor", "diagonal"])
+@EVENTS
+@EVERY
+def test_where_to_start_from_with_other_metrics(name, metric, events):
+    compare(name, events, metric=metric, **START)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_momentum": 0.8, "window_nesterov": True},
+        {"centered": True, "window_momentum": 0.8},
+        {"update_rms": 0.3, "rms_mode": "adam", "window_momentum": 0.8},
+        {"update_rms": 0.3, "scope": "layer", "momentum": 0.5, "weight_decay": 0.3},
+        {"update_rms": 0.3, "weight_decay": 0.3, "weight_decay_mode": "l2"},
+    ],
+    ids=str,
+)
+@EVENTS
+@EVERY
+def test_without_a_metric(name, options, events):
+    """Which tensors count and move is the same rule; centred entries and Nesterov weights need no metric."""
+    compare(name, events, metric="none", **options)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("divisor", ["window", "filled"])
+@pytest.mark.parametrize("damping", [{"damping": 1e-2}, {"damping_mode": "relative", "damping": 0.1}], ids=str)
+@EVENTS
+@MFAC
+def test_damping_divisor_and_centring(name, damping, divisor, centered, events):
+    compare(name, events, metric="factored", divisor=divisor, centered=centered, window_momentum=0.8, **damping)
+
+
+@pytest.mark.parametrize("scope", ["model", "layer"])
+@MFAC
+def test_where_to_start_from(name, scope):
+    """The settings of a prototype that trained well, and tensors that come and go."""
+    compare(name, events=True, metric="factored", rms_mode="adam", scope=scope, **START)
+
+
+@pytest.mark.parametrize("options", [{"beta2": 0.9}, {"beta2": 0.5, "beta1": 0.8, "update_rms": 0.3}], ids=str)
+@METRICS
+@GGT
+def test_ggt_with_decay(name, metric, options):
+    compare(name, events=True, metric=metric, **options)
+
+
+@METRICS
+@EVERY
+def test_a_window_of_one_entry(name, metric):
+    compare(name, metric=metric, window_size=1, update_rms=0.3)
+
+
+@pytest.mark.parametrize("name", names(windowed=True))
+def test_a_metric_changes_the_trajectory(name):
+    """The comparisons above would not see a metric that neither side has."""
+    runs = []
+    for metric in ("none", "tensor", "diagonal", "factored"):
+        fast, params, _ = beside_reference(name, **{**WELL_POSED, "metric": metric, "update_rms": 0.3})
+        for t in range(M):
+            gradients_at(t, params)
+            fast.step()
+        runs.append(torch.cat([p.detach().flatten() for p in params]))
+    assert all((a - b).norm() > 1e-3 * a.norm() for i, a in enumerate(runs) for b in runs[:i])
