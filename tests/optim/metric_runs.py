@@ -21,7 +21,10 @@ COMMON = {
     **{"momentum": 0.0, "scope": "model", "update_rms": None, "metric": "factored", "metric_beta": 0.9, "metric_eps": 1e-3},
     **{"window_nesterov": False, "centered": False, "rms_mode": "constant"},
 }
-FAMILY = {"mfac": {"damping": 1e-2, "damping_mode": "absolute", "divisor": "window"}, "ggt": {"eps": 1e-2, "beta1": 0.0, "beta2": 1.0}}
+FAMILY = {
+    "mfac": {"damping": 1e-2, "damping_mode": "absolute", "divisor": "window"},
+    "ggt": {"eps": 1e-2, "beta1": 0.0, "beta2": 1.0},
+}
 MFAC_OPTIONS = [
     {},
     {"damping_mode": "relative", "damping": 0.1},

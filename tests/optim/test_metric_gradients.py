@@ -10,7 +10,6 @@ from tests.reference import info, make, names, relative, update_of
 
 EVERY = pytest.mark.parametrize("name", names(windowed=True))
 # Adam's size with update_rms 1: an update of about 1 per coordinate at most.
-LARGEST_ROW = LARGEST_AFTER_A_SPIKE = LARGEST_OF_BLOCKS = LARGEST_AT_FIRST = 1e9
 OPTIONS = {
     **{"damping_mode": "relative", "damping": 0.1, "eps": 1e-2, "window_momentum": 0.9, "window_nesterov": True},
     **{"update_rms": 1.0, "rms_mode": "adam", "window_size": M, "lr": 1.0},
@@ -37,7 +36,7 @@ def test_rows_that_are_rarely_seen(name, metric):
             p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
         table, *_ = step_together(fast, params, slow, bound=1e-8)
         largest = max(largest, row_sizes(table).max())
-    assert 0.5 < largest < LARGEST_ROW
+    assert 0.5 < largest < 3  # 15 to 20 where row means are those of the step before
 
 
 @METRICS
@@ -50,7 +49,7 @@ def test_a_spike(name, metric):
         for p in params:
             p.grad *= 1e4 if t == M + 1 else 1
         moves = step_together(fast, params, slow, bound=1e-7)
-        assert max(move.abs().max() for move in moves) < LARGEST_AFTER_A_SPIKE
+        assert max(move.abs().max() for move in moves) < 20  # 24 to 50 where row means are those of the step before
     assert sum(move.norm() for move in moves) > 0.1
 
 
@@ -65,7 +64,7 @@ def test_a_small_block_beside_a_large_one(name):
         g[4:, 4:] = 1000 * torch.randn(4, 4, generator=generator, dtype=torch.float64)
         params[0].grad = g
         (u,) = step_together(fast, params, slow, bound=1e-7)
-        assert u.abs().max() < LARGEST_OF_BLOCKS
+        assert u.abs().max() < 10
 
 
 @METRICS
@@ -88,7 +87,7 @@ def test_a_tensor_whose_first_hundred_gradients_are_zero(name, metric):
     for t in range(100, 100 + M):
         gradients_at(t, params)
         moves = step_together(fast, params, slow)
-        assert all(0 < move.abs().max() < 0.01 * LARGEST_AT_FIRST for move in moves)
+        assert all(0 < move.abs().max() < 0.1 for move in moves)
     assert all_finite(fast, params)
 
 
@@ -113,7 +112,7 @@ def test_the_first_three_steps_of_lora(name, scope, metric):
         assert a.grad.any() == (t > 0)
         moves = step_together(fast, params, slow)
         assert torch.equal(a, start) == (t == 0)
-        assert moves[1].any() and all(move.abs().max() < 0.01 * LARGEST_AT_FIRST for move in moves)
+        assert moves[1].any() and all(move.abs().max() < 0.1 for move in moves)
     assert losses[2] < losses[0] and all_finite(fast, params)
 
 
