@@ -125,7 +125,7 @@ def test_adapters_that_take_turns(name, metric):
 
 
 @OPTIONS
-@pytest.mark.parametrize("absent", [[0, 1], [2, 3, 6], [0, 1, 2, 3, 4, 5]], ids=str)
+@pytest.mark.parametrize("absent", [[2, 3, 6], [0, 1, 2, 3, 4, 5]], ids=str)
 @EVERY
 @pytest.mark.usefixtures("kernels")
 def test_a_parameter_without_a_gradient_stays_and_keeps_its_state(name, absent, options):
@@ -195,8 +195,6 @@ def size_of_step(optimizer, params):
 @pytest.mark.parametrize("name", WINDOWED)
 def test_dead_parameters_do_not_change_the_step(name, dead, metric, scope, frozen):
     """Beside 22 thousand live parameters. They once made the step 3.5 and 13 times too large."""
-    if info(name).compression == "dense" and frozen:
-        dead = [(500, 500)]  # the window of 4 million parameters takes 64 MB
     live = [(100, 200), (40, 50), (60,)]
     params, others = parameters([*live, *dead], torch.float32), parameters(live, torch.float32)
     for p in params[len(live) :]:
@@ -216,7 +214,7 @@ def test_dead_parameters_do_not_change_the_step(name, dead, metric, scope, froze
 
 @pytest.mark.parametrize("name", WINDOWED)
 def test_only_the_parameters_of_this_step_count(name):
-    """Before any row of the others is in the window, and once they have filled it with zeros again."""
+    """Exactly, once the rows of the absent one are out of the window: |u|^2 = c^T K c counts them as long as they are in."""
     params = parameters([(12, 30), (40, 11), (7,)], torch.float64)
     optimizer = start(name, params, lr=1.0)
     train(optimizer, params, 0, M)
