@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.optim.metric_runs import METRICS, M, beside_reference, gradients_at, step_together
-from tests.reference import names
+from tests.optim.helpers import clones
+from tests.optim.metric_runs import METRICS, SHAPES, M, beside_reference, gradients_at, step_together
+from tests.reference import exact_options, info, names
 
 EVERY = pytest.mark.parametrize("name", names(windowed=True))
 MFAC = pytest.mark.parametrize("name", names(family="mfac"))
@@ -15,8 +16,8 @@ WELL_POSED = {"damping": 1e-2, "eps": 1e-2, "lr": 0.01, "window_size": M, "metri
 START = {"damping_mode": "relative", "damping": 0.1, "window_momentum": 0.9, "window_nesterov": True, "update_rms": 1.0}
 
 
-def compare(name, events=False, **options):
-    fast, params, slow = beside_reference(name, **{**WELL_POSED, **options})
+def compare(name, events=False, shapes=SHAPES, **options):
+    fast, params, slow = beside_reference(name, shapes, **{**WELL_POSED, **options})
     moved = 0
     for t in range(3 * M):
         gradients_at(t, params, events)
@@ -117,6 +118,30 @@ def test_ggt_with_decay(name, metric, options):
 @EVERY
 def test_a_window_of_one_entry(name, metric):
     compare(name, metric=metric, window_size=1, update_rms=0.3)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("metric", ["none", "tensor", "factored"])
+@EVERY
+def test_more_entries_than_coordinates(name, metric, centered):
+    """15 entries in 8 dimensions depend on each other."""
+    compare(name, shapes=[(2, 3), (2,)], metric=metric, centered=centered, window_size=20, window_momentum=0.8)
+
+
+@pytest.mark.parametrize("options", [{}, {"centered": True}, {"window_nesterov": True, "update_rms": 0.3}], ids=str)
+@EVERY
+def test_equal_entries(name, options):
+    """Two gradients in turn: the window holds each of them several times."""
+    exact = {key: value for key, value in exact_options(name).items() if key in info(name).options()}
+    options = {**WELL_POSED, "window_momentum": 0.8, **exact, **options}
+    fast, params, slow = beside_reference(name, metric="none", **options)
+    start = clones(params)
+    for t in range(3 * M):
+        gradients_at(t % 2, start)
+        for p, q in zip(params, start, strict=True):
+            p.grad = q.grad
+        step_together(fast, params, slow)
+    assert torch.linalg.matrix_rank(torch.stack(slow.entries)) == 2
 
 
 @pytest.mark.parametrize("name", names(windowed=True))

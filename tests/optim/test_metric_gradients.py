@@ -36,7 +36,7 @@ def test_rows_that_are_rarely_seen(name, metric):
             p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
         table, *_ = step_together(fast, params, slow, bound=1e-8)
         largest = max(largest, row_sizes(table).max())
-    assert 0.5 < largest < 3  # 15 to 20 where row means are those of the step before
+    assert 0.5 < largest < 6  # 15 to 20 where row means are those of the step before
 
 
 @METRICS
@@ -103,7 +103,8 @@ def test_the_first_three_steps_of_lora(name, scope, metric):
     a, b = params
     start = a.detach().clone()
     x, y = torch.randn(64, 20, generator=generator, dtype=a.dtype), torch.randn(64, 16, generator=generator, dtype=a.dtype)
-    losses = []
+    # With one matrix for each tensor, M-FAC gives the tensor of small gradients nearly all of the update.
+    losses, largest = [], 0.1 if scope == "model" else 0.3
     for t in range(3):
         fast.zero_grad()
         loss = (x @ a.T @ b.T - y).square().mean()
@@ -112,7 +113,7 @@ def test_the_first_three_steps_of_lora(name, scope, metric):
         assert a.grad.any() == (t > 0)
         moves = step_together(fast, params, slow)
         assert torch.equal(a, start) == (t == 0)
-        assert moves[1].any() and all(move.abs().max() < 0.1 for move in moves)
+        assert moves[1].any() and all(move.abs().max() < largest for move in moves)
     assert losses[2] < losses[0] and all_finite(fast, params)
 
 

@@ -1,10 +1,11 @@
-"""The metric's state: what it takes, its dtypes, saved and loaded in the middle of a run. Its entries' names begin with `metric`."""
+"""The metric's state, whose names begin with `metric`: what it takes, its dtypes, saved and loaded in the middle of a run."""
 
 import copy
 
 import pytest
 import torch
 
+from hf_efcp import OptionError
 from tests.optim.helpers import EVERY, M, clones, differences, fresh, resumed, snapshot, started, through_a_file, train
 from tests.optim.metric_runs import METRICS
 from tests.reference import names, parameters
@@ -56,7 +57,6 @@ def test_a_run_goes_on_where_a_tensor_has_had_no_gradient_yet(name, metric):
 
 
 def train_without(optimizer, params, t, absent):
-    params[absent].requires_grad_(True)
     for i, p in enumerate(params):
         p.grad = None if i == absent else torch.full_like(p, 0.1 * (t + 1))
     optimizer.step()
@@ -127,5 +127,5 @@ def test_every_other_metric_is_refused_at_loading(name, metric):
     saved = through_a_file(optimizer.state_dict())
     for other in {"none", "tensor", "diagonal", "factored"} - {metric}:
         stranger = fresh(name, clones(params), metric=other)
-        with pytest.raises(ValueError, match="metric"):
+        with pytest.raises(OptionError, match="metric"):
             stranger.load_state_dict(saved)
