@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import Error, Matrices
+from .constants import BF16_SHIFT
 from .cpu_threads import PARTS, divide_work
 from .cpu_tools import DTYPES, REORDERED, SKINNY, Addresses, Errors, add_error, array, compiled, fits, matrix_row, real
 
@@ -17,6 +18,8 @@ from .cpu_tools import DTYPES, REORDERED, SKINNY, Addresses, Errors, add_error, 
 _LONG = 2**20
 # A longer row is read in runs of this length, so that b's run stays in the cache; measured.
 _RUN, _LONGEST_RUN = 2048, 4096
+# Half of the last bit of bf16, less one, in the bits of fp32.
+HALF_BF16 = 2 ** (BF16_SHIFT - 1) - 1
 
 
 @compiled(relaxed=REORDERED)
@@ -75,6 +78,33 @@ def _inner(lo, hi, a, b, out):
             _products(a[t, i, start:stop], b[t], start, out[t, i])
 
 
+@compiled
+def _scaled(lo, hi, factor, c, out):
+    """out <- the bits of c * factor, rounded to the nearest bf16, ties to even."""
+    rank, length = factor.shape[1:]
+    single = np.empty(length, np.float32)
+    bits = single.view(np.int32)
+    for task in range(lo, hi):
+        i, s = task // rank, task % rank
+        x, to, size = factor[i, s], out[i, s], c[i]
+        for k in range(length):
+            single[k] = size * real(x[k])
+        for k in range(length):
+            to[k] = np.int16(
+                (bits[k] + np.int32(HALF_BF16) + ((bits[k] >> np.int32(BF16_SHIFT)) & np.int32(1))) >> np.int32(BF16_SHIFT)
+            )
+
+
+@compiled(relaxed=REORDERED)
+def _add(lo, hi, params, update, scale, decay):
+    rows, cols = update.shape[1:]
+    for task in range(lo, hi):
+        t, row = task // rows, task % rows
+        p, u = matrix_row(params[t], row, cols, scale), update[t, row]
+        for x in range(cols):
+            p[x] = decay[0] * p[x] + scale[0] * real(u[x])
+
+
 def times(gradients: Matrices, error: Error, q: Tensor) -> Tensor | None:
     """a q^T for a = e + g, which is not formed: (n, rows, r) in g's dtype.
 
@@ -112,4 +142,36 @@ def inner(a: Tensor, b: Tensor) -> Tensor | None:
     n, many, length = a.shape
     out = torch.zeros(n, many, b.shape[1], dtype=torch.float64)
     divide_work(_inner, n * many, length * b.shape[1], array(a), array(b.double()), array(out))
+    return out
+
+
+def add(params: Matrices, update: Tensor, scale: float, decay: float) -> bool:
+    """p <- decay * p + scale * u in place; whether it was done.
+
+    Args:
+        params: n contiguous matrices (rows, cols) in fp32.
+        update: u, (n, rows, cols) in bf16.
+        scale, decay: numbers.
+    """
+    if update.dtype != torch.bfloat16 or any(p.dtype != torch.float32 or not p.is_contiguous() for p in params):
+        return False
+    p = Addresses(params)
+    n, rows, cols = p.shape
+    numbers = np.array([scale], np.float32), np.array([decay], np.float32)
+    divide_work(_add, n * rows, cols, p.array, array(update), *numbers)
+    return True
+
+
+def scaled(factor: Tensor, c: Tensor) -> Tensor | None:
+    """c_i * factor_i, rounded once, in bf16.
+
+    Args:
+        factor: (n, m, r, L) in fp32 or bf16.
+        c: (n, m) in fp32.
+    """
+    if factor.dtype not in (torch.float32, torch.bfloat16) or c.dtype != torch.float32:
+        return None
+    out = torch.empty(factor.shape, dtype=torch.bfloat16)
+    n, m, rank, length = factor.shape
+    divide_work(_scaled, n * m * rank, length, array(factor.flatten(0, 1)), array(c.flatten()), array(out.flatten(0, 1)))
     return out
