@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,6 +76,18 @@ def _has_new_name(backend: object) -> bool:
         return hasattr(backend, "fp32_precision")
     except AssertionError:  # torch 2.6: an unknown attribute of cuda.matmul
         return False
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Tell whether the device has instructions for products of bf16 matrices, and torch uses them; without, fp32 is faster."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported()  # AMX comes with it
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .. import kernels
 from .accumulated import DenseEntry, Entry, LowRankEntry
 from .cells import ALL, Buffers, Layout, Spec
 from .deferred import masked
-from .linalg import chunks, inner
+from .linalg import chunk_bytes, chunks, inner
 
 
 class Window:
@@ -25,6 +25,8 @@ class Window:
     Args:
         buffers: name -> (n, ...), as `specs` declares them.
         compute_dtype: dtype of gradients, errors and updates.
+        update_dtype: dtype of the numbers that enter the product G^T c, and of its result; None: the compute dtype. A kind of
+            window that has nothing to gain ignores it.
 
     Attributes:
         staged: the new entry as the window stores it, in numbers; None: there is none.
@@ -32,9 +34,10 @@ class Window:
 
     slot_dim = 1  # of the buffers
 
-    def __init__(self, buffers: Buffers, compute_dtype: torch.dtype):
+    def __init__(self, buffers: Buffers, compute_dtype: torch.dtype, update_dtype: torch.dtype | None = None):
         self.buffers = buffers
         self.compute_dtype = compute_dtype
+        self.update_dtype = update_dtype or compute_dtype
         self.staged: Entry | None = None
 
     def stage(self, entry: Entry) -> None:
@@ -94,7 +97,11 @@ class Window:
 
 
 class DenseWindow(Window):
-    """Entries as they are: (n, m, rows, cols)."""
+    """Entries as they are: (n, m, rows, cols).
+
+    G^T c has one row of coefficients and reads each number once: memory is the limit. So `update_dtype` counts where entries are
+    stored in it, and nothing has to be converted. c then enters as two numbers, c = high + low, so that it is not rounded.
+    """
 
     @staticmethod
     def specs(layout: Layout, m: int, dtype: torch.dtype) -> tuple[Spec, ...]:
@@ -109,7 +116,12 @@ class DenseWindow(Window):
         """See Window."""
         n, m, all_rows, cols = self.buffers["window_rows"].shape
         rows = rows or slice(0, all_rows)
-        length, same = (rows.stop - rows.start) * cols, self.buffers["window_rows"].dtype == self.compute_dtype
+        length, stored = (rows.stop - rows.start) * cols, self.buffers["window_rows"].dtype
+        if stored == self.update_dtype != self.compute_dtype:
+            high = c.to(stored)
+            product = torch.stack([high, (c - high).to(stored)], 1) @ self._slots(ALL, rows).flatten(2)
+            return product.to(self.compute_dtype).sum(1).view(n, rows.stop - rows.start, cols)
+        same = stored == self.compute_dtype
         out = torch.zeros(n, 1, length, dtype=self.compute_dtype, device=c.device)
         c = c.to(self.compute_dtype)[:, None]
         for slots in chunks(m, 0 if same else n * length * out.element_size()):
@@ -135,6 +147,7 @@ class LowRankWindow(Window):
     """Entries P Q^T: P (n, m, r, rows), Q (n, m, r, cols).
 
     <P_i Q_i^T, P_j Q_j^T> = sum of (P_i^T P_j) o (Q_i^T Q_j): nothing of size rows x cols is formed.
+    With an `update_dtype` c_i scales a factor in the compute dtype, and both factors are then rounded, once.
     """
 
     @staticmethod
@@ -156,27 +169,47 @@ class LowRankWindow(Window):
         n, cols = len(c), self.buffers["window_q"].shape[3]
         out = torch.zeros(n, part.stop - part.start, cols, dtype=self.compute_dtype, device=c.device)
         for left, right in self._products(c, part):
-            out.baddbmm_(left.mT, right)
+            if right.dtype == out.dtype:
+                out.baddbmm_(left.mT, right)
+            else:
+                out.add_(left.mT @ right)
         return out
 
     def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float, factors: kernels.Scale = None) -> bool:
         """See Window. Products that are added to p itself: G^T c is not formed."""
         for i, (left, right) in enumerate(self._products(c, slice(0, len(params[0])), factors)):
+            beta = 1.0 if i else decay
+            if right.dtype != self.compute_dtype:
+                _add_rounded_products(params, left, right, scale, beta)
+                continue
             for p, x, y in zip(params, left, right, strict=True):
-                p.addmm_(x.mT, y, beta=1.0 if i else decay, alpha=scale)
+                p.addmm_(x.mT, y, beta=beta, alpha=scale)
         return True
 
     def _products(self, c: Tensor, part: slice, factors: kernels.Scale = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Give X (n, slots r, rows) and Y (n, slots r, cols) whose X^T Y make up rows `part` of u: some slots at a time."""
         (n, m, rank, _), cols, dtype = self.buffers["window_p"].shape, self.buffers["window_q"].shape[3], self.compute_dtype
-        rows, c = part.stop - part.start, c.to(dtype)[:, :, None, None]
-        converted = rows + cols if self.buffers["window_p"].dtype != dtype else min(rows, cols)
+        rows, c, ends = part.stop - part.start, c.to(dtype), self.update_dtype
+        converted = rows + cols if self.buffers["window_p"].dtype != ends else min(rows, cols)
         for slots in chunks(m, n * rank * converted * dtype.itemsize):
-            left, right = (factor.to(dtype) for factor in self._factors(slots, part))
-            left, right = (left * c[:, slots], right) if rows <= cols else (left, right * c[:, slots])
-            if factors is not None:
-                left, right = left * factors[0][:, None, None, part], right * factors[1][:, None, None]
-            yield left.flatten(1, 2), right.flatten(1, 2)
+            left, right = self._factors(slots, part)
+            x, y = (None, None) if factors is None else (factors[0][:, part], factors[1])
+            if rows <= cols:
+                left, right = self._scaled(left, c[:, slots], x), self._scaled(right, None, y)
+            else:
+                left, right = self._scaled(left, None, x), self._scaled(right, c[:, slots], y)
+            yield left.to(ends).flatten(1, 2), right.to(ends).flatten(1, 2)
+
+    def _scaled(self, factor: Tensor, c: Tensor | None, sizes: Tensor | None) -> Tensor:
+        """Give c_i * factor_i diag(sizes); rounded to bf16 where the product is in bf16 and a kernel can."""
+        if c is None and sizes is None:
+            return factor
+        fast = kernels.scaled(factor, c, sizes) if self.update_dtype == torch.bfloat16 else None
+        if fast is not None:
+            return fast
+        factor = factor.to(self.compute_dtype)
+        factor = factor if c is None else factor * c[:, :, None, None]
+        return factor if sizes is None else factor * sizes[:, None, None]
 
     def _dots_with_window(self) -> Tensor:
         return self._factor_dots(*self._factors(ALL))
@@ -193,3 +226,26 @@ class LowRankWindow(Window):
         gram_p = inner(p.flatten(1, 2), self._parts[0])
         gram_q = inner(q.flatten(1, 2), self._parts[1])
         return gram_p.mul_(gram_q).unflatten(1, p.shape[1:3]).sum((2, 3))
+
+
+def _add_rounded_products(params: Sequence[Tensor], x: Tensor, y: Tensor, scale: float, decay: float) -> None:
+    """Compute p <- decay * p + scale * X^T Y in place, with X^T Y in the dtype of X and Y.
+
+    X^T Y is formed for some tensors, or for some rows of one, at a time, so that it is still in the cache when it is added.
+
+    Args:
+        params: p, n matrices (rows, cols) in another dtype.
+        x, y: (n, L, rows) and (n, L, cols).
+        scale, decay: numbers.
+    """
+    rows, cols = params[0].shape
+    limit = chunk_bytes(x.device)
+    for tensors in chunks(len(params), rows * cols * x.element_size(), limit):
+        left, right, some = x[tensors].mT, y[tensors], params[tensors]
+        for part in chunks(rows, len(some) * cols * x.element_size(), limit):
+            # CPU libraries are slower at a batch of one than at a product.
+            product = left[:, part] @ right if len(some) > 1 else (left[0, part] @ right[0])[None]
+            parts = [p[part] for p in some]
+            if not kernels.add(parts, product, scale, decay):
+                for p, u in zip(parts, product, strict=True):
+                    (p if decay == 1 else p.mul_(decay)).add_(u, alpha=scale)

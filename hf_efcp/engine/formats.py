@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +12,7 @@ from ..core import metric
 from ..core.cells import Buffers, Layout, Spec, matrix_specs
 from ..core.codecs import BlockQuantizer
 from ..core.compressors import BlockTopK, Compressor, Identity, PowerIteration
+from ..core.linalg import multiplies_bf16
 from ..core.low_bit_windows import LowBitDenseWindow, LowBitLowRankWindow, LowBitSparseWindow, codec_of
 from ..core.sparse_window import SparseWindow
 from ..core.windows import DenseWindow, LowRankWindow, Window
@@ -17,6 +20,8 @@ from .costs import Count
 
 if TYPE_CHECKING:
     from .stacks import Stack
+
+_log = logging.getLogger("hf_efcp")
 
 
 class EntryFormat:
@@ -61,7 +66,7 @@ class EntryFormat:
 
     def window(self, buffers: Buffers) -> Window:
         """Make the window on the buffers of a stack."""
-        return self._kind(self._window_buffers(buffers), self.layout.dtype)
+        return self._kind(self._window_buffers(buffers), self.layout.dtype, self._update_dtype(buffers))
 
     def arithmetic(self, n: int, rows: int) -> tuple[float, float, float, float]:
         """Count operations for n tensors of `rows` rows: in the compute dtype of compress, feedback, update; in fp64 of dots."""
@@ -74,6 +79,16 @@ class EntryFormat:
 
     def _window_buffers(self, buffers: Buffers) -> Buffers:
         return {spec.name: buffers[spec.name] for spec in self.window_specs()}
+
+    def _update_dtype(self, buffers: Buffers) -> torch.dtype | None:
+        """Give the dtype of the product G^T c; None: the arithmetic's, as for fp64 and where bf16 would be slower."""
+        dtype, device = self.options.window_update_dtype, next(iter(buffers.values())).device
+        if dtype is None or self.layout.dtype == torch.float64:
+            return None
+        if multiplies_bf16(device):
+            return dtype
+        _say_that_fp32_stays(device.type)
+        return None
 
 
 class SparseFormat(EntryFormat):
@@ -152,13 +167,22 @@ class LowRankFormat(EntryFormat):
     def window(self, buffers: Buffers) -> Window:
         """See EntryFormat."""
         kind = LowBitLowRankWindow if self.low_bit else LowRankWindow
-        return kind(self._window_buffers(buffers), self.layout.dtype)
+        return kind(self._window_buffers(buffers), self.layout.dtype, self._update_dtype(buffers))
 
     def arithmetic(self, n: int, rows: int) -> tuple[float, float, float, float]:
         """See EntryFormat."""
         m, r, cols = self.options.window_size, self.rank, self.layout.cols
         numel, dots = n * rows * cols, 2 * m * r * r * n * (rows + cols)
         return 4 * numel * r * self.options.power_iterations, 2 * numel * r, 2 * numel * m * r, dots
+
+
+@functools.cache
+def _say_that_fp32_stays(device_type: str) -> None:
+    """Log once for each type of device."""
+    _log.warning(
+        "window_update_dtype=bfloat16 has no effect on this %s: without instructions for bf16 it would be slower than fp32",
+        "CPU" if device_type == "cpu" else "GPU",
+    )
 
 
 def costs_of(stack: Any) -> dict[str, Count]:

@@ -90,6 +90,12 @@ class WindowOptions(StateOptions):
         "how the window is stored; plain: in window_dtype; low_bit: 8 bits a number, or 16 a sparse entry with its index",
         choices=("plain", "low_bit"),
     )
+    window_update_dtype: torch.dtype | None = option(
+        None,
+        "bfloat16: the product G^T c is formed in bf16, at least twice as fast where the processor has it; none: in fp32. For "
+        "low-rank windows and dense ones in bf16; fp64 parameters stay in fp64",
+        choices=(torch.bfloat16,),
+    )
     memory_budget: int | None = option(
         None,
         "bytes of state (2GiB) for each process: chooses window_size, rank or density, and formats, unless they are given",
@@ -105,6 +111,11 @@ class WindowOptions(StateOptions):
         block = getattr(self, "block_size", 1)  # of the sparse methods
         if self.window_format == "low_bit" and block > 1024:
             raise OptionError(f"block_size={block}: at most 1024 with window_format=low_bit, where an index has 10 bits")
+        if self.window_update_dtype is not None and hasattr(self, "density"):
+            raise OptionError(
+                "window_update_dtype=bfloat16: sparse entries are added one by one, without a matrix product that could be faster: "
+                "leave it out"
+            )
 
     @property
     def averaging(self) -> float:

@@ -48,6 +48,8 @@ _MODULES = {
     "times": {"cpu": "cpu_low_rank"},
     "transposed_times": {"cpu": "cpu_low_rank"},
     "inner": {"cpu": "cpu_low_rank"},
+    "scaled": {"cpu": "cpu_low_rank"},
+    "add": {"cpu": "cpu_low_rank"},
 }
 _NEEDS = {"cpu": "numba", "cuda": "triton"}
 # A piece of a whole model (DeepSpeed) is one longer row. The sparse kernels divide their work by rows.
@@ -122,6 +124,16 @@ def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale 
 def inner(a: Tensor, b: Tensor) -> Tensor | None:
     """Inner products of rows, (n, M, N) fp64: see `core.linalg.inner`."""
     return _try("inner", a, a, b)
+
+
+def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None) -> Tensor | None:
+    """c_i * factor_i diag(sizes) in bf16, for factors (n, m, r, length), c (n, m) and sizes (n, length): see `LowRankWindow`."""
+    return _try("scaled", factor, factor, c, sizes)
+
+
+def add(params: Matrices, update: Tensor, scale: float, decay: float) -> bool:
+    """p <- decay * p + scale * u in place, for an update u (n, rows, cols) in bf16: see `LowRankWindow`. Whether it was done."""
+    return bool(_try("add", update, params, update, scale, decay))
 
 
 def _try_sparse(name: str, example: Tensor, *args: Any) -> Any:

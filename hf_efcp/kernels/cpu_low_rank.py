@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import Error, Matrices, Scale
+from .constants import BF16_SHIFT
 from .cpu_threads import PARTS, divide_work
 from .cpu_tools import DTYPES, REORDERED, SKINNY, Addresses, Errors, array, compiled, factors, fits, matrix_row, read_row, real
 
@@ -17,6 +18,8 @@ from .cpu_tools import DTYPES, REORDERED, SKINNY, Addresses, Errors, array, comp
 _LONG = 2**20
 # A longer row is read in runs of this length, so that b's run stays in the cache; measured.
 _RUN, _LONGEST_RUN = 2048, 4096
+# Half of the last bit of bf16, less one, in the bits of fp32.
+HALF_BF16 = 2 ** (BF16_SHIFT - 1) - 1
 
 
 @compiled(relaxed=REORDERED)
@@ -75,6 +78,38 @@ def _inner(lo, hi, a, b, out):
             _products(a[t, i, start:stop], b[t], start, out[t, i])
 
 
+@compiled
+def _scaled(lo, hi, factor, c, sizes, out):
+    """out <- the bits of c * factor * sizes, rounded to the nearest bf16, ties to even; without sizes where they are empty."""
+    rank, length = factor.shape[1:]
+    slots = len(c) // max(1, len(sizes))
+    single = np.empty(length, np.float32)
+    bits = single.view(np.int32)
+    for task in range(lo, hi):
+        i, s = task // rank, task % rank
+        x, to, size = factor[i, s], out[i, s], c[i]
+        for k in range(length):
+            single[k] = size * real(x[k])
+        if sizes.size:
+            factors = sizes[i // slots]
+            for k in range(length):
+                single[k] *= factors[k]
+        for k in range(length):
+            to[k] = np.int16(
+                (bits[k] + np.int32(HALF_BF16) + ((bits[k] >> np.int32(BF16_SHIFT)) & np.int32(1))) >> np.int32(BF16_SHIFT)
+            )
+
+
+@compiled(relaxed=REORDERED)
+def _add(lo, hi, params, update, scale, decay):
+    rows, cols = update.shape[1:]
+    for task in range(lo, hi):
+        t, row = task // rows, task % rows
+        p, u = matrix_row(params[t], row, cols, scale), update[t, row]
+        for x in range(cols):
+            p[x] = decay[0] * p[x] + scale[0] * real(u[x])
+
+
 def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None) -> Tensor | None:
     """a q^T for a = e + g, which is not formed: (n, rows, r) in g's dtype.
 
@@ -114,4 +149,40 @@ def inner(a: Tensor, b: Tensor) -> Tensor | None:
     n, many, length = a.shape
     out = torch.zeros(n, many, b.shape[1], dtype=torch.float64)
     divide_work(_inner, n * many, length * b.shape[1], array(a), array(b.double()), array(out))
+    return out
+
+
+def add(params: Matrices, update: Tensor, scale: float, decay: float) -> bool:
+    """p <- decay * p + scale * u in place; whether it was done.
+
+    Args:
+        params: n contiguous matrices (rows, cols) in fp32.
+        update: u, (n, rows, cols) in bf16.
+        scale, decay: numbers.
+    """
+    if update.dtype != torch.bfloat16 or any(p.dtype != torch.float32 or not p.is_contiguous() for p in params):
+        return False
+    p = Addresses(params)
+    n, rows, cols = p.shape
+    numbers = np.array([scale], np.float32), np.array([decay], np.float32)
+    divide_work(_add, n * rows, cols, p.array, array(update), *numbers)
+    return True
+
+
+def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None) -> Tensor | None:
+    """c_i * factor_i diag(sizes), rounded once, in bf16.
+
+    Args:
+        factor: (n, m, r, L) in fp32 or bf16.
+        c: (n, m) in fp32; None: ones.
+        sizes: (n, L) in fp32; None: ones.
+    """
+    n, m, rank, length = factor.shape
+    c = torch.ones(n, m) if c is None else c
+    sizes = torch.empty(0, length) if sizes is None else sizes
+    if factor.dtype not in (torch.float32, torch.bfloat16) or (c.dtype, sizes.dtype) != (torch.float32,) * 2:
+        return None
+    out = torch.empty(factor.shape, dtype=torch.bfloat16)
+    arrays = array(factor.flatten(0, 1)), array(c.flatten()), array(sizes), array(out.flatten(0, 1))
+    divide_work(_scaled, n * m * rank, length, *arrays)
     return out
