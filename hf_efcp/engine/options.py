@@ -15,6 +15,11 @@ _STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 class StateOptions:
     """Options of every method with error feedback."""
 
+    preset: str = option(
+        "paper",
+        "where options that are not given start: paper: the class defaults; measured: what was measured to train well",
+        choices=("paper", "measured"),
+    )
     weight_decay_mode: str = option(
         "decoupled", "p <- (1 - lr*wd) p, or l2: g += wd*p before compression", choices=("decoupled", "l2")
     )
