@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from types import MappingProxyType
 
 from hf_efcp import registry
 from hf_efcp.core.cells import Spec, matrix_specs
@@ -33,7 +34,7 @@ class ToyMean(EngineOptimizer):
     """The normalized mean of sparse gradients."""
 
     options_type = ToyMeanOptions
-    measured = {"window_size": 16}
+    measured = MappingProxyType({"window_size": 16})
     method = Windowed(SparseFormat, phi, lambda m: 2 * m**2)
 
 
