@@ -26,7 +26,7 @@ from .footprint import measured
 from .loading import load, take_named, take_told
 from .method import Method
 from .parameters import checked_group, signature
-from .saving import FORMAT, Saving, copies
+from .saving import Saving, copies, section
 from .setup import Setup
 from .traces import saved_choice
 
@@ -162,9 +162,8 @@ class EngineOptimizer(torch.optim.Optimizer):
         `save_shards`: processes do not meet here, since Trainer calls this on the first one only.
         """
         saved = super().state_dict()
-        options = dataclasses.asdict(self.options)
-        saved["efcp"] = {"format": FORMAT, "class": self.builder.name, "options": options}
-        params, with_window, saving = _params(self), options.get("save_window", True), self._saving()
+        saved["efcp"] = section(self.builder.name, self.options)
+        params, with_window, saving = _params(self), getattr(self.options, "save_window", True), self._saving()
         if saving is None:  # nothing is built of the state yet
             specs = self.builder.specs(self.param_groups, self.state, self.options)
             saved["state"] = {i: copies(self.state[params[i]], specs.get(params[i], {}), with_window) for i in saved["state"]}

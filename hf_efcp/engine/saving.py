@@ -6,6 +6,7 @@ fp64 K into nonsense on a bf16 model.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -184,6 +185,11 @@ def copies(entry: State, specs: Specs, with_window: bool) -> dict[str, Any]:
     """Copy an entry's tensors, since a view would drag its stack along; those of the window where `with_window`."""
     kept = {name: t for name, t in entry.items() if name not in specs or with_window or not specs[name].window}
     return {name: t.clone() if name in specs else t for name, t in kept.items()}
+
+
+def section(name: str, options: Any) -> dict[str, Any]:
+    """Give the part of a state dict, `efcp`, that says whose state it is: class and options."""
+    return {"format": FORMAT, "class": name, "options": dataclasses.asdict(options)}
 
 
 def check_container(state_dict: Any) -> None:

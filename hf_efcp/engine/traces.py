@@ -81,7 +81,7 @@ def saved_choice(saved: Mapping[str, Any] | str | Path, placement: Placement) ->
         mine = _read(saved)
     except OptionError as error:
         problem = str(error)
-    entries, options = next((theirs for theirs in placement.gather(mine) if theirs[0]), (None, None))
+    entries, options = next((theirs for theirs in placement.gather(mine) if theirs[0] or theirs[1]), (None, None))
     if entries is None:
         raise OptionError(problem)
     return entries, options
