@@ -17,7 +17,7 @@ class StateOptions:
 
     preset: str = option(
         "paper",
-        "where options that are not given start: paper: the class defaults; measured: what was measured to train well",
+        "what options that are not given start from; paper: the class defaults; measured: what trains well at AdamW's learning rates",
         choices=("paper", "measured"),
     )
     weight_decay_mode: str = option(

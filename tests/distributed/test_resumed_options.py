@@ -1,4 +1,4 @@
-"""Several processes resume after the --optim defaults have changed: with the options of the checkpoint, which one of them logs."""
+"""Several processes resume after the --optim defaults have changed: with the checkpoint's options, which one of them logs."""
 
 import logging
 
