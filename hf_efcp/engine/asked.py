@@ -25,7 +25,7 @@ _log = logging.getLogger("hf_efcp")
 
 # Options on which a state's tensors depend.
 MADE_WITH: tuple[str, ...] = ("window_size", "rank", "density", "block_size", "scope")
-MADE_WITH += ("window_dtype", "error_dtype", "window_format", "error_format")
+MADE_WITH += ("metric", "window_dtype", "error_dtype", "window_format", "error_format")
 # Options of where and how a run starts, which say nothing of its state: a checkpoint is not asked for them.
 OF_THE_START = ("preset", "shard", "memory_budget")
 # DDP's hook is registered before a checkpoint is loaded: what it does is this run's, given or not.
@@ -202,13 +202,14 @@ class Asked:
         starts = [_replaced(options, change) for change in changes]
         if self.budgeted:  # first what is chosen already: of two choices with the same state it is as good as the other
             starts[1:1] = candidates(self._unchosen(options), self.budgeted)
+        metric = {"metric": told["metric"]} if "metric" in told else {}
         sizes = sorted({shape[-1] for name, shape, _ in entries if name == "gram" and shape})
         if "window_size" not in self.open or not sizes:
             sizes = [getattr(options, "window_size", 0)]
         for m in sizes:
             for scope in scopes_of(entries, options) if "scope" in self.open else [getattr(options, "scope", "")]:
                 for start in starts:
-                    likely = start and _replaced(start, {"window_size": m, "scope": scope})
+                    likely = start and _replaced(start, {"window_size": m, "scope": scope, **metric})
                     if likely is not None:
                         yield likely
 

@@ -17,7 +17,7 @@ class StateOptions:
 
     preset: str = option(
         "paper",
-        "what options that are not given start from; paper: the class defaults; measured: what trains well at AdamW's learning rates",
+        "what options start from that are not given; paper: the class defaults; measured: what trains well at AdamW's rates",
         choices=("paper", "measured"),
     )
     weight_decay_mode: str = option(

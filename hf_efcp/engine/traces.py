@@ -30,7 +30,7 @@ def entries_of(state_dict: Mapping[Any, Any]) -> Iterator[Known]:
 
 
 def options_of(entries: Iterable[Known]) -> dict[str, Any]:
-    """Give window size, rank, formats and dtypes as far as the state shows them."""
+    """Give window size, rank, metric, formats and dtypes as far as the state shows them."""
     options: dict[str, Any] = {}
     entries = list(entries)
     shapes = {name: (shape, dtype) for name, shape, dtype in entries}
@@ -38,6 +38,8 @@ def options_of(entries: Iterable[Known]) -> dict[str, Any]:
         options["window_size"] = shapes["gram"][0][-1]
     if ranks := [shape[-1] for name, shape, _ in entries if name == "warm_start"]:
         options["rank"] = max(ranks)  # smaller tensors clamp it
+    kinds = {"metric_rows": "factored", "metric_values": "diagonal", "metric_mean": "tensor"}  # a vector's is diagonal
+    options["metric"] = next((kind for name, kind in kinds.items() if name in shapes), "none")
     numbers = [shapes[name][1] for name in ("window_rows", "window_q", "window_values", "window_entries") if name in shapes]
     if numbers:
         options |= _format("window", numbers[0], "low_bit")

@@ -16,7 +16,7 @@ from tests.distributed.test_sharding import train as train_ddp
 from tests.optim.helpers import differences
 
 NAME = "efcp_lowrank_mfac"
-LATER = {"window_size": 16, "rank": 8, "error_dtype": torch.float32, "damping": 0.1}
+LATER = {"window_size": 16, "rank": 8, "error_dtype": torch.float32, "damping": 0.1, "metric": "factored"}
 HALF, END = 5, 9
 
 
@@ -64,7 +64,7 @@ def shards(rank, folder):
 
 def test_shards_of_ddp(tmp_path):
     first, second = run(2, shards, tmp_path / "shards")
-    taken = "error_dtype=bfloat16, window_size=32, update_rms=0.5, damping=1e-06, rank=4"
+    taken = "error_dtype=bfloat16, window_size=32, update_rms=0.5, metric=none, damping=1e-06, rank=4"
     assert first == ([], True, [f"LowRankMFAC: options from the checkpoint: {taken}"])
     assert second == ([], True, [])
 
@@ -113,7 +113,9 @@ def test_the_tensors_of_fsdp2_tell_what_shapes_them(processes, tmp_path):
     saved = run(2, save_divided, tmp_path / "saved")[0]
     first, *rest = run(processes, load_divided, tmp_path / "saved")
     (line,) = first[2]
-    assert line.startswith("LowRankMFAC: options from the checkpoint: error_dtype=bfloat16, window_size=32, scope=layer")
+    assert line.startswith(
+        "LowRankMFAC: options from the checkpoint: error_dtype=bfloat16, window_size=32, scope=layer, metric=none"
+    )
     assert all(said == [] for *_, said in rest)
     for loaded, damping, _ in (first, *rest):
         assert differences(saved, loaded) == []

@@ -42,6 +42,7 @@ def other_defaults(monkeypatch):
     def change(name=NAME):
         family = {"damping": 0.1} if info(name).family == "mfac" else {"eps": 0.1}
         options = {"window_size": 16, "rank": 8, "density": 0.5, "error_dtype": torch.float32, "update_rms": 1.0, **family}
+        options |= {"metric": "factored", "rms_mode": "adam"}
         kept = {option: value for option, value in options.items() if option in get_optimizer_info(name).options()}
         monkeypatch.setattr(get_optimizer_info(name).cls, "measured", kept)
         return kept
@@ -82,7 +83,10 @@ def test_new_defaults_leave_a_run_of_0_1_as_it_was(file, other_defaults, caplog)
     assert relative(flat(run.params) - saved["before"], saved["after"] - saved["before"]) <= 2e-2
 
 
-@pytest.mark.parametrize(("option", "value"), [("window_size", 8), ("rank", 2), ("scope", "layer"), ("error_format", "int8")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("window_size", 8), ("rank", 2), ("scope", "layer"), ("error_format", "int8"), ("metric", "tensor")],
+)
 def test_what_is_given_and_shapes_the_state_is_refused(option, value):
     saver, _ = trained()
     loader, params = trained(**{option: value})
@@ -111,7 +115,8 @@ def test_both_in_one_line(caplog, other_defaults):
     loader, _ = started_from(params=clones(params), damping=1e-2, rank=4)
     loader.load_state_dict(saver.state_dict())
     assert caplog.messages == [
-        "LowRankMFAC: options from the checkpoint: error_dtype=bfloat16, window_size=32, momentum=0.9, update_rms=0.5; "
+        "LowRankMFAC: options from the checkpoint: error_dtype=bfloat16, window_size=32, momentum=0.9, update_rms=0.5, "
+        "rms_mode=constant, metric=none; "
         "this run's and not the checkpoint's: damping=0.01 (not 1e-06)"
     ]
 
@@ -195,9 +200,10 @@ def model_and_optimizer(name, **options):
     return model, *started_from(name, list(model.parameters()), **options)
 
 
-OTHERS = [{}, {"scope": "layer"}, {"window_dtype": "bf16"}, {"error_dtype": None}]
-OTHERS += [{"error_format": "int4"}, {"window_format": "low_bit"}]
-BY_SHAPE = ("window_size", "rank", "scope", "window_format", "error_format")
+OTHERS = [{}, {"metric": "factored"}, {"metric": "diagonal"}, {"metric": "tensor"}, {"scope": "layer"}]
+OTHERS += [{"window_dtype": "bf16"}, {"error_dtype": None}, {"error_format": "int4"}, {"window_format": "low_bit"}]
+BY_SHAPE = ("window_size", "rank", "scope", "metric", "window_format", "error_format")
+UNSEEN = ("damping", "eps", "update_rms", "rms_mode")
 
 
 @pytest.mark.parametrize("through", ["state dict", "folder"])
@@ -209,9 +215,7 @@ def test_tensors_tell_what_shapes_them(name, options, through, other_defaults, t
     train(saver, params, 0, 3)
     saved = {"optimizer": get_optimizer_state_dict(model, saver)}
     dcp.save(saved, checkpoint_id=tmp_path)
-    unseen = {
-        option: getattr(saver.options, option) for option in ("damping", "eps", "update_rms") if hasattr(saver.options, option)
-    }
+    unseen = {option: getattr(saver.options, option) for option in UNSEEN if hasattr(saver.options, option)}
     other_defaults(name)
     other, loader, others = model_and_optimizer(name, **unseen, **density)
     if through == "folder":
