@@ -11,8 +11,8 @@ from typing import Any, Literal, overload
 
 import torch
 
+from .engine.asked import merged
 from .engine.base import EngineOptimizer
-from .engine.choices import BUDGETED
 from .optim import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
 from .options import GroupOptions, OptionError, build, field_types, unknown_name
 
@@ -23,13 +23,12 @@ class OptimizerInfo:
 
     Attributes:
         name: what `--optim` and `create_optimizer` take.
-        cls: the class, a `torch.optim.Optimizer` with `options_type`, the dataclass of its options.
+        cls: the class, a `torch.optim.Optimizer` with `options_type`, the dataclass of its options, and `measured`, its values of
+            preset="measured".
         description: one line.
         family: the preconditioner, "mfac" or "ggt".
         compression: what is kept of a gradient, "low rank", "sparse" or "dense".
         paper: arXiv number.
-        hf_defaults: option values that `--optim NAME` starts from, where they differ from the class defaults: they make
-            AdamW's learning rates work unchanged.
         windowed: whether it keeps a window of gradients and their Gram matrix.
         lossy: option values under which small tensors (12 x 30) lose something in compression; empty: nothing ever does.
         exact: option values under which compression loses nothing.
@@ -41,7 +40,6 @@ class OptimizerInfo:
     family: str
     compression: str
     paper: str
-    hf_defaults: Mapping[str, Any]
     windowed: bool = True
     lossy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     exact: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -50,10 +48,10 @@ class OptimizerInfo:
         """Option name -> type annotation, the group options (lr, weight_decay) included."""
         return {**field_types(GroupOptions), **field_types(self.cls.options_type)}
 
-    def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The `--optim` defaults beside the options that are given: a memory_budget chooses some of them."""
-        chosen = BUDGETED if given.get("memory_budget") is not None else ()
-        return {name: value for name, value in self.hf_defaults.items() if name not in chosen}
+    def merged(self, given: Mapping[str, Any]) -> Any:
+        """All options that the class makes of those given, an instance of its `options_type`; raises OptionError."""
+        own = {name: value for name, value in given.items() if name not in field_types(GroupOptions)}
+        return merged(self.cls.options_type, self.cls.measured, own, self.name)
 
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """`given` with every value typed and checked; raises OptionError for a bad one."""
@@ -63,9 +61,8 @@ class OptimizerInfo:
         return {k: getattr(group if k in groups else typed, k) for k in given}
 
 
-_DEFAULTS = {"update_rms": 0.5, "error_dtype": torch.bfloat16, "shard": "auto"}
-_MFAC_DEFAULTS: Mapping[str, Any] = MappingProxyType({"window_size": 32, **_DEFAULTS})
-_GGT_DEFAULTS: Mapping[str, Any] = MappingProxyType({"window_size": 100, **_DEFAULTS})
+# What `--optim NAME` starts from. The state is divided whatever the preset is: that changes no mathematics.
+_OPTIM_DEFAULTS: Mapping[str, Any] = MappingProxyType({"preset": "measured", "shard": "auto"})
 
 _LOW_RANK: dict[str, Any] = {"compression": "low rank", "paper": "2306.06098", "lossy": {"rank": 2}, "exact": {"rank": 10_000}}
 _SPARSE: dict[str, Any] = {
@@ -74,8 +71,8 @@ _SPARSE: dict[str, Any] = {
     "lossy": {"density": 0.2, "block_size": 16},
     "exact": {"density": 1.0},
 }
-_MFAC: dict[str, Any] = {"family": "mfac", "hf_defaults": _MFAC_DEFAULTS}
-_GGT: dict[str, Any] = {"family": "ggt", "hf_defaults": _GGT_DEFAULTS}
+_MFAC: dict[str, Any] = {"family": "mfac"}
+_GGT: dict[str, Any] = {"family": "ggt"}
 
 _REGISTRY: dict[str, OptimizerInfo] = {}
 
@@ -145,15 +142,16 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
 
 
 def optim_defaults(name: str, **options: Any) -> dict[str, Any]:
-    """The option values that `--optim NAME` starts from, where they differ from the class defaults, and `options` over them.
+    """The options that `--optim NAME` starts from, preset="measured" and shard="auto", and `options` over them.
 
-    They make AdamW's learning rates work: `create_optimizer(name, model, lr=1e-4, **optim_defaults(name))`. With
-    `memory_budget` among the options, those that it chooses are left out.
+    The preset makes AdamW's learning rates work: `create_optimizer(name, model, lr=1e-4, **optim_defaults(name))`. What it stands
+    for is in `optimizer.options`, and in `hf-efcp list --options`.
 
     Raises:
         OptionError: unknown name.
     """
-    return {**get_optimizer_info(name).defaults(options), **options}
+    get_optimizer_info(name)
+    return {**_OPTIM_DEFAULTS, **options}
 
 
 def create_optimizer(
@@ -170,7 +168,8 @@ def create_optimizer(
         model_or_params: a module (its trainable parameters are taken, by name), or anything that a torch optimizer takes:
             tensors, groups, or (name, tensor) pairs.
         process_group: of processes that share the state; None: as the option `shard` says.
-        **options: `lr` and the options of the class; class defaults apply, not those of `--optim` (`optim_defaults`).
+        **options: `lr` and the options of the class; class defaults apply, unless preset="measured"; those of `--optim`
+            are `optim_defaults(name)`.
 
     Raises:
         OptionError: unknown name or option, wrong type, value out of range.

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from types import MappingProxyType
 
 from hf_efcp import registry
 from hf_efcp.core.cells import Spec, matrix_specs
@@ -33,6 +34,7 @@ class ToyMean(EngineOptimizer):
     """The normalized mean of sparse gradients."""
 
     options_type = ToyMeanOptions
+    measured = MappingProxyType({"window_size": 16})
     method = Windowed(SparseFormat, phi, lambda m: 2 * m**2)
 
 
@@ -74,11 +76,9 @@ class ToyFactors(EngineOptimizer):
 def register():
     """Register both."""
     small = {"density": 0.2, "block_size": 16}
-    defaults = {"window_size": 16, "shard": "auto"}
-    mean = {"family": "mean", "compression": "sparse", "lossy": small, "exact": {"density": 1.0}, "hf_defaults": defaults}
+    mean = {"family": "mean", "compression": "sparse", "lossy": small, "exact": {"density": 1.0}}
     factors = {"family": "factors", "compression": "low rank", "windowed": False, "lossy": {"rank": 2}, "exact": {"rank": 10_000}}
     add_optimizer(OptimizerInfo("efcp_toy_mean", ToyMean, "toy: mean of the window", paper="none", **mean))
-    factors |= {"hf_defaults": {"shard": "auto"}}
     add_optimizer(OptimizerInfo("efcp_toy_factors", ToyFactors, "toy: mean of factors", paper="none", **factors))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cli.common import add_command, build, check_integers, chosen, dtype_of, gibibytes, size_of, write_json
+from ..cli.common import add_command, build, check_integers, chosen, dtype_of, gibibytes, size_of, spelled_out, write_json
 from ..cli.shapes import load
 from ..options import OptionError
 from . import roofline
@@ -115,7 +115,7 @@ def bench(
             name,
             functools.partial(build, name, options, targets=targets),
             sum(build(name, options, model, targets).estimate_footprint().values()),
-            options,
+            spelled_out(name, options),
         )
         for name, options in optimizers.items()
     ]
@@ -123,7 +123,7 @@ def bench(
     count = sum(p.numel() for p in params)
     own = 2 * sum(p.nbytes for p in params)
     if peers:
-        m = next(iter(optimizers.values())).get("window_size", 1024)
+        m = (contenders[0].options or {}).get("window_size", 1024)
         contenders += _installed_peers(m, count * _PEER_BYTES, skipped)
     work = Workload(model, device)
     rates = Rates(device, quick)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 from ..engine.base import EngineOptimizer
 from ..groups import parameter_groups
 from ..options import OptionError, parse_bytes, unknown_name
-from ..registry import get_optimizer_info, list_optimizers, parse_optim_args
+from ..registry import get_optimizer_info, list_optimizers, optim_defaults, parse_optim_args
 from .shapes import BUILT_IN_HELP
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -77,10 +78,15 @@ def chosen(names: str | None, optim_args: str | None) -> dict[str, dict[str, Any
     for option in given:
         if not any(option in info.options() for info in infos):
             infos[0].check({option: given[option]})  # raises
-    return {
-        info.name: {"lr": 1e-4, **info.defaults(given), **info.check({k: v for k, v in given.items() if k in info.options()})}
-        for info in infos
-    }
+    own = {info.name: info.check({k: v for k, v in given.items() if k in info.options()}) for info in infos}
+    return {name: {"lr": 1e-4, **optim_defaults(name, **options)} for name, options in own.items()}
+
+
+def spelled_out(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with what their preset stands for, for reports."""
+    info = get_optimizer_info(name)
+    merged, defaults = (dataclasses.asdict(o) for o in (info.merged(options), info.cls.options_type()))
+    return {**{option: value for option, value in merged.items() if value != defaults[option]}, **options}
 
 
 def build(name: str, options: dict[str, Any], model: nn.Module, targets: str | None) -> EngineOptimizer:

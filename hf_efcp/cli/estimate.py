@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..options import OptionError
-from .common import add_command, build, check_integers, chosen, dtype_of, gibibytes, size_of, table, write_json
+from .common import add_command, build, check_integers, chosen, dtype_of, gibibytes, size_of, spelled_out, table, write_json
 from .shapes import load
 
 ADAMW = "adamw_torch"
@@ -93,8 +93,8 @@ def estimate(
         entry = {"bytes": bytes_, "total": total, "bytes_per_parameter": total / count, "needs": needs}
         if gpu is not None:
             entry["fits"] = needs <= gpu
-        entries[name] = {**entry, "options": optimizers.get(name, {})}
-    entries |= {name: {"refused": why, "options": optimizers[name]} for name, why in refused.items()}
+        entries[name] = {**entry, "options": spelled_out(name, optimizers[name]) if name in optimizers else {}}
+    entries |= {name: {"refused": why, "options": spelled_out(name, optimizers[name])} for name, why in refused.items()}
     return {
         "parameters": count,
         "dtype": str(params[0].dtype).removeprefix("torch."),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from .. import run
 from ..bench import command as bench
 from ..options import GroupOptions, OptionError, as_text, described, field_types
-from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers
+from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, optim_defaults
 from . import estimate
 
 _HEADER = ("option", "type", "class default", "--optim default", "meaning")
@@ -76,11 +76,11 @@ def _list(pattern: str, options: bool, markdown: bool) -> int:
 
 
 def _option_rows(info: OptimizerInfo) -> Iterator[tuple[str, ...]]:
-    signature = inspect.signature(info.cls).parameters
+    signature, start = inspect.signature(info.cls).parameters, info.merged(optim_defaults(info.name))
     for options_type in (GroupOptions, info.cls.options_type):
         types_ = field_types(options_type)
         for field in dataclasses.fields(options_type):
-            hf_default = _TRAINER_DEFAULTS.get(field.name) or as_text(info.hf_defaults.get(field.name, field.default))
+            hf_default = _TRAINER_DEFAULTS.get(field.name) or as_text(getattr(start, field.name))
             default = signature[field.name].default
             shown = "required" if default is inspect.Parameter.empty else as_text(default)
             yield field.name, _show_type(types_[field.name]), shown, hf_default, described(field)

@@ -19,21 +19,23 @@ from ..distributed.placement import Alone
 from ..distributed.plan import describe
 from ..distributed.zero import ZeroPieces
 from ..options import GroupOptions, OptionError, build
-from .budget import Budget, saved_choice
+from .asked import Asked, merged, say
 from .builder import Builder
 from .costs import Count
 from .footprint import measured
-from .loading import load, take_choice
+from .loading import load, take_named, take_told
 from .method import Method
 from .parameters import checked_group, signature
-from .saving import FORMAT, Saving, copies
+from .saving import Saving, copies, section
 from .setup import Setup
+from .traces import saved_choice
 
 
 class EngineOptimizer(torch.optim.Optimizer):
     """A method with everything around it: placements, formats, a memory budget, checkpoints.
 
-    Subclasses give `options_type` and `method`.
+    Subclasses give `options_type` and `method`, and `measured`: the values of preset="measured", where they differ from the
+    defaults of `options_type`.
 
     Args:
         params: tensors, parameter groups, or (name, tensor) pairs. Groups may set `lr`, `weight_decay`, and `compress`
@@ -54,13 +56,14 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     options_type: ClassVar[type]
     method: ClassVar[Method]
+    measured: ClassVar[Mapping[str, Any]] = {}
     shard_folder: str | Path | None = None
 
     def __init__(self, params: Any, lr: float, *, weight_decay: float = 0.0, process_group: Any = None, **options: Any):
         name = type(self).__name__
         group = build(GroupOptions, {"lr": lr, "weight_decay": weight_decay}, name)
-        checked = build(self.options_type, options, name)
-        self.builder = Builder(name, self.method, checked, Budget(name, checked, options), process_group)
+        checked = merged(self.options_type, self.measured, options, name)
+        self.builder = Builder(name, self.method, checked, Asked(name, checked, options), process_group)
         super().__init__(params, {"lr": group.lr, "weight_decay": group.weight_decay})
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -159,9 +162,8 @@ class EngineOptimizer(torch.optim.Optimizer):
         `save_shards`: processes do not meet here, since Trainer calls this on the first one only.
         """
         saved = super().state_dict()
-        options = dataclasses.asdict(self.options)
-        saved["efcp"] = {"format": FORMAT, "class": self.builder.name, "options": options}
-        params, with_window, saving = _params(self), options.get("save_window", True), self._saving()
+        saved["efcp"] = section(self.builder.name, self.options)
+        params, with_window, saving = _params(self), getattr(self.options, "save_window", True), self._saving()
         if saving is None:  # nothing is built of the state yet
             specs = self.builder.specs(self.param_groups, self.state, self.options)
             saved["state"] = {i: copies(self.state[params[i]], specs.get(params[i], {}), with_window) for i in saved["state"]}
@@ -194,14 +196,14 @@ class EngineOptimizer(torch.optim.Optimizer):
         setup, builder = self.builder.setup, self.builder
         copies = {p: {k: t.clone() if isinstance(t, Tensor) else t for k, t in entry.items()} for p, entry in self.state.items()}
         copied = builder.copied if setup is None or setup.placement.follows else (setup.owners, setup.placement.shards)
-        made = {"made": (builder.options, copy.copy(builder.budget), copied)}
+        made = {"made": (builder.options, copy.copy(builder.asked), copied)}
         return {**super().__getstate__(), "state": collections.defaultdict(dict, copies), **made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See torch.optim.Optimizer. A copy has no process group: that belongs to the process."""
-        options, budget, copied = state.pop("made", None) or _made_by_0_1(state)
+        options, asked, copied = state.pop("made", None) or _made_by_0_1(state)
         super().__setstate__(state)
-        self.builder = Builder(type(self).__name__, self.method, options, budget)
+        self.builder = Builder(type(self).__name__, self.method, options, asked)
         self.builder.takes_tensors, self.builder.copied = True, copied
 
     def save_shards(self, folder: str | Path) -> None:
@@ -215,27 +217,28 @@ class EngineOptimizer(torch.optim.Optimizer):
             saving.save_folder(Path(folder), getattr(self.options, "save_window", True))
 
     def choose_as(self, saved: Mapping[str, Any] | str | Path) -> None:
-        """Let memory_budget choose what it chose in the run that was saved; to be called on every process, before loading.
+        """Take the options of a saved run, as far as they are not given; to be called on every process, before loading.
 
-        For torch.distributed.checkpoint, which loads into the sizes that a new optimizer has chosen, perhaps otherwise on another
-        number of processes. `load_state_dict`, Trainer and Accelerate need no such call. A state of other sizes is dropped.
-        Without a memory_budget nothing happens.
+        For torch.distributed.checkpoint, which loads into the sizes that the optimizer has. `load_state_dict`, Trainer and
+        Accelerate need no such call. Where the saved state does not name its options, its tensors tell those that shape them, as
+        they must with a memory_budget. A state of other options is dropped.
 
         Args:
             saved: a folder of `torch.distributed.checkpoint.save`, a file of `torch.save`, or a state dict; processes that have
                 none (an empty dict, no such file) take it from the others where parameters are DTensors.
 
         Raises:
-            OptionError: nothing can be read, or no choice gives the state that was saved.
+            OptionError: nothing can be read, an option that is given is another one there, or no choice of memory_budget gives
+                the state that was saved.
         """
         builder, sharded = self.builder, [p for p in _params(self) if is_sharded(p)]
-        if not builder.budget.free:
-            return
         entries, options = saved_choice(saved, FSDP2Mesh(sharded) if sharded else Alone())
         if options is not None:
-            builder.replace_options(builder.budget.taken(builder.options, options), self.state)
-        elif not take_choice(builder, self.param_groups, self.state, entries):
-            raise OptionError(f"choose_as: {builder.budget.misfit(entries)}")
+            say(take_named(builder, self.state, options))
+        elif (line := take_told(builder, self.param_groups, self.state, entries)) is not None:
+            say(line)
+        else:
+            builder.asked.refuse(entries, builder.options)
 
     # Figures --------------------------------------------------------------------------------------------------------------
 
@@ -288,9 +291,10 @@ def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for g in optimizer.param_groups for p in g["params"]]
 
 
-def _made_by_0_1(state: dict[str, Any]) -> tuple[Any, Budget, tuple[dict[Tensor, Any], int]]:
+def _made_by_0_1(state: dict[str, Any]) -> tuple[Any, Asked, tuple[dict[Tensor, Any], int]]:
     """Give what a pickle of the first 0.1 has of options, budget and owners; take it out of `state`."""
     options, owners = state.pop("options"), state.pop("owners", None)
-    budget = Budget("", options, {})
-    budget.free, budget.chosen = state.pop("_free"), state.pop("_chosen")
-    return options, budget, ({}, 1) if owners is None else (owners[1], owners[0])
+    asked = Asked("", options, dataclasses.asdict(options))
+    asked.open = asked.budgeted = state.pop("_free")
+    asked.chosen = state.pop("_chosen")
+    return options, asked, ({}, 1) if owners is None else (owners[1], owners[0])

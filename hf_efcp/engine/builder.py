@@ -18,7 +18,7 @@ from ..distributed.placement import Alone, Placement, Specs
 from ..distributed.plan import Owners
 from ..distributed.zero import ZeroPieces
 from ..options import OptionError
-from .budget import Budget
+from .asked import Asked
 from .factor_sync import FactorSync
 from .footprint import estimated
 from .method import Group, Method
@@ -36,7 +36,7 @@ class Builder:
         name: of the optimizer's class.
         method: the optimizer's.
         options: all of them, checked.
-        budget: what memory_budget leaves open.
+        asked: which of the options are given, and which a budget or a checkpoint decides on.
         process_group: whose processes share the state; None: the option `shard` decides.
 
     Attributes:
@@ -47,9 +47,9 @@ class Builder:
         copied: owners of the state, and number of processes, where the optimizer is a copy.
     """
 
-    def __init__(self, name: str, method: Method, options: Any, budget: Budget, process_group: Any = None):
-        self.name, self.method, self.options, self.budget = name, method, options, budget
-        budget.name = name
+    def __init__(self, name: str, method: Method, options: Any, asked: Asked, process_group: Any = None):
+        self.name, self.method, self.options, self.asked = name, method, options, asked
+        asked.name = name
         self.process_group = process_group
         self.pieces: ZeroPieces | None = None
         self.sync = FactorSync(options)
@@ -80,8 +80,9 @@ class Builder:
         self.options, self.process_group = dataclasses.replace(self.options, shard="off"), None
         return shared
 
-    def replace_options(self, options: Any, state: State) -> None:
-        """Take other options; a state of other sizes is dropped."""
+    def take_options(self, options: Any, state: State) -> None:
+        """Take the options of a saved run, which a budget keeps to; the state of a run with others is dropped."""
+        self.asked.chosen = True
         if options != self.options:
             self.options = options
             state.clear()
@@ -103,11 +104,11 @@ class Builder:
 
     def estimate(self, groups: Sequence[Group], state: State, processes: int, fsdp: bool) -> dict[str, int]:
         """Count the bytes by kind that a fresh optimizer will hold; see EngineOptimizer.estimate_footprint."""
-        options, budget = self.options, self.budget
+        options, asked = self.options, self.asked
         params = [p for params in trained_of(groups, state) for p in params]
-        if budget.free and not budget.chosen:
+        if asked.budgeted and not asked.chosen:
             fixed = self._not_budgeted(params, fsdp)
-            options, _ = budget.choice(options, self._bytes_with(groups, state, processes, fsdp), fixed)
+            options, _ = asked.choice(options, self._bytes_with(groups, state, processes, fsdp), fixed)
         specs = self.specs(groups, state, options, processes)
         if fsdp:
             if self.sync.wanted:
@@ -117,8 +118,8 @@ class Builder:
                 raise OptionError(f"FSDP2 divides no 0-D parameters, and the model has {scalars}: make them 1-D")
             _named(options, lambda: check_cuts(specs, processes))
         kinds = estimated(specs, processes, fsdp)
-        if budget.size is not None and not budget.free and sum(kinds.values()) > budget.size:
-            raise budget.too_large(sum(kinds.values()), options)
+        if asked.size is not None and not asked.budgeted and sum(kinds.values()) > asked.size:
+            raise asked.too_large(sum(kinds.values()), options)
         return kinds
 
     def _build(self, groups: Sequence[Group], trained: list[list[Tensor]], key: list[Any], state: State) -> Setup:
@@ -138,7 +139,7 @@ class Builder:
             self._agree(placement, trained)
         bytes_with = self._bytes_with(groups, state, placement.shards, placement.follows)
         fixed = self._not_budgeted(params, placement.follows)
-        self.options = self.budget.keep(self.options, bytes_with, placement, fixed, any(state.values()))
+        self.options = self.asked.keep(self.options, bytes_with, placement, fixed, any(state.values()))
         specs = self.specs(groups, state, self.options)
         _named(self.options, lambda: placement.check(specs))
         owners, numbers = placement.owners(specs, known), {p: i for i, p in enumerate(params)}

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..core.cells import Spec
 from ..options import GroupOptions, OptionError, build
-from .budget import entries_of
+from .asked import say
 from .builder import Builder, State
-from .choices import BUDGETED
 from .parameters import levels_to_caller
-from .saving import SHARD_FOLDER, Saving, check_container, check_keys, check_options
+from .saving import SHARD_FOLDER, Saving, check_container, check_keys, check_origin
+from .traces import Known, entries_of
 
 # Where torch.distributed.checkpoint has mixed the state that it loads with the one that was there.
 _BEFORE = "call choose_as with what was saved before torch.distributed.checkpoint loads it, or "
@@ -43,29 +43,39 @@ def load(
         OptionError: not a checkpoint, or one of another optimizer, of other options or of other parameters. Nothing has changed.
     """
     check_container(state_dict)
-    before = builder.options, builder.budget.chosen, builder.setup, builder.copied, dict(state)
+    before = builder.options, builder.asked.chosen, builder.setup, builder.copied, dict(state)
     try:
         return _load(state_dict, builder, groups, state, folder, own_stub)
     except OptionError:
-        builder.options, builder.budget.chosen, builder.setup, builder.copied = before[:4]
+        builder.options, builder.asked.chosen, builder.setup, builder.copied = before[:4]
         state.clear()
         state.update(before[4])
         raise
 
 
-def take_choice(builder: Builder, groups: Sequence[dict[str, Any]], state: State, entries: Any) -> bool:
-    """Take the choice of memory_budget whose state has these entries; tell whether there is one."""
+def take_named(builder: Builder, state: State, saved: Any) -> str:
+    """Take the open options from those that a checkpoint names; give the line to log.
+
+    Raises:
+        OptionError: see Asked.taken.
+    """
+    options, line = builder.asked.taken(builder.options, saved)
+    builder.take_options(options, state)
+    return line
+
+
+def take_told(builder: Builder, groups: Sequence[dict[str, Any]], state: State, entries: Iterable[Known]) -> str | None:
+    """Take the open options under which the state has these entries; give the line to log. None: there are no such options."""
     shared = {spec.name for spec in builder.method.shared_specs(0, builder.options)}
 
     def specs_with(options: Any) -> Iterable[Spec]:
         specs = builder.specs(groups, state, options)
-        return [spec for entry in specs.values() for spec in entry.values() if spec.name not in shared]
+        of_each = {spec.name for spec in builder.method.shared_specs(1, options)}
+        entries = enumerate(specs.values())
+        return [s for i, entry in entries for s in entry.values() if s.name not in shared or (i and s.name in of_each)]
 
-    options = builder.budget.matching(entries, builder.options, specs_with)
-    if options is not None:
-        values = {name: getattr(options, name) for name in builder.budget.free}
-        builder.replace_options(builder.budget.taken(builder.options, values), state)
-    return options is not None
+    options = builder.asked.matching(entries, builder.options, specs_with)
+    return None if options is None else take_named(builder, state, dataclasses.asdict(options))
 
 
 def _load(
@@ -77,14 +87,13 @@ def _load(
     own_stub: Any,
 ) -> bool:
     section, saved, saved_groups = state_dict.get("efcp"), state_dict["state"], state_dict["param_groups"]
-    budget = builder.budget
-    if budget.free and isinstance(section, Mapping) and (saved or "sharded" in section):
-        builder.replace_options(budget.taken(builder.options, section.get("options", {})), state)
-    elif budget.free and section is None:
-        take_choice(builder, groups, state, list(entries_of(saved)))
     expected = {spec.name for i in (0, 1) for spec in builder.method.shared_specs(i, builder.options)} | {"error"}
-    unchosen = BUDGETED if budget.size is not None else ()
-    check_options(section, saved, builder.name, builder.options, expected - {"step"}, unchosen)
+    check_origin(section, saved, builder.name, expected - {"step"})
+    line = None
+    if section is None:
+        line = take_told(builder, groups, state, list(entries_of(saved)))
+    elif saved or "sharded" in section:  # else no step was taken, and a budget may not have chosen
+        line = take_named(builder, state, section["options"])
     values = _group_values(saved_groups, groups)
     params = [p for g in groups for p in g["params"]]
     index = [i for g in saved_groups for i in g["params"]]
@@ -123,6 +132,7 @@ def _load(
     for group, saved_group, checked in zip(groups, saved_groups, values, strict=True):
         kept = {k: group[k] for k in ("params", "param_names") if k in group}
         group |= {**copy.deepcopy({k: v for k, v in saved_group.items() if k not in kept}), **dataclasses.asdict(checked)}
+    say(line or "")
     return used
 
 
@@ -151,9 +161,9 @@ def _load_entries(
         saving.check(list(enumerate(params)), entries, with_window)
         saving.load(entries)
     except OptionError as error:
-        if named or not builder.budget.free:
+        if named or not builder.asked.budgeted:
             raise
-        remedy = builder.budget.misfit(entries_of(dict(enumerate(entries.values()))), _BEFORE)
+        remedy = builder.asked.misfit(entries_of(dict(enumerate(entries.values()))), _BEFORE)
         raise OptionError(f"{error}: {remedy}") from None
     _warn_without_window(saving, with_window, builder.name)
 

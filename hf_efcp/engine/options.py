@@ -15,6 +15,11 @@ _STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 class StateOptions:
     """Options of every method with error feedback."""
 
+    preset: str = option(
+        "paper",
+        "what options start from that are not given; paper: the class defaults; measured: what trains well at AdamW's rates",
+        choices=("paper", "measured"),
+    )
     weight_decay_mode: str = option(
         "decoupled", "p <- (1 - lr*wd) p, or l2: g += wd*p before compression", choices=("decoupled", "l2")
     )

@@ -6,6 +6,7 @@ fp64 K into nonsense on a bf16 model.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 # Name of the folder of the shards in a checkpoint of Trainer or Accelerate.
 SHARD_FOLDER = "efcp_optim"
-# Options that a checkpoint has to agree in.
-MADE_WITH: tuple[str, ...] = ("window_size", "rank", "density", "block_size", "scope")
-MADE_WITH += ("window_dtype", "error_dtype", "window_format", "error_format")
 
 # The state of a parameter, by name.
 State = Mapping[str, Any]
@@ -189,6 +187,11 @@ def copies(entry: State, specs: Specs, with_window: bool) -> dict[str, Any]:
     return {name: t.clone() if name in specs else t for name, t in kept.items()}
 
 
+def section(name: str, options: Any) -> dict[str, Any]:
+    """Give the part of a state dict, `efcp`, that says whose state it is: class and options."""
+    return {"format": FORMAT, "class": name, "options": dataclasses.asdict(options)}
+
+
 def check_container(state_dict: Any) -> None:
     """Raise OptionError for what is no optimizer's state dict."""
     if not isinstance(state_dict, Mapping):
@@ -207,19 +210,15 @@ def check_keys(part: Mapping[str, Any], keys: Sequence[str], place: str) -> None
         raise OptionError(f"checkpoint is damaged: {place} lacks {', '.join(missing)}")
 
 
-def check_options(
-    saved: Any, state: Mapping[Any, Any], name: str, options: Any, expected: set[str], unchosen: Sequence[str]
-) -> None:
-    """Raise OptionError where a checkpoint is of another optimizer or was made with other options.
+def check_origin(saved: Any, state: Mapping[Any, Any], name: str, expected: set[str]) -> None:
+    """Raise OptionError where a checkpoint is of another optimizer.
 
     Args:
         saved: its section with class and options; None: it is another optimizer's, or torch.distributed.checkpoint's, which
             keeps state and groups only.
         state: its state.
         name: of this optimizer's class.
-        options: of this optimizer.
         expected: names of state of which at least one is in a state of this package.
-        unchosen: names of options that a checkpoint without state need not agree in.
     """
     if saved is None:
         names = {str(key) for entry in state.values() if isinstance(entry, Mapping) for key in entry}
@@ -231,13 +230,6 @@ def check_options(
         raise OptionError(f"checkpoint has format {saved['format']}, this version of hf_efcp reads up to {FORMAT}: upgrade")
     if saved["class"] != name:
         raise OptionError(f"checkpoint is of {saved['class']}, this optimizer is {name}")
-    for option in MADE_WITH:
-        if option in unchosen and not state and "sharded" not in saved:
-            continue
-        missing = "plain" if option.endswith("_format") else None
-        here, there = getattr(options, option, missing), saved["options"].get(option, missing)
-        if here != there:
-            raise OptionError(f"checkpoint was made with {option}={there!r}, this optimizer has {option}={here!r}")
 
 
 def _check_entry(number: int, here: Mapping[str, Spec], there: Any) -> None:

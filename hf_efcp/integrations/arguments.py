@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..options import as_text, described
-from ..registry import all_optimizers
+from ..registry import all_optimizers, optim_defaults
 from .trainer_options import FIELD, efcp_fields
 
 # EFCPFields stands beside another subclass of TrainingArguments: types are checked as if it were one itself.
@@ -28,12 +28,11 @@ def _fields() -> list[tuple[str, Any, Any]]:
     defaults: dict[str, list[str]] = {}
     options: dict[str, tuple[Any, dataclasses.Field[Any]]] = {}
     for info in all_optimizers():
-        hints = typing.get_type_hints(info.cls.options_type)
+        hints, start = typing.get_type_hints(info.cls.options_type), info.merged(optim_defaults(info.name))
         for field in dataclasses.fields(info.cls.options_type):
             users.setdefault(field.name, []).append(info.name)
             options.setdefault(field.name, (hints[field.name], field))
-            default = as_text(info.hf_defaults.get(field.name, field.default))
-            defaults.setdefault(field.name, []).append(default)
+            defaults.setdefault(field.name, []).append(as_text(getattr(start, field.name)))
     result: list[tuple[str, Any, Any]] = []
     for option, (hint, field) in options.items():
         names = "" if len(users[option]) == len(all_optimizers()) else f" ({', '.join(users[option])})"

@@ -1,7 +1,8 @@
-"""Sharded state in the checkpoints of Trainer and Accelerate: every process writes and reads its part beside the stub.
+"""What the checkpoints of Trainer and Accelerate hold of a state beside what these write themselves.
 
-`optimizer.pt` (`optimizer.bin`) is written by the first process and holds groups and options only; the tensors are in the
-folder `efcp_optim` of the checkpoint. Where the state is not sharded nothing of this does anything.
+Sharded state: `optimizer.pt` (`optimizer.bin`) is written by the first process and holds groups and options only; every process
+writes and reads its tensors in the folder `efcp_optim` of the checkpoint. Under FSDP2 torch.distributed.checkpoint writes tensors
+and groups only, and the first process writes class and options to `efcp_options.pt`. Elsewhere nothing of this does anything.
 """
 
 from __future__ import annotations
@@ -9,10 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from ..distributed.fsdp2 import is_sharded
 from ..engine.base import EngineOptimizer
-from ..engine.saving import SHARD_FOLDER
+from ..engine.saving import SHARD_FOLDER, section
 from ..options import OptionError
 
+# Class and options of a state that torch.distributed.checkpoint writes.
+OPTIONS_FILE = "efcp_options.pt"
 # As accelerate.utils.constants has it.
 _OPTIMIZER_NAME = "optimizer"
 
@@ -72,7 +79,7 @@ def hook_states(original: Any) -> Any:
 
 
 def load_fsdp(original: Any) -> Any:
-    """Accelerate's `load_fsdp_optimizer`, which Trainer calls too: memory_budget first chooses what the saved run had."""
+    """Accelerate's `load_fsdp_optimizer`, which Trainer calls too: first the options of the saved run are taken."""
 
     def load_fsdp_optimizer(fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index=0, *args, **kwargs):
         ours = unwrapped(optimizer)
@@ -80,7 +87,8 @@ def load_fsdp(original: Any) -> Any:
             name = f"{_OPTIMIZER_NAME}_{optimizer_index}"
             folder = Path(input_dir) if Path(input_dir).name == name else Path(input_dir, name)
             file = Path(input_dir, f"{name if optimizer_index else _OPTIMIZER_NAME}.bin")
-            ours.choose_as(file if file.is_file() else folder)
+            options = _numbered(folder.parent, OPTIONS_FILE, optimizer_index)
+            ours.choose_as(options if options.is_file() else file if file.is_file() else folder)
         return original(fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index, *args, **kwargs)
 
     return load_fsdp_optimizer
@@ -89,15 +97,19 @@ def load_fsdp(original: Any) -> Any:
 def _save(optimizers: list, folder: str | Path) -> None:
     for number, optimizer in enumerate(optimizers):
         if (ours := unwrapped(optimizer)) is not None:
-            ours.save_shards(_shard_folder(folder, number))
+            ours.save_shards(_numbered(folder, SHARD_FOLDER, number))
+            if any(is_sharded(p) for group in ours.param_groups for p in group["params"]) and dist.get_rank() == 0:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                torch.save({"efcp": section(ours.builder.name, ours.options)}, _numbered(folder, OPTIONS_FILE, number))
 
 
 def _find(optimizers: list, folder: str | Path) -> None:
     for number, optimizer in enumerate(optimizers):
         if (ours := unwrapped(optimizer)) is not None:
-            ours.shard_folder = _shard_folder(folder, number)
+            ours.shard_folder = _numbered(folder, SHARD_FOLDER, number)
 
 
-def _shard_folder(folder: str | Path, number: int) -> Path:
+def _numbered(folder: str | Path, name: str, number: int) -> Path:
     # Numbered as Accelerate numbers optimizer.bin, optimizer_1.bin, ...
-    return Path(folder, SHARD_FOLDER + (f"_{number}" if number else ""))
+    path = Path(folder, name)
+    return path.with_stem(f"{path.stem}_{number}") if number else path

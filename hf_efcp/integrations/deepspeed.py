@@ -44,7 +44,7 @@ def check_config(config: Mapping[str, Any], cls: type[EngineOptimizer], options:
     Args:
         config: DeepSpeed's.
         cls: the optimizer's class.
-        options: those of `cls` that are known.
+        options: those of the optimizer, all of them.
     """
     name, stage = cls.__name__, stage_of(config)
     zero = config.get("zero_optimization") or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from ..engine.base import EngineOptimizer
 from ..groups import parameter_groups, parse_targets
 from ..options import OptionError, unknown_name
-from ..registry import OptimizerInfo, all_optimizers, get_optimizer_info, list_optimizers, parse_optim_args
+from ..registry import OptimizerInfo, all_optimizers, get_optimizer_info, list_optimizers, optim_defaults, parse_optim_args
 from . import deepspeed
 
 if TYPE_CHECKING:
@@ -53,10 +54,11 @@ def optimizer_cls_and_kwargs(
     targets = getattr(args, "optim_target_modules", None)
     if targets is not None:
         parse_targets(targets)
-    kwargs = {"lr": own["lr"], **info.defaults(options), **options}
+    kwargs = {"lr": own["lr"], **optim_defaults(info.name), **options}
+    merged = dataclasses.asdict(info.merged(kwargs))
     if config := deepspeed.config_of(args):
-        deepspeed.check_config(config, info.cls, kwargs)
-    if kwargs.get("comm") == "factors":
+        deepspeed.check_config(config, info.cls, merged)
+    if merged.get("comm") == "factors":
         _check_for_factors(args)
     if model is not None:
         groups = parameter_groups(model, own["weight_decay"], decay_names=decay_names, target_modules=targets)

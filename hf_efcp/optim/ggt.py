@@ -9,6 +9,8 @@ the span of the window, so neither a jitter on K nor the 1/eps of the complement
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -69,6 +71,10 @@ class LowRankGGTOptions(LowRankOptions, DenseGGTOptions):
     """Options of LowRankGGT."""
 
 
+# preset="measured": with it AdamW's learning rates work.
+MEASURED: Mapping[str, Any] = MappingProxyType({"update_rms": 0.5, "error_dtype": torch.bfloat16})
+
+
 def phi(o: Any, gram: GramMatrix, j: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     """Give c = D phi(D K D) D^-1 w, (groups, m) fp64; arguments: see `Windowed`."""
     decay = o.beta2 ** gram.ages(j).double()
@@ -90,6 +96,7 @@ class DenseGGT(EngineOptimizer):
     """
 
     options_type = DenseGGTOptions
+    measured = MEASURED
     method = Windowed(EntryFormat, phi, solve)
 
 
@@ -97,6 +104,7 @@ class SparseGGT(EngineOptimizer):
     """Full-matrix Adagrad on block top-k gradients with error feedback. As DenseGGT, with `density` and `block_size`."""
 
     options_type = SparseGGTOptions
+    measured = MEASURED
     method = Windowed(SparseFormat, phi, solve)
 
 
@@ -104,4 +112,5 @@ class LowRankGGT(EngineOptimizer):
     """Full-matrix Adagrad on rank-r gradients with error feedback. As DenseGGT, with `rank` and `power_iterations`."""
 
     options_type = LowRankGGTOptions
+    measured = MEASURED
     method = Windowed(LowRankFormat, phi, solve)

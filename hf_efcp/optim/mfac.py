@@ -8,6 +8,8 @@ Low-rank and sparse windows with error feedback are EFCP (arXiv 2306.06098).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,6 +54,10 @@ class LowRankMFACOptions(LowRankOptions, MFACOptions, WindowOptions):
     """Options of LowRankMFAC."""
 
 
+# preset="measured": with it AdamW's learning rates work.
+MEASURED: Mapping[str, Any] = MappingProxyType({"window_size": 32, "update_rms": 0.5, "error_dtype": torch.bfloat16})
+
+
 def phi(o: Any, gram: GramMatrix, j: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     """Give c = N (M K + N*damping*I)^-1 w, (groups, m) fp64; arguments: see `Windowed`."""
     k, damping = gram.matrix, o.damping
@@ -76,6 +82,7 @@ class DenseMFAC(EngineOptimizer):
     """
 
     options_type = DenseMFACOptions
+    measured = MEASURED
     method = Windowed(EntryFormat, phi, solve)
 
 
@@ -83,6 +90,7 @@ class SparseMFAC(EngineOptimizer):
     """M-FAC on block top-k gradients with error feedback (EFCP). Arguments as DenseMFAC, with `density` and `block_size`."""
 
     options_type = SparseMFACOptions
+    measured = MEASURED
     method = Windowed(SparseFormat, phi, solve)
 
 
@@ -90,4 +98,5 @@ class LowRankMFAC(EngineOptimizer):
     """M-FAC on rank-r gradients with error feedback (EFCP). Arguments as DenseMFAC, with `rank`."""
 
     options_type = LowRankMFACOptions
+    measured = MEASURED
     method = Windowed(LowRankFormat, phi, solve)

@@ -52,6 +52,32 @@ def test_a_state_saved_before_the_first_step_starts_afresh(name, tmp_path):
     assert train(accelerator, model, optimizer, 0, 3) == losses
 
 
+def test_new_defaults_leave_an_old_run_as_it_was(tmp_path, monkeypatch, caplog):
+    name = "efcp_lowrank_mfac"
+
+    def started():
+        accelerator, model = new_accelerator(), small_model(0)
+        optimizer = hf_efcp.create_optimizer(name, model, lr=5e-3, **hf_efcp.optim_defaults(name))
+        return accelerator, *accelerator.prepare(model, optimizer)
+
+    accelerator, model, optimizer = started()
+    train(accelerator, model, optimizer, 0, 3)
+    accelerator.prepare(optimizer)  # in the middle of a run: its state goes out and in again
+    assert "options" not in caplog.text
+    accelerator.save_state(tmp_path)
+    torch.manual_seed(1)
+    losses = train(accelerator, model, optimizer, 3, 7)
+    monkeypatch.setattr(hf_efcp.LowRankMFAC, "measured", {"window_size": 16, "rank": 2, "damping": 0.1})
+    accelerator, model, optimizer = started()
+    accelerator.load_state(tmp_path)
+    torch.manual_seed(1)
+    assert train(accelerator, model, optimizer, 3, 7) == losses
+    taken = "window_size=32, update_rms=0.5, damping=1e-06, rank=4"
+    assert [r.getMessage() for r in caplog.records if r.name == "hf_efcp"] == [
+        f"LowRankMFAC: options from the checkpoint: error_dtype=bfloat16, {taken}"
+    ]
+
+
 @by_name
 def test_another_optimizers_checkpoint_is_refused_and_changes_nothing(name, tmp_path):
     accelerator, model, optimizer, scheduler = started(name, 0)

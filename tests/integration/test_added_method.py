@@ -2,6 +2,7 @@
 
 ADD = """
 import dataclasses
+import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 import hf_efcp
 from hf_efcp import EFCPTrainingArguments, SparseMFAC
@@ -22,9 +23,10 @@ def shrunk(o, gram, j, dtype):
 
 class Toy(SparseMFAC):
     options_type = ToyOptions
+    measured = {"window_size": 4}
     method = Windowed(SparseFormat, shrunk, mfac.solve)
 
-add_optimizer(OptimizerInfo("efcp_toy_test", Toy, "a toy", "mfac", "sparse", "0000.00000", {"window_size": 4}))
+add_optimizer(OptimizerInfo("efcp_toy_test", Toy, "a toy", "mfac", "sparse", "0000.00000"))
 """
 
 
@@ -64,7 +66,7 @@ def test_its_options_are_accepted_and_checked(python, tmp_path):
 hf_efcp.register()
 args = TrainingArguments(optim="efcp_toy_test", optim_args="shrink=2,density=0.5", **own)
 cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-print(cls.__name__, kwargs["shrink"], kwargs["density"], kwargs["window_size"])
+print(cls.__name__, kwargs["shrink"], kwargs["density"], cls([torch.nn.Parameter(torch.ones(3))], **kwargs).options.window_size)
 print(hf_efcp.optimizer_cls_and_kwargs(args) == (cls, kwargs))
 args = EFCPTrainingArguments(optim="efcp_toy_test", efcp_density=0.5, optim_args="shrink=2", **own)
 print(hf_efcp.optimizer_cls_and_kwargs(args) == (cls, kwargs))

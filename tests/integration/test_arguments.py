@@ -60,7 +60,7 @@ def test_fields_are_typed(make, parse):
     for args in (make(**given), parse(*argv)):
         kwargs = optimizer_cls_and_kwargs(args)[1]
         assert {o: kwargs[o] for o in expected} == expected
-        assert kwargs["window_size"] == 32
+        assert get_optimizer_info("efcp_lowrank_mfac").merged(kwargs).window_size == 32
     assert optimizer_cls_and_kwargs(parse("--efcp_update_rms", "none"))[1]["update_rms"] is None
 
 
@@ -68,6 +68,18 @@ def test_fields_and_optim_args_may_agree(make):
     args = make(efcp_rank=8, efcp_momentum=0.5, optim_args="rank=8,momentum=5e-1,window_size=16")
     kwargs = optimizer_cls_and_kwargs(args)[1]
     assert (kwargs["rank"], kwargs["momentum"], kwargs["window_size"]) == (8, 0.5, 16)
+
+
+def test_a_preset_is_an_option_as_others_are(make, parse, make_args):
+    for args in (
+        make(efcp_preset="paper"),
+        parse("--efcp_preset", "paper"),
+        make_args(optim="efcp_lowrank_mfac", optim_args="preset=paper"),
+    ):
+        cls, kwargs = optimizer_cls_and_kwargs(args)
+        assert kwargs == {"lr": 5e-5, "preset": "paper", "shard": "auto"}
+        options = cls([torch.nn.Parameter(torch.ones(2, 2))], **kwargs).options
+        assert options == dataclasses.replace(cls.options_type(), shard="auto")
 
 
 def test_a_dtype_becomes_text_which_reporters_can_write(make):
@@ -107,6 +119,7 @@ MISTAKES = [
     ({"optim_args": "damping=-1"}, "damping=-1.0: must be a finite number > 0"),
     ({"optim_args": "save_window=maybe"}, "save_window='maybe': expected true or false"),
     ({"optim_args": "window_dtype=fp16"}, "window_dtype='fp16': expected one of .*bfloat16"),
+    ({"efcp_preset": "papr"}, "preset='papr': must be paper or measured"),
     ({"optim_args": "lr=1e-3"}, "lr=0.001 contradicts learning_rate=5e-05; use --learning_rate"),
     ({"optim_args": "betas=0.9,0.95"}, "'0.95' is not of the form name=value"),
     ({"learning_rate": -1.0}, "lr=-1.0: must be a finite number >= 0"),

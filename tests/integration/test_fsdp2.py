@@ -18,7 +18,7 @@ pytestmark = runs_models
 
 def test_trainer_saves_and_resumes_bit_for_bit(launch, arguments, tmp_path):
     """With a state dict that is gathered on the first process, `--fsdp`'s default: sparse indices have to be sent."""
-    arguments |= {"optim": "efcp_sparse_mfac", "optim_args": "density=0.1"}
+    arguments |= {"optim": "efcp_sparse_mfac", "optim_args": "density=0.1,window_size=20,window_momentum=0.5"}
     launch(FULL, arguments, module=RUNNER)
     out = tmp_path / "out"
     losses = [entry["loss"] for entry in steps(out)]
@@ -26,8 +26,12 @@ def test_trainer_saves_and_resumes_bit_for_bit(launch, arguments, tmp_path):
     assert (out / f"checkpoint-{SAVED}/optimizer.bin").is_file()
     assert not (out / f"checkpoint-{SAVED}/efcp_optim").exists()
 
+    # The options are the checkpoint's, as they would be after a change of the defaults. The first process says so.
     again = {**arguments, "output_dir": "again", "resume_from_checkpoint": str(out / f"checkpoint-{SAVED}")}
-    launch(FULL, again, module=RUNNER)
+    said = launch(FULL, {**again, "optim_args": "window_size=20"}, module=RUNNER)
+    assert re.findall("options from the checkpoint: .*", said) == [
+        "options from the checkpoint: window_momentum=0.5, density=0.1"
+    ]
     assert steps(tmp_path / "again") == steps(out)
     assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 

@@ -13,7 +13,7 @@ by_name = pytest.mark.parametrize("name", hf_efcp.list_optimizers())
 @by_name
 def test_the_defaults_are_those_of_the_registry(name, make_args):
     info = get_optimizer_info(name)
-    expected = {"lr": 3e-4, **info.hf_defaults}
+    expected = {"lr": 3e-4, "preset": "measured", "shard": "auto"}
     for optim_args in (None, "", {}):
         args = make_args(optim=name, optim_args=optim_args, learning_rate=3e-4)
         cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
@@ -36,7 +36,7 @@ def test_every_form_gives_the_same_typed_options(name, optim_args, make_args):
     args = make_args(optim=name, optim_args=optim_args)
     _, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
     expected = {"lr": 5e-5, "window_size": 8, "window_momentum": 1e-1, "update_rms": None, "scope": "layer"}
-    assert kwargs == {**get_optimizer_info(name).hf_defaults, **expected}
+    assert kwargs == {"preset": "measured", "shard": "auto", **expected}
     assert [type(v) for v in (kwargs["window_size"], kwargs["window_momentum"])] == [int, float]
 
 
@@ -48,6 +48,7 @@ def test_every_form_gives_the_same_typed_options(name, optim_args, make_args):
         ("window_size=8.5", "window_size='8.5': expected an integer"),
         ("window_size=0", "window_size=0: must be an integer >= 1"),
         ("window_momentum=nan", "window_momentum=nan: must be a number"),
+        ("preset=papr", "preset='papr': must be paper or measured"),
         ("scope=block", "scope='block': must be model or layer"),
         ("window_size", "'window_size' is not of the form name=value"),
         ("window_size=8,window_size=9", "'window_size' is given twice"),

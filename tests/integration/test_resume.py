@@ -100,6 +100,36 @@ def test_compiled_models(backend, make_trainer, checkpoint):
     assert_resumed(again, out, checkpoint)
 
 
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "hf_efcp"]
+
+
+@few_names
+@pytest.mark.parametrize("preset", [None, "paper"])
+def test_new_defaults_leave_an_old_run_as_it_was(name, preset, make_trainer, checkpoint, monkeypatch, caplog):
+    out = make_trainer("out", name, optim_args="momentum=0.5")
+    out.train()
+    assert said(caplog) == []
+    cls = type(optimizer_of(out))
+    new = {"window_size": 16, "error_dtype": torch.float32, "update_rms": 0.1, "weight_decay_mode": "l2"}
+    monkeypatch.setattr(cls, "measured", new)
+    again = make_trainer("again", name, optim_args=f"preset={preset}" if preset else None)
+    again.train(resume_from_checkpoint=checkpoint)
+    assert differences(everything(out), everything(again)) == []
+    (line,) = said(caplog)
+    assert line.startswith(f"{cls.__name__}: options from the checkpoint: ") and "update_rms=0.5" in line
+
+
+def test_a_given_option_wins_or_is_refused(make_trainer, checkpoint, caplog):
+    make_trainer("out", "efcp_lowrank_mfac").train()
+    with pytest.raises(hf_efcp.OptionError, match="checkpoint was made with window_size=4, this optimizer has window_size=5"):
+        make_trainer("other", "efcp_lowrank_mfac", optim_args="window_size=5").train(resume_from_checkpoint=checkpoint)
+    again = make_trainer("again", "efcp_lowrank_mfac", optim_args="damping=0.1")
+    again.train(resume_from_checkpoint=checkpoint)
+    assert optimizer_of(again).options.damping == 0.1
+    assert said(caplog)[-1].endswith("; this run's and not the checkpoint's: damping=0.1 (not 1e-06)")
+
+
 @few_names
 def test_the_best_model_is_loaded_at_the_end(name, make_trainer, checkpoint):
     given = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": SAVED}

@@ -192,6 +192,8 @@ def test_list_options(name, capsys):
     for option, row in rows.items():
         assert fields[option].metadata["help"] in row
     window = rows["window_size"].split()
-    assert window[:4] == ["window_size", "int", str(fields["window_size"].default), str(info.hf_defaults["window_size"])]
+    measured = info.cls.measured.get("window_size", fields["window_size"].default)
+    assert window[:4] == ["window_size", "int", str(fields["window_size"].default), str(measured)]
+    assert rows["preset"].split()[1:4] == ["str", "paper", "measured"] and rows["shard"].split()[1:4] == ["str", "off", "auto"]
     assert "float or none" in rows["update_rms"]
     assert "--learning_rate" in rows["lr"]

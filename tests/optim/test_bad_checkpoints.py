@@ -120,13 +120,20 @@ CHECKPOINTS = [
     ),
     Bad("a later format", with_format, "format", CLEAR),
     Bad("efcp without options", edited(lambda s: s["efcp"].pop("options")), "options", CLEAR),
+    Bad(
+        "a window that is no number", edited(lambda s: s["efcp"]["options"].update(window_size="x")), "damaged: .*window_size='x'"
+    ),
     Bad("efcp without class", edited(lambda s: s["efcp"].pop("class")), "class", CLEAR),
 ]
 
 
+# Given, so that no checkpoint decides on them.
+GIVEN = {"scope": "model", "window_dtype": None, "error_dtype": None, "momentum": 0.0}
+
+
 @table(CHECKPOINTS)
 def test_a_bad_checkpoint_is_refused_and_changes_nothing(bad):
-    optimizer, params = started(ANY)
+    optimizer, params = started(ANY, **GIVEN)
     saved = copy.deepcopy(optimizer.state_dict())
     train(optimizer, params, 10, 12)
     before = snapshot(optimizer, params)

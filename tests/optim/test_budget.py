@@ -158,10 +158,11 @@ def test_a_bad_budget_is_refused_at_once(bad):
 
 def test_the_defaults_of_optim_do_not_stand_in_its_way():
     defaults = hf_efcp.optim_defaults("efcp_lowrank_mfac", memory_budget="6MB", rank=2)
-    assert defaults == {"update_rms": 0.5, "shard": "auto", "memory_budget": "6MB", "rank": 2}
+    assert defaults == {"preset": "measured", "shard": "auto", "memory_budget": "6MB", "rank": 2}
     optimizer = hf_efcp.create_optimizer("efcp_lowrank_mfac", parameters(SHAPES, torch.float32), lr=0.1, **defaults)
     assert chosen(optimizer)[0] > 32 and optimizer.options.rank == 2
-    assert hf_efcp.optim_defaults("efcp_lowrank_mfac", rank=2)["window_size"] == 32
+    without = {**defaults, "memory_budget": None}
+    assert chosen(hf_efcp.create_optimizer("efcp_lowrank_mfac", parameters(SHAPES, torch.float32), lr=0.1, **without))[0] == 32
 
 
 def test_a_format_that_is_given_leaves_its_dtype_to_the_budget():

@@ -38,8 +38,8 @@ class Old:
 
     def __reduce__(self):
         state = self.optimizer.__getstate__()
-        options, budget, _ = state.pop("made")
-        old = {**state, "options": options, "_free": budget.free, "_chosen": budget.chosen, "owners": None}
+        options, asked, _ = state.pop("made")
+        old = {**state, "options": options, "_free": asked.budgeted, "_chosen": asked.chosen, "owners": None}
         return type(self.optimizer).__new__, (type(self.optimizer),), old
 
 
