@@ -71,7 +71,8 @@ def test_a_small_block_beside_a_large_one(name):
 @EVERY
 def test_a_tensor_whose_first_hundred_gradients_are_zero(name, metric):
     """The tensor stays, and the others train as if it did not exist; then it moves like any other."""
-    options = {"metric": metric, "metric_beta": 0.9, **OPTIONS, "lr": 0.01}
+    # At full rank: power iteration carries rounding errors above 1e-9 within 100 steps.
+    options = {"metric": metric, "metric_beta": 0.9, **OPTIONS, "lr": 0.01, "rank": 10_000}
     fast, params, slow = beside_reference(name, [(6, 10), (12, 5), (7,), (5, 8), (3,)], **options)
     alone, others, _ = beside_reference(name, [(6, 10), (12, 5), (7,)], **options)
     late, start = params[3:], clones(params[3:])
