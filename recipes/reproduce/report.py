@@ -144,7 +144,8 @@ class Report:
     def _introduction(self) -> list[str]:
         spec, wanted = self.spec, self.spec.wanted(self.results)
         have = sum(run.key() in self.results for run in wanted)
-        rates, seeds, final = (", ".join(map(str, values)) for values in (spec.rates, spec.seeds, spec.final_seeds))
+        lists = (spec.rates, spec.seeds, spec.final_seeds or spec.seeds)
+        rates, seeds, final = (", ".join(map(str, values)) for values in lists)
         paragraphs = (
             f"Written by `python recipes/reproduce/report.py {self.spec_path}`, never by hand. {have} of the {len(wanted)} runs "
             "that are known to be needed have a result.",

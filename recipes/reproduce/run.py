@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    except EOFError:
+    except (EOFError, ConnectionError):
         print("error: a worker was killed (out of memory?); the same command goes on", file=sys.stderr)
         return 1
     if failed:

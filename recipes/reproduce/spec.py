@@ -131,17 +131,20 @@ class Spec:
         return by_name[name], multiple
 
     def final(self, label: str, family: str, results: Results) -> tuple[list[Run], list[Run]]:
-        """Runs of the table: (at the chosen rate, at the usual rate with the family's first contender)."""
+        """Runs of the table: (at the chosen rate, at the usual rate with the family's first contender).
+
+        Without final seeds they are the grid's own, which chose the rate: enough to explore.
+        """
         task, usual = self.tasks[label], self.families[family][0]
-        choice = self.chosen(label, family, results)
-        best = [] if choice is None else [Run(label, task, *choice, seed, "final") for seed in self.final_seeds]
-        return best, [Run(label, task, usual, Fraction(1), seed, "final") for seed in self.final_seeds]
+        choice, seeds = self.chosen(label, family, results), self.final_seeds or self.seeds
+        best = [] if choice is None else [Run(label, task, *choice, seed, "final") for seed in seeds]
+        return best, [Run(label, task, usual, Fraction(1), seed, "final") for seed in seeds]
 
     def wanted(self, results: Results) -> list[Run]:
         """All runs that are known to be needed, each once: the grids of all tasks, then the table's."""
         pairs = [(label, family) for label in self.tasks for family in self.families_of(label)]
         runs = [run for label, family in pairs for c in self.families[family] for run in self.grid(label, c, results)]
-        for label, family in pairs:
+        for label, family in pairs if self.final_seeds else ():
             if self.chosen(label, family, results) is not None:
                 best, usual = self.final(label, family, results)
                 runs += best + usual

@@ -121,6 +121,14 @@ def test_no_final_run_is_wanted_before_the_grid_is_finished(spec_file):
     assert len(spec.wanted(results_of([first, second], lambda r: 1.0))) == 4  # both rates are as good: 1 is the usual one too
 
 
+def test_without_final_seeds_the_table_has_the_runs_of_the_grid(spec_file):
+    spec = read_spec(spec_file(rates=[1, 3], seeds=[0, 1]))
+    results = finish(spec, lambda r: 1.0 / r.multiple)
+    best, usual = spec.final("small", "adamw", results)
+    assert len(results) == 4 and {r.key() for r in best + usual} == results.keys()
+    assert [(r.multiple, r.seed) for r in best] == [(3, 0), (3, 1)]
+
+
 def test_a_run_is_told_apart_by_all_that_decides_its_result():
     def key(label="small", name="adamw", options=None, multiple=1, seed=0, stage="grid", **settings):
         task = get_task("digits_vit", **settings)
@@ -136,10 +144,10 @@ def test_a_run_is_told_apart_by_all_that_decides_its_result():
 
 def test_matrices_and_the_rest_go_to_two_optimizers_that_step_as_one():
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
-    optimizer = Contender("muon", "torch.optim.Muon", rest="torch.optim.AdamW").build(model, 1e-3)
+    optimizer = Contender("two", "torch.optim.SGD", rest="torch.optim.AdamW").build(model, 1e-3)
     assert isinstance(optimizer, Together)
     sizes = {type(part).__name__: sum(p.numel() for g in part.param_groups for p in g["params"]) for part in optimizer.parts}
-    assert sizes == {"Muon": 12, "AdamW": 9}
+    assert sizes == {"SGD": 12, "AdamW": 9}
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0}
     before = [p.clone() for p in model.parameters()]
     model(torch.ones(2, 4)).square().sum().backward()

@@ -17,7 +17,7 @@ SORTED = 500
 
 def sentences(topics: tuple[str, ...] | None) -> dict[str, Batch]:
     """Tokens, mask and topic of the sentences; evaluated splits are sorted by length inside blocks of 500: less padding."""
-    settings = {"topics": topics, "limits": LIMITS, "max_tokens": MAX_TOKENS}
+    settings = {"topics": topics, "limits": LIMITS, "max_tokens": MAX_TOKENS, "sorted": SORTED}
     flat = cached("sentences", settings, lambda: _tokenize(topics))
     splits: dict[str, Batch] = {}
     for name, value in flat.items():
@@ -90,7 +90,7 @@ def features() -> dict[str, Batch]:
         model = AutoModel.from_pretrained(default_model_path()).eval()
         return {split: _pooled(model, rows(splits[split], slice(limit))) for split, limit in limits.items()}
 
-    pooled = cached("features", {"limits": limits, "max_tokens": MAX_TOKENS}, make)
+    pooled = cached("features", {"limits": limits, "max_tokens": MAX_TOKENS, "sorted": SORTED}, make)
     mean, deviation = pooled["train"].mean(0), pooled["train"].std(0)
     return {
         split: {"input": (pooled[split] - mean) / deviation, "labels": splits[split]["labels"][:limit]}
