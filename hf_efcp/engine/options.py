@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from ..options import OptionError, fraction, non_negative, option, parse_bytes, positive
 
 _STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+# preset="measured" of the window methods: the metric, and updates of the size of Adam's.
+METRIC: Mapping[str, Any] = MappingProxyType(
+    {
+        "metric": "factored",
+        "window_momentum": 0.9,
+        "window_nesterov": True,
+        "update_rms": 1.0,
+        "rms_mode": "adam",
+        "error_dtype": torch.bfloat16,
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +133,7 @@ class WindowOptions(StateOptions):
             raise OptionError(f"block_size={block}: at most 1024 with window_format=low_bit, where an index has 10 bits")
         if self.window_update_dtype is not None and hasattr(self, "density"):
             raise OptionError(
-                "window_update_dtype=bfloat16: sparse entries are added one by one, without a matrix product that could be faster: "
+                "window_update_dtype=bfloat16: sparse entries are added one by one, by no matrix product that could be faster: "
                 "leave it out"
             )
 

@@ -19,7 +19,7 @@ from ..core.coefficients import mfac
 from ..core.gram import GramMatrix
 from ..engine.base import EngineOptimizer
 from ..engine.formats import EntryFormat, LowRankFormat, SparseFormat
-from ..engine.options import LowRankOptions, SparseOptions, WindowOptions
+from ..engine.options import METRIC, LowRankOptions, SparseOptions, WindowOptions
 from ..engine.windowed import Windowed
 from ..options import option, positive
 
@@ -55,7 +55,15 @@ class LowRankMFACOptions(LowRankOptions, MFACOptions, WindowOptions):
 
 
 # preset="measured": with it AdamW's learning rates work.
-MEASURED: Mapping[str, Any] = MappingProxyType({"window_size": 32, "update_rms": 0.5, "error_dtype": torch.bfloat16})
+MEASURED: Mapping[str, Any] = MappingProxyType(
+    {
+        **METRIC,
+        "window_size": 16,
+        "damping": 0.1,
+        "damping_mode": "relative",
+    }
+)
+MEASURED_LOW_RANK: Mapping[str, Any] = MappingProxyType({**MEASURED, "rank": 8})
 
 
 def phi(o: Any, gram: GramMatrix, j: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,5 +106,5 @@ class LowRankMFAC(EngineOptimizer):
     """M-FAC on rank-r gradients with error feedback (EFCP). Arguments as DenseMFAC, with `rank`."""
 
     options_type = LowRankMFACOptions
-    measured = MEASURED
+    measured = MEASURED_LOW_RANK
     method = Windowed(LowRankFormat, phi, solve)
