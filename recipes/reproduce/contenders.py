@@ -49,10 +49,17 @@ class Contender:
         return self.optimizer in hf_efcp.list_optimizers()
 
     def identity(self) -> dict[str, Any]:
-        """What tells contenders apart: class and options, those included that `--optim` starts from."""
-        options = hf_efcp.optim_defaults(self.optimizer, **self.options) if self.is_ours else dict(self.options)
+        """What tells contenders apart: class and options; of this package's, all that differ from the class defaults."""
+        options = self._resolved() if self.is_ours else dict(self.options)
         found = {"optimizer": self.optimizer, "options": {k: v if _plain(v) else str(v) for k, v in options.items()}}
         return found | {k: v for k in ("matrix_options", "rest") if (v := getattr(self, k))}
+
+    def _resolved(self) -> dict[str, Any]:
+        """The options of a run with `--optim`, where they differ from the class defaults."""
+        info = get_optimizer_info(self.optimizer)
+        options = info.merged(hf_efcp.optim_defaults(self.optimizer, **self.options))
+        usual = {**vars(info.cls.options_type()), "preset": "measured", "shard": "auto"}
+        return {name: value for name, value in vars(options).items() if value != usual[name]}
 
     def check(self) -> None:
         """Raise Unavailable where `build` would fail: a package that is missing, an option that this version has not."""
