@@ -8,6 +8,7 @@ import torch
 import tests.recipes.helpers  # noqa: F401  puts the recipes on the path
 
 pytest.importorskip("sklearn")
+import bbc_news
 from reproduce import training
 from reproduce.contenders import Contender
 from reproduce.tasks import TASKS, base, get_task, language, sentences
@@ -82,6 +83,18 @@ def test_lora_trains_adapters_only_on_a_topic_that_the_base_has_not_read():
     blocks = {part: text_of(language.blocks(part)["train"]) for part in ("all", "sports", "not sports")}
     assert not blocks["sports"] & blocks["not sports"]
     assert len(blocks["sports"]) + len(blocks["not sports"]) == pytest.approx(len(blocks["all"]), abs=2)
+
+
+@pytest.mark.skipif(not HAVE_DATA, reason="the data packages are missing")
+def test_the_validation_split_is_taken_from_the_train_split_by_story():
+    two, three = bbc_news.load_bbc(), bbc_news.load_bbc(validation=True)
+    names = {split: set(three[split]["article"]) for split in SPLITS}
+    assert two["test"]["article"][:] == three["test"]["article"][:]
+    assert names["train"] | names["validation"] == set(two["train"]["article"])
+    assert len(names["validation"]) == pytest.approx(0.2 * len(two["train"]), rel=0.05)
+    story = {article["article"]: article["story"] for article in bbc_news.read_articles()}
+    stories = {split: {story[name] for name in names[split]} for split in SPLITS}
+    assert not stories["train"] & stories["validation"] and not stories["test"] & stories["validation"]
 
 
 @pytest.mark.skipif(not HAVE_DATA, reason="the data packages are missing")
