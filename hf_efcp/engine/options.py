@@ -93,7 +93,7 @@ class WindowOptions(StateOptions):
             raise OptionError(f"block_size={block}: at most 1024 with window_format=low_bit, where an index has 10 bits")
         if self.window_update_dtype is not None and hasattr(self, "density"):
             raise OptionError(
-                "window_update_dtype=bfloat16: sparse entries are added one by one, without a matrix product that could be faster: "
+                "window_update_dtype=bfloat16: sparse entries are added one by one, without a product that could be faster: "
                 "leave it out"
             )
 
