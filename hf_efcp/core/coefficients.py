@@ -40,7 +40,8 @@ def weights(gram: Tensor, ages: Tensor, momentum: float, nesterov: bool = False,
     alive, newest = gram.diagonal(dim1=-2, dim2=-1) > 0, (ages == 0).double()
     w = torch.where(alive, (1 - momentum) * momentum ** ages.double() if momentum else newest, 0.0)
     if normalized:
-        w = w / torch.where(alive.any(-1, keepdim=True), w.sum(-1, keepdim=True), 1.0)
+        total = w.sum(-1, keepdim=True)
+        w = w / torch.where(total > 0, total, 1.0)
     return momentum * w + (1 - momentum) * torch.where(alive, newest, 0.0) if nesterov else w
 
 

@@ -29,6 +29,7 @@ from .constants import (
 )
 from .cpu_threads import divide_work
 from .cpu_tools import (
+    CONTRACTED,
     REORDERED,
     Addresses,
     Errors,
@@ -159,6 +160,21 @@ def _quantize(scale, a, factor, keys, largest_code, limit):
             part[x] = min(max(np.floor(part[x] / by + noise), -top), top)
 
 
+@compiled(relaxed=CONTRACTED)
+def _subtract_product(a, p, row, q):
+    """a <- a - the row of p^T q, four terms at a time: a is read and written once for them."""
+    many = len(q)
+    for s in range(0, many - 3, 4):
+        p0, p1, p2, p3 = p[s, row], p[s + 1, row], p[s + 2, row], p[s + 3, row]
+        q0, q1, q2, q3 = q[s], q[s + 1], q[s + 2], q[s + 3]
+        for x in range(a.size):
+            a[x] = (((a[x] - p0 * q0[x]) - p1 * q1[x]) - p2 * q2[x]) - p3 * q3[x]
+    for s in range(many - many % 4, many):
+        weight, y = p[s, row], q[s]
+        for x in range(a.size):
+            a[x] -= weight * y[x]
+
+
 @compiled(relaxed=REORDERED)
 def _keep(
     lo, hi, error, scale, limit, absent, gradients, left, right, one, two, starts, cols, step, salts, origin_row, origin_col, like
@@ -178,10 +194,7 @@ def _keep(
             for i in range(value.size):
                 a[starts[i] + np.int64(index[i])] -= real(value[i])
         else:
-            for s in range(one.shape[1]):
-                weight, y = one[t, s, row], two[t, s]
-                for x in range(cols):
-                    a[x] -= weight * y[x]
+            _subtract_product(a, one[t], row, two[t])
         to = scale[t, row] if scale.size else like
         _write(error[t, row], to, a, _row_key(key, origin_row + row), keys, single, limit)
 

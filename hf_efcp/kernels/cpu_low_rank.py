@@ -12,7 +12,24 @@ from torch import Tensor
 from . import Error, Matrices, Scale
 from .constants import BF16_SHIFT
 from .cpu_threads import PARTS, divide_work
+<<<<<<< HEAD
 from .cpu_tools import DTYPES, REORDERED, SKINNY, Addresses, Errors, array, compiled, factors, fits, matrix_row, read_row, real
+=======
+from .cpu_tools import (
+    CONTRACTED,
+    DTYPES,
+    REORDERED,
+    SKINNY,
+    Addresses,
+    Errors,
+    add_error,
+    array,
+    compiled,
+    fits,
+    matrix_row,
+    real,
+)
+>>>>>>> c315c875ee53f151eb8a72a2afa8c1c3ba2759b5
 
 # The new entry's factor is converted at once, and read from the cache for each factor of the window.
 _LONG = 2**20
@@ -53,18 +70,44 @@ def _times(lo, hi, gradients, x, y, error, scale, q, out):
         _products(a, q[t], 0, out[t, row])
 
 
+@compiled(relaxed=CONTRACTED)
+def _add_rows(a, weights, first, out):
+    """out[s] += the sum over four rows of weights[s, first + i] * a[i], in this order: out is read and written once for them."""
+    a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
+    for s in range(len(out)):
+        w0, w1, w2, w3, to = weights[s, first], weights[s, first + 1], weights[s, first + 2], weights[s, first + 3], out[s]
+        for x in range(a0.size):
+            to[x] = (((to[x] + w0 * a0[x]) + w1 * a1[x]) + w2 * a2[x]) + w3 * a3[x]
+
+
 @compiled(relaxed=REORDERED)
 def _transposed_times(lo, hi, parts, gradients, x, y, error, scale, p, out):
     rows, cols = p.shape[2], out.shape[3]
-    a = np.empty(cols, p.dtype)
+    a = np.empty((4, cols), p.dtype)
     for task in range(lo, hi):
         t, part = task // parts, task % parts
+<<<<<<< HEAD
         for row in range(rows * part // parts, rows * (part + 1) // parts):
             read_row(a, matrix_row(gradients[t], row, cols, p), x, y, error, scale, t, row, 0)
             for s in range(p.shape[1]):
                 weight, to = p[t, s, row], out[t, part, s]
                 for k in range(cols):
                     to[k] += weight * a[k]
+=======
+        row, stop = rows * part // parts, rows * (part + 1) // parts
+        while row < stop:
+            many = 4 if row + 4 <= stop else 1
+            for i in range(many):
+                add_error(a[i], matrix_row(gradients[t], row + i, cols, p), error, scale, t, row + i, 0)
+            if many == 4:
+                _add_rows(a, p[t], row, out[t, part])
+            else:
+                for s in range(p.shape[1]):
+                    weight, to, number = p[t, s, row], out[t, part, s], a[0]
+                    for x in range(cols):
+                        to[x] += weight * number[x]
+            row += many
+>>>>>>> c315c875ee53f151eb8a72a2afa8c1c3ba2759b5
 
 
 @compiled(relaxed=REORDERED)

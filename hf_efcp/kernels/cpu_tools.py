@@ -22,6 +22,8 @@ from .constants import BF16_SHIFT, BLOCK, INT4_BITS, INT4_MASK, INT4_ZERO, LARGE
 
 # Sums may be taken in any order, so that loops are vectorized; NaN and infinity stay what they are.
 REORDERED = {"reassoc", "contract", "nsz"}
+# A product may be added without being rounded; the order of sums stays.
+CONTRACTED = {"contract"}
 # More columns of a factor than this are a matter for a library of matrix products.
 SKINNY = 16
 # dtypes that the kernels read and write; bf16, which numpy does not know, as its bits.

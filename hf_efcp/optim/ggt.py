@@ -53,7 +53,7 @@ class DenseGGTOptions(GGTOptions, WindowOptions):
                 f"beta1={self.beta1} and window_momentum={self.window_momentum} are the same thing: give one of them"
             )
         if self.centered and self.beta2 < 1:
-            raise OptionError(f"centered=true with beta2={self.beta2}: allowed is beta2=1, since decayed entries have no mean")
+            raise OptionError(f"centered=True with beta2={self.beta2}: allowed is beta2=1, since decayed entries have no mean")
 
     @property
     def averaging(self) -> float:
