@@ -133,11 +133,7 @@ class WindowOptions(StateOptions):
             raise OptionError(f"block_size={block}: at most 1024 with window_format=low_bit, where an index has 10 bits")
         if self.window_update_dtype is not None and hasattr(self, "density"):
             raise OptionError(
-<<<<<<< HEAD
-                "window_update_dtype=bfloat16: sparse entries are added one by one, by no matrix product that could be faster: "
-=======
                 "window_update_dtype=bfloat16: sparse entries are added one by one, without a product that could be faster: "
->>>>>>> c315c875ee53f151eb8a72a2afa8c1c3ba2759b5
                 "leave it out"
             )
 

@@ -12,9 +12,6 @@ from torch import Tensor
 from . import Error, Matrices, Scale
 from .constants import BF16_SHIFT
 from .cpu_threads import PARTS, divide_work
-<<<<<<< HEAD
-from .cpu_tools import DTYPES, REORDERED, SKINNY, Addresses, Errors, array, compiled, factors, fits, matrix_row, read_row, real
-=======
 from .cpu_tools import (
     CONTRACTED,
     DTYPES,
@@ -22,14 +19,14 @@ from .cpu_tools import (
     SKINNY,
     Addresses,
     Errors,
-    add_error,
     array,
     compiled,
+    factors,
     fits,
     matrix_row,
+    read_row,
     real,
 )
->>>>>>> c315c875ee53f151eb8a72a2afa8c1c3ba2759b5
 
 # The new entry's factor is converted at once, and read from the cache for each factor of the window.
 _LONG = 2**20
@@ -86,28 +83,19 @@ def _transposed_times(lo, hi, parts, gradients, x, y, error, scale, p, out):
     a = np.empty((4, cols), p.dtype)
     for task in range(lo, hi):
         t, part = task // parts, task % parts
-<<<<<<< HEAD
-        for row in range(rows * part // parts, rows * (part + 1) // parts):
-            read_row(a, matrix_row(gradients[t], row, cols, p), x, y, error, scale, t, row, 0)
-            for s in range(p.shape[1]):
-                weight, to = p[t, s, row], out[t, part, s]
-                for k in range(cols):
-                    to[k] += weight * a[k]
-=======
         row, stop = rows * part // parts, rows * (part + 1) // parts
         while row < stop:
             many = 4 if row + 4 <= stop else 1
             for i in range(many):
-                add_error(a[i], matrix_row(gradients[t], row + i, cols, p), error, scale, t, row + i, 0)
+                read_row(a[i], matrix_row(gradients[t], row + i, cols, p), x, y, error, scale, t, row + i, 0)
             if many == 4:
                 _add_rows(a, p[t], row, out[t, part])
             else:
                 for s in range(p.shape[1]):
                     weight, to, number = p[t, s, row], out[t, part, s], a[0]
-                    for x in range(cols):
-                        to[x] += weight * number[x]
+                    for k in range(cols):
+                        to[k] += weight * number[k]
             row += many
->>>>>>> c315c875ee53f151eb8a72a2afa8c1c3ba2759b5
 
 
 @compiled(relaxed=REORDERED)
