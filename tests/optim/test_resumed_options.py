@@ -143,6 +143,16 @@ def test_a_state_that_goes_out_and_in_again_says_nothing(name, caplog):
     assert differences(before, snapshot(optimizer, params)) == []
 
 
+@pytest.mark.parametrize(("there", "here"), [("beta1", "window_momentum"), ("window_momentum", "beta1")])
+def test_an_option_of_two_names_is_given_by_either(there, here, caplog):
+    saver, params = trained("efcp_sparse_ggt", **{there: 0.5})
+    loader, others = started_from("efcp_sparse_ggt", clones(params), **{here: 0.7})
+    loader.load_state_dict(saver.state_dict())
+    assert (getattr(loader.options, here), getattr(loader.options, there)) == (0.7, 0.0)
+    assert f"{here}=0.7 (not 0.0)" in caplog.text and f"{there}=0.0 (not 0.5)" in caplog.text
+    train(loader, others, 5, 7)
+
+
 def test_a_fresh_optimizers_checkpoint_decides_on_nothing(other_defaults):
     saved = started_from()[0].state_dict()
     other_defaults()
