@@ -41,6 +41,7 @@ def option(
     check: Callable[[Any], bool] | None = None,
     choices: tuple[Any, ...] = (),
     parse: Callable[[str, Any], Any] | None = None,
+    instead_of: str = "",
 ) -> Any:
     """A dataclass field with its help text and its range. It is typed Any, so that `rank: int = option(4, ...)` has a type.
 
@@ -51,11 +52,13 @@ def option(
         check: predicate on the typed value; None values are not checked.
         choices: the allowed values, instead of `check`.
         parse: (name, value from Python or text) -> value, where the value's type does not say how to read it.
+        instead_of: another option that is the same thing under another name: who gives one has decided on both.
     """
     if choices:
         allowed = " or ".join(str(c).removeprefix("torch.") for c in choices)
         check = choices.__contains__
-    return dataclasses.field(default=default, metadata={"help": help, "allowed": allowed, "check": check, "parse": parse})
+    metadata = {"help": help, "allowed": allowed, "check": check, "parse": parse, "instead_of": instead_of}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def as_text(value: object) -> str:
@@ -166,6 +169,13 @@ def typed(name: str, value: Any, annotation: Any) -> Any:
     wanted = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(kind)
     wanted = wanted or "one of " + ", ".join(_DTYPES)
     raise OptionError(f"{name}={value!r}: expected {wanted}" + (" or none" if type(None) in kinds else ""))
+
+
+def decided(options_type: type, given: Iterable[str]) -> set[str]:
+    """Name the options that the given ones decide on: themselves, and those that are the same under another name."""
+    pairs = [(f.name, f.metadata["instead_of"]) for f in dataclasses.fields(options_type)]
+    given = set(given)
+    return given | {b for a, b in pairs if a in given and b} | {a for a, b in pairs if b in given}
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str], owner: str = "") -> str:

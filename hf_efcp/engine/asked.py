@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ..core.cells import Spec
 from ..distributed.placement import Placement
-from ..options import OptionError, as_text, build
+from ..options import OptionError, as_text, build, decided
 from .choices import BUDGETED, candidates, choose, described, free_options, shown
 from .traces import Known, as_given, options_of, scopes_of, widened
 
@@ -51,8 +51,8 @@ def merged(options_type: type, measured: Mapping[str, Any], given: Mapping[str, 
     options = build(options_type, given, owner)
     if getattr(options, "preset", "paper") == "paper":
         return options
-    chosen = BUDGETED if getattr(options, "memory_budget", None) is not None else ()
-    return build(options_type, {**{n: v for n, v in measured.items() if n not in chosen}, **given}, owner)
+    left_out = decided(options_type, given) | set(BUDGETED if getattr(options, "memory_budget", None) is not None else ())
+    return build(options_type, {**{n: v for n, v in measured.items() if n not in left_out}, **given}, owner)
 
 
 class Asked:
@@ -73,8 +73,8 @@ class Asked:
     def __init__(self, name: str, options: Any, given: Mapping[str, Any]):
         self.name = name
         self.size: int | None = getattr(options, "memory_budget", None)
-        decided = {*given, *OF_THE_START, *_ALWAYS_THIS_RUNS}
-        self.open = tuple(f.name for f in dataclasses.fields(options) if f.name not in decided)
+        closed = decided(type(options), given) | {*OF_THE_START, *_ALWAYS_THIS_RUNS}
+        self.open = tuple(f.name for f in dataclasses.fields(options) if f.name not in closed)
         self.budgeted = free_options(options, given) if self.size is not None else ()
         self.chosen = False
 

@@ -19,11 +19,11 @@ from ..distributed.placement import Alone
 from ..distributed.plan import describe
 from ..distributed.zero import ZeroPieces
 from ..options import GroupOptions, OptionError, build
-from .asked import Asked, merged, say
+from .asked import Asked, merged
 from .builder import Builder
 from .costs import Count
 from .footprint import measured
-from .loading import load, take_named, take_told
+from .loading import load, take
 from .method import Method
 from .parameters import checked_group, signature
 from .saving import Saving, copies, section
@@ -231,14 +231,9 @@ class EngineOptimizer(torch.optim.Optimizer):
             OptionError: nothing can be read, an option that is given is another one there, or no choice of memory_budget gives
                 the state that was saved.
         """
-        builder, sharded = self.builder, [p for p in _params(self) if is_sharded(p)]
+        sharded = [p for p in _params(self) if is_sharded(p)]
         entries, options = saved_choice(saved, FSDP2Mesh(sharded) if sharded else Alone())
-        if options is not None:
-            say(take_named(builder, self.state, options))
-        elif (line := take_told(builder, self.param_groups, self.state, entries)) is not None:
-            say(line)
-        else:
-            builder.asked.refuse(entries, builder.options)
+        take(self.builder, self.param_groups, self.state, entries, options)
 
     # Figures --------------------------------------------------------------------------------------------------------------
 

@@ -53,6 +53,26 @@ def load(
         raise
 
 
+def take(
+    builder: Builder, groups: Sequence[dict[str, Any]], state: State, entries: Iterable[Known], saved: Mapping[str, Any] | None
+) -> None:
+    """Take the open options of a saved run, and log them.
+
+    Args:
+        builder, groups, state: as in `load`.
+        entries: of the saved state.
+        saved: its options; None: only its tensors tell.
+
+    Raises:
+        OptionError: an option that is given is another one there, or no choice of memory_budget gives the state.
+    """
+    entries = list(entries)
+    line = take_told(builder, groups, state, entries) if saved is None else take_named(builder, state, saved)
+    if line is None:
+        builder.asked.refuse(entries, builder.options)
+    say(line or "")
+
+
 def take_named(builder: Builder, state: State, saved: Any) -> str:
     """Take the open options from those that a checkpoint names; give the line to log.
 

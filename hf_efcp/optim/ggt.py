@@ -38,6 +38,7 @@ class GGTOptions:
         "momentum before preconditioning, as window_momentum (give one of them)",
         allowed="a number in [0, 1)",
         check=fraction,
+        instead_of="window_momentum",
     )
     beta2: float = option(1.0, "decay of the window's entries by age", allowed="a number in (0, 1]", check=lambda x: 0 < x <= 1)
 

@@ -16,11 +16,13 @@ from tests.distributed.test_sharding import train as train_ddp
 from tests.optim.helpers import differences
 
 NAME = "efcp_lowrank_mfac"
+EARLIER = {"window_size": 32, "update_rms": 0.5, "error_dtype": torch.bfloat16}
 LATER = {"window_size": 16, "rank": 8, "error_dtype": torch.float32, "damping": 0.1, "metric": "factored"}
 HALF, END = 5, 9
 
 
-def start(params, **options):
+def start(params, measured=EARLIER, **options):
+    hf_efcp.LowRankMFAC.measured = measured
     return hf_efcp.create_optimizer(NAME, params, lr=0.01, **hf_efcp.optim_defaults(NAME, **options))
 
 
@@ -46,9 +48,8 @@ def shards(rank, folder):
     saved, values = optimizer.state_dict(), [p.detach().clone() for p in params]
     train_ddp(optimizer, params, HALF, END)
 
-    hf_efcp.LowRankMFAC.measured = LATER
     others = problem()
-    other = start(others)
+    other = start(others, LATER)
     train_ddp(other, others, 0, 1)  # a state of the new options, which must not survive
     with torch.no_grad():
         for p, value in zip(others, values, strict=True):
@@ -98,9 +99,9 @@ def save_divided(rank, folder):
 
 
 def load_divided(rank, folder):
-    hf_efcp.LowRankMFAC.measured, said = LATER, lines()
+    said = lines()
     module = fsdp2.divided() if dist.is_initialized() else fsdp2.Parameters()
-    optimizer = start(list(module.parameters()))
+    optimizer = start(list(module.parameters()), LATER)
     optimizer.choose_as(folder)
     saved = {"optimizer": get_optimizer_state_dict(module, optimizer)}
     dcp.load(saved, checkpoint_id=folder)

@@ -60,6 +60,8 @@ def test_new_defaults_leave_an_old_run_as_it_was(tmp_path, monkeypatch, caplog):
         optimizer = hf_efcp.create_optimizer(name, model, lr=5e-3, **hf_efcp.optim_defaults(name))
         return accelerator, *accelerator.prepare(model, optimizer)
 
+    earlier = {"window_size": 32, "update_rms": 0.5, "error_dtype": torch.bfloat16}
+    monkeypatch.setattr(hf_efcp.LowRankMFAC, "measured", earlier)
     accelerator, model, optimizer = started()
     train(accelerator, model, optimizer, 0, 3)
     accelerator.prepare(optimizer)  # in the middle of a run: its state goes out and in again

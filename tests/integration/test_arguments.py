@@ -9,7 +9,7 @@ import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 import hf_efcp
-from hf_efcp import EFCPTrainer, EFCPTrainingArguments, OptionError, optimizer_cls_and_kwargs
+from hf_efcp import EFCPTrainer, EFCPTrainingArguments, LowRankMFAC, OptionError, optimizer_cls_and_kwargs
 from hf_efcp.integrations.arguments import EFCPFields
 from hf_efcp.registry import get_optimizer_info
 
@@ -60,7 +60,7 @@ def test_fields_are_typed(make, parse):
     for args in (make(**given), parse(*argv)):
         kwargs = optimizer_cls_and_kwargs(args)[1]
         assert {o: kwargs[o] for o in expected} == expected
-        assert get_optimizer_info("efcp_lowrank_mfac").merged(kwargs).window_size == 32
+        assert get_optimizer_info("efcp_lowrank_mfac").merged(kwargs).window_size == LowRankMFAC.measured["window_size"]
     assert optimizer_cls_and_kwargs(parse("--efcp_update_rms", "none"))[1]["update_rms"] is None
 
 

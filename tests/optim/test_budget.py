@@ -162,7 +162,7 @@ def test_the_defaults_of_optim_do_not_stand_in_its_way():
     optimizer = hf_efcp.create_optimizer("efcp_lowrank_mfac", parameters(SHAPES, torch.float32), lr=0.1, **defaults)
     assert chosen(optimizer)[0] > 32 and optimizer.options.rank == 2
     without = {**defaults, "memory_budget": None}
-    assert chosen(hf_efcp.create_optimizer("efcp_lowrank_mfac", parameters(SHAPES, torch.float32), lr=0.1, **without))[0] == 32
+    assert chosen(hf_efcp.create_optimizer("efcp_lowrank_mfac", parameters(SHAPES, torch.float32), lr=0.1, **without))[0] < 32
 
 
 def test_a_format_that_is_given_leaves_its_dtype_to_the_budget():

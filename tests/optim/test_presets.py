@@ -52,6 +52,14 @@ def test_what_is_given_wins_over_the_preset(name):
     assert (options.window_size, options.update_rms, options.error_dtype) == (7, None, torch.float32)
 
 
+def test_an_option_of_two_names_is_given_by_either(monkeypatch):
+    monkeypatch.setattr(hf_efcp.LowRankGGT, "measured", {"window_momentum": 0.9, "update_rms": 1.0})
+    options = made("efcp_lowrank_ggt", preset="measured", beta1=0.5)
+    assert (options.beta1, options.window_momentum, options.update_rms) == (0.5, 0.0, 1.0)
+    options = made("efcp_lowrank_ggt", preset="measured", window_momentum=0.7)
+    assert (options.beta1, options.window_momentum) == (0.0, 0.7)
+
+
 def test_a_budget_chooses_beside_the_preset(monkeypatch):
     monkeypatch.setattr(hf_efcp.LowRankMFAC, "measured", {"rank": 8, "error_dtype": torch.bfloat16, "damping": 0.1})
     options = made("efcp_lowrank_mfac", preset="measured", memory_budget="1GB")

@@ -15,7 +15,7 @@ from hf_efcp import OptionError
 from hf_efcp.registry import get_optimizer_info
 from tests.data.write_checkpoints import CASES, CONTINUED, SAVED, Alone, flat, put, read
 from tests.optim.helpers import EVERY, clones, differences, snapshot, through_a_file, train
-from tests.reference import info, parameters, relative
+from tests.reference import NAMES, info, parameters, relative
 
 FOLDER = Path(__file__).parents[1] / "data" / "checkpoints_0.1"
 NAME = "efcp_lowrank_mfac"
@@ -33,6 +33,16 @@ def trained(name=NAME, steps=5, **options):
     optimizer, params = started_from(name, **options)
     train(optimizer, params, 0, steps)
     return optimizer, params
+
+
+# The --optim defaults of an earlier version.
+EARLIER = {"window_size": 32, "update_rms": 0.5, "error_dtype": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True)
+def earlier_defaults(monkeypatch):
+    for name in NAMES:
+        monkeypatch.setattr(get_optimizer_info(name).cls, "measured", EARLIER)
 
 
 @pytest.fixture
@@ -133,6 +143,16 @@ def test_a_state_that_goes_out_and_in_again_says_nothing(name, caplog):
     assert differences(before, snapshot(optimizer, params)) == []
 
 
+@pytest.mark.parametrize(("there", "here"), [("beta1", "window_momentum"), ("window_momentum", "beta1")])
+def test_an_option_of_two_names_is_given_by_either(there, here, caplog):
+    saver, params = trained("efcp_sparse_ggt", **{there: 0.5})
+    loader, others = started_from("efcp_sparse_ggt", clones(params), **{here: 0.7})
+    loader.load_state_dict(saver.state_dict())
+    assert (getattr(loader.options, here), getattr(loader.options, there)) == (0.7, 0.0)
+    assert f"{here}=0.7 (not 0.0)" in caplog.text and f"{there}=0.0 (not 0.5)" in caplog.text
+    train(loader, others, 5, 7)
+
+
 def test_a_fresh_optimizers_checkpoint_decides_on_nothing(other_defaults):
     saved = started_from()[0].state_dict()
     other_defaults()
@@ -147,7 +167,7 @@ def test_an_option_that_is_younger_than_the_checkpoint_has_the_class_default(mon
     saved = saver.state_dict()
     for option in ("divisor", "power_iterations", "preset", "error_format"):
         del saved["efcp"]["options"][option]
-    new = {**hf_efcp.LowRankMFAC.measured, "divisor": "filled", "power_iterations": 3, "error_format": "int8"}
+    new = {**EARLIER, "divisor": "filled", "power_iterations": 3, "error_format": "int8"}
     monkeypatch.setattr(hf_efcp.LowRankMFAC, "measured", new)
     loader, _ = started_from(params=clones(params))
     loader.load_state_dict(saved)
