@@ -191,7 +191,7 @@ class LowRankWindow(Window):
         (n, m, rank, _), cols, dtype = self.buffers["window_p"].shape, self.buffers["window_q"].shape[3], self.compute_dtype
         rows, c, ends = part.stop - part.start, c.to(dtype), self.update_dtype
         converted = rows + cols if self.buffers["window_p"].dtype != ends else min(rows, cols)
-        for slots in chunks(m, n * rank * converted * dtype.itemsize):
+        for slots in chunks(m, n * rank * converted * ends.itemsize):
             left, right = self._factors(slots, part)
             x, y = (None, None) if factors is None else (factors[0][:, part], factors[1])
             if rows <= cols:

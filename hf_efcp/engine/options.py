@@ -112,8 +112,8 @@ class WindowOptions(StateOptions):
     )
     window_update_dtype: torch.dtype | None = option(
         None,
-        "bfloat16: the product G^T c is formed in bf16, at least twice as fast where the processor has it; none: in fp32. For "
-        "low-rank windows and dense ones in bf16; fp64 parameters stay in fp64",
+        "bfloat16: the product G^T c in bf16, half the time where the processor has instructions for it; none: in the "
+        "arithmetic's dtype. For low-rank windows, and dense ones in bf16; refused with sparse ones",
         choices=(torch.bfloat16,),
     )
     memory_budget: int | None = option(

@@ -127,3 +127,29 @@ def test_a_gradient_that_is_not_finite_is_skipped():
     with pytest.warns(RuntimeWarning, match="not finite"):
         optimizer.step()
     assert optimizer.diagnostics()["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scaled_factors_are_rounded_to_the_nearest_bf16(dtype):
+    factor, c = random(3, 5, 2, 701, dtype=dtype), random(3, 5, seed=1)
+    factor[0, 0, 0, :4] = torch.tensor([1.00390625, 1.01171875, 3e38, -0.0])  # two ties, and what overflows
+    c[0, 0], c[1, 1] = 1.0, 0.0
+    c[0, 1] = 3e38
+    expected = (factor.float() * c[:, :, None, None]).bfloat16()
+    assert torch.equal(kernels.scaled(factor, c), expected)
+    assert torch.equal(kernels.scaled(factor[:, 1:4, :, 5:40], c[:, 1:4]), expected[:, 1:4, :, 5:40])
+
+
+@SHAPES
+def test_an_update_in_bf16_is_added(n, rows, cols, rank):
+    params, u = list(random(n, rows, cols)), random(n, rows, cols, dtype=torch.bfloat16, seed=1)
+    expected = 0.9 * torch.stack(params).double() - 0.1 * u.double()
+    assert kernels.add(params, u, -0.1, 0.9)
+    assert relative(torch.stack(params).double(), expected) < 1e-7
+
+
+def test_what_cannot_be_added_in_place_is_left_to_torch():
+    u = random(1, 4, 6, dtype=torch.bfloat16)
+    assert not kernels.add([random(1, 6, 4)[0].mT], u, 1.0, 1.0)
+    assert not kernels.add([random(4, 6, dtype=torch.float64)], u, 1.0, 1.0)
+    assert not kernels.add([random(4, 6)], u.float(), 1.0, 1.0)
