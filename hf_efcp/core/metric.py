@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import kernels
 from .cells import ALL, Cell, Layout, Spec
-from .linalg import row_chunks
+from .linalg import row_chunks, stacked
 
 # S^-1 as two factors: x (n, rows) and y (n, cols), in the dtype of the arithmetic.
 Scale = tuple[Tensor, Tensor]
@@ -94,7 +94,7 @@ class Metric:
         """Read g, n matrices (rows, cols): the state stays as it is."""
         raise NotImplementedError
 
-    def whitened(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    def whitened(self, gradients: Sequence[Tensor]) -> kernels.Matrices:
         """Give S^-1 g, n matrices, where S has no factors; else g itself: whoever forms rows of it applies `scale`."""
         return gradients
 
@@ -157,40 +157,46 @@ class Factored(Metric):
 
 
 class Diagonal(Metric):
-    """D = v + eps mean(v). What is as large as the gradient is formed anew for each use, a tensor's at a time."""
+    """D = v + eps mean(v). Of matrices, what is as large as they are is formed anew for each use."""
 
     def measure(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
         self._mean = self.eps * self.corrected(self.cells["mean"].buffer)
-        self.means = torch.stack([square_sum(g) for g in gradients])[:, None] / max(1, self.layout.numel)
-        self.square = torch.stack([self._d(self._values(i, g), i, 1).sqrt().sum() for i, g in enumerate(gradients)])
+        self.means = torch.stack([square_sum(g) for g in gradients])[:, None] / self.layout.numel
+        self._values: Tensor | None = None
+        self._inverse: Tensor | None = None
+        v = self._v(gradients)
+        d = self._d(v, 1)
+        self.square = d.sqrt().sum((1, 2), dtype=torch.float64)
+        if self.layout.vector:
+            self._values, self._inverse = v, inverse_root(d)
 
-    def whitened(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    def whitened(self, gradients: Sequence[Tensor]) -> kernels.Matrices:
         """See Metric."""
-        return [g * self._inverse(self._values(i, g), i, 1) for i, g in enumerate(gradients)]
+        inverse = self._inverse
+        return stacked(gradients) * (inverse_root(self._d(self._v(gradients), 1)) if inverse is None else inverse)
 
     def unwhiten_(self, u: Tensor, rows: slice = ALL) -> Tensor:
         """See Metric: v is in the state now."""
-        for i, x in enumerate(u):
-            x.mul_(self._inverse(self.cells["values"].buffer[i, rows], i, 0))
-        return u
+        inverse = self._inverse
+        return u.mul_(inverse_root(self._d(self.cells["values"].buffer[:, rows], 0)) if inverse is None else inverse[:, rows])
 
     def keep(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
-        self.cells["values"].write(torch.stack([self._values(i, g) for i, g in enumerate(gradients)]))
+        self.cells["values"].write(self._v(gradients))
         self.cells["mean"].write(self.mixed(self.cells["mean"].buffer, self.means[:, 0]))
 
-    def _values(self, i: int, g: Tensor) -> Tensor:
-        """Give v of tensor i with this gradient in it, as the state has it."""
-        v = self.beta * self.cells["values"].buffer[i].double() + (1 - self.beta) * g.double().square()
-        return v.to(self.layout.dtype)
+    def _v(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Give v with this gradient in it, as the state has it."""
+        if self._values is not None:
+            return self._values
+        return (stacked(gradients).square() * (1 - self.beta)).add_(self.cells["values"].buffer, alpha=self.beta)
 
-    def _d(self, values: Tensor, i: int, more: int) -> Tensor:
-        divisor = 1 - self.beta ** (self.cells["count"].buffer[i] + more).double()
-        return values.double() / torch.where(divisor > 0, divisor, 1.0) + self._mean[i]
-
-    def _inverse(self, values: Tensor, i: int, more: int) -> Tensor:
-        return inverse_root(self._d(values, i, more)).to(self.layout.dtype)
+    def _d(self, values: Tensor, more: int) -> Tensor:
+        """Give D (n, rows, cols), for v and k + more."""
+        divisor = 1 - self.beta ** (self.cells["count"].buffer + more).double()
+        divisor = torch.where(divisor > 0, divisor, 1.0)[:, None, None].to(values.dtype)
+        return values / divisor + self._mean[:, None, None].to(values.dtype)
 
 
 class Uniform(Metric):

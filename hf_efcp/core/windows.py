@@ -18,6 +18,9 @@ from .cells import ALL, Buffers, Layout, Spec
 from .deferred import masked
 from .linalg import chunk_bytes, chunks, inner
 
+# Bytes of a factor that is scaled on the way into a product: it should stay in a core's cache; measured.
+_SCALED_BYTES = 2**20
+
 
 class Window:
     """What the formats share: staging and the ring.
@@ -177,23 +180,34 @@ class LowRankWindow(Window):
 
     def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float, factors: kernels.Scale = None) -> bool:
         """See Window. Products that are added to p itself: G^T c is not formed."""
-        for i, (left, right) in enumerate(self._products(c, slice(0, len(params[0])), factors)):
+        rows, cols = params[0].shape
+        sizes: Tensor | None = None
+        pair: tuple[Tensor | None, Tensor] | None = factors
+        if factors is not None and rows > cols and self.update_dtype == self.compute_dtype:
+            sizes, pair = factors[0], (None, factors[1])  # a long X is scaled as it is read, some rows at a time
+        for i, (left, right) in enumerate(self._products(c, slice(0, rows), pair)):
             beta = 1.0 if i else decay
             if right.dtype != self.compute_dtype:
                 _add_rounded_products(params, left, right, scale, beta)
                 continue
-            for p, x, y in zip(params, left, right, strict=True):
-                p.addmm_(x.mT, y, beta=beta, alpha=scale)
+            for t, (p, x, y) in enumerate(zip(params, left, right, strict=True)):
+                if sizes is None:
+                    p.addmm_(x.mT, y, beta=beta, alpha=scale)
+                else:
+                    _add_scaled_product(p, x, sizes[t], y, scale, beta)
         return True
 
-    def _products(self, c: Tensor, part: slice, factors: kernels.Scale = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _products(
+        self, c: Tensor, part: slice, factors: tuple[Tensor | None, Tensor] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Give X (n, slots r, rows) and Y (n, slots r, cols) whose X^T Y make up rows `part` of u: some slots at a time."""
         (n, m, rank, _), cols, dtype = self.buffers["window_p"].shape, self.buffers["window_q"].shape[3], self.compute_dtype
         rows, c, ends = part.stop - part.start, c.to(dtype), self.update_dtype
         converted = rows + cols if self.buffers["window_p"].dtype != ends else min(rows, cols)
         for slots in chunks(m, n * rank * converted * ends.itemsize):
             left, right = self._factors(slots, part)
-            x, y = (None, None) if factors is None else (factors[0][:, part], factors[1])
+            x, y = (None, None) if factors is None else factors
+            x = None if x is None else x[:, part]
             if rows <= cols:
                 left, right = self._scaled(left, c[:, slots], x), self._scaled(right, None, y)
             else:
@@ -207,9 +221,9 @@ class LowRankWindow(Window):
         fast = kernels.scaled(factor, c, sizes) if self.update_dtype == torch.bfloat16 else None
         if fast is not None:
             return fast
-        factor = factor.to(self.compute_dtype)
-        factor = factor if c is None else factor * c[:, :, None, None]
-        return factor if sizes is None else factor * sizes[:, None, None]
+        weights = torch.ones_like(sizes[:, :1]) if c is None else c  # type: ignore[index]
+        weights = weights[:, :, None] if sizes is None else weights[:, :, None] * sizes[:, None]
+        return factor.to(self.compute_dtype) * weights[:, :, None]
 
     def _dots_with_window(self) -> Tensor:
         return self._factor_dots(*self._factors(ALL))
@@ -226,6 +240,16 @@ class LowRankWindow(Window):
         gram_p = inner(p.flatten(1, 2), self._parts[0])
         gram_q = inner(q.flatten(1, 2), self._parts[1])
         return gram_p.mul_(gram_q).unflatten(1, p.shape[1:3]).sum((2, 3))
+
+
+def _add_scaled_product(p: Tensor, x: Tensor, sizes: Tensor, y: Tensor, scale: float, decay: float) -> None:
+    """Compute p <- decay * p + scale * diag(sizes) X^T Y in place; X is (L, rows), Y (L, cols)."""
+    room: Tensor | None = None
+    for part in chunks(len(p), len(x) * x.element_size(), _SCALED_BYTES):
+        some = x[:, part]
+        room = torch.empty_like(some) if room is None else room[:, : some.shape[1]]
+        torch.mul(some, sizes[part], out=room)
+        p[part].addmm_(room.mT, y, beta=decay, alpha=scale)
 
 
 def _add_rounded_products(params: Sequence[Tensor], x: Tensor, y: Tensor, scale: float, decay: float) -> None:

@@ -181,14 +181,15 @@ def _keep(
 ):
     """e <- e + g - c for some rows. `one` and `two` are p and q; or, where there are `starts`, indices and values."""
     rows = error.shape[1]
-    a, single, keys, key = np.empty(cols, like.dtype), np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
+    a, room = np.empty(cols, like.dtype), np.empty(cols, like.dtype)
+    single, keys, key = np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
     for task in range(lo, hi):
         t, row = task // rows, task % rows
         if absent[t]:
             continue
         if task == lo or row == 0:
             key = _column_keys(step, salts[t], origin_col, keys)
-        read_row(a, matrix_row(gradients[t], row, cols, like), left, right, error, scale, t, row, 0)
+        read_row(a, room, matrix_row(gradients[t], row, cols, like), left, right, error, scale, t, row, 0)
         if starts.size:
             index, value = one[t, row], two[t, row]
             for i in range(value.size):

@@ -60,10 +60,10 @@ def _products(x, y, start, out):
 @compiled(relaxed=REORDERED)
 def _times(lo, hi, gradients, x, y, error, scale, q, out):
     rows, cols = out.shape[1], q.shape[2]
-    a = np.empty(cols, q.dtype)
+    a, room = np.empty(cols, q.dtype), np.empty(cols, q.dtype)
     for task in range(lo, hi):
         t, row = task // rows, task % rows
-        read_row(a, matrix_row(gradients[t], row, cols, q), x, y, error, scale, t, row, 0)
+        read_row(a, room, matrix_row(gradients[t], row, cols, q), x, y, error, scale, t, row, 0)
         _products(a, q[t], 0, out[t, row])
 
 
@@ -80,14 +80,14 @@ def _add_rows(a, weights, first, out):
 @compiled(relaxed=REORDERED)
 def _transposed_times(lo, hi, parts, gradients, x, y, error, scale, p, out):
     rows, cols = p.shape[2], out.shape[3]
-    a = np.empty((4, cols), p.dtype)
+    a, room = np.empty((4, cols), p.dtype), np.empty(cols, p.dtype)
     for task in range(lo, hi):
         t, part = task // parts, task % parts
         row, stop = rows * part // parts, rows * (part + 1) // parts
         while row < stop:
             many = 4 if row + 4 <= stop else 1
             for i in range(many):
-                read_row(a[i], matrix_row(gradients[t], row + i, cols, p), x, y, error, scale, t, row + i, 0)
+                read_row(a[i], room, matrix_row(gradients[t], row + i, cols, p), x, y, error, scale, t, row + i, 0)
             if many == 4:
                 _add_rows(a, p[t], row, out[t, part])
             else:

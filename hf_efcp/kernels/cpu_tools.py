@@ -113,15 +113,20 @@ def add_error(a, g, error, scale, t, row, start):
 
 
 @compiled
-def read_row(a, g, x, y, error, scale, t, row, start):
-    """`add_error` for x[t, row] * g * y[t]; where x and y are empty, for g."""
+def read_row(a, room, g, x, y, error, scale, t, row, start):
+    """`add_error` for x[t, row] * g * y[t]; where x and y are empty, for g. `room` is as long as a."""
     if y.size == 0:
         add_error(a, g, error, scale, t, row, start)
         return
-    factor, factors = x[t, row], y[t, start : start + a.size]
+    factor, factors, scaled = x[t, row], y[t, start : start + a.size], room[: a.size]
+    if error.size and not scale.size:
+        e = error[t, row, start : start + a.size]
+        for k in range(a.size):
+            a[k] = (factor * g[k]) * factors[k] + real(e[k])
+        return
     for k in range(a.size):
-        a[k] = (factor * g[k]) * factors[k]
-    add_error(a, a, error, scale, t, row, start)
+        scaled[k] = (factor * g[k]) * factors[k]
+    add_error(a, scaled, error, scale, t, row, start)
 
 
 def array(x: Tensor) -> np.ndarray:

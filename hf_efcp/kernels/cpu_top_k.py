@@ -106,7 +106,8 @@ def _sift(bits, where, start, size):
 @compiled
 def _top_k(lo, hi, gradients, x, y, error, scale, unsigned, block, kept, kept_tail, cols, indices, values):
     rows = values.shape[1]
-    a, magnitudes, lanes = np.empty(block, values.dtype), np.empty(block, unsigned.dtype), np.empty(block, unsigned.dtype)
+    a, room = np.empty(block, values.dtype), np.empty(block, values.dtype)
+    magnitudes, lanes = np.empty(block, unsigned.dtype), np.empty(block, unsigned.dtype)
     words, where = np.empty(-(-block // 8), np.int64), np.empty(block, np.int32)
     bits, top = a.view(unsigned.dtype), np.iinfo(unsigned.dtype).max
     for task in range(lo, hi):
@@ -116,7 +117,7 @@ def _top_k(lo, hi, gradients, x, y, error, scale, unsigned, block, kept, kept_ta
         for start in range(0, cols, block):
             width = min(block, cols - start)
             size = kept if width == block else kept_tail
-            read_row(a[:width], g[start : start + width], x, y, error, scale, t, row, start)
+            read_row(a[:width], room, g[start : start + width], x, y, error, scale, t, row, start)
             # Without the sign, the bits of numbers are ordered as their magnitudes are, with NaN above all.
             for i in range(width):
                 magnitudes[i] = bits[i] & top
