@@ -11,7 +11,7 @@ gradients from its first one that is not zero.
     tensor     D = v                                    v: of the mean of g^2 over the tensor
 
 r and the v of `diagonal` contain the present gradient; c, mu, mean(v) and the v of `tensor` are those of the step before, so that
-processes which hold some rows each need no message before they whiten them.
+processes which hold some rows each need no message before they whiten them. With comm="factors" all of D is (lagged.py).
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Metric:
         means: (n, k) fp64, of this gradient: what the next step's D needs of all rows of a tensor. Where `divided`, `measure`
             gives this process's part, and the caller puts the sum over processes in its place.
         scale: S^-1 of this step as factors; None: it has none.
+        entering: the factors by which g is multiplied where it enters the window.
         square: (n,) fp64, the sum of S_i^2 of each tensor over the rows that are held here.
     """
 
@@ -89,6 +90,11 @@ class Metric:
     def divided(self) -> bool:
         """Whether `means` has to be summed over processes."""
         return self.total is not None
+
+    @property
+    def entering(self) -> Scale | None:
+        """See above."""
+        return self.scale
 
     def measure(self, gradients: Sequence[Tensor]) -> None:
         """Read g, n matrices (rows, cols): the state stays as it is."""
@@ -132,7 +138,11 @@ class Metric:
 
 
 class Factored(Metric):
-    """D_ij = (r_i + eps mu) (c_j / mu + eps); at a tensor's first gradient D_ij = r_i."""
+    """D_ij = (r_i + eps mu) (c_j / mu + eps); at a tensor's first gradient D_ij = r_i.
+
+    Attributes:
+        factors: those of D, (n, rows) and (n, cols) fp64.
+    """
 
     def measure(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
@@ -152,6 +162,7 @@ class Factored(Metric):
         mu = c.mean(1, keepdim=True)
         r = r + self.eps * self.corrected(mu)
         c = torch.where(mu > 0, c / torch.where(mu > 0, mu, 1.0) + self.eps, 1.0)
+        self.factors = r, c
         self.square = r.sqrt().sum(1) * c.sqrt().sum(1)
         self.scale = inverse_root(r).to(self.layout.dtype), inverse_root(c).to(self.layout.dtype)
 

@@ -7,7 +7,8 @@ factors that are there already, and
     e_i <- e_i + g_i - P Q^T
 
 Error and warm start of every compressed matrix are on every process. The errors differ: their mean is the error of a run that
-compresses the mean gradient.
+compresses the mean gradient. With a metric, g_i is whitened first, by a D which all processes have: that of the step before. D
+takes the mean over processes of the squares of the g_i, which is sent along with the last factors.
 """
 
 from __future__ import annotations
@@ -22,117 +23,20 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.accumulated import Accumulated, LowRankEntry
-from ..core.cells import Layout, Spec, matrix_shape
-from ..core.compressors import Compressor, PowerIteration
-from ..core.deferred import DelayedFlag
+from ..core.cells import ALL, Layout, Spec, matrix_shape
+from ..core.compressors import Compressor
+from ..core.lagged import Borrowed, Lagged
 from ..core.linalg import ieee_matmul
-from ..core.windows import LowRankWindow
+from ..core.metric import Metric
 from ..distributed.ddp import Replicas
 from ..distributed.factors import factors_of_mean, mean_
 from ..distributed.fsdp2 import is_sharded
 from ..distributed.placement import Placement, Specs
 from ..options import OptionError
+from .factor_stacks import FactorStack, in_factors, places_of
 from .formats import EntryFormat, LowRankFormat
 from .setup import Setup, l2_of
 from .stacks import Piece, Stack, batches
-
-# How many entries of a gradient are kept from backward to step, to see that it is still the same.
-_SAMPLE = 16
-
-
-class FactorStack(Stack):
-    """Whole matrices whose factors the processes make together. The window has no slots: it only rounds the new entry.
-
-    Attributes:
-        start: the Q that this backward starts from, (n, cols, r).
-        p, q: the factors, (n, rows, r) and (n, cols, r); zeros until the hook has seen their bucket.
-        samples: entries of the gradients that the hook has seen, by position in the stack.
-    """
-
-    def __init__(self, pieces: list[Piece], group: int, specs: Specs, options: Any):
-        super().__init__(pieces, group, [specs["error"], specs["warm_start"]])
-        self.error, warm_start = self.cell("error"), self.cell("warm_start")
-        self.compressor = PowerIteration(warm_start, options.power_iterations)
-        n, rank = len(pieces), warm_start.buffer.shape[2]
-        specs_of_window = LowRankWindow.specs(self.layout, 0, rank, specs["window_p"].dtype)
-        rounding = {s.name: torch.zeros(n, *s.shape, dtype=s.dtype, device=self.device) for s in specs_of_window}
-        self.window = LowRankWindow(rounding, self.layout.dtype)
-        self.changed = DelayedFlag()
-        self.start: Any = None
-        self.p: Any = None
-        self.q: Any = None
-        self.samples: dict[int, Tensor] = {}
-
-    def begin(self, step: Tensor) -> None:
-        """Begin a backward: what an earlier one has left, without a step, is void."""
-        self.turn.step = step
-        start = self.compressor.start(step)
-        self.start, self.q = start, torch.zeros_like(start)
-        self.p = start.new_zeros(len(self.pieces), self.shape[0], start.shape[2])
-        self.samples = {}
-
-    def operand(self, members: Mapping[int, Tensor], l2: float) -> Tensor:
-        """Form a = e + g + l2 * p of the members, given by position -> g; a copy (members, rows, cols)."""
-        a = torch.stack([g.reshape(self.shape).to(self.layout.dtype) for g in members.values()])
-        for x, i in zip(a, members, strict=True):
-            if l2:
-                x.add_(self.pieces[i].data.reshape(self.shape), alpha=l2)
-            x.add_(self.error.buffer[i])
-        return a
-
-    def put(self, members: Mapping[int, Tensor], p: Tensor, q: Tensor) -> None:
-        """Take the members' factors."""
-        index = torch.tensor(list(members), device=self.device)
-        self.p.index_copy_(0, index, p)
-        self.q.index_copy_(0, index, q)
-        self.samples |= {i: _sample(g).clone() for i, g in members.items()}
-
-    def stage(self, step: Tensor) -> None:
-        """Give the entry as the window stores it; zero for a parameter without a gradient, which DDP leaves so everywhere.
-
-        Raises:
-            OptionError: a gradient is not the one that the hook has seen; on a GPU that is known one step late.
-        """
-        if self.start is None:
-            self.begin(step)
-        self.open(step)
-        self._check_gradients()
-        for i in self.turn.absent:
-            self.p[i], self.q[i] = 0, 0
-        self.window.stage(LowRankEntry.of(self.p, self.q))
-        self.compressor.prepare(self.q)
-
-    def commit(self, j: Tensor, l2: float, ok: bool | Tensor) -> None:
-        """Let e <- e + g - P Q^T, and Q become the next warm start, where the step is accepted."""
-        self.turn.ok = ok
-        assert self.window.staged is not None, "stage comes first"
-        Accumulated(self.gradients(l2), self.error).keep(self.window.staged)
-        self.compressor.commit()
-        self.window.release()
-        self.void()
-
-    def void(self) -> None:
-        """Forget the factors: they are used up."""
-        self.start = self.p = self.q = None
-        self.samples = {}
-
-    def _check_gradients(self) -> None:
-        differ = []
-        for i, p in enumerate(self.params):
-            if p.grad is None:
-                continue
-            if i not in self.samples:
-                raise OptionError(
-                    "comm='factors': a gradient did not come from a backward through the DistributedDataParallel that "
-                    "synchronizes (the last one before step() has to be outside no_sync)"
-                )
-            seen, there = self.samples[i], _sample(p.grad)
-            differ.append(((seen != there) & ~(seen.isnan() & there.isnan())).any())
-        if differ and self.changed.exchange(torch.stack(differ).any()):
-            raise OptionError(
-                "comm='factors': gradients were changed between backward() and step() (clipping, a GradScaler), which would have "
-                "no effect on the factors: take max_grad_norm=0 and no fp16, or comm='gradients'"
-            )
 
 
 class ReadyFactors(Compressor):
@@ -154,7 +58,7 @@ class ReadyFactors(Compressor):
 
 
 class ReadyFormat(LowRankFormat):
-    """Low-rank entries without error and warm start of their own.
+    """Low-rank entries without error, warm start and metric of their own.
 
     Args:
         layout, options: as in EntryFormat.
@@ -167,11 +71,22 @@ class ReadyFormat(LowRankFormat):
 
     def specs(self) -> tuple[Spec, ...]:
         """See EntryFormat."""
-        return tuple(s for s in super().specs() if s.name not in ("error", "warm_start"))
+        return tuple(s for s in super().specs() if not in_factors(s.name))
 
     def compressor(self, stack: Stack) -> Compressor:
         """See EntryFormat."""
         return ReadyFactors(stack.pieces, self.places)
+
+    def metric(self, stack: Stack) -> Metric | None:
+        """See EntryFormat."""
+        if self.options.metric == "none":
+            return None
+
+        def sources() -> list[tuple[Lagged, int, slice]]:
+            places = [(*self.places[piece.param], piece.rows or ALL) for piece in stack.pieces]
+            return [(s.metric, i, rows) for s, i, rows in places if s.metric is not None]
+
+        return Borrowed(stack.turn, self.layout, sources)
 
 
 class FactorSync:
@@ -238,12 +153,15 @@ class FactorSync:
             )
 
     def held(self, specs: Sequence[Spec], processes: int = 1) -> tuple[Spec, ...]:
-        """Say of a parameter's state who holds it: with factors, errors and warm starts are on every process."""
+        """Say of a parameter's state who holds it: with factors, errors, warm starts and metrics are on every process."""
         factors = self.replicas is not None or (self.wanted and processes > 1)
         if not factors or "warm_start" not in {spec.name for spec in specs}:
             return tuple(specs)
-        where = {"error": "each", "warm_start": "everywhere"}
-        return tuple(dataclasses.replace(s, held=where[s.name]) if s.name in where else s for s in specs)  # type: ignore[arg-type]
+
+        def held(s: Spec) -> Spec:
+            return dataclasses.replace(s, held="each" if s.name == "error" else "everywhere") if in_factors(s.name) else s
+
+        return tuple(map(held, specs))
 
     def in_window(self, format: EntryFormat) -> EntryFormat:
         """Give the format of the windows' stacks, without what is in stacks of all compressed matrices."""
@@ -283,11 +201,12 @@ class FactorSync:
             else:
                 plain.append(g)
         with ieee_matmul(buffer.device):
-            a = [s.operand(gradients, l2_of(groups[s.group], options)) for s, gradients in members.items()]
+            operands = [s.operand(gradients, l2_of(groups[s.group], options)) for s, gradients in members.items()]
             starts = [s.start[list(gradients)] for s, gradients in members.items()]
+            a, plain = [a for a, _ in operands], [*plain, *(t for _, means in operands for t in means)]
             factors = factors_of_mean(a, starts, options.power_iterations, self._mean, plain)
-            for (s, gradients), (p, q) in zip(members.items(), factors, strict=True):
-                s.put(gradients, p, q)
+            for (s, gradients), (p, q), (_, means) in zip(members.items(), factors, operands, strict=True):
+                s.put(gradients, p, q, means)
         future: Any = torch.futures.Future() if buffer.device.type == "cpu" else torch.futures.Future(devices=[buffer.device])
         future.set_result(buffer)
         return future
@@ -295,14 +214,3 @@ class FactorSync:
     def _mean(self, tensors: Sequence[Tensor]) -> None:
         assert self.replicas is not None
         mean_(tensors, self.replicas.group, self.replicas.size)
-
-
-def places_of(stacks: Sequence[FactorStack]) -> dict[Tensor, tuple[FactorStack, int]]:
-    """Give the stack and the position of each parameter."""
-    return {p: (s, i) for s in stacks for i, p in enumerate(s.params)}
-
-
-def _sample(g: Tensor) -> Tensor:
-    """Give a few entries of a gradient."""
-    flat = g.reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLE)]

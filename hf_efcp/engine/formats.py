@@ -12,8 +12,10 @@ from ..core import metric
 from ..core.cells import Buffers, Layout, Spec, matrix_specs
 from ..core.codecs import BlockQuantizer
 from ..core.compressors import BlockTopK, Compressor, Identity, PowerIteration
+from ..core.lagged import Lagged
 from ..core.linalg import multiplies_bf16
 from ..core.low_bit_windows import LowBitDenseWindow, LowBitLowRankWindow, LowBitSparseWindow, codec_of
+from ..core.metric import Metric
 from ..core.sparse_window import SparseWindow
 from ..core.windows import DenseWindow, LowRankWindow, Window
 from .costs import Count
@@ -68,6 +70,13 @@ class EntryFormat:
         """Make the window on the buffers of a stack."""
         return self._kind(self._window_buffers(buffers), self.layout.dtype, self._update_dtype(buffers))
 
+    def metric(self, stack: Stack) -> Metric | None:
+        """Make the metric of a stack; None: there is none."""
+        kind, o = metric.kind_of(self.layout, self.options.metric), self.options
+        if kind == "none":
+            return None
+        return self._metric_class(kind)(stack.metric_cells(), self.layout, o.metric_beta, o.metric_eps, stack.total)
+
     def arithmetic(self, n: int, rows: int) -> tuple[float, float, float, float]:
         """Count operations for n tensors of `rows` rows: in the compute dtype of compress, feedback, update; in fp64 of dots."""
         products = 2.0 * self.options.window_size * n * rows * self.layout.cols
@@ -76,6 +85,9 @@ class EntryFormat:
     @property
     def _kind(self) -> type[DenseWindow]:
         return LowBitDenseWindow if self.low_bit else DenseWindow
+
+    def _metric_class(self, kind: str) -> type[Metric]:
+        return metric.KINDS[kind]
 
     def _window_buffers(self, buffers: Buffers) -> Buffers:
         return {spec.name: buffers[spec.name] for spec in self.window_specs()}
@@ -174,6 +186,9 @@ class LowRankFormat(EntryFormat):
         m, r, cols = self.options.window_size, self.rank, self.layout.cols
         numel, dots = n * rows * cols, 2 * m * r * r * n * (rows + cols)
         return 4 * numel * r * self.options.power_iterations, 2 * numel * r, 2 * numel * m * r, dots
+
+    def _metric_class(self, kind: str) -> type[Metric]:
+        return Lagged if self.options.comm == "factors" else super()._metric_class(kind)
 
 
 @functools.cache

@@ -137,6 +137,9 @@ class WindowOptions(StateOptions):
                 "leave it out"
             )
 
+        if getattr(self, "comm", "gradients") == "factors" and self.metric not in ("none", "factored"):
+            raise OptionError(f"metric={self.metric!r}: with comm=factors allowed are none and factored")
+
     @property
     def averaging(self) -> float:
         """The momentum before preconditioning, by whatever option it is given."""

@@ -93,6 +93,10 @@ class Stack:
         """Make the cell of a state entry."""
         return cell(self.specs[name], self.buffers, self.layout.dtype, self.turn)
 
+    def metric_cells(self) -> dict[str, Cell]:
+        """Make the cells of the metric's state, by name without `metric_`."""
+        return {n.removeprefix("metric_"): self.cell(n) for n in self.buffers if n.startswith("metric_")}
+
     @property
     def params(self) -> list[Tensor]:
         """The n parameters."""

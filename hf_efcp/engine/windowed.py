@@ -15,7 +15,6 @@ from ..core.coefficients import quadratic, weights
 from ..core.compressors import Identity
 from ..core.deferred import masked, readable
 from ..core.gram import GramMatrix
-from ..core.metric import KINDS, Metric, kind_of
 from .apply import apply
 from .costs import Count
 from .diagnostics import of_last_step
@@ -42,7 +41,7 @@ class WindowStack(Stack):
         self.window = format.window(self.buffers)
         self.error = self.cell("error") if "error" in self.buffers else None
         self.momentum = self.buffers.get("momentum")
-        self.metric = self._make_metric(format.options)
+        self.metric = format.metric(self)
 
     def stage(self, step: Tensor, l2: float) -> None:
         """Compute a = e + S^-1 g and c = C(a) as the window stores it; the state stays as it is.
@@ -62,7 +61,7 @@ class WindowStack(Stack):
         """Give the operand a = e + S^-1 g."""
         if self.metric is None:
             return Accumulated(gradients, self.error, self.turn.absent, self.total)
-        return Accumulated(self.metric.whitened(gradients), self.error, self.turn.absent, self.total, self.metric.scale)
+        return Accumulated(self.metric.whitened(gradients), self.error, self.turn.absent, self.total, self.metric.entering)
 
     def dots(self, j: Tensor) -> Tensor:
         """Give the staged entry's inner products with the window, (n, m) fp64. A plain entry, the gradient, is not held."""
@@ -113,13 +112,6 @@ class WindowStack(Stack):
             return v
 
         apply(self, update, rate, weight_decay, self.turn.step if options.stochastic_rounding else None, absent)
-
-    def _make_metric(self, o: Any) -> Metric | None:
-        kind, names = kind_of(self.layout, o.metric), [name for name in self.buffers if name.startswith("metric_")]
-        if kind == "none":
-            return None
-        cells = {name.removeprefix("metric_"): self.cell(name) for name in names}
-        return KINDS[kind](cells, self.layout, o.metric_beta, o.metric_eps, self.total)
 
     def _apply_at_once(self, c: Tensor, lr: float, weight_decay: float) -> bool:
         """Do the plain case of `apply` without forming u; tell whether the window can."""

@@ -1,0 +1,157 @@
+"""The matrices whose factors the processes make together, see factor_sync.py: errors, warm starts, metric, and the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.accumulated import Accumulated, LowRankEntry
+from ..core.compressors import PowerIteration
+from ..core.deferred import DelayedFlag
+from ..core.lagged import Lagged
+from ..core.metric import scaled_
+from ..core.windows import LowRankWindow
+from ..distributed.placement import Specs
+from ..options import OptionError
+from .stacks import Piece, Stack
+
+# How many entries of a gradient are kept from backward to step, to see that it is still the same.
+_SAMPLE = 16
+
+
+class FactorStack(Stack):
+    """Whole matrices whose factors the processes make together. The window has no slots: it only rounds the new entry.
+
+    Attributes:
+        start: the Q that this backward starts from, (n, cols, r).
+        p, q: the factors, (n, rows, r) and (n, cols, r); zeros until the hook has seen their bucket.
+        samples: entries of the gradients that the hook has seen, by position in the stack.
+        metric: of the matrices; None: there is none.
+    """
+
+    def __init__(self, pieces: list[Piece], group: int, specs: Specs, options: Any):
+        super().__init__(pieces, group, [spec for name, spec in specs.items() if in_factors(name)])
+        self.error, warm_start = self.cell("error"), self.cell("warm_start")
+        self.compressor = PowerIteration(warm_start, options.power_iterations)
+        n, rank = len(pieces), warm_start.buffer.shape[2]
+        specs_of_window = LowRankWindow.specs(self.layout, 0, rank, specs["window_p"].dtype)
+        rounding = {s.name: torch.zeros(n, *s.shape, dtype=s.dtype, device=self.device) for s in specs_of_window}
+        self.window = LowRankWindow(rounding, self.layout.dtype)
+        self.changed = DelayedFlag()
+        self.start: Any = None
+        self.p: Any = None
+        self.q: Any = None
+        self.samples: dict[int, Tensor] = {}
+        cells = self.metric_cells()
+        self.metric = Lagged(cells, self.layout, options.metric_beta, options.metric_eps) if cells else None
+
+    def begin(self, step: Tensor) -> None:
+        """Begin a backward: what an earlier one has left, without a step, is void."""
+        self.turn.step = step
+        start = self.compressor.start(step)
+        self.start, self.q = start, torch.zeros_like(start)
+        self.p = start.new_zeros(len(self.pieces), self.shape[0], start.shape[2])
+        self.samples = {}
+        if self.metric is not None:
+            self.metric.open()
+
+    def operand(self, members: Mapping[int, Tensor], l2: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Form a = e + S^-1 (g + l2 * p) of the members, given by position -> g.
+
+        Returns:
+            A copy (members, rows, cols), and what the metric needs the means of over the processes.
+        """
+        a = torch.stack([g.reshape(self.shape).to(self.layout.dtype) for g in members.values()])
+        for x, i in zip(a, members, strict=True):
+            if l2:
+                x.add_(self.pieces[i].data.reshape(self.shape), alpha=l2)
+        means: tuple[Tensor, ...] = ()
+        if self.metric is not None:
+            index = self._index(members)
+            means = tuple(t.to(self.layout.dtype) for t in self.metric.read(list(a), index))
+            x, y = self.metric.entering
+            a = scaled_(a, (x[index], y[index]))
+        for x, i in zip(a, members, strict=True):
+            x.add_(self.error.buffer[i])
+        return a, means
+
+    def put(self, members: Mapping[int, Tensor], p: Tensor, q: Tensor, means: Sequence[Tensor]) -> None:
+        """Take the members' factors, and the means over the processes of what `operand` gave."""
+        index = self._index(members)
+        if self.metric is not None:
+            self.metric.put(index, *means)
+        self.p.index_copy_(0, index, p)
+        self.q.index_copy_(0, index, q)
+        self.samples |= {i: _sample(g).clone() for i, g in members.items()}
+
+    def stage(self, step: Tensor) -> None:
+        """Give the entry as the window stores it; zero for a parameter without a gradient, which DDP leaves so everywhere.
+
+        Raises:
+            OptionError: a gradient is not the one that the hook has seen; on a GPU that is known one step late.
+        """
+        if self.start is None:
+            self.begin(step)
+        self.open(step)
+        self._check_gradients()
+        for i in self.turn.absent:
+            self.p[i], self.q[i] = 0, 0
+        self.window.stage(LowRankEntry.of(self.p, self.q))
+        self.compressor.prepare(self.q)
+
+    def commit(self, j: Tensor, l2: float, ok: bool | Tensor) -> None:
+        """Let e <- e + S^-1 g - P Q^T, Q become the next warm start, and D contain g, where the step is accepted."""
+        self.turn.ok = ok
+        assert self.window.staged is not None, "stage comes first"
+        gradients, scale = self.gradients(l2), None if self.metric is None else self.metric.entering
+        Accumulated(gradients, self.error, scale=scale).keep(self.window.staged)
+        if self.metric is not None:
+            self.metric.commit(gradients)
+        self.compressor.commit()
+        self.window.release()
+        self.void()
+
+    def void(self) -> None:
+        """Forget the factors: they are used up."""
+        self.start = self.p = self.q = None
+        self.samples = {}
+
+    def _index(self, members: Mapping[int, Tensor]) -> Tensor:
+        return torch.tensor(list(members), device=self.device)
+
+    def _check_gradients(self) -> None:
+        differ = []
+        for i, p in enumerate(self.params):
+            if p.grad is None:
+                continue
+            if i not in self.samples:
+                raise OptionError(
+                    "comm='factors': a gradient did not come from a backward through the DistributedDataParallel that "
+                    "synchronizes (the last one before step() has to be outside no_sync)"
+                )
+            seen, there = self.samples[i], _sample(p.grad)
+            differ.append(((seen != there) & ~(seen.isnan() & there.isnan())).any())
+        if differ and self.changed.exchange(torch.stack(differ).any()):
+            raise OptionError(
+                "comm='factors': gradients were changed between backward() and step() (clipping, a GradScaler), which would have "
+                "no effect on the factors: take max_grad_norm=0 and no fp16, or comm='gradients'"
+            )
+
+
+def in_factors(name: str) -> bool:
+    """Tell whether a state entry of a compressed matrix is with its factors, whole on every process."""
+    return name in ("error", "warm_start") or name.startswith("metric_")
+
+
+def places_of(stacks: Sequence[FactorStack]) -> dict[Tensor, tuple[FactorStack, int]]:
+    """Give the stack and the position of each parameter."""
+    return {p: (s, i) for s in stacks for i, p in enumerate(s.params)}
+
+
+def _sample(g: Tensor) -> Tensor:
+    """Give a few entries of a gradient."""
+    flat = g.reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE)]
