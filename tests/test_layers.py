@@ -25,6 +25,7 @@ COMPILERS = {
     "kernels/cpu_sparse.py": ("numpy",),
     "kernels/cpu_keep.py": ("numba", "numpy"),
     "kernels/cpu_low_rank.py": ("numpy",),
+    "kernels/cpu_metric.py": ("numpy",),
     "kernels/gpu_sparse.py": ("triton",),
 }
 

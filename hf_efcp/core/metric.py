@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import kernels
 from .cells import ALL, Cell, Layout, Spec
+from .deferred import masked
 from .linalg import row_chunks, stacked
 
 # S^-1 as two factors: x (n, rows) and y (n, cols), in the dtype of the arithmetic.
@@ -112,7 +113,8 @@ class Metric:
     def live_square(self) -> Tensor:
         """Sum `square` over the tensors with a gradient, 0-D fp64; NaN, to refuse the step, where the state cannot hold means."""
         square = self.square.clone()
-        square[list(self.turn.absent)] = 0
+        for i in self.turn.absent:
+            square[i].zero_()
         return square.sum() + 0 * self.means.to(self.layout.dtype).sum()
 
     def commit(self, gradients: Sequence[Tensor]) -> None:
@@ -121,6 +123,9 @@ class Metric:
         count = self.cells["count"].buffer
         seen = (count > 0) | (self.means.sum(1) > 0)
         self.cells["count"].write(count + seen)
+        if self.scale is not None:  # of a refused step u is 0, and has to stay so
+            x, y = (masked(self.turn.ok, factor, 0.0) for factor in self.scale)
+            self.scale = x, y
 
     def keep(self, gradients: Sequence[Tensor]) -> None:
         """Write the running means."""

@@ -46,13 +46,17 @@ def merged(options_type: type, measured: Mapping[str, Any], given: Mapping[str, 
         owner: whose options they are, for messages.
 
     Raises:
-        OptionError: unknown name, wrong type or value out of range.
+        OptionError: unknown name, wrong type or value out of range, or one that would have no effect.
     """
     options = build(options_type, given, owner)
-    if getattr(options, "preset", "paper") == "paper":
-        return options
-    left_out = decided(options_type, given) | set(BUDGETED if getattr(options, "memory_budget", None) is not None else ())
-    return build(options_type, {**{n: v for n, v in measured.items() if n not in left_out}, **given}, owner)
+    if getattr(options, "preset", "paper") != "paper":
+        left_out = decided(options_type, given) | set(BUDGETED if getattr(options, "memory_budget", None) is not None else ())
+        options = build(options_type, {**{n: v for n, v in measured.items() if n not in left_out}, **given}, owner)
+    if "rms_mode" in given and options.rms_mode == "adam" and options.update_rms is None:
+        raise OptionError(
+            "rms_mode='adam' with update_rms=None: the raw update is not rescaled; give update_rms too, 1.0 for Adam's size"
+        )
+    return options
 
 
 class Asked:

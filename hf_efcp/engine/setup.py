@@ -92,6 +92,8 @@ class Setup:
         """End a step: hand out the parameters, and remember coefficients and size, if any, where the step was accepted."""
         self.placement.publish(self.params, self.owners)
         self.last = last if ok is True or last is None or self.last is None else masked(ok, last, self.last)
+        if isinstance(ok, Tensor):
+            size = masked(ok, torch.ones((), dtype=torch.float64, device=ok.device) * size, self.size)
         self.size = size
         self.started = True
         self._idle = 0 if self._idle < _IDLE_STEPS else self._idle

@@ -14,7 +14,7 @@ import hf_efcp
 from hf_efcp.options import OptionError, parse_bytes
 from hf_efcp.registry import get_optimizer_info
 from tests.optim.helpers import EVERY, differences, gradients_at, snapshot, train
-from tests.reference import parameters
+from tests.reference import info, parameters
 
 SHAPES = [(200, 64), (64, 200), (64, 64), (64,), (200,), (3, 64)]
 COUNT = sum(torch.Size(s).numel() for s in SHAPES)
@@ -55,6 +55,32 @@ def test_the_budget_is_kept_and_used(name):
             assert sum(longer.memory_footprint().values()) > budget
     assert fits >= 3
     assert o.window_size == type(o)().window_size and o.error_format == o.window_format == "plain"  # all that there is
+
+
+@pytest.mark.parametrize("metric", ["factored", "diagonal", "tensor"])
+@EVERY
+def test_the_bytes_of_a_metric_count_and_are_no_choice(name, metric):
+    """With so many bytes more, the choice is that without a metric; with the same number, the state keeps to them."""
+    budget = 40 * COUNT * (10 if info(name).compression == "dense" else 1)
+    without, _ = build(name, budget)
+    choice = chosen(without)
+    optimizer, params = build(name, None, metric=metric)
+    more = optimizer.memory_footprint()["metric"]
+    assert more >= {"factored": 4 * len(SHAPES), "diagonal": 4 * COUNT, "tensor": 4 * len(SHAPES)}[metric]
+    assert chosen(build(name, budget + more, metric=metric)[0]) == choice
+    optimizer, params = build(name, budget, metric=metric)
+    assert optimizer.estimate_footprint() == optimizer.memory_footprint()
+    train(optimizer, params, 0, 2)
+    held = optimizer.memory_footprint()
+    assert sum(held.values()) <= budget and held["metric"] == more and optimizer.options.metric == metric
+
+
+@EVERY
+def test_a_budget_leaves_the_metric_of_the_preset(name):
+    budget = 10 * COUNT * (100 if info(name).compression == "dense" else 1)
+    optimizer, _ = build(name, budget, preset="measured")
+    assert sum(optimizer.memory_footprint().values()) <= budget
+    assert optimizer.options.metric == type(optimizer).measured.get("metric", "none")
 
 
 def test_formats_become_small_before_the_window_becomes_short():
@@ -162,7 +188,8 @@ def test_the_defaults_of_optim_do_not_stand_in_its_way():
     optimizer = hf_efcp.create_optimizer("efcp_lowrank_mfac", parameters(SHAPES, torch.float32), lr=0.1, **defaults)
     assert chosen(optimizer)[0] > 32 and optimizer.options.rank == 2
     without = {**defaults, "memory_budget": None}
-    assert chosen(hf_efcp.create_optimizer("efcp_lowrank_mfac", parameters(SHAPES, torch.float32), lr=0.1, **without))[0] < 32
+    optimizer = hf_efcp.create_optimizer("efcp_lowrank_mfac", parameters(SHAPES, torch.float32), lr=0.1, **without)
+    assert chosen(optimizer)[0] == hf_efcp.LowRankMFAC.measured["window_size"]
 
 
 def test_a_format_that_is_given_leaves_its_dtype_to_the_budget():

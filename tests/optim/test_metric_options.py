@@ -1,6 +1,7 @@
 """The metric's options: bad values and combinations are refused with one clear line; good ones are taken, from text too."""
 
 import pytest
+import torch
 
 import hf_efcp
 from hf_efcp import OptionError
@@ -34,6 +35,9 @@ BAD = [
     option("centered='yes': expected true or false", centered="yes"),
     option("rms_mode='adamw': must be constant or adam", rms_mode="adamw"),
     option("rms_mode=1: expected text", rms_mode=1),
+    option("rms_mode='adam' with update_rms=None: .*give update_rms too", rms_mode="adam"),
+    option("rms_mode='adam' with update_rms=None: .*give update_rms too", GGT[0], rms_mode="adam", update_rms=None),
+    option("rms_mode='adam' with update_rms=None", preset="measured", rms_mode="adam", update_rms="none"),
     option("unknown option 'metrics'.*did you mean 'metric'", metrics="factored"),
     option("unknown option 'nesterov'.*valid: .*window_nesterov", nesterov=True),
     option("unknown option 'centred'.*did you mean 'centered'", centred=True),
@@ -64,6 +68,24 @@ def test_every_window_method_has_them(name):
 @pytest.mark.parametrize("name", GGT)
 def test_centring_without_decay_is_taken(name):
     assert hf_efcp.create_optimizer(name, [one(3, 4)], lr=0.1, centered=True, beta2=1.0).options.centered is True
+
+
+@pytest.mark.parametrize("name", MFAC)
+def test_adams_size_of_a_preset_does_not_stand_in_the_way_of_the_raw_update(name, monkeypatch):
+    cls = get_optimizer_info(name).cls
+    monkeypatch.setattr(cls, "measured", {**cls.measured, "rms_mode": "adam", "update_rms": 1.0})
+    options = hf_efcp.create_optimizer(name, [one(3, 4)], lr=0.1, preset="measured", update_rms=None).options
+    assert (options.update_rms, options.rms_mode) == (None, "adam")
+    assert hf_efcp.create_optimizer(name, [one(3, 4)], lr=0.1, preset="measured", rms_mode="adam").options.update_rms == 1.0
+
+
+def test_adams_size_is_no_error_where_a_checkpoint_has_the_raw_update():
+    saver = hf_efcp.create_optimizer(MFAC[0], [one(3, 4)], lr=0.1)
+    saver.param_groups[0]["params"][0].grad = torch.ones(3, 4)
+    saver.step()
+    loader = hf_efcp.create_optimizer(MFAC[0], [one(3, 4)], lr=0.1, preset="measured", rms_mode="adam")
+    loader.load_state_dict(saver.state_dict())
+    assert (loader.options.update_rms, loader.options.rms_mode) == (None, "adam")
 
 
 @pytest.mark.parametrize(

@@ -130,16 +130,21 @@ def test_the_closure_of_a_skipped_step_returns_its_loss(name):
 
 
 @EVERY
-def test_a_frozen_parameter_may_have_any_gradient(name):
-    params = parameters(dtype=torch.float32)
+def test_a_frozen_parameters_gradient_is_looked_at_like_any_other(name):
+    """What has a gradient is updated, whatever requires_grad says: one that is not finite refuses the step."""
+    optimizer, params = started(name)
     params[1].requires_grad_(False)
-    optimizer = make(name, params, window_size=M)
-    gradients_at(0, params)
+    before = snapshot(optimizer, params, without=["skipped"])
+    gradients_at(99, params)
     params[1].grad = torch.full_like(params[1], float("nan"))
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        optimizer.step()
+    assert_unchanged(before, optimizer, params, without=["skipped"])
+    params[1].grad = None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
-    assert count(optimizer) == 1
+    assert count(optimizer) == M + 3 and same(params[1], before["parameter 1"])
 
 
 @pytest.mark.parametrize("norm", [1e25, 1e30, 1e38])
