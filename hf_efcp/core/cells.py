@@ -21,6 +21,8 @@ from .linalg import row_chunks
 from .random import counted_uniform, stochastic_round
 
 ALL = slice(None)
+# Where a parameter is a flat piece of several: the place of each one's part in it, without padding.
+Parts = tuple[slice, ...]
 # State name -> tensor (n, ...): the state of n parameters of one shape.
 Buffers = Mapping[str, Tensor]
 
@@ -43,12 +45,14 @@ class Layout:
         rows, cols: of the 2-D view.
         dtype: of the arithmetic, and of state unless options say otherwise.
         vector: whether the parameter has fewer than two dimensions, so that the one row itself is divided among processes.
+        parts: where the parameter is a flat piece of several (ZeRO-1 and 2); None: it is not.
     """
 
     rows: int
     cols: int
     dtype: torch.dtype
     vector: bool = False
+    parts: Parts | None = None
 
     @classmethod
     def of(cls, p: Tensor) -> Layout:

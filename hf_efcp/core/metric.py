@@ -8,7 +8,7 @@ gradients from its first one that is not zero.
 
     factored   D_ij = (r_i + eps mu) (c_j / mu + eps)   r_i, c_j: means of g^2 over a row, a column; mu: the mean of c
     diagonal   D = v + eps mean(v)                      v: of g^2
-    tensor     D = v                                    v: of the mean of g^2 over the tensor
+    tensor     D = v                                    v: of the mean of g^2 over the tensor, or over its part in a flat piece
 
 r and the v of `diagonal` contain the present gradient; c, mu, mean(v) and the v of `tensor` are those of the step before, so that
 processes which hold some rows each need no message before they whiten them. With comm="factors" all of D is (lagged.py).
@@ -34,6 +34,8 @@ def kind_of(layout: Layout, metric: str) -> str:
     """Give the kind of a tensor's metric: a vector has no rows and columns to factor, an empty tensor nothing to measure."""
     if not layout.numel:
         return "none"
+    if metric == "tensor" and layout.parts is not None:
+        return "parts"
     return "diagonal" if metric == "factored" and layout.vector else metric
 
 
@@ -45,13 +47,14 @@ def specs(layout: Layout, metric: str) -> tuple[Spec, ...]:
         metric: "none", "factored", "diagonal" or "tensor".
     """
     kind = kind_of(layout, metric)
-    count, mean = Spec("metric_count", (), torch.int64), Spec("metric_mean", (), layout.dtype)
+    shape = (len(layout.parts),) if kind == "parts" and layout.parts is not None else ()
+    count, mean = Spec("metric_count", shape, torch.int64), Spec("metric_mean", shape, layout.dtype)
     if kind == "factored":
         rows = Spec("metric_rows", (layout.rows,), layout.dtype, rows=0)
         return rows, Spec("metric_cols", (layout.cols,), layout.dtype), count
     if kind == "diagonal":
         return Spec("metric_values", (layout.rows, layout.cols), layout.dtype, rows=0), mean, count
-    return (mean, count) if kind == "tensor" else ()
+    return (mean, count) if kind in ("tensor", "parts") else ()
 
 
 class Metric:
@@ -236,7 +239,36 @@ class Uniform(Metric):
         self.cells["mean"].write(self.mixed(self.cells["mean"].buffer, self.means[:, 0]))
 
 
-KINDS = {"factored": Factored, "diagonal": Diagonal, "tensor": Uniform}
+class OfParts(Uniform):
+    """`tensor` of flat pieces of several tensors: each part of a piece has its D, which no other process has to know."""
+
+    def measure(self, gradients: Sequence[Tensor]) -> None:
+        """See Metric."""
+        n, numel, parts = len(gradients), gradients[0].numel(), self.layout.parts or ()
+        count, mean = self.cells["count"].buffer, self.cells["mean"].buffer.double()
+        lengths = torch.tensor([part.stop - part.start for part in parts], dtype=torch.float64, device=mean.device)
+        self.means = torch.zeros_like(mean)
+        for i, g in enumerate(gradients):
+            for j, part in enumerate(parts):
+                self.means[i, j] = square_sum(g[0, part])
+        self.means /= lengths
+        divisor = 1 - self.beta ** count.double()
+        d = torch.where(count > 0, mean / torch.where(count > 0, divisor, 1.0), self.means)
+        self.square = (d.sqrt() * lengths).sum(1)
+        x = inverse_root(d).to(self.layout.dtype)
+        y = x.new_zeros(n, numel)
+        for j, part in enumerate(parts):
+            y[:, part] = x[:, j, None]
+        self.scale = x.new_ones(n, 1), y
+
+    def commit(self, gradients: Sequence[Tensor]) -> None:
+        """See Metric: each part is counted from its own first gradient that is not zero."""
+        self.cells["mean"].write(self.mixed(self.cells["mean"].buffer, self.means))
+        count = self.cells["count"].buffer
+        self.cells["count"].write(count + ((count > 0) | (self.means > 0)))
+
+
+KINDS = {"factored": Factored, "diagonal": Diagonal, "tensor": Uniform, "parts": OfParts}
 
 
 def scaled_(a: Tensor, scale: Scale, rows: slice = ALL) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.cells import Spec
+from ..core.cells import Parts, Spec
 from .plan import Owners
 
 # State name -> spec, of one parameter.
@@ -34,6 +34,7 @@ class Placement:
         follows: whether the parameters themselves are divided, and the state follows their rows.
         apart: whether the state of each process is saved in a folder beside `state_dict`, which then is a stub.
         flat: whether each parameter is a flat piece of several; then vectors are compressed too.
+        parts: of this process's flat piece; None: parameters are no flat pieces.
         coordinates: of all pieces together, where parameters are flat pieces; None: the parameters say it.
     """
 
@@ -44,6 +45,7 @@ class Placement:
     follows = False
     apart = False
     flat = False
+    parts: Parts | None = None
     coordinates: int | None = None
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -118,15 +118,16 @@ class EngineOptimizer(torch.optim.Optimizer):
         super().add_param_group(checked_group(param_group, self.param_groups, self.options_type, type(self).__name__))
         self.builder.takes_tensors |= any(type(p) is Tensor for p in self.param_groups[-1]["params"])
 
-    def take_flat_pieces(self, coordinates: int) -> None:
+    def take_flat_pieces(self, coordinates: int, parts: Sequence[slice] | None = None) -> None:
         """Prepare for ZeRO-1 and 2: the parameters of the one group are about to become this process's flat piece of them.
 
         K is then summed over all processes, and nothing else is sent. Each process's state_dict has its own state.
 
         Args:
             coordinates: of all pieces, without padding.
+            parts: the place of each parameter's part in this process's piece, which metric="tensor" has to know.
         """
-        self.builder.pieces = ZeroPieces(coordinates)
+        self.builder.pieces = ZeroPieces(coordinates, None if parts is None else tuple(parts))
 
     def register_comm_hook(self, model: Any) -> None:
         """Make DDP all-reduce factors (comm="factors"); before the first backward, and before `load_state_dict`.

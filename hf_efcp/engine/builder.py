@@ -91,7 +91,7 @@ class Builder:
     def specs(self, groups: Sequence[Group], state: State, options: Any, processes: int = 1) -> dict[Tensor, Specs]:
         """Declare the state of every parameter under some options, with what it holds for all of them."""
         specs: dict[Tensor, Specs] = {}
-        flat = self.pieces is not None
+        flat = None if self.pieces is None else self.pieces.parts
         known: dict[Any, tuple[Spec, ...]] = {}
         for index, (group, params) in enumerate(zip(groups, trained_of(groups, state), strict=True)):
             for p in params:
@@ -144,7 +144,7 @@ class Builder:
         _named(self.options, lambda: placement.check(specs))
         owners, numbers = placement.owners(specs, known), {p: i for i, p in enumerate(params)}
         stacks = [
-            self.method.make_stack(pieces, index, groups[index], self.options, placement.flat, self.sync, total)
+            self.method.make_stack(pieces, index, groups[index], self.options, placement.parts, self.sync, total)
             for pieces, index, total in batches_of(trained, numbers, owners, placement)
         ]
         device = params[0].device if params else torch.device("cpu")

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..core.cells import Layout, Spec
+from ..core.cells import Layout, Parts, Spec
 from .costs import Count
 from .factor_sync import FactorSync
 from .setup import Setup
@@ -26,8 +26,8 @@ class Method(Protocol):
         """Whether the method works on flat pieces of the parameters (DeepSpeed's ZeRO-1 and 2), which have no matrices."""
         ...
 
-    def specs(self, layout: Layout, group: Group, options: Any, flat: bool) -> tuple[Spec, ...]:
-        """Declare the state of a parameter; `flat`: whether it is a flat piece of several."""
+    def specs(self, layout: Layout, group: Group, options: Any, flat: Parts | None) -> tuple[Spec, ...]:
+        """Declare the state of a parameter; `flat`: their parts, where it is a flat piece of several, else None."""
         ...
 
     def shared_specs(self, number: int, options: Any) -> tuple[Spec, ...]:
@@ -40,7 +40,7 @@ class Method(Protocol):
         index: int,
         group: Group,
         options: Any,
-        flat: bool,
+        flat: Parts | None,
         sync: FactorSync,
         total: Callable[[Tensor], Tensor] | None,
     ) -> Any:

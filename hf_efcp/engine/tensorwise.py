@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.accumulated import Accumulated
-from ..core.cells import Cell, Layout, Spec, matrix_specs
+from ..core.cells import Cell, Layout, Parts, Spec, matrix_specs
 from ..core.counters import Counters
 from ..core.deferred import masked, readable
 from .apply import apply
@@ -115,7 +115,7 @@ class Tensorwise:
         plain = layout.vector or not group.get("compress", True) or group.get("kind") in self.other_kinds
         return self.others if plain else self.matrices
 
-    def specs(self, layout: Layout, group: Group, options: Any, flat: bool) -> tuple[Spec, ...]:
+    def specs(self, layout: Layout, group: Group, options: Any, flat: Parts | None) -> tuple[Spec, ...]:
         """See Method."""
         rule = self.rule(layout, group)
         error = matrix_specs("error", layout, options.error_dtype, options.error_format) if rule.lossy else ()
@@ -132,7 +132,7 @@ class Tensorwise:
         index: int,
         group: Group,
         options: Any,
-        flat: bool,
+        flat: Parts | None,
         sync: FactorSync,
         total: Callable[[Tensor], Tensor] | None,
     ) -> TensorStack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.accumulated import Accumulated
-from ..core.cells import Layout, Spec
+from ..core.cells import Layout, Parts, Spec
 from ..core.coefficients import quadratic, weights
 from ..core.compressors import Identity
 from ..core.deferred import masked, readable
@@ -152,15 +153,16 @@ class Windowed:
         self.entries, self.phi, self.solve = entries, phi, solve
         self.takes_flat_pieces = entries.takes_flat_pieces
 
-    def format(self, layout: Layout, group: Group, options: Any, flat: bool) -> EntryFormat:
+    def format(self, layout: Layout, group: Group, options: Any, flat: Parts | None) -> EntryFormat:
         """Choose the format of a tensor's entries."""
-        if group.get("compress", True) and (flat or not layout.vector):
+        layout = dataclasses.replace(layout, parts=flat)
+        if group.get("compress", True) and (flat is not None or not layout.vector):
             compressed = self.entries(layout, options)
             if compressed.pays():
                 return compressed
         return EntryFormat(layout, options)
 
-    def specs(self, layout: Layout, group: Group, options: Any, flat: bool) -> tuple[Spec, ...]:
+    def specs(self, layout: Layout, group: Group, options: Any, flat: Parts | None) -> tuple[Spec, ...]:
         """See Method."""
         return self.format(layout, group, options, flat).specs()
 
@@ -178,7 +180,7 @@ class Windowed:
         index: int,
         group: Group,
         options: Any,
-        flat: bool,
+        flat: Parts | None,
         sync: FactorSync,
         total: Callable[[Tensor], Tensor] | None,
     ) -> WindowStack:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from .checkpoints import unwrapped
 
 logger = logging.getLogger(__name__)
 
+# Metrics that need rows, or tensors' means.
+_OF_ROWS = ("factored", "diagonal")
 INSTEAD = "use DDP, where shard=auto divides the optimizer's state as ZeRO-1 does, or FSDP2"
 
 
@@ -38,13 +40,16 @@ def stage_of(config: Mapping[str, Any]) -> int:
     return int((config.get("zero_optimization") or {}).get("stage", 0))
 
 
-def check_config(config: Mapping[str, Any], cls: type[EngineOptimizer], options: Mapping[str, Any]) -> None:
+def check_config(
+    config: Mapping[str, Any], cls: type[EngineOptimizer], options: Mapping[str, Any], given: Collection[str]
+) -> None:
     """Raise OptionError where DeepSpeed would replace the optimizer, or hand it what it cannot train.
 
     Args:
         config: DeepSpeed's.
         cls: the optimizer's class.
         options: those of the optimizer, all of them.
+        given: the names of those that the user gave.
     """
     name, stage = cls.__name__, stage_of(config)
     zero = config.get("zero_optimization") or {}
@@ -71,6 +76,11 @@ def check_config(config: Mapping[str, Any], cls: type[EngineOptimizer], options:
         )
     if options.get("scope") == "layer":
         raise OptionError(f"scope='layer': DeepSpeed zero_optimization.stage={stage} leaves no layers; use scope=model")
+    if options.get("metric") in _OF_ROWS and "metric" in given:
+        raise OptionError(
+            f"metric={options['metric']!r}: DeepSpeed zero_optimization.stage={stage} flattens the parameters, and rows "
+            f"are lost: use metric=tensor or none, or {INSTEAD}"
+        )
     if options.get("stochastic_rounding") and not (config.get("bf16") or {}).get("bf16_master_weights_and_grads"):
         raise OptionError(
             f"stochastic_rounding=true has no effect: DeepSpeed zero_optimization.stage={stage} trains an fp32 copy of the "
@@ -115,7 +125,8 @@ def prepare(original: Any) -> Any:
         if ours is None:
             return original(self, *args)
         config = self.deepspeed_plugin.deepspeed_config
-        check_config(config, type(ours), dataclasses.asdict(ours.options))
+        open_ones, options = ours.builder.asked.open, dataclasses.asdict(ours.options)
+        check_config(config, type(ours), options, [name for name in options if name not in open_ones])
         _set_up(ours, stage_of(config))
         result = original(self, *args)
         engine = next((r for r in result if isinstance(r, nn.Module) and hasattr(r, "optimizer")), None)
@@ -140,6 +151,10 @@ def _set_up(ours: EngineOptimizer, stage: int) -> None:
             f"DeepSpeed zero_optimization.stage={stage} steps each parameter group by itself: one window takes one group, got "
             f"{len(groups)}: pass the parameters as one list, or {INSTEAD}"
         )
+    builder = ours.builder
+    if getattr(ours.options, "metric", "none") in _OF_ROWS:  # the preset's: one that is given was refused
+        builder.options = dataclasses.replace(ours.options, metric="tensor")
+        logger.warning("DeepSpeed zero_optimization.stage=%d: metric=tensor, one for each parameter's part of a piece", stage)
     ours.take_flat_pieces(sum(p.numel() for group in groups for p in group["params"] if p.requires_grad))
 
 
@@ -161,3 +176,23 @@ def _check_engine(engine: nn.Module, ours: EngineOptimizer, stage: int) -> None:
             f"DeepSpeed divides the parameters by {type(found).__name__}, and not over all processes: {name} takes ZeRO-1 and 2 "
             f"without tensor, pipeline, expert or sequence parallelism; {INSTEAD}"
         )
+    pieces = ours.builder.pieces
+    assert pieces is not None, "_set_up comes first"
+    ours.take_flat_pieces(pieces.coordinates, _parts_of(found))
+
+
+def _parts_of(zero: Any) -> tuple[slice, ...]:
+    """The place of each parameter's part in this process's piece, in order; padding belongs to none.
+
+    Args:
+        zero: a DeepSpeedZeroOptimizer with one group: its tensors lie one behind the other, perhaps with padding after each, and
+            are cut into pieces of `partition_size`.
+    """
+    tensors, size, parts = zero.round_robin_bit16_groups[0], int(zero.partition_size[0]), []
+    paddings = getattr(zero, "round_robin_bit16_padding", [[0] * len(tensors)])[0]  # DeepSpeed before 0.19 has none
+    start = -size * dist.get_rank(zero.dp_process_group)
+    for p, padding in zip(tensors, paddings, strict=True):
+        part = slice(max(start, 0), min(start + p.numel(), size))
+        parts += [part] if part.start < part.stop else []
+        start += p.numel() + padding
+    return tuple(parts)

@@ -57,7 +57,7 @@ def optimizer_cls_and_kwargs(
     kwargs = {"lr": own["lr"], **optim_defaults(info.name), **options}
     merged = dataclasses.asdict(info.merged(kwargs))
     if config := deepspeed.config_of(args):
-        deepspeed.check_config(config, info.cls, merged)
+        deepspeed.check_config(config, info.cls, merged, options)
     if merged.get("comm") == "factors":
         _check_for_factors(args)
     if model is not None:

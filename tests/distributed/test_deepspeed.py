@@ -130,6 +130,33 @@ def test_sparse_trains_on_flat_pieces():
         assert a[4]["step"] == STEPS + 1 and "error_norm" not in a[4]
 
 
+def with_measured_metric(rank):
+    """The parts of this process's piece, the losses, and the state of the metric; nothing but the preset is given."""
+    found = []
+    for name, stage in (("efcp_sparse_mfac", 1), ("efcp_dense_mfac", 2)):
+        sparse = SPARSE if "sparse" in name else {}
+        accelerator, engine, wrapped, optimizer, x, y = prepared(
+            name, stage, preset="measured", lr=0.01, update_rms=1.0, weight_decay=0.0, **sparse
+        )
+        (piece,) = optimizer.param_groups[0]["params"]
+        parts, before = [piece.detach()[part] for part in optimizer.builder.pieces.parts], flat(engine.module)
+        parts = [part.clone() for part in parts]
+        _, first = train(accelerator, engine, wrapped, x, y, 0, 1, rank)
+        train(accelerator, engine, wrapped, x, y, 1, STEPS, rank)
+        _, last = train(accelerator, engine, wrapped, x, y, 0, 1, rank)
+        found.append((parts, before, first, last, optimizer.options.metric, optimizer.state[piece]["metric_mean"]))
+    return found
+
+
+def test_the_measured_metric_is_that_of_the_parts():
+    for a, b in zip(*run(2, with_measured_metric), strict=True):
+        assert torch.equal(torch.cat([*a[0], *b[0]]).double(), a[1])  # together all parameters, and no padding
+        for parts, _, first, last, metric, mean in (a, b):
+            assert metric == "tensor"
+            assert mean.shape == (len(parts),) and (mean > 0).all()
+            assert last < 0.9 * first
+
+
 def small_steps(rank, rounding):
     """How many parameters 8 steps of less than half a unit have changed, where ZeRO trains bf16 pieces."""
     options = {**BF16, "stochastic_rounding": rounding, "lr": 1e-5, "weight_decay": 0.0, "update_rms": 1.0, "density": 1.0}
@@ -163,7 +190,7 @@ def save_and_resume(rank, folder, cases):
 
 def test_resumes_bit_for_bit(tmp_path):
     cases = [("efcp_lowrank_mfac", 0, {}), ("efcp_sparse_mfac", 0, SPARSE), ("efcp_sparse_mfac", 1, {**SPARSE, "momentum": 0.5})]
-    run(2, save_and_resume, tmp_path, [*cases, ("efcp_dense_ggt", 2, GGT), ("efcp_sparse_mfac", 2, BF16)])
+    run(2, save_and_resume, tmp_path, [*cases, ("efcp_dense_ggt", 2, {**GGT, "metric": "tensor"}), ("efcp_sparse_mfac", 2, BF16)])
 
 
 def refused(rank):
@@ -174,6 +201,7 @@ def refused(rank):
         "flattens the parameters, and LowRankMFAC needs matrices": ("efcp_lowrank_mfac", 2, {}),
         "stage=3: SparseMFAC allows": ("efcp_sparse_mfac", 3, {}),
         "scope='layer'": ("efcp_dense_mfac", 1, {"scope": "layer"}),
+        "metric='factored'": ("efcp_dense_mfac", 1, {"metric": "factored"}),
         "trains an fp32 copy": ("efcp_sparse_mfac", 2, {**BF16, "stochastic_rounding": True}),
         "one window takes one group, got 2": ("efcp_dense_mfac", 1, {"groups": two}),
         "finds a plain tensor|hands DenseMFAC copies": ("efcp_dense_mfac", 0, {"dtype": "bf16"}),

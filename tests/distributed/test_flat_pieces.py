@@ -17,6 +17,17 @@ NAMES = ["efcp_dense_mfac", "efcp_dense_ggt", "efcp_sparse_mfac", "efcp_sparse_g
 STEPS, BLOCK = 14, 16
 OPTIONS = {"lr": 0.01, "window_size": 6, "update_rms": 0.3, "momentum": 0.5, "weight_decay": 0.1}
 VARIANTS = [{}, {"weight_decay_mode": "l2", "window_momentum": 0.5}]
+METRIC = {"metric": "tensor", "metric_beta": 0.9, "window_momentum": 0.9, "window_nesterov": True, "rms_mode": "adam"}
+
+
+def parts_of(params, own):
+    """The places in a piece, a slice of all numbers, of each parameter's part."""
+    parts, start = [], -own.start
+    for p in params:
+        part = slice(max(0, start), min(start + p.numel(), own.stop - own.start))
+        parts += [part] if part.start < part.stop else []
+        start += p.numel()
+    return parts
 
 
 class Zero:
@@ -30,7 +41,7 @@ class Zero:
         self.size = -(-total // (4 * BLOCK)) * 4 * BLOCK // processes  # 4: the most processes of these tests
         self.processes, self.padding = processes, self.size * processes - total
         self.own = slice(rank * self.size, (rank + 1) * self.size)
-        self.optimizer.take_flat_pieces(total)
+        self.optimizer.take_flat_pieces(total, parts_of(self.params, self.own))
         self.piece = self._flatten(self.params)[self.own].clone().requires_grad_()
         self.optimizer.param_groups[0]["params"] = [self.piece]
 
@@ -62,8 +73,8 @@ def train(rank, processes):
 
 def resume(rank, processes):
     """Each process's state_dict has its own state, and goes on bit for bit; what is not finite on one is skipped by all."""
-    for name in NAMES:
-        zero, again = Zero(name, processes, rank), Zero(name, processes, rank)
+    for name, options in zip(NAMES, [METRIC, {}, {}, METRIC], strict=True):
+        zero, again = (Zero(name, processes, rank, **options) for _ in range(2))
         for step in range(8):
             zero.step(step)
         again.optimizer.load_state_dict(copy.deepcopy(zero.optimizer.state_dict()))
@@ -82,9 +93,22 @@ def resume(rank, processes):
         assert torch.equal(zero.piece, before)
 
 
+def train_with_metric(rank, processes):
+    found = {}
+    for name in NAMES[:2]:
+        zero = Zero(name, processes, rank, **METRIC)
+        for step in range(STEPS):
+            zero.step(step)
+        parts = parts_of(zero.params, zero.own)
+        state = zero.optimizer.state[zero.piece]
+        assert state["metric_mean"].shape == state["metric_count"].shape == (len(parts),)
+        found[name] = flat(zero.params), [slice(zero.own.start + p.start, zero.own.start + p.stop) for p in parts]
+    return found
+
+
 def train_and_resume(rank, processes):
     resume(rank, processes)
-    return train(rank, processes)
+    return train(rank, processes), train_with_metric(rank, processes)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +120,9 @@ def on_one_process(tmp_path_factory):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_parameters_are_those_of_one_process(processes, on_one_process):
-    everybody = run(processes, train_and_resume, processes)
+    both = run(processes, train_and_resume, processes)
+    _check_metric([found for _, found in both])
+    everybody = [found for found, _ in both]
     for key, (expected, whole, figures) in on_one_process.items():
         for found in everybody:
             assert torch.equal(found[key][0], everybody[0][key][0])
@@ -104,6 +130,37 @@ def test_the_parameters_are_those_of_one_process(processes, on_one_process):
         assert relative(everybody[0][key][0], expected) <= 1e-9, key
         for name in ("row_norm", "update_rms", "kappa", "cosine_rows"):
             assert everybody[0][key][2][name] == pytest.approx(figures[name], rel=1e-6), (key, name)
+
+
+def _check_metric(everybody):
+    """On one process with every part a parameter of its own, the run is the same."""
+    for name, (end, _) in everybody[0].items():
+        params, parts = problem(), [part for found in everybody for part in found[name][1]]
+        assert len(parts) > len(params)  # a parameter in two pieces has a D in each
+        pieces = [nn.Parameter(flat(params)[part]) for part in parts]
+        optimizer = make(name, pieces, **OPTIONS, **METRIC)
+        for step in range(STEPS):
+            gradients(params, step)
+            g = torch.cat([p.grad.flatten() for p in params])
+            for piece, part in zip(pieces, parts, strict=True):
+                piece.grad = g[part].clone()
+            optimizer.step()
+            values = flat(pieces).split([p.numel() for p in params])
+            for p, value in zip(params, values, strict=True):
+                p.data.copy_(value.view(p.shape))
+        for found in everybody:
+            assert torch.equal(found[name][0], end)
+        assert relative(end, flat(params)) <= 1e-9, name
+
+
+def test_a_metric_needs_to_know_the_parts():
+    for metric, message in (("tensor", "was not told which part"), ("factored", "these are flat pieces: use tensor")):
+        params = problem()
+        optimizer = make("efcp_dense_mfac", params, lr=0.01, metric=metric)
+        optimizer.take_flat_pieces(flat(params).numel())
+        optimizer.param_groups[0]["params"] = [flat(params).requires_grad_()]
+        with pytest.raises(OptionError, match=message):
+            optimizer.memory_footprint()
 
 
 @pytest.mark.parametrize("name", NAMES[:2])

@@ -62,6 +62,9 @@ class DeepSpeedZeroOptimizer:
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
+        self.round_robin_bit16_groups = [group["params"] for group in optimizer.param_groups]
+        self.round_robin_bit16_padding = [[0] * len(params) for params in self.round_robin_bit16_groups]
+        self.partition_size = [sum(p.numel() for p in params) for params in self.round_robin_bit16_groups]
         for group in optimizer.param_groups:
             piece = torch.cat([p.detach().flatten() for p in group["params"]])
             group["params"] = [piece.requires_grad_()]
@@ -169,6 +172,34 @@ def test_zero_steps_one_flat_piece(model, one_process):
     optimizer.step()
     assert "window_indices" in optimizer.state[piece]  # compressed, though it is 1-D
     assert (before != piece).sum() == len(range(0, len(piece), 8)) * 2 - 1  # 2 of each block of 8, 1 of the last, of 5
+
+
+@pytest.mark.parametrize("metric", ["factored", "diagonal"])
+def test_a_metric_that_needs_rows_is_refused_where_it_is_given(metric, model, make_args):
+    args = make_args(optim="efcp_sparse_mfac", optim_args=f"metric={metric}")
+    args.hf_deepspeed_config = SimpleNamespace(config=ZERO)
+    optimizer = hf_efcp.create_optimizer("efcp_sparse_mfac", model.parameters(), lr=0.1, preset="measured", metric=metric)
+    message = f"metric='{metric}': DeepSpeed .*stage=2 flattens the parameters, and rows are lost: use metric=tensor or none"
+    for attempt in (lambda: optimizer_cls_and_kwargs(args), lambda: prepare(ZERO, model, optimizer)):
+        with pytest.raises(OptionError, match=message):
+            attempt()
+
+
+def test_the_measured_metric_is_that_of_parts(model, make_args, one_process, caplog):
+    args = make_args(optim="efcp_sparse_mfac")
+    args.hf_deepspeed_config = SimpleNamespace(config=ZERO)
+    cls, kwargs = optimizer_cls_and_kwargs(args)
+    optimizer = cls(model.parameters(), **kwargs)
+    lengths = [p.numel() for p in model.parameters()]
+    prepare(ZERO, model, optimizer, DeepSpeedZeroOptimizer)
+    assert [record.message for record in caplog.records if "metric" in record.message] == [
+        "DeepSpeed zero_optimization.stage=2: metric=tensor, one for each parameter's part of a piece"
+    ]
+    (piece,) = optimizer.param_groups[0]["params"]
+    piece.grad = torch.cat([torch.full((length,), 2.0**k) for k, length in enumerate(lengths)])
+    optimizer.step()
+    mean = optimizer.state[piece]["metric_mean"] / (1 - optimizer.options.metric_beta)
+    torch.testing.assert_close(mean, torch.tensor([4.0**k for k in range(len(lengths))]))
 
 
 def test_other_optimizers_are_left_alone(model):
