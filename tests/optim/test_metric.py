@@ -124,8 +124,9 @@ def test_a_window_of_one_entry(name, metric):
 @pytest.mark.parametrize("metric", ["none", "tensor", "factored"])
 @EVERY
 def test_more_entries_than_coordinates(name, metric, centered):
-    """15 entries in 8 dimensions depend on each other. Centred, psi of the smallest eigenvalue times the rounding of K is 3e-9."""
-    bound = 1e-8 if centered and info(name).family == "ggt" else 1e-9
+    """15 entries in 8 dimensions depend on each other."""
+    # Centred, psi of a small eigenvalue multiplies the rounding errors of K.
+    bound = 1e-7 if centered and info(name).family == "ggt" else 1e-9
     compare(name, shapes=[(2, 3), (2,)], bound=bound, metric=metric, centered=centered, window_size=20, window_momentum=0.8)
 
 
