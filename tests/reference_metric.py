@@ -108,7 +108,8 @@ class MetricReference(ReferenceOptimizer):
             damping = o.damping * (rows.square().sum() / n if o.damping_mode == "relative" else 1)
             return torch.linalg.solve(damping * torch.eye(len(x), dtype=x.dtype) + A.T @ A / N, x)
         _, s, V = torch.linalg.svd(o.beta2 ** torch.arange(n - 1, -1, -1)[:, None].double() * A, full_matrices=False)
-        s, V = s[s > 1e-9 * s.max()], V[s > 1e-9 * s.max()]
+        known = s > (1e-5 if o.centered else 1e-9) * s.max()  # centred, what is smaller counts as 0: eigenvalues of 1e-10
+        s, V = s[known], V[known]
         outside = (x - V.T @ V @ x) / o.eps if o.centered else 0  # x lies in the span of G, not in that of A
         return V.T @ (V @ x / (o.eps + s)) + outside
 

@@ -126,7 +126,7 @@ class Metric:
         count = self.cells["count"].buffer
         seen = (count > 0) | (self.means.sum(1) > 0)
         self.cells["count"].write(count + seen)
-        if self.scale is not None:  # of a refused step u is 0, and has to stay so
+        if self.scale is not None:  # of a refused step u is 0, and has to stay so: 0 * NaN is not
             x, y = (masked(self.turn.ok, factor, 0.0) for factor in self.scale)
             self.scale = x, y
 
@@ -176,7 +176,7 @@ class Factored(Metric):
 
 
 class Diagonal(Metric):
-    """D = v + eps mean(v). Of matrices, what is as large as they are is formed anew for each use."""
+    """D = v + eps mean(v). Of matrices, what is as large as they are is formed anew for each use, a few rows at a time."""
 
     def measure(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
@@ -184,32 +184,46 @@ class Diagonal(Metric):
         self.means = torch.stack([square_sum(g) for g in gradients])[:, None] / self.layout.numel
         self._values: Tensor | None = None
         self._inverse: Tensor | None = None
-        v = self._v(gradients)
-        d = self._d(v, 1)
-        self.square = d.sqrt().sum((1, 2), dtype=torch.float64)
-        if self.layout.vector:
-            self._values, self._inverse = v, inverse_root(d)
+        self.square = torch.zeros_like(self._mean)
+        for part in row_chunks(gradients):
+            v = self._v(gradients, part)
+            d = self._d(v, 1)
+            self.square += d.sqrt().sum((1, 2), dtype=torch.float64)
+            if self.layout.vector:
+                self._values, self._inverse = v, inverse_root(d)
 
     def whitened(self, gradients: Sequence[Tensor]) -> kernels.Matrices:
         """See Metric."""
-        inverse = self._inverse
-        return stacked(gradients) * (inverse_root(self._d(self._v(gradients), 1)) if inverse is None else inverse)
+        if self._inverse is not None:
+            return stacked(gradients) * self._inverse
+        whitened = gradients[0].new_empty(len(gradients), *gradients[0].shape)
+        for part in row_chunks(gradients):
+            torch.mul(stacked(gradients, part), inverse_root(self._d(self._v(gradients, part), 1)), out=whitened[:, part])
+        return whitened
 
     def unwhiten_(self, u: Tensor, rows: slice = ALL) -> Tensor:
         """See Metric: v is in the state now."""
-        inverse = self._inverse
-        return u.mul_(inverse_root(self._d(self.cells["values"].buffer[:, rows], 0)) if inverse is None else inverse[:, rows])
+        if self._inverse is not None:
+            return u.mul_(self._inverse[:, rows])
+        v = self.cells["values"].buffer[:, rows]
+        for part in row_chunks(u):
+            u[:, part].mul_(inverse_root(self._d(v[:, part], 0)))
+        return u
 
     def keep(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
-        self.cells["values"].write(self._v(gradients))
+        for part in row_chunks(gradients):
+            self.cells["values"].write(self._v(gradients, part), part)
         self.cells["mean"].write(self.mixed(self.cells["mean"].buffer, self.means[:, 0]))
+        if self._inverse is not None:
+            self._inverse = masked(self.turn.ok, self._inverse, 0.0)
 
-    def _v(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Give v with this gradient in it, as the state has it."""
+    def _v(self, gradients: Sequence[Tensor], part: slice) -> Tensor:
+        """Give some rows of v with this gradient in it, as the state has it."""
         if self._values is not None:
             return self._values
-        return (stacked(gradients).square() * (1 - self.beta)).add_(self.cells["values"].buffer, alpha=self.beta)
+        g = stacked(gradients, part)
+        return (g.square() * (1 - self.beta)).add_(self.cells["values"].buffer[:, part], alpha=self.beta)
 
     def _d(self, values: Tensor, more: int) -> Tensor:
         """Give D (n, rows, cols), for v and k + more."""
@@ -284,7 +298,10 @@ def inverse_root(d: Tensor) -> Tensor:
 
 def square_sum(g: Tensor) -> Tensor:
     """Sum the squares of g in fp64, 0-D."""
-    return torch.linalg.vector_norm(g, dtype=torch.float64).square()
+    total = torch.zeros((), dtype=torch.float64, device=g.device)
+    for part in row_chunks([g]):
+        total += torch.linalg.vector_norm(g[part], dtype=torch.float64).square()
+    return total
 
 
 def squares(gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,12 @@ WELL_POSED = {"damping": 1e-2, "eps": 1e-2, "lr": 0.01, "window_size": M, "metri
 START = {"damping_mode": "relative", "damping": 0.1, "window_momentum": 0.9, "window_nesterov": True, "update_rms": 1.0}
 
 
-def compare(name, events=False, shapes=SHAPES, **options):
+def compare(name, events=False, shapes=SHAPES, bound=1e-9, **options):
     fast, params, slow = beside_reference(name, shapes, **{**WELL_POSED, **options})
     moved = 0
     for t in range(3 * M):
         gradients_at(t, params, events)
-        moved += sum(move.norm() for move in step_together(fast, params, slow))
+        moved += sum(move.norm() for move in step_together(fast, params, slow, bound))
     assert moved > 0 and slow.t == 3 * M - events
 
 
@@ -125,7 +125,9 @@ def test_a_window_of_one_entry(name, metric):
 @EVERY
 def test_more_entries_than_coordinates(name, metric, centered):
     """15 entries in 8 dimensions depend on each other."""
-    compare(name, shapes=[(2, 3), (2,)], metric=metric, centered=centered, window_size=20, window_momentum=0.8)
+    # Centred, psi of a small eigenvalue multiplies the rounding errors of K.
+    bound = 1e-7 if centered and info(name).family == "ggt" else 1e-9
+    compare(name, shapes=[(2, 3), (2,)], bound=bound, metric=metric, centered=centered, window_size=20, window_momentum=0.8)
 
 
 @pytest.mark.parametrize("options", [{}, {"centered": True}, {"window_nesterov": True, "update_rms": 0.3}], ids=str)

@@ -44,11 +44,14 @@ def test_rows_that_are_rarely_seen(name, metric):
 def test_a_spike(name, metric):
     """One gradient of 10,000 times the usual size: the update stays of the usual size, and the others are not lost."""
     fast, params, slow = beside_reference(name, metric=metric, metric_beta=0.9, **OPTIONS)
+    # D of the step before: the spike enters 1e4 times as large, what follows 56 times smaller. GGT takes eigenvalues of K, whose
+    # rounding errors are 1e-16 of the largest: the square of 5.6e5 times the others' norms.
+    bound = 1e-3 if metric == "tensor" and info(name).family == "ggt" else 1e-7
     for t in range(4 * M):
         gradients_at(t, params)
         for p in params:
             p.grad *= 1e4 if t == M + 1 else 1
-        moves = step_together(fast, params, slow, bound=1e-7)
+        moves = step_together(fast, params, slow, bound)
         assert max(move.abs().max() for move in moves) < 20  # 24 to 50 where row means are those of the step before
     assert sum(move.norm() for move in moves) > 0.1
 

@@ -46,3 +46,16 @@ def test_a_step_allocates_little_more_than_the_largest_tensor(name, dtype, forma
     optimizer.step()  # allocates the state
     assert 64 * MIB <= peak(optimizer.step, tmp_path / "trace.json") < largest + 48 * MIB
     assert peak(optimizer.diagnostics, tmp_path / "trace.json") < 48 * MIB
+
+
+@pytest.mark.parametrize(("metric", "largest"), [("factored", 64), ("tensor", 64), ("diagonal", 128)])
+@pytest.mark.parametrize("name", ["efcp_lowrank_mfac", "efcp_sparse_mfac"])
+def test_a_metric_allocates_little_more(name, metric, largest, tmp_path):
+    """A diagonal metric: the whitened gradient of the largest tensor too."""
+    params = [torch.nn.Parameter(torch.zeros(s)) for s in [(8192, 2048), (1024, 1024)]]
+    options = {"rank": 2} if info(name).compression == "low rank" else {"density": 0.01, "block_size": 1024}
+    optimizer = make(name, params, window_size=1, weight_decay=0.1, weight_decay_mode="l2", metric=metric, **options)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()  # allocates the state
+    assert peak(optimizer.step, tmp_path / "trace.json") < (largest + 48) * MIB
