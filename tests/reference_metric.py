@@ -60,9 +60,10 @@ class MetricReference(ReferenceOptimizer):
         for i in live:
             g = matrix(self.params[i].grad + l2 * self.params[i])
             self.S[i] = self.metrics[i].root(g)
-            a = self.e[i] + inverse(self.S[i]) * g
+            far, ghat = o.residual == "momentum", inverse(self.S[i]) * g
+            a = ghat if far else self.e[i] + ghat
             c = self.compressed(i, a) if self.params[i].ndim > 1 else a
-            self.e[i], entry[i] = a - c, c.flatten()
+            self.e[i], entry[i] = (self.beta * self.e[i] if far else 0) + a - c, c.flatten()
         self.entries = [*self.entries, torch.cat(entry)][-o.window_size :]
         self.t += 1
 
@@ -70,11 +71,33 @@ class MetricReference(ReferenceOptimizer):
         windows = [G] if o.scope == "model" else G.split(self.sizes, 1)
         weighted = [rows.T @ self.weights(rows) for rows in windows]
         u = torch.cat([self.solve(rows, x) for rows, x in zip(windows, weighted, strict=True)])
-        u = u * self.scale(u, torch.cat(weighted), G, live)
+        x, far, mean = torch.cat(weighted), torch.zeros_like(u), torch.zeros_like(u)
+        if o.residual == "momentum":  # the mean of what compression left out counts as outside of the window's span
+            means = [(e + torch.zeros(size)).flatten() for e, size in zip(self.flat_errors(), self.sizes, strict=True)]
+            mean, parts = torch.cat(means), [torch.cat(means)] if o.scope == "model" else means
+            far = torch.cat([part * self.outside(rows) for part, rows in zip(parts, windows, strict=True)])
+        # Two rows each: the parts in the span and outside of it are taken for orthogonal.
+        u = (u + far) * self.scale(torch.stack([u, far]), torch.stack([x, mean]), G, live)
         for i in live:
             p, u_i = self.params[i], u.split(self.sizes)[i].view_as(self.S[i])
             self.v[i] = o.momentum * self.v[i] + (1 - o.momentum) * (inverse(self.S[i]) * u_i).view_as(p)
             p.copy_((1 - o.lr * decay) * p - o.lr * self.v[i])
+
+    @property
+    def beta(self):
+        return self.o.window_momentum or getattr(self.o, "beta1", 0)
+
+    def flat_errors(self):
+        """The running mean of what compression left out of each tensor, flat; 0 where nothing is."""
+        normal = 1 - self.beta**self.t if self.o.metric != "none" or self.o.window_nesterov else 1
+        return [(e.flatten() if isinstance(e, torch.Tensor) else e) * ((1 - self.beta) / normal) for e in self.e]
+
+    def outside(self, rows):
+        """What multiplies a vector outside of the span of the rows: phi(0)."""
+        if self.family != "mfac":
+            return 1 / self.o.eps
+        damping = self.o.damping * (rows.square().sum() / len(rows) if self.o.damping_mode == "relative" else 1)
+        return 1 / damping if damping else 0
 
     def compressed(self, i, a):
         """C(a); a low-rank tensor without a gradient so far begins when it gets one."""
@@ -90,7 +113,7 @@ class MetricReference(ReferenceOptimizer):
     def weights(self, rows):
         """w (n,): what each entry weighs; one that is zero has no weight."""
         o, ages = self.o, torch.arange(len(rows) - 1, -1, -1)
-        beta = o.window_momentum or getattr(o, "beta1", 0)
+        beta = self.beta
         alive, newest = rows.any(1), (ages == 0).double()
         w = torch.where(alive, (1 - beta) * beta ** ages.double(), 0)
         if (o.metric != "none" or o.window_nesterov) and w.any():
@@ -118,7 +141,11 @@ class MetricReference(ReferenceOptimizer):
         if self.o.update_rms is None or not u.any():
             return 1
         scale = self.o.update_rms * sum(self.S[i].square().sum() for i in live).sqrt() / u.norm()
-        return scale * x.norm() / (G.square().sum() / len(G)).sqrt() if self.o.rms_mode == "adam" else scale
+        if self.o.rms_mode != "adam":
+            return scale
+        whole = self.o.residual == "momentum"  # nothing is left out of x, and S^2 is the mean square of the whole gradients
+        square = sum(self.S[i].square().sum() for i in live) if whole else G.square().sum() / len(G)
+        return scale * x.norm() / square.sqrt()
 
 
 def matrix(t):

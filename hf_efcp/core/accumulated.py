@@ -31,6 +31,7 @@ class Accumulated:
         absent: positions of the tensors without a gradient.
         total: where a is some rows of matrices that several processes share: sums a tensor over the processes.
         scale: x (n, rows) and y (n, cols): g stands for diag(x) g diag(y), see `Metric`; None: for itself.
+        decay: a = decay * e + g; other than 1 for `keep` alone.
 
     Attributes:
         dtype, device: of the numbers.
@@ -43,8 +44,10 @@ class Accumulated:
         absent: Sequence[int] = (),
         total: Callable[[Tensor], Tensor] | None = None,
         scale: kernels.Scale = None,
+        decay: float = 1.0,
     ):
         self.gradients, self.error, self.absent, self.total, self.scale = gradients, error, absent, total, scale
+        self.decay = decay
         self.dtype, self.device = gradients[0].dtype, gradients[0].device
         self._chunks = row_chunks(gradients)
         self._formed: Tensor | None = None
@@ -64,7 +67,8 @@ class Accumulated:
             a, copied = (a.mul_(x[:, rows, None]) if copied else a * x[:, rows, None]).mul_(y[:, None]), True
         if self.error is None:
             return a
-        return a.add_(self.error.read(rows)) if copied else a + self.error.read(rows)
+        e = self.error.read(rows)
+        return a.add_(e, alpha=self.decay) if copied else torch.add(a, e, alpha=self.decay)
 
     def parts(self) -> Iterable[tuple[slice, Tensor]]:
         """Give (rows, a) for all rows; a large a is formed a few rows at a time, anew at each call."""
@@ -106,11 +110,11 @@ class Accumulated:
             return
         turn, self._formed = error.turn, None
         rounding = turn.step, turn.ids, turn.origin
-        if turn.ok is True and entry.keep(error.stored, self.gradients, rounding, self.absent, self.scale):
+        if turn.ok is True and entry.keep(error.stored, self.gradients, rounding, self.absent, self.scale, self.decay):
             return
         in_place = turn.ok is True and error.buffer.dtype == self.dtype and not self.absent
         for part in self._chunks:
-            if in_place and self.scale is None:
+            if in_place and self.scale is None and self.decay == 1:
                 entry.subtract_from_(error.buffer[:, part].add_(stacked(self.gradients, part)), part)
             else:
                 error.write(entry.subtract_from_(self.rows(part), part), part)
@@ -168,8 +172,9 @@ class Entry:
         rounding: kernels.Rounding,
         absent: Sequence[int],
         scale: kernels.Scale,
+        decay: float,
     ) -> bool:
-        """Compute e <- e + g - c in place by a kernel, but for the tensors `absent`; tell whether it was done."""
+        """Compute e <- decay * e + g - c in place by a kernel, but for the tensors `absent`; tell whether it was done."""
         return False
 
 
@@ -211,9 +216,10 @@ class LowRankEntry(Entry):
         rounding: kernels.Rounding,
         absent: Sequence[int],
         scale: kernels.Scale,
+        decay: float,
     ) -> bool:
         """See Entry."""
-        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent, None, scale)
+        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent, None, scale, decay)
 
 
 class SparseEntry(Entry):
@@ -239,9 +245,10 @@ class SparseEntry(Entry):
         rounding: kernels.Rounding,
         absent: Sequence[int],
         scale: kernels.Scale,
+        decay: float,
     ) -> bool:
         """See Entry."""
-        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent, self.grid.blocks, scale)
+        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent, self.grid.blocks, scale, decay)
 
     def dense(self) -> Tensor:
         """Form c, (n, rows, cols)."""

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .. import kernels
 from .codecs import BlockQuantizer
 from .deferred import masked
 from .linalg import row_chunks
@@ -159,12 +160,16 @@ class Cell:
 
     Attributes:
         stored: the buffers, for kernels.
+        cols: numbers in a row.
     """
+
+    cols: int
 
     def __init__(self, buffer: Tensor, turn: Turn, dtype: torch.dtype, follows: bool = True):
         self.buffer, self.turn, self.dtype = buffer, turn, dtype
         self.origin = turn.origin if follows else (0, 0)
         self.stored: tuple[Tensor, Tensor | None] = buffer, None
+        self.cols = buffer.shape[-1] if buffer.ndim > 1 else 1
 
     def read(self, rows: slice = ALL) -> Tensor:
         """Give the numbers, or those of some rows, (n, rows, ...) in `dtype`; may share memory with the state."""
@@ -192,10 +197,19 @@ class Cell:
         """Give the row and the column at which these rows begin in the whole tensors."""
         return self.origin[0] + (rows.start or 0), self.origin[1]
 
+    def squares(self) -> Tensor:
+        """Sum the squares of each tensor, (n,) fp64, some rows at a time."""
+        fast = kernels.square(self.stored, self.cols, self.dtype)
+        if fast is not None:
+            return fast
+        total = torch.zeros(len(self.buffer), dtype=torch.float64, device=self.buffer.device)
+        for rows in row_chunks(self.buffer):
+            total += torch.linalg.vector_norm(self.read(rows).flatten(1), dim=1, dtype=torch.float64).square()
+        return total
+
     def square(self) -> float:
-        """Sum the squares in fp64, some rows at a time."""
-        chunks = row_chunks(self.buffer)
-        return float(sum(torch.linalg.vector_norm(self.read(rows), dtype=torch.float64).square() for rows in chunks))
+        """Sum the squares in fp64."""
+        return float(self.squares().sum())
 
 
 class QuantizedCell(Cell):

@@ -58,7 +58,8 @@ class EntryFormat:
     def specs(self) -> tuple[Spec, ...]:
         """Declare all state of one parameter, in the order of `optimizer.state[p]`."""
         o = self.options
-        error = () if self.lossless else matrix_specs("error", self.layout, o.error_dtype, o.error_format)
+        name = "residual" if o.residual == "momentum" else "error"
+        error = () if self.lossless else matrix_specs(name, self.layout, o.error_dtype, o.error_format)
         momentum = matrix_specs("momentum", self.layout, None) if o.momentum else ()
         return (*error, *self.compressor_specs(), *self.window_specs(), *momentum, *metric.specs(self.layout, o.metric))
 

@@ -21,6 +21,7 @@ METRIC: Mapping[str, Any] = MappingProxyType(
         "window_nesterov": True,
         "update_rms": 1.0,
         "rms_mode": "adam",
+        "residual": "momentum",
         "error_dtype": torch.bfloat16,
     }
 )
@@ -80,6 +81,12 @@ class WindowOptions(StateOptions):
         0.0, "momentum after preconditioning: v <- mu v + (1-mu) u", allowed="a number in [0, 1)", check=fraction
     )
     scope: str = option("model", "one Gram matrix over all tensors, or one per tensor", choices=("model", "layer"))
+    residual: str = option(
+        "feedback",
+        "what compression leaves out of a gradient; feedback: it is added to the next gradient; momentum: its running mean, with "
+        "the decay window_momentum, is the update outside of the window",
+        choices=("feedback", "momentum"),
+    )
     update_rms: float | None = option(
         None,
         "rescale the whole update to this root mean square per coordinate (with a metric, a weighted one); none: the raw update",
@@ -139,6 +146,10 @@ class WindowOptions(StateOptions):
 
         if getattr(self, "comm", "gradients") == "factors" and self.metric not in ("none", "factored"):
             raise OptionError(f"metric={self.metric!r}: with comm=factors allowed are none and factored")
+        if self.residual == "momentum" and getattr(self, "comm", "gradients") == "factors":
+            raise OptionError("residual='momentum': with comm=factors allowed is feedback")
+        if self.residual == "momentum" and self.rms_mode == "adam" and self.metric == "none":
+            raise OptionError("residual='momentum' with rms_mode='adam' needs a metric, got metric='none'")
 
     @property
     def averaging(self) -> float:

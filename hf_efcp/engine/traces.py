@@ -39,6 +39,7 @@ def options_of(entries: Iterable[Known]) -> dict[str, Any]:
     if ranks := [shape[-1] for name, shape, _ in entries if name == "warm_start"]:
         options["rank"] = max(ranks)  # smaller tensors clamp it
     kinds = {"metric_rows": "factored", "metric_values": "diagonal", "metric_mean": "tensor"}  # a vector's is diagonal
+    options["residual"] = "momentum" if "residual" in shapes else "feedback"
     options["metric"] = next((kind for name, kind in kinds.items() if name in shapes), "none")
     numbers = [shapes[name][1] for name in ("window_rows", "window_q", "window_values", "window_entries") if name in shapes]
     if numbers:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..core.accumulated import Accumulated
 from ..core.cells import Layout, Parts, Spec
-from ..core.coefficients import quadratic, weights
 from ..core.compressors import Identity
-from ..core.deferred import masked, readable
 from ..core.gram import GramMatrix
+from ..core.linalg import row_chunks
+from ..core.metric import scaled_
 from .apply import apply
 from .costs import Count
 from .diagnostics import of_last_step
@@ -24,6 +24,7 @@ from .formats import EntryFormat, costs_of
 from .method import Group
 from .phases import LISTENER, PHASES
 from .setup import Setup, decoupled_of, l2_of
+from .sizes import averaged, finite, over_processes, rescaled, rest_of
 from .stacks import Piece, Stack
 
 
@@ -41,6 +42,7 @@ class WindowStack(Stack):
         self.compressor = format.compressor(self)
         self.window = format.window(self.buffers)
         self.error = self.cell("error") if "error" in self.buffers else None
+        self.residual = self.cell("residual") if "residual" in self.buffers else None
         self.momentum = self.buffers.get("momentum")
         self.metric = format.metric(self)
 
@@ -72,27 +74,32 @@ class WindowStack(Stack):
         return dots
 
     def commit(self, j: Tensor, l2: float, ok: bool | Tensor) -> None:
-        """Let e <- a - c, write c into slot j, and let D contain g, where the step is accepted."""
+        """Let e <- a - c, or r <- beta r + S^-1 g - c; write c into slot j, and let D contain g; where the step is accepted."""
         gradients = self.gradients(l2)
         if self.window.staged is None:
             self._compress(gradients)
         self.turn.ok = ok
         if self.error is not None and self.window.staged is not None:
             self._accumulated(gradients).keep(self.window.staged)
+        if self.residual is not None and self.window.staged is not None:
+            a = self._accumulated(gradients)
+            a.error, a.decay = self.residual, self.format.options.averaging
+            a.keep(self.window.staged)
         self.window.commit(j.to(self.device), ok)
         self.compressor.commit()
         if self.metric is not None:
             self.metric.commit(gradients)
 
-    def apply(self, c: Tensor, group: Group, options: Any) -> None:
-        """Let u = S^-1 G^T c for coefficients c (n, m);  v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v.
+    def apply(self, c: Tensor, outside: Tensor, group: Group, options: Any) -> None:
+        """Let u = S^-1 (G^T c + outside * r) for c (n, m) and outside (n,);  v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v.
 
         A tensor without a gradient stays where it is, and so does its v. A large tensor's u is never whole. Of a refused step,
         u is zero; with lr and 1 - mu zero too, nothing moves.
         """
         ok, lr, weight_decay, momentum = self.turn.ok, float(group["lr"]), decoupled_of(group, options), options.momentum
         absent = self.turn.absent
-        if len(absent) == len(self.pieces) or self._apply_at_once(c, lr, weight_decay):
+        outside = outside.to(self.layout.dtype)
+        if len(absent) == len(self.pieces) or self._apply_at_once(c, outside, lr, weight_decay):
             return
         rate: float | Tensor = lr
         new_part: float | Tensor = 1 - momentum
@@ -102,6 +109,8 @@ class WindowStack(Stack):
 
         def update(rows: slice) -> Tensor:
             u = self.window.combine(c, rows)
+            if self.residual is not None:
+                u += outside[:, None, None] * self.residual.read(rows)
             u = u if self.metric is None else self.metric.unwhiten_(u, rows)
             if self.momentum is None:
                 return u
@@ -114,7 +123,7 @@ class WindowStack(Stack):
 
         apply(self, update, rate, weight_decay, self.turn.step if options.stochastic_rounding else None, absent)
 
-    def _apply_at_once(self, c: Tensor, lr: float, weight_decay: float) -> bool:
+    def _apply_at_once(self, c: Tensor, outside: Tensor, lr: float, weight_decay: float) -> bool:
         """Do the plain case of `apply` without forming u; tell whether the window can."""
         pieces, dtype = self.pieces, self.layout.dtype
         unmasked = self.turn.ok is True or not weight_decay  # of a refused step c is zero
@@ -126,12 +135,26 @@ class WindowStack(Stack):
         matrices = [p.reshape(self.shape).contiguous() for p in params]  # copies where the layout is another
         if not self.window.apply(c, matrices, -lr, 1 - lr * weight_decay, factors):
             return False
+        if self.residual is not None:
+            self._add_residual(matrices, -lr * outside)
         for p, matrix in zip(params, matrices, strict=True):
             if matrix.data_ptr() != p.data_ptr():
                 p.copy_(matrix.view(p.shape))
         # A kernel writes unseen by autograd, which has to refuse a graph from before.
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
         return True
+
+    def _add_residual(self, matrices: Sequence[Tensor], weights: Tensor) -> None:
+        """Compute p <- p + weight * S^-1 r in place for n matrices (rows, cols) and weights (n,)."""
+        assert self.residual is not None
+        scale = None if self.metric is None else self.metric.scale
+        if kernels.add_kept(matrices, self.residual.stored, weights, scale):
+            return
+        for part in row_chunks(matrices):
+            u = self.residual.read(part) * weights[:, None, None]
+            u = u if scale is None else scaled_(u, scale, part)
+            for p, x in zip(matrices, u, strict=True):
+                p[part] += x
 
 
 class Windowed:
@@ -142,6 +165,7 @@ class Windowed:
         phi: (options, gram, j, w, dtype) -> c = phi(K) w, (groups, m) fp64: for K with the newest entry in it, its slot j, a (1,)
             int64 tensor, w (groups, m) fp64, and the dtype in which G^T c will be summed.
         solve: m -> fp64 operations of `phi` for one Gram matrix.
+        outside: (options, gram) -> phi(0), (groups,) fp64, by which residuals are preconditioned; None: there are none.
     """
 
     def __init__(
@@ -149,8 +173,9 @@ class Windowed:
         entries: type[EntryFormat],
         phi: Callable[[Any, GramMatrix, Tensor, Tensor, torch.dtype], Tensor],
         solve: Callable[[int], float],
+        outside: Callable[[Any, GramMatrix], Tensor] | None = None,
     ):
-        self.entries, self.phi, self.solve = entries, phi, solve
+        self.entries, self.phi, self.solve, self.outside = entries, phi, solve, outside
         self.takes_flat_pieces = entries.takes_flat_pieces
 
     def format(self, layout: Layout, group: Group, options: Any, flat: Parts | None) -> EntryFormat:
@@ -204,19 +229,20 @@ class Windowed:
                 s.stage(gram.step, l2[s.group])                                 # a = e + S^-1 g;  c_j = C(a), as it is stored
             with phase("dots"):
                 dots.append(s.dots(j))                                          # <c_j, c_i> for all i
-        k_j, size = _over_processes(setup, _new_row(stacks, dots, gram, o.scope), o)  # and the sum of S^2
-        ok = _finite(k_j, size)                                                 # on a GPU a flag, which masks what follows
+        k_j, size = over_processes(setup, _new_row(stacks, dots, gram, o.scope), o)  # and the sum of S^2
+        ok = finite(k_j, size)                                                 # on a GPU a flag, which masks what follows
         if ok is False:
             return gram.count(ok)
         for s in (*stacks, *setup.factors):
             with phase("feedback"):
                 s.commit(j, l2[s.group], ok)                                    # e <- a - c_j;  slot j of G <- c_j;  D
         with phase("solve"):
-            w = _weights(gram.update(j, k_j, ok), gram, j, o)
-            c = _rescaled(self.phi(o, gram, j, w, setup.dtype), w, gram, size, o, setup.dtype, ok)  # c = phi(K) w
+            w = averaged(gram.update(j, k_j, ok), gram, j, o)
+            rest = rest_of(setup, self.outside, o)                                         # of gradients, outside of the window
+            c, rest = rescaled(self.phi(o, gram, j, w, setup.dtype), rest, w, gram, size, o, setup.dtype, ok)  # c = phi(K) w
         for s in stacks:
-            with phase("update"):
-                s.apply(_coefficients_of(c, s, o.scope), groups[s.group], o)    # u = S^-1 G^T c;  p <- (1 - lr wd) p - lr u
+            with phase("update"):                                               # u = S^-1 G^T c;  p <- (1 - lr wd) p - lr u
+                s.apply(_coefficients_of(c, s, o.scope), _coefficients_of(rest.weight, s, o.scope), groups[s.group], o)
         setup.finish(c, ok, size)
     # fmt: on
 
@@ -247,64 +273,7 @@ def _new_row(stacks: Iterable[WindowStack], dots: Iterable[Tensor], gram: GramMa
     return k_j
 
 
-def _over_processes(setup: Setup, k_j: Tensor, o: Any) -> tuple[Tensor, Tensor | float]:
-    """Sum over processes, in one message: the new row of K, the sum of S_i^2, and what the metrics of divided tensors need.
-
-    Returns:
-        The row, (groups, m) fp64, and the sum over all coordinates that have a gradient, 0-D fp64; without a metric their number.
-    """
-    if o.metric == "none":
-        return setup.placement.sum(k_j), float(setup.coordinates())
-    metrics = [s.metric for s in setup.stacks if s.metric is not None]
-    size = torch.zeros((), dtype=torch.float64, device=k_j.device)
-    for metric in metrics:
-        size += metric.live_square().to(k_j.device)
-    divided = [metric for metric in metrics if metric.divided]
-    sent = [k_j, size, *(metric.means.to(k_j.device) for metric in divided)]
-    message = setup.placement.sum(torch.cat([t.flatten() for t in sent]))
-    k_j, size, *means = (part.view(t.shape) for part, t in zip(message.split([t.numel() for t in sent]), sent, strict=True))
-    for metric, mean in zip(divided, means, strict=True):
-        metric.means = mean.to(metric.means.device)
-    return k_j, size
-
-
-def _finite(k_j: Tensor, size: Tensor | float) -> bool | Tensor:
-    """Tell whether the staged entry may enter: a flag, or on a GPU the tensor that holds it.
-
-    A gradient with NaN or infinity leaves its mark in the entry's own norm.
-    """
-    finite = k_j.isfinite().all()
-    finite = finite & size.isfinite() if isinstance(size, Tensor) else finite
-    return bool(finite) if readable(finite.device) else finite
-
-
-def _weights(k: Tensor, gram: GramMatrix, j: Tensor, o: Any) -> Tensor:
-    """Give w, the average of the window's entries that is preconditioned."""
-    return weights(k, gram.ages(j), o.averaging, o.window_nesterov, o.window_nesterov or o.metric != "none")
-
-
-def _rescaled(
-    c: Tensor, w: Tensor, gram: GramMatrix, size: Tensor | float, o: Any, dtype: torch.dtype, ok: bool | Tensor
-) -> Tensor:
-    """Multiply c so that the sum of S_i^2 u_i^2 is update_rms^2 times the sum of S_i^2; S = 1 without a metric.
-
-    |S u|^2 = c^T K c is free, so no pass over the parameters is needed. With rms_mode="adam" the update is smaller by the norm of
-    the averaged entry over the root mean square of the entries' norms. A refused step has zeros.
-    """
-    k = gram.matrix
-    if o.update_rms is not None:
-        norm = quadratic(k, c).sum().sqrt()
-        root = size.sqrt() if isinstance(size, Tensor) else math.sqrt(size)
-        c = c * torch.where(norm > 0, o.update_rms * root / norm, 0.0)
-        if o.rms_mode == "adam":
-            mean_square = k.diagonal(dim1=-2, dim2=-1).sum() / gram.filled
-            c = c * torch.where(mean_square > 0, quadratic(k, w).sum() / mean_square, 0.0).sqrt()
-    # Gradients near the smallest fp32 number ask for coefficients beyond the largest: they are zeros.
-    c = torch.where(c.abs().amax(-1, keepdim=True) < torch.finfo(dtype).max / 2**20, c, 0.0)
-    return c if ok is True else masked(ok, c, 0.0)
-
-
 def _coefficients_of(c: Tensor, s: WindowStack, scope: str) -> Tensor:
-    """Give the stack's coefficients, (n, m)."""
+    """Give the stack's coefficients, (n, ...), from those of the groups."""
     c = c.to(s.device)
-    return c.index_select(0, s.ids) if scope == "layer" else c.expand(len(s.pieces), -1)
+    return c.index_select(0, s.ids) if scope == "layer" else c.expand(len(s.pieces), *c.shape[1:])

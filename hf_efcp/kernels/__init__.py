@@ -45,6 +45,8 @@ _MODULES = {
     "combine": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
     "apply": {"cpu": "cpu_sparse"},
     "keep": {"cpu": "cpu_keep"},
+    "square": {"cpu": "cpu_keep"},
+    "add_kept": {"cpu": "cpu_keep"},
     "times": {"cpu": "cpu_low_rank"},
     "transposed_times": {"cpu": "cpu_low_rank"},
     "inner": {"cpu": "cpu_low_rank"},
@@ -92,8 +94,9 @@ def keep(
     absent: Sequence[int],
     blocks: Blocks | None = None,
     scale: Scale = None,
+    decay: float = 1.0,
 ) -> bool:
-    """e <- e + g - c in place, rounded as e is stored: see `Accumulated.keep`.
+    """e <- decay * e + g - c in place, rounded as e is stored: see `Accumulated.keep`.
 
     Args:
         error: e.
@@ -103,12 +106,23 @@ def keep(
         absent: tensors whose error stays as it is.
         blocks: of a sparse entry.
         scale: of g.
+        decay: a number.
 
     Returns:
         Whether it was done.
     """
     attempt = _try if blocks is None else _try_sparse
-    return bool(attempt("keep", gradients[0], error, gradients, entry, rounding, absent, blocks, scale))
+    return bool(attempt("keep", gradients[0], error, gradients, entry, rounding, absent, blocks, scale, decay))
+
+
+def square(error: Error, cols: int, dtype: torch.dtype) -> Tensor | None:
+    """The sum of the squares of e, (n,) fp64, for rows of `cols` numbers which are read in `dtype`."""
+    return None if error is None else _try("square", error[0], error, cols, dtype)
+
+
+def add_kept(params: Matrices, error: Error, weights: Tensor, scale: Scale) -> bool:
+    """p <- p + weight * diag(x) e diag(y) in place, for matrices in the dtype of weights (n,). Whether it was done."""
+    return bool(_try("add_kept", params[0], params, error, weights, scale))
 
 
 def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None) -> Tensor | None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numba import types
 from numba.extending import overload
+from torch import Tensor
 
 from . import Blocks, Entry, Error, Matrices, Rounding, Scale
 from .constants import (
@@ -33,6 +34,7 @@ from .cpu_tools import (
     REORDERED,
     Addresses,
     Errors,
+    add_error,
     array,
     compiled,
     factors,
@@ -177,19 +179,27 @@ def _subtract_product(a, p, row, q):
 
 @compiled(relaxed=REORDERED)
 def _keep(
-    lo, hi, error, scale, limit, absent, gradients, left, right, one, two, starts, cols, step, salts, origin_row, origin_col, like
+    lo, hi, error, scale, limit, absent, gradients, left, right, one, two, starts, cols, decay, step, salts, row_0, col_0, like
 ):
-    """e <- e + g - c for some rows. `one` and `two` are p and q; or, where there are `starts`, indices and values."""
+    """e <- decay * e + g - c for some rows. `one` and `two` are p and q; or, where there are `starts`, indices and values."""
     rows = error.shape[1]
-    a, room = np.empty(cols, like.dtype), np.empty(cols, like.dtype)
+    a, room, held = np.empty(cols, like.dtype), np.empty(cols, like.dtype), np.empty(cols, like.dtype)
+    zeros = np.zeros(cols, like.dtype)
     single, keys, key = np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
     for task in range(lo, hi):
         t, row = task // rows, task % rows
         if absent[t]:
             continue
         if task == lo or row == 0:
-            key = _column_keys(step, salts[t], origin_col, keys)
-        read_row(a, room, matrix_row(gradients[t], row, cols, like), left, right, error, scale, t, row, 0)
+            key = _column_keys(step, salts[t], col_0, keys)
+        g = matrix_row(gradients[t], row, cols, like)
+        if decay[0] == 1:
+            read_row(a, room, g, left, right, error, scale, t, row, 0)
+        else:
+            add_error(held, zeros, error, scale, t, row, 0)
+            read_row(a, room, g, left, right, error[:0], scale[:0], t, row, 0)
+            for x in range(cols):
+                a[x] += decay[0] * held[x]
         if starts.size:
             index, value = one[t, row], two[t, row]
             for i in range(value.size):
@@ -197,7 +207,7 @@ def _keep(
         else:
             _subtract_product(a, one[t], row, two[t])
         to = scale[t, row] if scale.size else like
-        _write(error[t, row], to, a, _row_key(key, origin_row + row), keys, single, limit)
+        _write(error[t, row], to, a, _row_key(key, row_0 + row), keys, single, limit)
 
 
 def keep(
@@ -208,8 +218,9 @@ def keep(
     absent: Sequence[int],
     blocks: Blocks | None = None,
     scale: Scale = None,
+    decay: float = 1.0,
 ) -> bool:
-    """e <- e + g - c in place, for a sparse entry c with `blocks` and a low-rank one without: see `hf_efcp.kernels.keep`.
+    """e <- decay * e + g - c in place, for a sparse entry c with `blocks` and a low-rank one without: see `hf_efcp.kernels.keep`.
 
     Args:
         error: e, as `Errors` takes it.
@@ -219,6 +230,7 @@ def keep(
         absent: tensors whose error stays as it is.
         blocks: of a sparse entry.
         scale: of g.
+        decay: a number.
 
     Returns:
         Whether it was done.
@@ -235,5 +247,59 @@ def keep(
     absent_flags = np.zeros(n, bool)
     absent_flags[list(absent)] = True
     where = *kept.arrays, kept.limit, absent_flags, g.array, *factors(scale, g.dtype)
-    divide_work(_keep, n * rows, numbers, *where, *arrays, starts, cols, *noise)
+    by = array(torch.tensor([decay], dtype=g.dtype))
+    divide_work(_keep, n * rows, numbers, *where, *arrays, starts, cols, by, *noise)
+    return True
+
+
+@compiled(relaxed=REORDERED)
+def _square(lo, hi, error, scale, cols, like, out):
+    rows = error.shape[1]
+    e, zeros = np.empty(cols, like.dtype), np.zeros(cols, like.dtype)
+    for task in range(lo, hi):
+        t, row, total = task // rows, task % rows, 0.0
+        add_error(e, zeros, error, scale, t, row, 0)
+        for x in range(cols):
+            total += np.float64(e[x]) * np.float64(e[x])
+        out[t, row] = total
+
+
+@compiled(relaxed=REORDERED)
+def _add_kept(lo, hi, error, scale, left, right, params, weights, cols):
+    rows = error.shape[1]
+    e, zeros = np.empty(cols, weights.dtype), np.zeros(cols, weights.dtype)
+    for task in range(lo, hi):
+        t, row = task // rows, task % rows
+        add_error(e, zeros, error, scale, t, row, 0)
+        p, weight = matrix_row(params[t], row, cols, weights), weights[t]
+        if right.size:
+            weight, sizes = weight * left[t, row], right[t]
+            for x in range(cols):
+                e[x] *= sizes[x]
+        for x in range(cols):
+            p[x] += weight * e[x]
+
+
+def square(error: Error, cols: int, dtype: torch.dtype) -> Tensor | None:
+    """The sum of the squares of e, (n,) fp64; `cols`: numbers in a row; `dtype`: of the numbers."""
+    if error is None or not reads(error):
+        return None
+    kept, (n, rows) = Errors(error, dtype), error[0].shape[:2]
+    out = torch.empty(n, rows, dtype=torch.float64)
+    divide_work(_square, n * rows, cols, *kept.arrays, cols, array(torch.empty(0, dtype=dtype)), array(out))
+    return out.sum(1)
+
+
+def add_kept(params: Matrices, error: Error, weights: Tensor, scale: Scale) -> bool:
+    """p <- p + weight * diag(x) e diag(y) in place, for n contiguous matrices (rows, cols) and weights (n,) in their dtype.
+
+    Returns:
+        Whether it was done.
+    """
+    if error is None or not reads(error) or not all(p.is_contiguous() for p in params):
+        return False
+    p = Addresses(params)
+    n, rows, cols = p.shape
+    arrays = *Errors(error, p.dtype).arrays, *factors(scale, p.dtype), p.array, array(weights), cols
+    divide_work(_add_kept, n * rows, cols, *arrays)
     return True

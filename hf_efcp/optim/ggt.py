@@ -82,6 +82,11 @@ def phi(o: Any, gram: GramMatrix, j: Tensor, w: Tensor, dtype: torch.dtype) -> T
     return ggt(gram.matrix, w, decay, o.eps, dtype, gram.filled_slots if o.centered else None)
 
 
+def outside(o: Any, gram: GramMatrix) -> Tensor:
+    """Give phi(0) = 1 / eps, (groups,) fp64."""
+    return torch.full_like(gram.matrix[:, 0, 0], 1 / o.eps)
+
+
 def solve(m: int) -> float:
     """Count the operations of an eigendecomposition: tridiagonal form 4/3 m^3, its eigenvectors 4/3, turning them back 2."""
     return 14 / 3 * m**3
@@ -98,7 +103,7 @@ class DenseGGT(EngineOptimizer):
 
     options_type = DenseGGTOptions
     measured = MEASURED
-    method = Windowed(EntryFormat, phi, solve)
+    method = Windowed(EntryFormat, phi, solve, outside)
 
 
 class SparseGGT(EngineOptimizer):
@@ -106,7 +111,7 @@ class SparseGGT(EngineOptimizer):
 
     options_type = SparseGGTOptions
     measured = MEASURED
-    method = Windowed(SparseFormat, phi, solve)
+    method = Windowed(SparseFormat, phi, solve, outside)
 
 
 class LowRankGGT(EngineOptimizer):
@@ -114,4 +119,4 @@ class LowRankGGT(EngineOptimizer):
 
     options_type = LowRankGGTOptions
     measured = MEASURED
-    method = Windowed(LowRankFormat, phi, solve)
+    method = Windowed(LowRankFormat, phi, solve, outside)

@@ -66,11 +66,22 @@ MEASURED: Mapping[str, Any] = MappingProxyType(
 MEASURED_LOW_RANK: Mapping[str, Any] = MappingProxyType({**MEASURED, "rank": 8})
 
 
+def damping_of(o: Any, gram: GramMatrix) -> Tensor | float:
+    """Give the damping, (groups,) fp64 where it is relative."""
+    if o.damping_mode == "absolute":
+        return o.damping
+    return o.damping * gram.matrix.diagonal(dim1=-2, dim2=-1).sum(-1) / gram.filled
+
+
+def outside(o: Any, gram: GramMatrix) -> Tensor:
+    """Give phi(0) = 1 / damping, (groups,) fp64; 0 while there is no gradient."""
+    damping = torch.zeros_like(gram.matrix[:, 0, 0]) + damping_of(o, gram)
+    return torch.where(damping > 0, 1 / damping, 0.0)
+
+
 def phi(o: Any, gram: GramMatrix, j: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     """Give c = N (M K + N*damping*I)^-1 w, (groups, m) fp64; arguments: see `Windowed`."""
-    k, damping = gram.matrix, o.damping
-    if o.damping_mode == "relative":
-        damping = damping * k.diagonal(dim1=-2, dim2=-1).sum(-1) / gram.filled
+    k, damping = gram.matrix, damping_of(o, gram)
     divisor = gram.filled.double() if o.centered or o.divisor == "filled" else o.window_size
     return mfac(k, w, damping, divisor, dtype, gram.dependent, gram.filled_slots if o.centered else None)
 
@@ -91,7 +102,7 @@ class DenseMFAC(EngineOptimizer):
 
     options_type = DenseMFACOptions
     measured = MEASURED
-    method = Windowed(EntryFormat, phi, solve)
+    method = Windowed(EntryFormat, phi, solve, outside)
 
 
 class SparseMFAC(EngineOptimizer):
@@ -99,7 +110,7 @@ class SparseMFAC(EngineOptimizer):
 
     options_type = SparseMFACOptions
     measured = MEASURED
-    method = Windowed(SparseFormat, phi, solve)
+    method = Windowed(SparseFormat, phi, solve, outside)
 
 
 class LowRankMFAC(EngineOptimizer):
@@ -107,4 +118,4 @@ class LowRankMFAC(EngineOptimizer):
 
     options_type = LowRankMFACOptions
     measured = MEASURED_LOW_RANK
-    method = Windowed(LowRankFormat, phi, solve)
+    method = Windowed(LowRankFormat, phi, solve, outside)

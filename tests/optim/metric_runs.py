@@ -19,7 +19,7 @@ LOSSY = {"sparse": {"density": 0.3, "block_size": 4}, "low rank": {"rank": 2}, "
 COMMON = {
     **{"lr": 0.01, "weight_decay": 0.0, "weight_decay_mode": "decoupled", "window_size": M, "window_momentum": 0.0},
     **{"momentum": 0.0, "scope": "model", "update_rms": None, "metric": "factored", "metric_beta": 0.9, "metric_eps": 1e-3},
-    **{"window_nesterov": False, "centered": False, "rms_mode": "constant"},
+    **{"window_nesterov": False, "centered": False, "rms_mode": "constant", "residual": "feedback"},
 }
 FAMILY = {
     "mfac": {"damping": 1e-2, "damping_mode": "absolute", "divisor": "window"},

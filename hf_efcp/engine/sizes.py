@@ -1,0 +1,127 @@
+"""What is between K and the update: messages of a step, the average that is preconditioned, and the size of the update."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.coefficients import quadratic, weights
+from ..core.deferred import masked, readable
+from ..core.gram import GramMatrix
+from ..options import OptionError
+from .setup import Setup
+
+
+def over_processes(setup: Setup, k_j: Tensor, o: Any) -> tuple[Tensor, Tensor | float]:
+    """Sum over processes, in one message: the new row of K, the sum of S_i^2, and what the metrics of divided tensors need.
+
+    Returns:
+        The row, (groups, m) fp64, and the sum over all coordinates that have a gradient, 0-D fp64; without a metric their number.
+    """
+    if o.metric == "none":
+        return setup.placement.sum(k_j), float(setup.coordinates())
+    metrics = [s.metric for s in setup.stacks if s.metric is not None]
+    size = torch.zeros((), dtype=torch.float64, device=k_j.device)
+    for metric in metrics:
+        size += metric.live_square().to(k_j.device)
+    divided = [metric for metric in metrics if metric.divided]
+    sent = [k_j, size, *(metric.means.to(k_j.device) for metric in divided)]
+    message = setup.placement.sum(torch.cat([t.flatten() for t in sent]))
+    k_j, size, *means = (part.view(t.shape) for part, t in zip(message.split([t.numel() for t in sent]), sent, strict=True))
+    for metric, mean in zip(divided, means, strict=True):
+        metric.means = mean.to(metric.means.device)
+    return k_j, size
+
+
+def finite(k_j: Tensor, size: Tensor | float) -> bool | Tensor:
+    """Tell whether the staged entry may enter: a flag, or on a GPU the tensor that holds it.
+
+    A gradient with NaN or infinity leaves its mark in the entry's own norm.
+    """
+    finite = k_j.isfinite().all()
+    finite = finite & size.isfinite() if isinstance(size, Tensor) else finite
+    return bool(finite) if readable(finite.device) else finite
+
+
+def _normalized(o: Any) -> bool:
+    """Tell whether the weights of an average sum to 1."""
+    return o.window_nesterov or o.metric != "none"
+
+
+def averaged(k: Tensor, gram: GramMatrix, j: Tensor, o: Any) -> Tensor:
+    """Give w, the average of the window's entries that is preconditioned."""
+    return weights(k, gram.ages(j), o.averaging, o.window_nesterov, _normalized(o))
+
+
+@dataclasses.dataclass
+class Rest:
+    """The residuals r, with residual="momentum".
+
+    Attributes:
+        weight: (groups,) fp64, the update's part outside of the window is weight * S^-1 r.
+        square: (groups,) fp64, the sum of r^2 over all tensors of a Gram matrix.
+        mean: mean * r is the running mean of what compression left out.
+    """
+
+    weight: Tensor
+    square: Tensor
+    mean: Tensor | float
+
+
+def rest_of(setup: Setup, outside: Callable[[Any, GramMatrix], Tensor] | None, o: Any) -> Rest:
+    """Give what the residuals weigh in the update: phi(0) times the bias correction of their running mean."""
+    gram, zeros = setup.counters, torch.zeros_like(setup.counters.matrix[:, 0, 0])
+    if o.residual == "feedback":
+        return Rest(zeros, zeros, 0.0)
+    if outside is None:
+        raise OptionError("residual='momentum': this method has no value outside of the window; allowed is feedback")
+    square = zeros.clone()
+    for s in setup.stacks:
+        if s.residual is not None:
+            each = s.residual.squares().to(square.device)
+            square.index_add_(0, torch.zeros_like(s.ids) if o.scope == "model" else s.ids, each)
+    beta, mean = o.averaging, 1 - o.averaging
+    if _normalized(o):
+        mean = mean / (1 - beta ** gram.step.double())
+    return Rest(outside(o, gram) * mean, setup.placement.sum(square), mean)
+
+
+def rescaled(
+    c: Tensor,
+    rest: Rest,
+    w: Tensor,
+    gram: GramMatrix,
+    size: Tensor | float,
+    o: Any,
+    dtype: torch.dtype,
+    ok: bool | Tensor,
+) -> tuple[Tensor, Rest]:
+    """Multiply c so that the sum of S_i^2 u_i^2 is update_rms^2 times the sum of S_i^2; S = 1 without a metric.
+
+    |S u|^2 = c^T K c is free, so no pass over the parameters is needed. With rms_mode="adam" the update is smaller by the norm of
+    the averaged entry over the root mean square of the entries' norms. Residuals with a mean of their own count in all norms,
+    and the mean square of whole gradients is the sum of S_i^2. A refused step has zeros.
+    """
+    k, far = gram.matrix, o.residual == "momentum"
+    if o.update_rms is not None:
+        square = quadratic(k, c).sum()
+        norm = (square + (rest.weight.square() * rest.square).sum() if far else square).sqrt()
+        root = size.sqrt() if isinstance(size, Tensor) else math.sqrt(size)
+        scale = torch.where(norm > 0, o.update_rms * root / norm, 0.0)
+        c, rest = c * scale, dataclasses.replace(rest, weight=rest.weight * scale)
+        if o.rms_mode == "adam":
+            mean_square = torch.as_tensor(size) if far else k.diagonal(dim1=-2, dim2=-1).sum() / gram.filled
+            square = quadratic(k, w).sum()
+            square = square + (rest.mean * rest.mean * rest.square).sum() if far else square
+            scale = torch.where(mean_square > 0, square / mean_square, 0.0).sqrt()
+            c, rest = c * scale, dataclasses.replace(rest, weight=rest.weight * scale)
+    # Gradients near the smallest fp32 number ask for coefficients beyond the largest: they are zeros.
+    c = torch.where(c.abs().amax(-1, keepdim=True) < torch.finfo(dtype).max / 2**20, c, 0.0)
+    if ok is True:
+        return c, rest
+    return masked(ok, c, 0.0), dataclasses.replace(rest, weight=masked(ok, rest.weight, 0.0))
