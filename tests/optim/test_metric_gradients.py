@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from tests.optim.helpers import all_finite, assert_unchanged, clones, count, snapshot, started, step_quietly
+from tests.optim.helpers import KERNELS, all_finite, assert_unchanged, clones, count, pairwise, snapshot, started, step_quietly
 from tests.optim.metric_runs import LOSSY, METRICS, M, beside_reference, gradients_at, step_together
 from tests.reference import info, make, names, relative, update_of
 
@@ -95,9 +95,7 @@ def test_a_tensor_whose_first_hundred_gradients_are_zero(name, metric):
     assert all_finite(fast, params)
 
 
-@METRICS
-@pytest.mark.parametrize("scope", ["model", "layer"])
-@EVERY
+@pairwise(name=names(windowed=True), metric=["tensor", "diagonal", "factored"], scope=["model", "layer"])
 def test_the_first_three_steps_of_lora(name, scope, metric):
     """B is zero: A's first gradient is zero. Real gradients of a product x A^T B^T."""
     fast, params, slow = beside_reference(name, [(4, 20), (16, 4)], metric=metric, scope=scope, **{**OPTIONS, "lr": 0.01})
@@ -140,9 +138,7 @@ def test_lora_trains(name, metric):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("scope", ["model", "layer"])
-@METRICS
-@EVERY
+@pairwise(name=names(windowed=True), metric=["tensor", "diagonal", "factored"], scope=["model", "layer"], kernels=KERNELS)
 @pytest.mark.usefixtures("kernels")
 def test_a_gradient_that_is_not_finite_leaves_the_metric(name, metric, scope):
     optimizer, params = started(name, metric=metric, scope=scope, weight_decay=0.1)
