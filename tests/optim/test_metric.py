@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.optim.helpers import KERNELS, clones, pairwise
-from tests.optim.metric_runs import METRICS, SHAPES, M, beside_reference, gradients_at, step_together
+from tests.optim.metric_runs import METRICS, SHAPES, M, beside_reference, gradients_at, name_of, step_together
 from tests.reference import exact_options, info, names
 
 EVERY = pytest.mark.parametrize("name", names(windowed=True))
@@ -15,10 +15,6 @@ ALL_METRICS = ["tensor", "diagonal", "factored"]
 # Damping and eps at which the dense solve itself is right to 1e-11.
 WELL_POSED = {"damping": 1e-2, "eps": 1e-2, "lr": 0.01, "window_size": M, "metric_beta": 0.9}
 START = {"damping_mode": "relative", "damping": 0.1, "window_momentum": 0.9, "window_nesterov": True, "update_rms": 1.0}
-
-
-def name_of(family, compression):
-    return names(family=family, compression=compression)[0]
 
 
 def compare(name, events=False, shapes=SHAPES, bound=1e-9, **options):
