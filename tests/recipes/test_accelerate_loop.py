@@ -244,7 +244,7 @@ def test_half_precision_needs_a_gpu(flags, tmp_path):
         (["--optim=adamw"], "made with optim 'efcp_lowrank_mfac', this run has 'adamw'"),
         (["--per_device_train_batch_size=8"], "made with per_device_train_batch_size 16, this run has 8"),
         (["--max_train_samples=60"], "made with train_samples 64, this run has 60"),
-        (["--optim_args=window_size=8"], "checkpoint was made with window_size=32, this optimizer has window_size=8"),
+        (["--optim_args=window_size=8"], r"checkpoint was made with window_size=\d+, this optimizer has window_size=8"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(flags, more, message, tmp_path):
