@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.optim.helpers import KERNELS, clones, pairwise
-from tests.optim.metric_runs import METRICS, SHAPES, M, beside_reference, gradients_at, name_of, step_together
+from tests.optim.metric_runs import SHAPES, M, beside_reference, gradients_at, name_of, step_together
 from tests.reference import exact_options, info, names
 
 EVERY = pytest.mark.parametrize("name", names(windowed=True))
@@ -99,17 +99,14 @@ def test_where_to_start_from(name, scope):
     compare(name, events=True, metric="factored", rms_mode="adam", scope=scope, **START)
 
 
-@pytest.mark.parametrize("options", [{"beta2": 0.9}, {"beta2": 0.5, "beta1": 0.8, "update_rms": 0.3}], ids=str)
-@METRICS
-@GGT
+@pairwise(name=names(family="ggt"), metric=ALL_METRICS, options=[{"beta2": 0.9}, {"beta2": 0.5, "beta1": 0.8, "update_rms": 0.3}])
 def test_ggt_with_decay(name, metric, options):
     compare(name, events=True, metric=metric, **options)
 
 
-@METRICS
-@EVERY
-def test_a_window_of_one_entry(name, metric):
-    compare(name, metric=metric, window_size=1, update_rms=0.3)
+@pairwise(compression=COMPRESSIONS, metric=ALL_METRICS, family=FAMILIES)
+def test_a_window_of_one_entry(family, compression, metric):
+    compare(name_of(family, compression), metric=metric, window_size=1, update_rms=0.3)
 
 
 @pairwise(name=names(windowed=True), metric=["none", "tensor", "factored"], centered=[False, True])

@@ -73,7 +73,7 @@ def test_a_small_block_beside_a_large_one(name):
         assert u.abs().max() < 10
 
 
-@FAMILY_BY_COMPRESSION
+@pairwise(metric=["tensor", "diagonal", "factored"], compression=["dense", "low rank"], family=["mfac", "ggt"])
 def test_a_tensor_whose_first_hundred_gradients_are_zero(family, compression, metric):
     """The tensor stays, and the others train as if it did not exist; then it moves like any other."""
     name = name_of(family, compression)

@@ -71,9 +71,7 @@ def test_a_diagonal_metric_with_huge_damping_is_adam(name, rms_mode):
         assert relative(u, expected) < 1e-9, t
 
 
-@pytest.mark.parametrize("scope", ["model", "layer"])
-@pytest.mark.parametrize("metric", ["none", "factored", "diagonal"])
-@MFAC
+@pairwise(name=names(family="mfac"), metric=["none", "factored", "diagonal"], scope=["model", "layer"])
 def test_equal_weights_make_centring_a_number(name, metric, scope):
     """Sherman and Morrison: with w = 1/n the mean of the entries is preconditioned. With recent ones heavier it is not."""
     for beta, alike in ((1 - 1e-12, True), (0.5, False)):
