@@ -133,7 +133,7 @@ def test_a_list_without_names(tmp_path):
 def test_fsdp_gives_every_process_its_rows(tmp_path, capsys):
     """By hand: 5 x 40 at rank 1, m = 8, bf16 errors; of 3 processes the first has 2 rows, Q and its warm start are whole."""
     file = write_shapes(tmp_path, [[5, 40], [7]])
-    args = ["--optim", "efcp_lowrank_mfac", "--optim_args", "rank=1,window_size=8", "--num_processes", "3", "--fsdp"]
+    args = ["--optim", "efcp_lowrank_mfac", "--optim_args", "rank=1,window_size=8,metric=none", "--num_processes", "3", "--fsdp"]
     found = estimated(tmp_path, file, *args)["optimizers"]
     window = 8 * (2 + 40) * 4 + 8 * 3 * 4
     expected = {"error": 2 * 40 * 2, "warm_start": 40 * 4, "window": window, "gram": 8 * 8 * 8, "step": 8, "skipped": 8}

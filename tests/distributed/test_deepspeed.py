@@ -134,7 +134,7 @@ def with_measured_metric(rank):
     """The parts of this process's piece, the losses, and the state of the metric; nothing but the preset is given."""
     found = []
     for name, stage in (("efcp_sparse_mfac", 1), ("efcp_dense_mfac", 2)):
-        sparse = SPARSE if "sparse" in name else {}
+        sparse = SPARSE if info(name).compression == "sparse" else {}
         accelerator, engine, wrapped, optimizer, x, y = prepared(
             name, stage, preset="measured", lr=0.01, update_rms=1.0, weight_decay=0.0, **sparse
         )

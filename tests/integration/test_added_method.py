@@ -18,8 +18,8 @@ own = {"output_dir": "out", "use_cpu": True, "report_to": []}
 class ToyOptions(SparseMFAC.options_type):
     shrink: float = option(1.0, "what each coefficient is divided by", allowed="a finite number > 0", check=positive)
 
-def shrunk(o, gram, j, dtype):
-    return mfac.phi(o, gram, j, dtype) / o.shrink
+def shrunk(o, gram, j, w, dtype):
+    return mfac.phi(o, gram, j, w, dtype) / o.shrink
 
 class Toy(SparseMFAC):
     options_type = ToyOptions

@@ -40,6 +40,7 @@ def with_accelerate(rank, processes, comm, folder=None):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = net()
     options = {**hf_efcp.optim_defaults("efcp_lowrank_mfac"), "error_dtype": None, "window_size": 4, "rank": 2, "comm": comm}
+    options["metric"] = "none"  # with factors D is that of the step before, and contains the processes' noise
     optimizer = hf_efcp.create_optimizer("efcp_lowrank_mfac", model, lr=0.02, **options)
     if folder is None:
         optimizer, model = accelerator.prepare(optimizer, model)

@@ -1,6 +1,7 @@
 """Bit-for-bit comparison of everything that an optimizer and its parameters hold, and short deterministic runs."""
 
 import io
+import itertools
 import warnings
 
 import pytest
@@ -78,7 +79,27 @@ def started(name, steps=M + 2, dtype=torch.float32, shapes=None, **options):
     return optimizer, params
 
 
+def pairwise(**lists):
+    """Mark a test with combinations in which each value meets each value of every other list, but not in all combinations.
+
+    A list `kernels` goes to the fixture of that name.
+    """
+
+    def pairs(row):
+        return set(itertools.combinations(enumerate(row), 2))
+
+    rows = list(itertools.product(*(range(len(values)) for values in lists.values())))
+    missing, chosen = set().union(*map(pairs, rows)), []
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(pairs(row) & missing)))
+        missing -= pairs(chosen[-1])
+    combinations = [tuple(values[k] for values, k in zip(lists.values(), row, strict=True)) for row in chosen]
+    ids = ["-".join(map(str, values)) for values in combinations]
+    return pytest.mark.parametrize(",".join(lists), combinations, ids=ids, indirect=[n for n in lists if n == "kernels"])
+
+
 EVERY = pytest.mark.parametrize("name", NAMES)
+KERNELS = ["kernels", "plain torch"]
 COMPRESSED = pytest.mark.parametrize("name", compressed_names())
 SCOPES = pytest.mark.parametrize("scope", ["model", "layer"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

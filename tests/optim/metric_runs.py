@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.optim.helpers import clones
-from tests.reference import info, make, parameters
+from tests.reference import info, make, names, parameters
 from tests.reference_metric import matrix, reference_of
 
 M = 5
@@ -31,6 +31,11 @@ MFAC_OPTIONS = [
     {"divisor": "filled"},
     {"damping_mode": "relative", "damping": 0.1, "divisor": "filled", "update_rms": 0.3, "window_nesterov": True},
 ]
+
+
+def name_of(family, compression):
+    """The optimizer of a family with a compression."""
+    return names(family=family, compression=compression)[0]
 
 
 def options_of(family, **given):

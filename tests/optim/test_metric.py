@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from tests.optim.helpers import clones
-from tests.optim.metric_runs import METRICS, SHAPES, M, beside_reference, gradients_at, step_together
+from tests.optim.helpers import KERNELS, clones, pairwise
+from tests.optim.metric_runs import SHAPES, M, beside_reference, gradients_at, name_of, step_together
 from tests.reference import exact_options, info, names
 
 EVERY = pytest.mark.parametrize("name", names(windowed=True))
 MFAC = pytest.mark.parametrize("name", names(family="mfac"))
 GGT = pytest.mark.parametrize("name", names(family="ggt"))
-EVENTS = pytest.mark.parametrize("events", [False, True], ids=["all gradients", "absent, zero, not finite"])
+FAMILIES, COMPRESSIONS, EVENTS = ["mfac", "ggt"], ["dense", "sparse", "low rank"], [False, True]
+ALL_METRICS = ["tensor", "diagonal", "factored"]
 # Damping and eps at which the dense solve itself is right to 1e-11.
 WELL_POSED = {"damping": 1e-2, "eps": 1e-2, "lr": 0.01, "window_size": M, "metric_beta": 0.9}
 START = {"damping_mode": "relative", "damping": 0.1, "window_momentum": 0.9, "window_nesterov": True, "update_rms": 1.0}
@@ -25,77 +26,68 @@ def compare(name, events=False, shapes=SHAPES, bound=1e-9, **options):
     assert moved > 0 and slow.t == 3 * M - events
 
 
-@EVENTS
-@METRICS
-@pytest.mark.parametrize("scope", ["model", "layer"])
-@EVERY
+@pairwise(name=names(windowed=True), metric=ALL_METRICS, scope=["model", "layer"], events=EVENTS, kernels=KERNELS)
 @pytest.mark.usefixtures("kernels")
 def test_the_raw_update(name, scope, metric, events):
     compare(name, events, metric=metric, scope=scope)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"update_rms": 0.3},
-        {"update_rms": 0.3, "scope": "layer", "window_momentum": 0.8},
-        {"update_rms": 1.0, "rms_mode": "adam", "window_momentum": 0.8},
-        {"update_rms": 1.0, "rms_mode": "adam", "window_momentum": 0.8, "scope": "layer"},
-        {"window_momentum": 0.8, "window_nesterov": True},
-        {"window_nesterov": True, "scope": "layer", "update_rms": 0.3, "window_momentum": 0.8},
-        {"centered": True, "window_momentum": 0.8},
-        {"centered": True, "window_momentum": 0.8, "update_rms": 0.3, "scope": "layer", "window_nesterov": True},
-        {"weight_decay": 0.3, "update_rms": 0.3},
-        {"weight_decay": 0.3, "weight_decay_mode": "l2", "update_rms": 0.3},
-        {"momentum": 0.7, "weight_decay": 0.3, "update_rms": 0.3},
-        {
-            "momentum": 0.7,
-            "weight_decay": 0.3,
-            "weight_decay_mode": "l2",
-            "scope": "layer",
-            "rms_mode": "adam",
-            "update_rms": 1.0,
-        },
-        {"metric_beta": 0.5, "metric_eps": 0.1, "update_rms": 0.3},
-    ],
-    ids=str,
-)
-@EVENTS
-@EVERY
-def test_each_option_with_a_factored_metric(name, options, events):
-    compare(name, events, metric="factored", **options)
+EACH_OPTION = [
+    {"update_rms": 0.3},
+    {"update_rms": 0.3, "scope": "layer", "window_momentum": 0.8},
+    {"update_rms": 1.0, "rms_mode": "adam", "window_momentum": 0.8},
+    {"update_rms": 1.0, "rms_mode": "adam", "window_momentum": 0.8, "scope": "layer"},
+    {"window_momentum": 0.8, "window_nesterov": True},
+    {"window_nesterov": True, "scope": "layer", "update_rms": 0.3, "window_momentum": 0.8},
+    {"centered": True, "window_momentum": 0.8},
+    {"centered": True, "window_momentum": 0.8, "update_rms": 0.3, "scope": "layer", "window_nesterov": True},
+    {"weight_decay": 0.3, "update_rms": 0.3},
+    {"weight_decay": 0.3, "weight_decay_mode": "l2", "update_rms": 0.3},
+    {"momentum": 0.7, "weight_decay": 0.3, "update_rms": 0.3},
+    {
+        "momentum": 0.7,
+        "weight_decay": 0.3,
+        "weight_decay_mode": "l2",
+        "scope": "layer",
+        "rms_mode": "adam",
+        "update_rms": 1.0,
+    },
+    {"metric_beta": 0.5, "metric_eps": 0.1, "update_rms": 0.3},
+]
 
 
-@pytest.mark.parametrize("metric", ["none", "tensor", "diagonal"])
-@EVENTS
-@EVERY
-def test_where_to_start_from_with_other_metrics(name, metric, events):
-    compare(name, events, metric=metric, **START)
+@pairwise(options=EACH_OPTION, compression=COMPRESSIONS, family=FAMILIES, events=EVENTS)
+def test_each_option_with_a_factored_metric(family, compression, options, events):
+    compare(name_of(family, compression), events, metric="factored", **options)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"window_momentum": 0.8, "window_nesterov": True},
-        {"centered": True, "window_momentum": 0.8},
-        {"update_rms": 0.3, "rms_mode": "adam", "window_momentum": 0.8},
-        {"update_rms": 0.3, "scope": "layer", "momentum": 0.5, "weight_decay": 0.3},
-        {"update_rms": 0.3, "weight_decay": 0.3, "weight_decay_mode": "l2"},
-    ],
-    ids=str,
-)
-@EVENTS
-@EVERY
-def test_without_a_metric(name, options, events):
+@pairwise(metric=["none", "tensor", "diagonal"], compression=COMPRESSIONS, family=FAMILIES, events=EVENTS)
+def test_where_to_start_from_with_other_metrics(family, compression, metric, events):
+    compare(name_of(family, compression), events, metric=metric, **START)
+
+
+WITHOUT = [
+    {"window_momentum": 0.8, "window_nesterov": True},
+    {"centered": True, "window_momentum": 0.8},
+    {"update_rms": 0.3, "rms_mode": "adam", "window_momentum": 0.8},
+    {"update_rms": 0.3, "scope": "layer", "momentum": 0.5, "weight_decay": 0.3},
+    {"update_rms": 0.3, "weight_decay": 0.3, "weight_decay_mode": "l2"},
+]
+
+
+@pairwise(options=WITHOUT, compression=COMPRESSIONS, family=FAMILIES, events=EVENTS)
+def test_without_a_metric(family, compression, options, events):
     """Which tensors count and move is the same rule; centred entries and Nesterov weights need no metric."""
-    compare(name, events, metric="none", **options)
+    compare(name_of(family, compression), events, metric="none", **options)
 
 
-@pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("divisor", ["window", "filled"])
-@pytest.mark.parametrize("damping", [{"damping": 1e-2}, {"damping_mode": "relative", "damping": 0.1}], ids=str)
-@EVENTS
-@MFAC
+@pairwise(
+    name=names(family="mfac"),
+    damping=[{"damping": 1e-2}, {"damping_mode": "relative", "damping": 0.1}],
+    divisor=["window", "filled"],
+    centered=[False, True],
+    events=EVENTS,
+)
 def test_damping_divisor_and_centring(name, damping, divisor, centered, events):
     compare(name, events, metric="factored", divisor=divisor, centered=centered, window_momentum=0.8, **damping)
 
@@ -107,22 +99,17 @@ def test_where_to_start_from(name, scope):
     compare(name, events=True, metric="factored", rms_mode="adam", scope=scope, **START)
 
 
-@pytest.mark.parametrize("options", [{"beta2": 0.9}, {"beta2": 0.5, "beta1": 0.8, "update_rms": 0.3}], ids=str)
-@METRICS
-@GGT
+@pairwise(name=names(family="ggt"), metric=ALL_METRICS, options=[{"beta2": 0.9}, {"beta2": 0.5, "beta1": 0.8, "update_rms": 0.3}])
 def test_ggt_with_decay(name, metric, options):
     compare(name, events=True, metric=metric, **options)
 
 
-@METRICS
-@EVERY
-def test_a_window_of_one_entry(name, metric):
-    compare(name, metric=metric, window_size=1, update_rms=0.3)
+@pairwise(compression=COMPRESSIONS, metric=ALL_METRICS, family=FAMILIES)
+def test_a_window_of_one_entry(family, compression, metric):
+    compare(name_of(family, compression), metric=metric, window_size=1, update_rms=0.3)
 
 
-@pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("metric", ["none", "tensor", "factored"])
-@EVERY
+@pairwise(name=names(windowed=True), metric=["none", "tensor", "factored"], centered=[False, True])
 def test_more_entries_than_coordinates(name, metric, centered):
     """15 entries in 8 dimensions depend on each other."""
     # Centred, psi of a small eigenvalue multiplies the rounding errors of K.

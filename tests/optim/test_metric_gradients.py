@@ -4,11 +4,14 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from tests.optim.helpers import all_finite, assert_unchanged, clones, count, snapshot, started, step_quietly
-from tests.optim.metric_runs import LOSSY, METRICS, M, beside_reference, gradients_at, step_together
+from tests.optim.helpers import KERNELS, all_finite, assert_unchanged, clones, count, pairwise, snapshot, started, step_quietly
+from tests.optim.metric_runs import LOSSY, M, beside_reference, gradients_at, name_of, step_together
 from tests.reference import info, make, names, relative, update_of
 
 EVERY = pytest.mark.parametrize("name", names(windowed=True))
+FAMILY_BY_COMPRESSION = pairwise(
+    compression=["dense", "sparse", "low rank"], metric=["tensor", "diagonal", "factored"], family=["mfac", "ggt"]
+)
 # Adam's size with update_rms 1: an update of about 1 per coordinate at most.
 OPTIONS = {
     **{"damping_mode": "relative", "damping": 0.1, "eps": 1e-2, "window_momentum": 0.9, "window_nesterov": True},
@@ -21,10 +24,10 @@ def row_sizes(u):
     return u.square().mean(1).sqrt()
 
 
-@pytest.mark.parametrize("metric", ["factored", "diagonal"])
-@EVERY
-def test_rows_that_are_rarely_seen(name, metric):
+@pairwise(family=["mfac", "ggt"], compression=["dense", "sparse", "low rank"], metric=["factored", "diagonal"])
+def test_rows_that_are_rarely_seen(family, compression, metric):
     """Token rows with Zipf's frequencies. A row that was not seen for long must not enter with the size of its old mean."""
+    name = name_of(family, compression)
     fast, params, slow = beside_reference(name, [(100, 8), (6, 8), (6,)], metric=metric, metric_beta=0.9, **OPTIONS)
     generator, largest = torch.Generator().manual_seed(0), 0.0
     frequency = 1 / torch.arange(1, 101, dtype=torch.float64)
@@ -39,10 +42,10 @@ def test_rows_that_are_rarely_seen(name, metric):
     assert 0.5 < largest < 6  # 15 to 20 where row means are those of the step before
 
 
-@METRICS
-@EVERY
-def test_a_spike(name, metric):
+@FAMILY_BY_COMPRESSION
+def test_a_spike(family, compression, metric):
     """One gradient of 10,000 times the usual size: the update stays of the usual size, and the others are not lost."""
+    name = name_of(family, compression)
     fast, params, slow = beside_reference(name, metric=metric, metric_beta=0.9, **OPTIONS)
     # D of the step before: the spike enters 1e4 times as large, what follows 56 times smaller. GGT takes eigenvalues of K, whose
     # rounding errors are 1e-16 of the largest: the square of 5.6e5 times the others' norms.
@@ -70,10 +73,10 @@ def test_a_small_block_beside_a_large_one(name):
         assert u.abs().max() < 10
 
 
-@METRICS
-@EVERY
-def test_a_tensor_whose_first_hundred_gradients_are_zero(name, metric):
+@pairwise(metric=["tensor", "diagonal", "factored"], compression=["dense", "low rank"], family=["mfac", "ggt"])
+def test_a_tensor_whose_first_hundred_gradients_are_zero(family, compression, metric):
     """The tensor stays, and the others train as if it did not exist; then it moves like any other."""
+    name = name_of(family, compression)
     # At full rank: power iteration carries rounding errors above 1e-9 within 100 steps.
     options = {"metric": metric, "metric_beta": 0.9, **OPTIONS, "lr": 0.01, "rank": 10_000}
     fast, params, slow = beside_reference(name, [(6, 10), (12, 5), (7,), (5, 8), (3,)], **options)
@@ -95,9 +98,7 @@ def test_a_tensor_whose_first_hundred_gradients_are_zero(name, metric):
     assert all_finite(fast, params)
 
 
-@METRICS
-@pytest.mark.parametrize("scope", ["model", "layer"])
-@EVERY
+@pairwise(name=names(windowed=True), metric=["tensor", "diagonal", "factored"], scope=["model", "layer"])
 def test_the_first_three_steps_of_lora(name, scope, metric):
     """B is zero: A's first gradient is zero. Real gradients of a product x A^T B^T."""
     fast, params, slow = beside_reference(name, [(4, 20), (16, 4)], metric=metric, scope=scope, **{**OPTIONS, "lr": 0.01})
@@ -121,9 +122,9 @@ def test_the_first_three_steps_of_lora(name, scope, metric):
     assert losses[2] < losses[0] and all_finite(fast, params)
 
 
-@METRICS
-@EVERY
-def test_lora_trains(name, metric):
+@FAMILY_BY_COMPRESSION
+def test_lora_trains(family, compression, metric):
+    name = name_of(family, compression)
     generator = torch.Generator().manual_seed(0)
     a, b = Parameter(torch.randn(4, 20, generator=generator) / 4), Parameter(torch.zeros(16, 4))
     x = torch.randn(64, 20, generator=generator)
@@ -140,9 +141,7 @@ def test_lora_trains(name, metric):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("scope", ["model", "layer"])
-@METRICS
-@EVERY
+@pairwise(name=names(windowed=True), metric=["tensor", "diagonal", "factored"], scope=["model", "layer"], kernels=KERNELS)
 @pytest.mark.usefixtures("kernels")
 def test_a_gradient_that_is_not_finite_leaves_the_metric(name, metric, scope):
     optimizer, params = started(name, metric=metric, scope=scope, weight_decay=0.1)
@@ -155,10 +154,10 @@ def test_a_gradient_that_is_not_finite_leaves_the_metric(name, metric, scope):
         assert count(optimizer, "skipped") == i + 1
 
 
-@METRICS
-@EVERY
-def test_tiny_and_zero_gradients(name, metric):
+@FAMILY_BY_COMPRESSION
+def test_tiny_and_zero_gradients(family, compression, metric):
     """Squares below the smallest fp32 number; a whole window of zeros; then gradients again: everything stays finite."""
+    name = name_of(family, compression)
     optimizer, params = started(name, steps=0, metric=metric, update_rms=1.0)
     for t, factor in enumerate([1e-25] * (M + 1) + [0.0] * (M + 1) + [1.0] * M):
         gradients_at(t, params)

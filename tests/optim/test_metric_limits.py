@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.optim.helpers import EVERY, differences, snapshot, started
+from tests.optim.helpers import KERNELS, differences, pairwise, snapshot, started
 from tests.optim.metric_runs import LOSSY, METRICS, SHAPES, M, beside_reference, gradients_at, step_together
 from tests.reference import exact_options, info, make, names, parameters, relative, update_of
 from tests.reference_metric import inverse
@@ -16,18 +16,15 @@ OFF = {
 }
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"update_rms": None, "window_momentum": 0.5},
-        {"scope": "layer", "momentum": 0.9, "weight_decay": 0.1},
-        {"weight_decay": 0.1, "weight_decay_mode": "l2", "error_dtype": "bf16", "window_dtype": "bf16"},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@EVERY
+OPTIONS = [
+    {},
+    {"update_rms": None, "window_momentum": 0.5},
+    {"scope": "layer", "momentum": 0.9, "weight_decay": 0.1},
+    {"weight_decay": 0.1, "weight_decay_mode": "l2", "error_dtype": "bf16", "window_dtype": "bf16"},
+]
+
+
+@pairwise(name=names(windowed=True), options=OPTIONS, dtype=[torch.float64, torch.float32, torch.bfloat16], kernels=KERNELS)
 @pytest.mark.usefixtures("kernels")
 def test_switched_off_it_changes_no_bit(name, dtype, options):
     runs = [snapshot(*started(name, dtype=dtype, **options, **off)) for off in ({}, OFF)]
@@ -74,9 +71,7 @@ def test_a_diagonal_metric_with_huge_damping_is_adam(name, rms_mode):
         assert relative(u, expected) < 1e-9, t
 
 
-@pytest.mark.parametrize("scope", ["model", "layer"])
-@pytest.mark.parametrize("metric", ["none", "factored", "diagonal"])
-@MFAC
+@pairwise(name=names(family="mfac"), metric=["none", "factored", "diagonal"], scope=["model", "layer"])
 def test_equal_weights_make_centring_a_number(name, metric, scope):
     """Sherman and Morrison: with w = 1/n the mean of the entries is preconditioned. With recent ones heavier it is not."""
     for beta, alike in ((1 - 1e-12, True), (0.5, False)):
@@ -93,11 +88,13 @@ def test_equal_weights_make_centring_a_number(name, metric, scope):
         assert relative(*directions) < 1e-9 if alike else relative(*directions) > 1e-2
 
 
-@pytest.mark.parametrize("power", [-20, 20])
-@pytest.mark.parametrize("rms_mode", ["constant", "adam"])
-@pytest.mark.parametrize("scope", ["model", "layer"])
-@pytest.mark.parametrize("metric", ["none", "tensor", "diagonal", "factored"])
-@MFAC
+@pairwise(
+    name=names(family="mfac"),
+    metric=["none", "tensor", "diagonal", "factored"],
+    scope=["model", "layer"],
+    rms_mode=["constant", "adam"],
+    power=[-20, 20],
+)
 def test_the_unit_of_the_gradient_does_not_matter(name, metric, scope, rms_mode, power):
     """All gradients times 2^20 or 2^-20, in fp32 with relative damping: the same update."""
     updates = []

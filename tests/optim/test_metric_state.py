@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from hf_efcp import OptionError
-from tests.optim.helpers import EVERY, M, clones, differences, fresh, resumed, snapshot, started, through_a_file, train
+from tests.optim.helpers import EVERY, M, clones, differences, fresh, pairwise, resumed, snapshot, started, through_a_file, train
 from tests.optim.metric_runs import METRICS
 from tests.reference import names, parameters
 
 WINDOWED = pytest.mark.parametrize("name", names(windowed=True))
-SCOPES = pytest.mark.parametrize("scope", ["model", "layer"])
+ALL_METRICS = ["tensor", "diagonal", "factored"]
 MORE = {"window_momentum": 0.8, "window_nesterov": True, "rms_mode": "adam", "update_rms": 0.1}
 
 
@@ -23,13 +23,11 @@ def size(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"scope": "layer", "momentum": 0.9}, {"error_dtype": "bf16", "window_dtype": "bf16"}, {"centered": True}],
-    ids=str,
+@pairwise(
+    name=names(windowed=True),
+    options=[{}, {"scope": "layer", "momentum": 0.9}, {"error_dtype": "bf16", "window_dtype": "bf16"}, {"centered": True}],
+    metric=ALL_METRICS,
 )
-@METRICS
-@WINDOWED
 def test_a_run_goes_on_bit_for_bit(name, metric, options):
     options = {**MORE, **options, "metric": metric}
     for steps in (1, M + 2):
@@ -72,9 +70,7 @@ def test_a_copy_goes_on_bit_for_bit(name, metric):
     assert differences(snapshot(optimizer, params), snapshot(other, others)) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@METRICS
-@WINDOWED
+@pairwise(name=names(windowed=True), dtype=[torch.bfloat16, torch.float16, torch.float32, torch.float64], metric=ALL_METRICS)
 def test_its_numbers_are_fp32_for_low_precision_parameters_and_after_loading(name, metric, dtype):
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     optimizer, params = started(name, dtype=dtype, metric=metric, window_dtype="bf16", error_dtype="bf16")
@@ -86,9 +82,7 @@ def test_its_numbers_are_fp32_for_low_precision_parameters_and_after_loading(nam
     assert differences(snapshot(optimizer, params), snapshot(other, others)) == []
 
 
-@SCOPES
-@METRICS
-@WINDOWED
+@pairwise(name=names(windowed=True), metric=ALL_METRICS, scope=["model", "layer"])
 def test_the_footprint_has_it_and_the_estimate_too(name, metric, scope):
     optimizer, params = started(name, metric=metric, scope=scope)
     footprint = optimizer.memory_footprint()

@@ -11,26 +11,23 @@ from torch.nn import Parameter
 
 import hf_efcp
 from tests import toys
-from tests.optim.helpers import M, bits, clones, differences, gradients_at, same, shared, snapshot
+from tests.optim.helpers import KERNELS, M, bits, clones, differences, gradients_at, pairwise, same, shared, snapshot
 from tests.reference import NAMES, info, names, parameters, relative, row, window
 
 WINDOWED = names(windowed=True)
-EVERY = pytest.mark.parametrize("name", [*NAMES, "efcp_toy_mean", "efcp_toy_factors"])
+EVERY_NAME = [*NAMES, "efcp_toy_mean", "efcp_toy_factors"]
+EVERY = pytest.mark.parametrize("name", EVERY_NAME)
 METRICS = pytest.mark.parametrize("metric", ["none", "factored"])
-OPTIONS = pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"weight_decay": 0.1, "window_momentum": 0.8},
-        {"weight_decay": 0.1, "weight_decay_mode": "l2", "momentum": 0.9},
-        {"scope": "layer", "momentum": 0.9, "weight_decay": 0.1},
-        {"error_dtype": "bf16", "window_dtype": "bf16", "stochastic_rounding": True},
-        {"metric": "factored", "window_momentum": 0.8, "window_nesterov": True, "rms_mode": "adam", "weight_decay": 0.1},
-        {"metric": "diagonal", "scope": "layer", "weight_decay": 0.1, "weight_decay_mode": "l2"},
-        {"metric": "tensor", "momentum": 0.9},
-    ],
-    ids=str,
-)
+OPTIONS = [
+    {},
+    {"weight_decay": 0.1, "window_momentum": 0.8},
+    {"weight_decay": 0.1, "weight_decay_mode": "l2", "momentum": 0.9},
+    {"scope": "layer", "momentum": 0.9, "weight_decay": 0.1},
+    {"error_dtype": "bf16", "window_dtype": "bf16", "stochastic_rounding": True},
+    {"metric": "factored", "window_momentum": 0.8, "window_nesterov": True, "rms_mode": "adam", "weight_decay": 0.1},
+    {"metric": "diagonal", "scope": "layer", "weight_decay": 0.1, "weight_decay_mode": "l2"},
+    {"metric": "tensor", "momentum": 0.9},
+]
 # Of the entries of a parameter's state, those that go on without it: the new row of zeros, K and the counters.
 GOING_ON = ("window_", "gram", "step", "skipped", "counter")
 
@@ -60,9 +57,7 @@ def train(optimizer, params, first, last, absent=()):
 # requires_grad at the moment of step() -----------------------------------------------------------------------------------
 
 
-@OPTIONS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@EVERY
+@pairwise(name=EVERY_NAME, options=OPTIONS, dtype=[torch.float32, torch.bfloat16], kernels=KERNELS)
 @pytest.mark.usefixtures("kernels")
 def test_a_parameter_with_a_gradient_moves_whatever_requires_grad_says(name, dtype, options):
     """Frozen between backward and step, each in turn and all at once: the bits of the run that freezes nothing."""
@@ -84,8 +79,7 @@ def test_a_parameter_with_a_gradient_moves_whatever_requires_grad_says(name, dty
         assert differences(snapshot(optimizer, params), snapshot(twin, others)) == []
 
 
-@pytest.mark.parametrize("position", [0, 1, 3], ids=["the first", "one of a batch", "alone in its shape"])
-@EVERY
+@pairwise(name=EVERY_NAME, position=[0, 1, 3])  # the first, one of a batch, alone in its shape
 def test_a_parameter_that_was_always_frozen_moves_when_it_has_a_gradient(name, position):
     params, others = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
     optimizer, twin = start(name, params), start(name, others)
@@ -124,9 +118,7 @@ def test_adapters_that_take_turns(name, metric):
 # No gradient in this step ------------------------------------------------------------------------------------------------
 
 
-@OPTIONS
-@pytest.mark.parametrize("absent", [[2, 3, 6], [0, 1, 2, 3, 4, 5]], ids=str)
-@EVERY
+@pairwise(name=EVERY_NAME, options=OPTIONS, absent=[[2, 3, 6], [0, 1, 2, 3, 4, 5]], kernels=KERNELS)
 @pytest.mark.usefixtures("kernels")
 def test_a_parameter_without_a_gradient_stays_and_keeps_its_state(name, absent, options):
     params = parameters(dtype=torch.float32)
@@ -157,11 +149,11 @@ def test_rows_of_a_parameter_that_stays_count_in_the_gram_matrix(name, metric):
     torch.testing.assert_close(shared(optimizer, "gram"), g @ g.T, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "weight_decay_mode": "l2", "momentum": 0.9}], ids=str
+@pairwise(
+    name=EVERY_NAME,
+    metric=["none", "factored"],
+    options=[{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "weight_decay_mode": "l2", "momentum": 0.9}],
 )
-@METRICS
-@EVERY
 def test_a_head_of_another_task_does_not_drift(name, metric, options):
     """40 steps of one task, then 40 of the other: each head moves in its own steps only."""
     generator = torch.Generator().manual_seed(0)
@@ -188,11 +180,13 @@ def size_of_step(optimizer, params):
     return torch.cat([(b - p).detach().double().flatten() for p, b in zip(params, before, strict=True)])
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["no gradient", "frozen"])
-@pytest.mark.parametrize("scope", ["model", "layer"])
-@pytest.mark.parametrize("metric", ["none", "factored", "tensor"])
-@pytest.mark.parametrize("dead", [[(500, 500)], [(2000, 2000), (7,)]], ids=["250 thousand", "4 million"])
-@pytest.mark.parametrize("name", WINDOWED)
+@pairwise(
+    name=WINDOWED,
+    metric=["none", "factored", "tensor"],
+    scope=["model", "layer"],
+    dead=[[(500, 500)], [(2000, 2000), (7,)]],
+    frozen=[False, True],
+)
 def test_dead_parameters_do_not_change_the_step(name, dead, metric, scope, frozen):
     """Beside 22 thousand live parameters. They once made the step 3.5 and 13 times too large."""
     live = [(100, 200), (40, 50), (60,)]
@@ -231,9 +225,7 @@ def test_only_the_parameters_of_this_step_count(name):
 # No gradient at all ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [0, M + 2], ids=["from the start", "mid-run"])
-@METRICS
-@EVERY
+@pairwise(name=EVERY_NAME, metric=["none", "factored"], steps=[0, M + 2])
 def test_steps_without_any_gradient_warn_once_and_move_nothing(name, metric, steps):
     params = parameters(dtype=torch.float32)
     optimizer = start(name, params, metric=metric, weight_decay=0.1, momentum=0.9)

@@ -14,7 +14,7 @@ import hf_efcp
 from hf_efcp import OptionError
 from hf_efcp.registry import get_optimizer_info
 from tests.data.write_checkpoints import CASES, CONTINUED, SAVED, Alone, flat, put, read
-from tests.optim.helpers import EVERY, clones, differences, snapshot, through_a_file, train
+from tests.optim.helpers import EVERY, clones, differences, pairwise, snapshot, through_a_file, train
 from tests.reference import NAMES, info, parameters, relative
 
 FOLDER = Path(__file__).parents[1] / "data" / "checkpoints_0.1"
@@ -226,9 +226,7 @@ BY_SHAPE = ("window_size", "rank", "scope", "metric", "window_format", "error_fo
 UNSEEN = ("damping", "eps", "update_rms", "rms_mode")
 
 
-@pytest.mark.parametrize("through", ["state dict", "folder"])
-@pytest.mark.parametrize("options", OTHERS, ids=str)
-@pytest.mark.parametrize("name", ["efcp_lowrank_mfac", "efcp_sparse_ggt", "efcp_dense_mfac"])
+@pairwise(options=OTHERS, name=["efcp_lowrank_mfac", "efcp_sparse_ggt", "efcp_dense_mfac"], through=["state dict", "folder"])
 def test_tensors_tell_what_shapes_them(name, options, through, other_defaults, tmp_path, caplog):
     density = {"density": 0.5} if info(name).compression == "sparse" else {}  # tensors do not tell it
     model, saver, params = model_and_optimizer(name, **options, **density)
