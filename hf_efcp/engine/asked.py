@@ -51,6 +51,9 @@ def merged(options_type: type, measured: Mapping[str, Any], given: Mapping[str, 
     options = build(options_type, given, owner)
     if getattr(options, "preset", "paper") != "paper":
         left_out = decided(options_type, given) | set(BUDGETED if getattr(options, "memory_budget", None) is not None else ())
+        # Where the options that are given leave no running mean of the residuals, they are fed back, as the class does it.
+        if getattr(options, "comm", "gradients") == "factors" or ("metric" in given and options.metric == "none"):
+            left_out |= {"residual"}
         options = build(options_type, {**{n: v for n, v in measured.items() if n not in left_out}, **given}, owner)
     if "rms_mode" in given and options.rms_mode == "adam" and options.update_rms is None:
         raise OptionError(
