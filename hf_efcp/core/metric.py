@@ -133,43 +133,39 @@ class Metric:
 
     def mixed(self, old: Tensor, new: Tensor) -> Tensor:
         """Give beta old + (1 - beta) new as the state has it; sums of several processes' finite parts stay finite."""
-        mean = self.beta * old.double() + (1 - self.beta) * new
-        return mean.clamp_max(torch.finfo(self.layout.dtype).max).to(self.layout.dtype)
+        mean = torch.lerp(old.double(), new, 1 - self.beta)
+        return mean.clamp_max_(torch.finfo(self.layout.dtype).max).to(self.layout.dtype)
 
-    def corrected(self, mean: Tensor, more: int = 0) -> Tensor:
-        """Divide running means (n, ...) by 1 - beta^(k + more), in fp64; means of nothing are 0."""
-        divisor = 1 - self.beta ** (self.cells["count"].buffer + more).double()
-        return mean.double() / torch.where(divisor > 0, divisor, 1.0).view(-1, *[1] * (mean.ndim - 1))
+    def divisors(self) -> tuple[Tensor, Tensor]:
+        """Give 1 - beta^k and 1 - beta^(k + 1), (n,) fp64; 1 for the first of them at k = 0, where the means are 0."""
+        count = self.cells["count"].buffer
+        power = self.beta ** count.double()
+        return 1 - power * (count > 0), 1 - power * self.beta
 
 
 class Factored(Metric):
-    """D_ij = (r_i + eps mu) (c_j / mu + eps); at a tensor's first gradient D_ij = r_i.
-
-    Attributes:
-        factors: those of D, (n, rows) and (n, cols) fp64.
-    """
+    """D_ij = (r_i + eps mu) (c_j / mu + eps); at a tensor's first gradient D_ij = r_i."""
 
     def measure(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
-        rows, cols = squares(gradients)
-        r = self.beta * self.cells["rows"].buffer.double() + (1 - self.beta) * (rows / self.layout.cols)
-        self._rows, self.means = r.to(self.layout.dtype), cols / self.layout.rows
-        self._factor(self.corrected(self._rows, 1))
+        last, now = self.divisors()
+        more, c = self.columns(last)
+        self._rows, x, roots, sums = measured(gradients, self.cells["rows"].buffer, self.beta, now, more)
+        self.means, self.square = sums / self.layout.rows, roots * c.sqrt().sum(1)
+        self.scale = x, inverse_root(c).to(self.layout.dtype)
 
     def keep(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
         self.cells["rows"].write(self._rows)
         self.cells["cols"].write(self.mixed(self.cells["cols"].buffer, self.means))
 
-    def _factor(self, r: Tensor) -> None:
-        """Make S^-1 from r (n, rows) and the state."""
+    def columns(self, divisor: Tensor) -> tuple[Tensor, Tensor]:
+        """Give eps mu, (n,), and c / mu + eps, (n, cols), in fp64, for the `divisor` of means in the state."""
         c = self.cells["cols"].buffer.double()
-        mu = c.mean(1, keepdim=True)
-        r = r + self.eps * self.corrected(mu)
-        c = torch.where(mu > 0, c / torch.where(mu > 0, mu, 1.0) + self.eps, 1.0)
-        self.factors = r, c
-        self.square = r.sqrt().sum(1) * c.sqrt().sum(1)
-        self.scale = inverse_root(r).to(self.layout.dtype), inverse_root(c).to(self.layout.dtype)
+        mu = c.mean(1)
+        seen = mu > 0
+        c = torch.where(seen[:, None], (c / torch.where(seen, mu, 1.0)[:, None]).add_(self.eps), 1.0)
+        return self.eps * mu / divisor, c
 
 
 class Diagonal(Metric):
@@ -177,42 +173,48 @@ class Diagonal(Metric):
 
     def measure(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
-        self._mean = self.eps * self.corrected(self.cells["mean"].buffer)
-        self.means = torch.stack([square_sum(g) for g in gradients])[:, None] / self.layout.numel
+        last, self._now = self.divisors()
+        self._mean = self.eps * self.cells["mean"].buffer.double() / last
+        g: kernels.Matrices = stacked(gradients) if self.layout.vector else gradients
+        self.means = square_sums(g)[:, None] / self.layout.numel
         self._values: Tensor | None = None
         self._inverse: Tensor | None = None
-        v = self._v(gradients)
-        d = self._d(v, 1)
+        self._white: Tensor | None = None
+        v = self._v(g)
+        d = self._d(v, self._now)
         self.square = d.sqrt().sum((1, 2), dtype=torch.float64)
-        if self.layout.vector:
+        if isinstance(g, Tensor):
             self._values, self._inverse = v, inverse_root(d)
+            self._white = g * self._inverse
 
     def whitened(self, gradients: Sequence[Tensor]) -> kernels.Matrices:
         """See Metric."""
-        inverse = self._inverse
-        return stacked(gradients) * (inverse_root(self._d(self._v(gradients), 1)) if inverse is None else inverse)
+        if self._white is not None:
+            return self._white
+        return stacked(gradients) * inverse_root(self._d(self._v(gradients), self._now))
 
     def unwhiten_(self, u: Tensor, rows: slice = ALL) -> Tensor:
         """See Metric: v is in the state now."""
-        inverse = self._inverse
-        return u.mul_(inverse_root(self._d(self.cells["values"].buffer[:, rows], 0)) if inverse is None else inverse[:, rows])
+        if self._inverse is not None:
+            return u.mul_(self._inverse[:, rows])
+        return u.mul_(inverse_root(self._d(self.cells["values"].buffer[:, rows], self.divisors()[0])))
 
     def keep(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
         self.cells["values"].write(self._v(gradients))
+        self._white = None
         self.cells["mean"].write(self.mixed(self.cells["mean"].buffer, self.means[:, 0]))
 
-    def _v(self, gradients: Sequence[Tensor]) -> Tensor:
+    def _v(self, gradients: kernels.Matrices) -> Tensor:
         """Give v with this gradient in it, as the state has it."""
         if self._values is not None:
             return self._values
         return (stacked(gradients).square() * (1 - self.beta)).add_(self.cells["values"].buffer, alpha=self.beta)
 
-    def _d(self, values: Tensor, more: int) -> Tensor:
-        """Give D (n, rows, cols), for v and k + more."""
-        divisor = 1 - self.beta ** (self.cells["count"].buffer + more).double()
-        divisor = torch.where(divisor > 0, divisor, 1.0)[:, None, None].to(values.dtype)
-        return values / divisor + self._mean[:, None, None].to(values.dtype)
+    def _d(self, values: Tensor, divisor: Tensor) -> Tensor:
+        """Give D (n, rows, cols), for v and its divisor."""
+        divisor, mean = (x[:, None, None].to(values.dtype) for x in (divisor, self._mean))
+        return (values / divisor).add_(mean)
 
 
 class Uniform(Metric):
@@ -223,10 +225,10 @@ class Uniform(Metric):
     def measure(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
         rows, cols = gradients[0].shape
-        sums = torch.stack([square_sum(g) for g in gradients])
+        sums = square_sums(gradients)
         own = (sums if self.total is None else self.total(sums)) / max(1, self.layout.numel)
         count, mean = self.cells["count"].buffer, self.cells["mean"].buffer
-        d, self.means = torch.where(count > 0, self.corrected(mean), own), own[:, None]
+        d, self.means = torch.where(count > 0, mean.double() / self.divisors()[0], own), own[:, None]
         self.square = d.sqrt() * (rows * cols)
         x = inverse_root(d).to(self.layout.dtype)
         self.scale = x[:, None].expand(-1, rows).contiguous(), x.new_ones(len(x), cols)
@@ -247,12 +249,37 @@ def scaled_(a: Tensor, scale: Scale, rows: slice = ALL) -> Tensor:
 
 def inverse_root(d: Tensor) -> Tensor:
     """Give d^(-1/4), 0 where d is 0, and NaN where d is not finite."""
-    return torch.where(d > 0, d, 1.0).rsqrt().sqrt() * (d > 0) + 0 * d
+    return d.rsqrt().sqrt_().nan_to_num_(nan=torch.nan, posinf=0.0).add_(0 * d)
 
 
-def square_sum(g: Tensor) -> Tensor:
-    """Sum the squares of g in fp64, 0-D."""
-    return torch.linalg.vector_norm(g, dtype=torch.float64).square()
+def square_sums(gradients: kernels.Matrices) -> Tensor:
+    """Sum the squares of each of n matrices in fp64, (n,); all at once where they are one tensor."""
+    if isinstance(gradients, Tensor):
+        return torch.linalg.vector_norm(gradients, dim=(1, 2), dtype=torch.float64).square()
+    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).square()
+
+
+def measured(
+    gradients: Sequence[Tensor], old: Tensor, beta: float, divisor: Tensor, more: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Let the rows' means r contain g, and take the roots of d = r / divisor + more.
+
+    Args:
+        gradients: g, n matrices (rows, cols).
+        old: r, (n, rows) in g's dtype.
+        beta: of the means.
+        divisor, more: (n,) fp64.
+
+    Returns:
+        r and d^(-1/4), (n, rows) in g's dtype; the sum of d^(1/2) over the rows, (n,) fp64; sums of g^2 over columns, (n, cols) fp64.
+    """
+    fast = kernels.measure(gradients, old, beta, divisor, more)
+    if fast is not None:
+        return fast
+    rows, cols = squares(gradients)
+    r = (beta * old.double() + (1 - beta) * (rows / cols.shape[1])).to(old.dtype)
+    d = r.double() / divisor[:, None] + more[:, None]
+    return r, inverse_root(d).to(old.dtype), d.sqrt().sum(1), cols
 
 
 def squares(gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ _log = logging.getLogger("hf_efcp")
 # Operation -> device type -> module. A GPU's libraries need no help with low rank.
 _MODULES = {
     "squares": {"cpu": "cpu_metric"},
+    "measure": {"cpu": "cpu_metric"},
     "top_k": {"cpu": "cpu_top_k", "cuda": "gpu_sparse"},
     "dots": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
     "combine": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
@@ -60,6 +61,13 @@ _failed: set[str] = set()
 def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
     """The sums of g^2 over rows and over columns, (n, rows) and (n, cols) fp64: see `core.metric.squares`."""
     return _try("squares", gradients[0], gradients)
+
+
+def measure(
+    gradients: Matrices, old: Tensor, beta: float, divisor: Tensor, more: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """The metric's rows of g with their inverse roots, and sums of g^2 over columns: see `core.metric.measured`."""
+    return _try("measure", gradients[0], gradients, old, beta, divisor, more)
 
 
 def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> Entry | None:

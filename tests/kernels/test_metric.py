@@ -7,7 +7,7 @@ from hf_efcp import kernels
 from hf_efcp.core.accumulated import Accumulated, LowRankEntry
 from hf_efcp.core.cells import Layout
 from hf_efcp.core.compressors import BlockTopK
-from hf_efcp.core.metric import scaled_, squares
+from hf_efcp.core.metric import measured, scaled_, squares
 from hf_efcp.core.windows import LowRankWindow
 from tests.kernels.helpers import allocated, coded_error, plain_error
 from tests.kernels.test_low_rank import DTYPES, SHAPES, random, staged
@@ -93,6 +93,46 @@ def test_squares_of_what_is_not_finite(bad):
     rows, cols = kernels.squares(g)
     assert not rows[0, 2].isfinite() and not cols[0, 3].isfinite()
     assert rows.isfinite().sum() == 5 and cols.isfinite().sum() == 8
+
+
+@SHAPES
+@DTYPES
+def test_rows_are_measured_and_their_roots_taken_in_one_pass(n, rows, cols, rank, dtype, plain):
+    g, old = random(n, rows, cols, dtype=dtype), random(n, rows, dtype=dtype, seed=1).square()
+    divisor, more = torch.linspace(0.1, 1, n, dtype=torch.float64), torch.linspace(0, 1e-3, n, dtype=torch.float64)
+    assert kernels.measure(list(g), old, 0.9, divisor, more) is not None
+    r = (0.9 * old.double() + 0.1 * g.double().square().mean(2)).to(dtype)
+    d = r.double() / divisor[:, None] + more[:, None]
+    expected = r, (d**-0.25).to(dtype), (d**0.5).sum(1), g.double().square().sum(1)
+    for results in both(plain, lambda: measured(list(g), old, 0.9, divisor, more)):
+        for got, wanted in zip(results, expected, strict=True):
+            bound = 1e-14 if wanted.dtype == torch.float64 else 2e-7  # one number of fp32
+            assert got.dtype == wanted.dtype and relative(got.double(), wanted.double()) < bound
+
+
+@DTYPES
+def test_rows_of_zeros_and_rows_that_are_not_finite_are_measured_as_by_torch(dtype, plain):
+    g, old, zero = torch.zeros(2, 40, 9, dtype=dtype), torch.zeros(2, 40, dtype=dtype), torch.zeros(2, dtype=torch.float64)
+    g[0, 3:], g[0, 7, 2], g[0, 20, 1], g[1, 5, 0] = 1.0, torch.nan, torch.inf, 1e-30
+    for r, x, roots, cols in both(plain, lambda: measured(g, old, 0.5, zero + 1, zero)):
+        assert (x[0, :3] == 0).all() and (x[1, 6:] == 0).all() and not cols[0, 1].isfinite() and cols[0, 3].isfinite()
+        assert x.isnan().nonzero().tolist() == [[0, 7], [0, 20]] and not r[0, 7].isfinite() and not r[0, 20].isfinite()
+        assert not roots[0].isfinite() and roots[1].isfinite()
+        torch.testing.assert_close(x[0, 4], torch.tensor(2**0.25, dtype=dtype))
+
+
+def test_what_is_measured_does_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr("hf_efcp.kernels.cpu_threads._SMALL", 1)
+    g, old, one = random(3, 37, 50), random(3, 37).square(), torch.ones(3, dtype=torch.float64)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(kernels.measure(g, old, 0.9, one, one))
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
 # a = e + diag(x) g diag(y), low rank -------------------------------------------------------------------------------------
