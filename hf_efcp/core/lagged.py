@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .cells import Layout, Turn
 from .linalg import row_chunks
-from .metric import Factored, Metric, Scale, inverse_root, squares
+from .metric import Factored, Metric, Scale, columns, inverse_root, squares
 
 
 class Lagged(Factored):
@@ -36,7 +36,7 @@ class Lagged(Factored):
     def open(self) -> None:
         """Make D and S^-1 from the state."""
         rows, divisor = self.cells["rows"].buffer, self.divisors()[0]
-        more, c = self.columns(divisor)
+        more, c = columns(self.cells["cols"].buffer, divisor, self.eps)
         r = rows.double() / divisor[:, None] + more[:, None]
         self.factors, self.square = (r, c), r.sqrt().sum(1) * c.sqrt().sum(1)
         self.scale = inverse_root(r).to(self.layout.dtype), inverse_root(c).to(self.layout.dtype)

@@ -138,9 +138,7 @@ class Metric:
 
     def divisors(self) -> tuple[Tensor, Tensor]:
         """Give 1 - beta^k and 1 - beta^(k + 1), (n,) fp64; 1 for the first of them at k = 0, where the means are 0."""
-        count = self.cells["count"].buffer
-        power = self.beta ** count.double()
-        return 1 - power * (count > 0), 1 - power * self.beta
+        return divisors(self.cells["count"].buffer, self.beta)
 
 
 class Factored(Metric):
@@ -148,24 +146,14 @@ class Factored(Metric):
 
     def measure(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
-        last, now = self.divisors()
-        more, c = self.columns(last)
-        self._rows, x, roots, sums = measured(gradients, self.cells["rows"].buffer, self.beta, now, more)
-        self.means, self.square = sums / self.layout.rows, roots * c.sqrt().sum(1)
-        self.scale = x, inverse_root(c).to(self.layout.dtype)
+        state = (self.cells[name].buffer for name in ("rows", "cols", "count"))
+        self._rows, x, y, self.square, sums = measured(gradients, *state, self.beta, self.eps)
+        self.means, self.scale = sums.div_(self.layout.rows), (x, y)
 
     def keep(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
         self.cells["rows"].write(self._rows)
         self.cells["cols"].write(self.mixed(self.cells["cols"].buffer, self.means))
-
-    def columns(self, divisor: Tensor) -> tuple[Tensor, Tensor]:
-        """Give eps mu, (n,), and c / mu + eps, (n, cols), in fp64, for the `divisor` of means in the state."""
-        c = self.cells["cols"].buffer.double()
-        mu = c.mean(1)
-        seen = mu > 0
-        c = torch.where(seen[:, None], (c / torch.where(seen, mu, 1.0)[:, None]).add_(self.eps), 1.0)
-        return self.eps * mu / divisor, c
 
 
 class Diagonal(Metric):
@@ -259,27 +247,44 @@ def square_sums(gradients: kernels.Matrices) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).square()
 
 
+def divisors(count: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Give 1 - beta^k and 1 - beta^(k + 1) for counts k (n,), in fp64; 1 for the first of them at k = 0."""
+    power = beta ** count.double()
+    return 1 - power * (count > 0), 1 - power * beta
+
+
 def measured(
-    gradients: Sequence[Tensor], old: Tensor, beta: float, divisor: Tensor, more: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Let the rows' means r contain g, and take the roots of d = r / divisor + more.
+    gradients: Sequence[Tensor], r: Tensor, c: Tensor, count: Tensor, beta: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Give the factors of D and S^-1 that contain g.
 
     Args:
         gradients: g, n matrices (rows, cols).
-        old: r, (n, rows) in g's dtype.
-        beta: of the means.
-        divisor, more: (n,) fp64.
+        r, c, count: the state, (n, rows) and (n, cols) in g's dtype and (n,) int64.
+        beta, eps: of D.
 
     Returns:
-        r and d^(-1/4), (n, rows) in g's dtype; the sum of d^(1/2) over the rows, (n,) fp64; sums of g^2 over columns, (n, cols) fp64.
+        r with g in it; x (n, rows) and y (n, cols) of S^-1, all in g's dtype; the sum of S^2, (n,), and sums of g^2 over each
+        column, (n, cols), both fp64.
     """
-    fast = kernels.measure(gradients, old, beta, divisor, more)
+    fast = kernels.measure(gradients, r, c, count, beta, eps)
     if fast is not None:
         return fast
     rows, cols = squares(gradients)
-    r = (beta * old.double() + (1 - beta) * (rows / cols.shape[1])).to(old.dtype)
-    d = r.double() / divisor[:, None] + more[:, None]
-    return r, inverse_root(d).to(old.dtype), d.sqrt().sum(1), cols
+    r = (beta * r.double() + (1 - beta) * (rows / c.shape[1])).to(r.dtype)
+    last, now = divisors(count, beta)
+    more, d_cols = columns(c, last, eps)
+    d_rows = r.double() / now[:, None] + more[:, None]
+    x, y = (inverse_root(d).to(r.dtype) for d in (d_rows, d_cols))
+    return r, x, y, d_rows.sqrt().sum(1) * d_cols.sqrt().sum(1), cols
+
+
+def columns(c: Tensor, divisor: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Give eps mu, (n,), and c / mu + eps, (n, cols), in fp64, for c as in the state and the divisor of its means."""
+    c = c.double()
+    mu = c.mean(1)
+    seen = mu > 0
+    return eps * mu / divisor, torch.where(seen[:, None], (c / torch.where(seen, mu, 1.0)[:, None]).add_(eps), 1.0)
 
 
 def squares(gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

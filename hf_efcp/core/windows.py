@@ -212,11 +212,14 @@ class LowRankWindow(Window):
         converted = rows + cols if self.buffers["window_p"].dtype != self.update_dtype else min(rows, cols)
         return chunks(m, n * rank * converted * self.update_dtype.itemsize)
 
-    def _products(
-        self, c: Tensor, part: slice, factors: tuple[Tensor, Tensor] | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _products(self, c: Tensor, part: slice, factors: tuple[Tensor, Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Give X (n, slots r, rows) and Y (n, slots r, cols) whose X^T Y make up rows `part` of u: some slots at a time."""
-        rows, cols, c, ends = part.stop - part.start, self.buffers["window_q"].shape[3], c.to(self.compute_dtype), self.update_dtype
+        rows, cols, c, ends = (
+            part.stop - part.start,
+            self.buffers["window_q"].shape[3],
+            c.to(self.compute_dtype),
+            self.update_dtype,
+        )
         x, y = (None, None) if factors is None else (factors[0][:, part], factors[1])
         for slots in self._slots_at_once(rows, cols):
             left, right = self._factors(slots, part)

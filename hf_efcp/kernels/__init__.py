@@ -64,10 +64,10 @@ def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
 
 
 def measure(
-    gradients: Matrices, old: Tensor, beta: float, divisor: Tensor, more: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """The metric's rows of g with their inverse roots, and sums of g^2 over columns: see `core.metric.measured`."""
-    return _try("measure", gradients[0], gradients, old, beta, divisor, more)
+    gradients: Matrices, r: Tensor, c: Tensor, count: Tensor, beta: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """The factors of a metric that contains g: see `core.metric.measured`."""
+    return _try("measure", gradients[0], gradients, r, c, count, beta, eps)
 
 
 def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> Entry | None:

@@ -32,21 +32,49 @@ def _squares(lo, hi, parts, gradients, like, by_row, by_col):
 
 
 @compiled(relaxed=REORDERED)
-def _measure(lo, hi, parts, gradients, old, beta, divisor, more, new, x, roots, by_col):
+def _root(d, x):
+    """x <- d^(-1/4), 0 where d is 0, and NaN where d is not finite; the sum of d^(1/2)."""
+    total = 0.0
+    for i in range(d.size):
+        root = np.sqrt(d[i])
+        total += root
+        x[i] = 1 / np.sqrt(root) if 0 < d[i] < np.inf else 0 * d[i]
+    return total
+
+
+@compiled(relaxed=REORDERED)
+def _columns(c, count, beta, eps, y, numbers):
+    """y, and for `_measure` of each tensor: 1 - beta^(k + 1), eps mu, the sum over columns of y^-2."""
+    d = np.empty(c.shape[1])
+    for t in range(len(c)):
+        mean = 0.0
+        for j in range(d.size):
+            d[j] = c[t, j]
+            mean += d[j]
+        mean /= d.size
+        if mean > 0:
+            for j in range(d.size):
+                d[j] = d[j] / mean + eps
+        else:
+            d[:] = 1.0
+        power = beta ** np.float64(count[t])
+        numbers[t, 0], numbers[t, 1] = 1 - power * beta, eps * (mean / (1 - power) if count[t] > 0 else mean)
+        numbers[t, 2] = _root(d, y[t])
+
+
+@compiled(relaxed=REORDERED)
+def _measure(lo, hi, parts, gradients, old, beta, numbers, new, x, roots, by_col):
     rows, cols = old.shape[1], by_col.shape[2]
     for task in range(lo, hi):
         t, part = task // parts, task % parts
-        start, stop, total = rows * part // parts, rows * (part + 1) // parts, 0.0
+        start, stop, (divisor, more, _) = rows * part // parts, rows * (part + 1) // parts, numbers[t]
+        d = np.empty(stop - start)
         for row in range(start, stop):
             mean = _square_sum(matrix_row(gradients[t], row, cols, old), by_col[t, part]) / cols
             new[t, row] = beta * np.float64(old[t, row]) + (1 - beta) * mean
-        r, to = new[t, start:stop], x[t, start:stop]
-        for i in range(r.size):  # in a loop of their own roots are vectorized
-            d = np.float64(r[i]) / divisor[t] + more[t]
-            root = np.sqrt(d)
-            total += root
-            to[i] = 1 / np.sqrt(root) if 0 < d < np.inf else 0 * d  # 0 or NaN
-        roots[t, part] = total
+        for i in range(d.size):
+            d[i] = np.float64(new[t, start + i]) / divisor + more
+        roots[t, part] = _root(d, x[t, start:stop])
 
 
 def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
@@ -64,27 +92,24 @@ def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
 
 
 def measure(
-    gradients: Matrices, old: Tensor, beta: float, divisor: Tensor, more: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """r <- beta r + (1 - beta) mean(g^2) for each row, rounded to its dtype;  d = r / divisor + more;  x = d^(-1/4).
-
-    Args:
-        gradients: g, n matrices (rows, cols) in fp32 or fp64.
-        old: r, (n, rows) in g's dtype.
-        beta: a number.
-        divisor, more: (n,) fp64.
-
-    Returns:
-        r and x, (n, rows) in g's dtype; the sum of d^(1/2) over the rows, (n,) fp64; the sums of g^2 over columns, (n, cols) fp64.
-    """
+    gradients: Matrices, r: Tensor, c: Tensor, count: Tensor, beta: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """See `core.metric.measured`, whose arguments and results these are; None for a state in another dtype than g's."""
     g = Addresses(gradients)
-    if old.dtype != g.dtype:
+    if (r.dtype, c.dtype) != (g.dtype, g.dtype):
         return None
     parts, by_col = _by_col(g)
-    new, x, roots = torch.empty_like(old), torch.empty_like(old), torch.empty(by_col.shape[:2], dtype=torch.float64)
-    arrays = array(old), np.float64(beta), *map(array, (divisor, more, new, x, roots, by_col))
-    divide_work(_measure, len(old) * parts, _numbers(g, parts), parts, g.array, *arrays)
-    return new, x, roots.sum(1), by_col.sum(1)
+    numbers, new, x, y = (
+        torch.empty(len(r), 3, dtype=torch.float64),
+        torch.empty_like(r),
+        torch.empty_like(r),
+        torch.empty_like(c),
+    )
+    roots = torch.empty(by_col.shape[:2], dtype=torch.float64)
+    _columns(array(c), array(count), beta, eps, array(y), array(numbers))
+    arrays = array(r), beta, *map(array, (numbers, new, x, roots, by_col))
+    divide_work(_measure, len(r) * parts, _numbers(g, parts), parts, g.array, *arrays)
+    return new, x, y, roots.sum(1).mul_(numbers[:, 2]), by_col.sum(1)
 
 
 def _by_col(g: Addresses) -> tuple[int, Tensor]:
