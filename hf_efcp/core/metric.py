@@ -146,8 +146,8 @@ class Factored(Metric):
 
     def measure(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
-        state = (self.cells[name].buffer for name in ("rows", "cols", "count"))
-        self._rows, x, y, self.square, sums = measured(gradients, *state, self.beta, self.eps)
+        r, c, count = (self.cells[name].buffer for name in ("rows", "cols", "count"))
+        self._rows, x, y, self.square, sums = measured(gradients, r, c, count, self.beta, self.eps)
         self.means, self.scale = sums.div_(self.layout.rows), (x, y)
 
     def keep(self, gradients: Sequence[Tensor]) -> None:

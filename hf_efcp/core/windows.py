@@ -177,11 +177,10 @@ class LowRankWindow(Window):
 
     def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float, factors: kernels.Scale = None) -> bool:
         """See Window. Products that are added to p itself: G^T c is not formed."""
-        rows, cols = params[0].shape
         if factors is not None and self.update_dtype == self.compute_dtype:
             self._apply_scaled(c.to(self.compute_dtype), params, scale, decay, factors)
             return True
-        for i, (left, right) in enumerate(self._products(c, slice(0, rows), factors)):
+        for i, (left, right) in enumerate(self._products(c, slice(0, len(params[0])), factors)):
             beta = 1.0 if i else decay
             if right.dtype != self.compute_dtype:
                 _add_rounded_products(params, left, right, scale, beta)
@@ -214,12 +213,8 @@ class LowRankWindow(Window):
 
     def _products(self, c: Tensor, part: slice, factors: tuple[Tensor, Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Give X (n, slots r, rows) and Y (n, slots r, cols) whose X^T Y make up rows `part` of u: some slots at a time."""
-        rows, cols, c, ends = (
-            part.stop - part.start,
-            self.buffers["window_q"].shape[3],
-            c.to(self.compute_dtype),
-            self.update_dtype,
-        )
+        rows, cols = part.stop - part.start, self.buffers["window_q"].shape[3]
+        c, ends = c.to(self.compute_dtype), self.update_dtype
         x, y = (None, None) if factors is None else (factors[0][:, part], factors[1])
         for slots in self._slots_at_once(rows, cols):
             left, right = self._factors(slots, part)
