@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .cells import Layout, Turn
 from .linalg import row_chunks
-from .metric import Factored, Metric, Scale, squares
+from .metric import Factored, Metric, Scale, columns, inverse_root, squares
 
 
 class Lagged(Factored):
@@ -23,6 +23,7 @@ class Lagged(Factored):
     of what that gives, `put`.
 
     Attributes:
+        factors: those of D, (n, rows) and (n, cols) fp64.
         row_means: (n, rows) fp64, of the squares of this gradient.
     """
 
@@ -34,9 +35,11 @@ class Lagged(Factored):
 
     def open(self) -> None:
         """Make D and S^-1 from the state."""
-        rows = self.cells["rows"].buffer
-        self._factor(self.corrected(rows))
-        assert self.scale is not None
+        rows, divisor = self.cells["rows"].buffer, self.divisors()[0]
+        more, c = columns(self.cells["cols"].buffer, divisor, self.eps)
+        r = rows.double() / divisor[:, None] + more[:, None]
+        self.factors, self.square = (r, c), r.sqrt().sum(1) * c.sqrt().sum(1)
+        self.scale = inverse_root(r).to(self.layout.dtype), inverse_root(c).to(self.layout.dtype)
         self._entering = self.scale[0].clone(), self.scale[1]
         self.row_means, self.means = torch.zeros_like(rows).double(), torch.zeros_like(self.cells["cols"].buffer).double()
 

@@ -136,43 +136,27 @@ class Metric:
 
     def mixed(self, old: Tensor, new: Tensor) -> Tensor:
         """Give beta old + (1 - beta) new as the state has it; sums of several processes' finite parts stay finite."""
-        mean = self.beta * old.double() + (1 - self.beta) * new
-        return mean.clamp_max(torch.finfo(self.layout.dtype).max).to(self.layout.dtype)
+        mean = torch.lerp(old.double(), new, 1 - self.beta)
+        return mean.clamp_max_(torch.finfo(self.layout.dtype).max).to(self.layout.dtype)
 
-    def corrected(self, mean: Tensor, more: int = 0) -> Tensor:
-        """Divide running means (n, ...) by 1 - beta^(k + more), in fp64; means of nothing are 0."""
-        divisor = 1 - self.beta ** (self.cells["count"].buffer + more).double()
-        return mean.double() / torch.where(divisor > 0, divisor, 1.0).view(-1, *[1] * (mean.ndim - 1))
+    def divisors(self) -> tuple[Tensor, Tensor]:
+        """Give 1 - beta^k and 1 - beta^(k + 1), (n,) fp64; 1 for the first of them at k = 0, where the means are 0."""
+        return divisors(self.cells["count"].buffer, self.beta)
 
 
 class Factored(Metric):
-    """D_ij = (r_i + eps mu) (c_j / mu + eps); at a tensor's first gradient D_ij = r_i.
-
-    Attributes:
-        factors: those of D, (n, rows) and (n, cols) fp64.
-    """
+    """D_ij = (r_i + eps mu) (c_j / mu + eps); at a tensor's first gradient D_ij = r_i."""
 
     def measure(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
-        rows, cols = squares(gradients)
-        r = self.beta * self.cells["rows"].buffer.double() + (1 - self.beta) * (rows / self.layout.cols)
-        self._rows, self.means = r.to(self.layout.dtype), cols / self.layout.rows
-        self._factor(self.corrected(self._rows, 1))
+        r, c, count = (self.cells[name].buffer for name in ("rows", "cols", "count"))
+        self._rows, x, y, self.square, sums = measured(gradients, r, c, count, self.beta, self.eps)
+        self.means, self.scale = sums.div_(self.layout.rows), (x, y)
 
     def keep(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
         self.cells["rows"].write(self._rows)
         self.cells["cols"].write(self.mixed(self.cells["cols"].buffer, self.means))
-
-    def _factor(self, r: Tensor) -> None:
-        """Make S^-1 from r (n, rows) and the state."""
-        c = self.cells["cols"].buffer.double()
-        mu = c.mean(1, keepdim=True)
-        r = r + self.eps * self.corrected(mu)
-        c = torch.where(mu > 0, c / torch.where(mu > 0, mu, 1.0) + self.eps, 1.0)
-        self.factors = r, c
-        self.square = r.sqrt().sum(1) * c.sqrt().sum(1)
-        self.scale = inverse_root(r).to(self.layout.dtype), inverse_root(c).to(self.layout.dtype)
 
 
 class Diagonal(Metric):
@@ -180,34 +164,37 @@ class Diagonal(Metric):
 
     def measure(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
-        self._mean = self.eps * self.corrected(self.cells["mean"].buffer)
-        self.means = torch.stack([square_sum(g) for g in gradients])[:, None] / self.layout.numel
+        last, self._now = self.divisors()
+        self._mean = self.eps * self.cells["mean"].buffer.double() / last
+        self.means = square_sums(stacked(gradients) if self.layout.vector else gradients)[:, None] / self.layout.numel
         self._values: Tensor | None = None
         self._inverse: Tensor | None = None
+        self._white: Tensor | None = None
         self.square = torch.zeros_like(self._mean)
         for part in row_chunks(gradients):
             v = self._v(gradients, part)
-            d = self._d(v, 1)
+            d = self._d(v, self._now)
             self.square += d.sqrt().sum((1, 2), dtype=torch.float64)
             if self.layout.vector:
                 self._values, self._inverse = v, inverse_root(d)
+                self._white = stacked(gradients) * self._inverse
 
     def whitened(self, gradients: Sequence[Tensor]) -> kernels.Matrices:
         """See Metric."""
-        if self._inverse is not None:
-            return stacked(gradients) * self._inverse
+        if self._white is not None:
+            return self._white
         whitened = gradients[0].new_empty(len(gradients), *gradients[0].shape)
         for part in row_chunks(gradients):
-            torch.mul(stacked(gradients, part), inverse_root(self._d(self._v(gradients, part), 1)), out=whitened[:, part])
+            torch.mul(stacked(gradients, part), inverse_root(self._d(self._v(gradients, part), self._now)), out=whitened[:, part])
         return whitened
 
     def unwhiten_(self, u: Tensor, rows: slice = ALL) -> Tensor:
         """See Metric: v is in the state now."""
         if self._inverse is not None:
             return u.mul_(self._inverse[:, rows])
-        v = self.cells["values"].buffer[:, rows]
+        v, divisor = self.cells["values"].buffer[:, rows], self.divisors()[0]
         for part in row_chunks(u):
-            u[:, part].mul_(inverse_root(self._d(v[:, part], 0)))
+            u[:, part].mul_(inverse_root(self._d(v[:, part], divisor)))
         return u
 
     def keep(self, gradients: Sequence[Tensor]) -> None:
@@ -215,6 +202,7 @@ class Diagonal(Metric):
         for part in row_chunks(gradients):
             self.cells["values"].write(self._v(gradients, part), part)
         self.cells["mean"].write(self.mixed(self.cells["mean"].buffer, self.means[:, 0]))
+        self._white = None
         if self._inverse is not None:
             self._inverse = masked(self.turn.ok, self._inverse, 0.0)
 
@@ -225,11 +213,10 @@ class Diagonal(Metric):
         g = stacked(gradients, part)
         return (g.square() * (1 - self.beta)).add_(self.cells["values"].buffer[:, part], alpha=self.beta)
 
-    def _d(self, values: Tensor, more: int) -> Tensor:
-        """Give D (n, rows, cols), for v and k + more."""
-        divisor = 1 - self.beta ** (self.cells["count"].buffer + more).double()
-        divisor = torch.where(divisor > 0, divisor, 1.0)[:, None, None].to(values.dtype)
-        return values / divisor + self._mean[:, None, None].to(values.dtype)
+    def _d(self, values: Tensor, divisor: Tensor) -> Tensor:
+        """Give D (n, rows, cols), for v and its divisor."""
+        divisor, mean = (x[:, None, None].to(values.dtype) for x in (divisor, self._mean))
+        return (values / divisor).add_(mean)
 
 
 class Uniform(Metric):
@@ -240,10 +227,10 @@ class Uniform(Metric):
     def measure(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
         rows, cols = gradients[0].shape
-        sums = torch.stack([square_sum(g) for g in gradients])
+        sums = square_sums(gradients)
         own = (sums if self.total is None else self.total(sums)) / max(1, self.layout.numel)
         count, mean = self.cells["count"].buffer, self.cells["mean"].buffer
-        d, self.means = torch.where(count > 0, self.corrected(mean), own), own[:, None]
+        d, self.means = torch.where(count > 0, mean.double() / self.divisors()[0], own), own[:, None]
         self.square = d.sqrt() * (rows * cols)
         x = inverse_root(d).to(self.layout.dtype)
         self.scale = x[:, None].expand(-1, rows).contiguous(), x.new_ones(len(x), cols)
@@ -264,7 +251,7 @@ class OfParts(Uniform):
         self.means = torch.zeros_like(mean)
         for i, g in enumerate(gradients):
             for j, part in enumerate(parts):
-                self.means[i, j] = square_sum(g[0, part])
+                self.means[i, j] = square_sums([g[:, part]])[0]
         self.means /= lengths
         divisor = 1 - self.beta ** count.double()
         d = torch.where(count > 0, mean / torch.where(count > 0, divisor, 1.0), self.means)
@@ -293,15 +280,55 @@ def scaled_(a: Tensor, scale: Scale, rows: slice = ALL) -> Tensor:
 
 def inverse_root(d: Tensor) -> Tensor:
     """Give d^(-1/4), 0 where d is 0, and NaN where d is not finite."""
-    return torch.where(d > 0, d, 1.0).rsqrt().sqrt() * (d > 0) + 0 * d
+    return d.rsqrt().sqrt_().nan_to_num_(nan=torch.nan, posinf=0.0).add_(0 * d)
 
 
-def square_sum(g: Tensor) -> Tensor:
-    """Sum the squares of g in fp64, 0-D."""
-    total = torch.zeros((), dtype=torch.float64, device=g.device)
-    for part in row_chunks([g]):
-        total += torch.linalg.vector_norm(g[part], dtype=torch.float64).square()
-    return total
+def square_sums(gradients: kernels.Matrices) -> Tensor:
+    """Sum the squares of each of n matrices in fp64, (n,); all at once where they are one tensor."""
+    if isinstance(gradients, Tensor):
+        return torch.linalg.vector_norm(gradients, dim=(1, 2), dtype=torch.float64).square()
+    parts = [torch.stack([torch.linalg.vector_norm(g[part], dtype=torch.float64) for part in row_chunks([g])]) for g in gradients]
+    return torch.stack([norms.square().sum() for norms in parts])
+
+
+def divisors(count: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Give 1 - beta^k and 1 - beta^(k + 1) for counts k (n,), in fp64; 1 for the first of them at k = 0."""
+    power = beta ** count.double()
+    return 1 - power * (count > 0), 1 - power * beta
+
+
+def measured(
+    gradients: Sequence[Tensor], r: Tensor, c: Tensor, count: Tensor, beta: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Give the factors of D and S^-1 that contain g.
+
+    Args:
+        gradients: g, n matrices (rows, cols).
+        r, c, count: the state, (n, rows) and (n, cols) in g's dtype and (n,) int64.
+        beta, eps: of D.
+
+    Returns:
+        r with g in it; x (n, rows) and y (n, cols) of S^-1, all in g's dtype; the sum of S^2, (n,), and sums of g^2 over each
+        column, (n, cols), both fp64.
+    """
+    fast = kernels.measure(gradients, r, c, count, beta, eps)
+    if fast is not None:
+        return fast
+    rows, cols = squares(gradients)
+    r = (beta * r.double() + (1 - beta) * (rows / c.shape[1])).to(r.dtype)
+    last, now = divisors(count, beta)
+    more, d_cols = columns(c, last, eps)
+    d_rows = r.double() / now[:, None] + more[:, None]
+    x, y = (inverse_root(d).to(r.dtype) for d in (d_rows, d_cols))
+    return r, x, y, d_rows.sqrt().sum(1) * d_cols.sqrt().sum(1), cols
+
+
+def columns(c: Tensor, divisor: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Give eps mu, (n,), and c / mu + eps, (n, cols), in fp64, for c as in the state and the divisor of its means."""
+    c = c.double()
+    mu = c.mean(1)
+    seen = mu > 0
+    return eps * mu / divisor, torch.where(seen[:, None], (c / torch.where(seen, mu, 1.0)[:, None]).add_(eps), 1.0)
 
 
 def squares(gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

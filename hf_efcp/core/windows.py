@@ -18,9 +18,6 @@ from .cells import ALL, Buffers, Layout, Spec
 from .deferred import masked
 from .linalg import chunk_bytes, chunks, inner
 
-# Bytes of a factor that is scaled on the way into a product: it should stay in a core's cache; measured.
-_SCALED_BYTES = 2**20
-
 
 class Window:
     """What the formats share: staging and the ring.
@@ -180,34 +177,47 @@ class LowRankWindow(Window):
 
     def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float, factors: kernels.Scale = None) -> bool:
         """See Window. Products that are added to p itself: G^T c is not formed."""
-        rows, cols = params[0].shape
-        sizes: Tensor | None = None
-        pair: tuple[Tensor | None, Tensor] | None = factors
-        if factors is not None and rows > cols and self.update_dtype == self.compute_dtype:
-            sizes, pair = factors[0], (None, factors[1])  # a long X is scaled as it is read, some rows at a time
-        for i, (left, right) in enumerate(self._products(c, slice(0, rows), pair)):
+        if factors is not None and self.update_dtype == self.compute_dtype:
+            self._apply_scaled(c.to(self.compute_dtype), params, scale, decay, factors)
+            return True
+        for i, (left, right) in enumerate(self._products(c, slice(0, len(params[0])), factors)):
             beta = 1.0 if i else decay
             if right.dtype != self.compute_dtype:
                 _add_rounded_products(params, left, right, scale, beta)
                 continue
-            for t, (p, x, y) in enumerate(zip(params, left, right, strict=True)):
-                if sizes is None:
-                    p.addmm_(x.mT, y, beta=beta, alpha=scale)
-                else:
-                    _add_scaled_product(p, x, sizes[t], y, scale, beta)
+            for p, x, y in zip(params, left, right, strict=True):
+                p.addmm_(x.mT, y, beta=beta, alpha=scale)
         return True
 
-    def _products(
-        self, c: Tensor, part: slice, factors: tuple[Tensor | None, Tensor] | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _apply_scaled(
+        self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float, factors: tuple[Tensor, Tensor]
+    ) -> None:
+        """`apply` with factors: P and Q of one tensor at a time are scaled into room that stays in the cache."""
+        rows, cols = params[0].shape
+        for i, slots in enumerate(self._slots_at_once(rows, cols)):
+            left, right = self._factors(slots)
+            length, beta = left.shape[1] * left.shape[2], 1.0 if i else decay
+            parts = list(chunks(rows, length * c.element_size(), chunk_bytes(c.device)))
+            room_p, room_q = c.new_empty(length * (parts[0].stop - parts[0].start)), c.new_empty(right.shape[1:])
+            for t, p in enumerate(params):
+                x, y = left[t].flatten(0, 1), room_q.flatten(0, 1)
+                torch.mul(right[t], (c[t, slots, None] * factors[1][t])[:, None], out=room_q)
+                for part in parts:
+                    some = room_p[: length * (part.stop - part.start)].view(length, -1)
+                    p[part].addmm_(torch.mul(x[:, part], factors[0][t, part], out=some).mT, y, beta=beta, alpha=scale)
+
+    def _slots_at_once(self, rows: int, cols: int) -> Iterator[slice]:
+        n, m, rank, _ = self.buffers["window_p"].shape
+        converted = rows + cols if self.buffers["window_p"].dtype != self.update_dtype else min(rows, cols)
+        return chunks(m, n * rank * converted * self.update_dtype.itemsize)
+
+    def _products(self, c: Tensor, part: slice, factors: tuple[Tensor, Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Give X (n, slots r, rows) and Y (n, slots r, cols) whose X^T Y make up rows `part` of u: some slots at a time."""
-        (n, m, rank, _), cols, dtype = self.buffers["window_p"].shape, self.buffers["window_q"].shape[3], self.compute_dtype
-        rows, c, ends = part.stop - part.start, c.to(dtype), self.update_dtype
-        converted = rows + cols if self.buffers["window_p"].dtype != ends else min(rows, cols)
-        for slots in chunks(m, n * rank * converted * ends.itemsize):
+        rows, cols = part.stop - part.start, self.buffers["window_q"].shape[3]
+        c, ends = c.to(self.compute_dtype), self.update_dtype
+        x, y = (None, None) if factors is None else (factors[0][:, part], factors[1])
+        for slots in self._slots_at_once(rows, cols):
             left, right = self._factors(slots, part)
-            x, y = (None, None) if factors is None else factors
-            x = None if x is None else x[:, part]
             if rows <= cols:
                 left, right = self._scaled(left, c[:, slots], x), self._scaled(right, None, y)
             else:
@@ -240,16 +250,6 @@ class LowRankWindow(Window):
         gram_p = inner(p.flatten(1, 2), self._parts[0])
         gram_q = inner(q.flatten(1, 2), self._parts[1])
         return gram_p.mul_(gram_q).unflatten(1, p.shape[1:3]).sum((2, 3))
-
-
-def _add_scaled_product(p: Tensor, x: Tensor, sizes: Tensor, y: Tensor, scale: float, decay: float) -> None:
-    """Compute p <- decay * p + scale * diag(sizes) X^T Y in place; X is (L, rows), Y (L, cols)."""
-    room: Tensor | None = None
-    for part in chunks(len(p), len(x) * x.element_size(), _SCALED_BYTES):
-        some = x[:, part]
-        room = torch.empty_like(some) if room is None else room[:, : some.shape[1]]
-        torch.mul(some, sizes[part], out=room)
-        p[part].addmm_(room.mT, y, beta=decay, alpha=scale)
 
 
 def _add_rounded_products(params: Sequence[Tensor], x: Tensor, y: Tensor, scale: float, decay: float) -> None:

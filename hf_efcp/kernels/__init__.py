@@ -40,6 +40,7 @@ _log = logging.getLogger("hf_efcp")
 # Operation -> device type -> module. A GPU's libraries need no help with low rank.
 _MODULES = {
     "squares": {"cpu": "cpu_metric"},
+    "measure": {"cpu": "cpu_metric"},
     "top_k": {"cpu": "cpu_top_k", "cuda": "gpu_sparse"},
     "dots": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
     "combine": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
@@ -62,6 +63,13 @@ _failed: set[str] = set()
 def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
     """The sums of g^2 over rows and over columns, (n, rows) and (n, cols) fp64: see `core.metric.squares`."""
     return _try("squares", gradients[0], gradients)
+
+
+def measure(
+    gradients: Matrices, r: Tensor, c: Tensor, count: Tensor, beta: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """The factors of a metric that contains g: see `core.metric.measured`."""
+    return _try("measure", gradients[0], gradients, r, c, count, beta, eps)
 
 
 def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> Entry | None:
@@ -140,7 +148,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor | None:
     return _try("inner", a, a, b)
 
 
-def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None) -> Tensor | None:
+def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None = None) -> Tensor | None:
     """c_i * factor_i diag(sizes) in bf16, for factors (n, m, r, length), c (n, m) and sizes (n, length): see `LowRankWindow`."""
     return _try("scaled", factor, factor, c, sizes)
 

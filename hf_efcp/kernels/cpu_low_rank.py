@@ -200,7 +200,7 @@ def add(params: Matrices, update: Tensor, scale: float, decay: float) -> bool:
     return True
 
 
-def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None) -> Tensor | None:
+def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None = None) -> Tensor | None:
     """c_i * factor_i diag(sizes), rounded once, in bf16.
 
     Args:

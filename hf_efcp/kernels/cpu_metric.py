@@ -1,4 +1,4 @@
-"""Sums of squares over rows and columns on CPUs, by numba: a gradient is read once."""
+"""What the metric reads of a gradient on CPUs, by numba: sums of squares over rows and columns, and roots, in one pass."""
 
 from __future__ import annotations
 
@@ -12,18 +12,69 @@ from .cpu_tools import REORDERED, Addresses, array, compiled, matrix_row
 
 
 @compiled(relaxed=REORDERED)
+def _square_sum(g, by_col):
+    """The sum of g^2 over a row, in fp64; g^2 is added to by_col."""
+    total = 0.0
+    for k in range(g.size):
+        square = np.float64(g[k]) * np.float64(g[k])
+        total += square
+        by_col[k] += square
+    return total
+
+
+@compiled(relaxed=REORDERED)
 def _squares(lo, hi, parts, gradients, like, by_row, by_col):
     rows, cols = by_row.shape[1], by_col.shape[2]
     for task in range(lo, hi):
         t, part = task // parts, task % parts
-        to = by_col[t, part]
         for row in range(rows * part // parts, rows * (part + 1) // parts):
-            g, total = matrix_row(gradients[t], row, cols, like), 0.0
-            for k in range(cols):
-                square = np.float64(g[k]) * np.float64(g[k])
-                total += square
-                to[k] += square
-            by_row[t, row] = total
+            by_row[t, row] = _square_sum(matrix_row(gradients[t], row, cols, like), by_col[t, part])
+
+
+@compiled(relaxed=REORDERED)
+def _root(d, x):
+    """x <- d^(-1/4), 0 where d is 0, and NaN where d is not finite; the sum of d^(1/2)."""
+    total = 0.0
+    for i in range(d.size):
+        root = np.sqrt(d[i])
+        total += root
+        x[i] = 1 / np.sqrt(root) if 0 < d[i] < np.inf else 0 * d[i]
+    return total
+
+
+@compiled(relaxed=REORDERED)
+def _columns(c, count, beta, eps, y, numbers):
+    """y, and for `_measure` of each tensor: 1 - beta^(k + 1), eps mu, the sum over columns of y^-2."""
+    d = np.empty(c.shape[1])
+    for t in range(len(c)):
+        mean = 0.0
+        for j in range(d.size):
+            d[j] = c[t, j]
+            mean += d[j]
+        mean /= d.size
+        if mean > 0:
+            for j in range(d.size):
+                d[j] = d[j] / mean + eps
+        else:
+            d[:] = 1.0
+        power = beta ** np.float64(count[t])
+        numbers[t, 0], numbers[t, 1] = 1 - power * beta, eps * (mean / (1 - power) if count[t] > 0 else mean)
+        numbers[t, 2] = _root(d, y[t])
+
+
+@compiled(relaxed=REORDERED)
+def _measure(lo, hi, parts, gradients, old, beta, numbers, new, x, roots, by_col):
+    rows, cols = old.shape[1], by_col.shape[2]
+    for task in range(lo, hi):
+        t, part = task // parts, task % parts
+        start, stop, (divisor, more, _) = rows * part // parts, rows * (part + 1) // parts, numbers[t]
+        d = np.empty(stop - start)
+        for row in range(start, stop):
+            mean = _square_sum(matrix_row(gradients[t], row, cols, old), by_col[t, part]) / cols
+            new[t, row] = beta * np.float64(old[t, row]) + (1 - beta) * mean
+        for i in range(d.size):
+            d[i] = np.float64(new[t, start + i]) / divisor + more
+        roots[t, part] = _root(d, x[t, start:stop])
 
 
 def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
@@ -33,10 +84,41 @@ def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
         gradients: g, n matrices (rows, cols) in fp32 or fp64.
     """
     g = Addresses(gradients)
+    parts, by_col = _by_col(g)
+    by_row = torch.empty(g.shape[:2], dtype=torch.float64)
+    like = array(torch.empty(0, dtype=g.dtype))
+    divide_work(_squares, len(by_row) * parts, _numbers(g, parts), parts, g.array, like, array(by_row), array(by_col))
+    return by_row, by_col.sum(1)
+
+
+def measure(
+    gradients: Matrices, r: Tensor, c: Tensor, count: Tensor, beta: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """See `core.metric.measured`, whose arguments and results these are; None for a state in another dtype than g's."""
+    g = Addresses(gradients)
+    if (r.dtype, c.dtype) != (g.dtype, g.dtype):
+        return None
+    parts, by_col = _by_col(g)
+    numbers, new, x, y = (
+        torch.empty(len(r), 3, dtype=torch.float64),
+        torch.empty_like(r),
+        torch.empty_like(r),
+        torch.empty_like(c),
+    )
+    roots = torch.empty(by_col.shape[:2], dtype=torch.float64)
+    _columns(array(c), array(count), beta, eps, array(y), array(numbers))
+    arrays = array(r), beta, *map(array, (numbers, new, x, roots, by_col))
+    divide_work(_measure, len(r) * parts, _numbers(g, parts), parts, g.array, *arrays)
+    return new, x, y, roots.sum(1).mul_(numbers[:, 2]), by_col.sum(1)
+
+
+def _by_col(g: Addresses) -> tuple[int, Tensor]:
+    """Into how many parts the rows of a matrix are cut, and room for the sums of each."""
     n, rows, cols = g.shape
     parts = min(rows, -(-PARTS // n))
-    by_row = torch.empty(n, rows, dtype=torch.float64)
-    by_col = torch.zeros(n, parts, cols, dtype=torch.float64)
-    like = array(torch.empty(0, dtype=g.dtype))
-    divide_work(_squares, n * parts, rows * cols // parts, parts, g.array, like, array(by_row), array(by_col))
-    return by_row, by_col.sum(1)
+    return parts, torch.zeros(n, parts, cols, dtype=torch.float64)
+
+
+def _numbers(g: Addresses, parts: int) -> int:
+    _, rows, cols = g.shape
+    return rows * cols // parts

@@ -148,11 +148,12 @@ def _update(lo, hi, start, shift, indices, values, scales, c, columns, blocks_of
         _sum_row(shift, indices[t, start + row], value, columns, weights, products, places, dense)
         p = matrix_row(params[t], row, cols, dense)
         if right.size:
-            size, sizes = left[t, row], right[t]
+            size, sizes = factor * left[t, row], right[t]
             for x in range(cols):
-                u[x] = (size * u[x]) * sizes[x]
-        for x in range(cols):
-            p[x] = decay * p[x] + factor * u[x]
+                p[x] = decay * p[x] + (size * u[x]) * sizes[x]
+        else:
+            for x in range(cols):
+                p[x] = decay * p[x] + factor * u[x]
         for x in range(cols):
             u[x] = 0
 

@@ -34,7 +34,8 @@ def compiled(function: Callable[..., Any] | None = None, *, relaxed: set[str] | 
     """Decorator: compile at the first call, keep the code on disk, hold no lock. `relaxed`: LLVM's fast-math flags."""
     if function is None:
         return functools.partial(compiled, relaxed=relaxed)
-    options = {"nogil": True, "fastmath": relaxed or False}
+    # A division by zero gives infinity or NaN, as in torch: a check for each division would keep loops from being vectorized.
+    options = {"nogil": True, "fastmath": relaxed or False, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # nowhere to keep compiled code: compile in every process

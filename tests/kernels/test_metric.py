@@ -7,7 +7,7 @@ from hf_efcp import kernels
 from hf_efcp.core.accumulated import Accumulated, LowRankEntry
 from hf_efcp.core.cells import Layout
 from hf_efcp.core.compressors import BlockTopK
-from hf_efcp.core.metric import scaled_, squares
+from hf_efcp.core.metric import measured, scaled_, squares
 from hf_efcp.core.windows import LowRankWindow
 from tests.kernels.helpers import allocated, coded_error, plain_error
 from tests.kernels.test_low_rank import DTYPES, SHAPES, random, staged
@@ -93,6 +93,59 @@ def test_squares_of_what_is_not_finite(bad):
     rows, cols = kernels.squares(g)
     assert not rows[0, 2].isfinite() and not cols[0, 3].isfinite()
     assert rows.isfinite().sum() == 5 and cols.isfinite().sum() == 8
+
+
+def state_of(n, rows, cols, dtype):
+    """r, c and counts; the last tensor has seen nothing."""
+    r, c = (random(n, k, dtype=dtype, seed=k).square() for k in (rows, cols))
+    c[-1], r[-1] = 0, 0
+    return r, c, torch.tensor([3, 1, 0][-n:])
+
+
+@SHAPES
+@DTYPES
+@pytest.mark.parametrize("beta", [0.9, 0.0])
+def test_the_factors_of_a_metric_are_those_of_its_formulas(n, rows, cols, rank, dtype, beta, plain):
+    g, (r, c, count) = random(n, rows, cols, dtype=dtype), state_of(n, rows, cols, dtype)
+    assert kernels.measure(list(g), r, c, count, beta, 1e-3) is not None
+    new = (beta * r.double() + (1 - beta) * g.double().square().mean(2)).to(dtype)
+    mu, k = c.double().mean(1, keepdim=True), count[:, None].double()
+    more = torch.where(k > 0, 1e-3 * mu / (1 - beta**k), 0.0)
+    left, right = new.double() / (1 - beta ** (k + 1)) + more, torch.where(k > 0, c.double() / mu + 1e-3, 1.0)
+    expected = (
+        *(new, (left**-0.25).to(dtype), (right**-0.25).to(dtype)),
+        *((left[:, :, None] * right[:, None]).sqrt().sum((1, 2)), g.double().square().sum(1)),
+    )
+    for results in both(plain, lambda: measured(list(g), r, c, count, beta, 1e-3)):
+        for got, wanted in zip(results, expected, strict=True):
+            bound = 1e-13 if wanted.dtype == torch.float64 else 2e-7  # one number of fp32
+            assert got.dtype == wanted.dtype and relative(got.double(), wanted.double()) < bound
+
+
+@DTYPES
+def test_rows_of_zeros_and_rows_that_are_not_finite_are_measured_as_by_torch(dtype, plain):
+    g, zeros = torch.zeros(2, 40, 9, dtype=dtype), [torch.zeros(2, k, dtype=dtype) for k in (40, 9)]
+    g[0, 3:], g[0, 7, 2], g[0, 20, 1], g[1, 5, 0] = 1.0, torch.nan, torch.inf, 1e-12
+    count = torch.zeros(2, dtype=torch.int64)
+    for r, x, y, square, cols in both(plain, lambda: measured(g, *zeros, count, 0.5, 1e-3)):
+        assert (x[0, :3] == 0).all() and (x[1, 6:] == 0).all() and not cols[0, 1].isfinite() and cols[0, 3].isfinite()
+        assert x.isnan().nonzero().tolist() == [[0, 7], [0, 20]] and not r[0, 7].isfinite() and not r[0, 20].isfinite()
+        assert not square[0].isfinite() and square[1].isfinite() and (y == 1).all()
+        torch.testing.assert_close(x[0, 4], torch.ones((), dtype=dtype))
+
+
+def test_what_is_measured_does_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr("hf_efcp.kernels.cpu_threads._SMALL", 1)
+    g, state = random(3, 37, 50), state_of(3, 37, 50, torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(kernels.measure(g, *state, 0.9, 1e-3))
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
 # a = e + diag(x) g diag(y), low rank -------------------------------------------------------------------------------------

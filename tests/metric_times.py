@@ -1,0 +1,58 @@
+"""Measure what the metric adds to a step on a CPU: two optimizers on MiniLM's shapes, with and without it, step by turns.
+
+    OMP_NUM_THREADS=1 python tests/metric_times.py [--rounds 21] [--windows 32 128] [--metric factored]
+
+CPU time of one thread, so that other work on the machine disturbs less; the ratio is the median of the ratios of pairs.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from trajectories import FP32, gradients, start
+
+import hf_efcp
+from hf_efcp.cli.shapes import BUILT_IN
+
+OPTIONS = {"update_rms": 1.0, "error_dtype": "bf16", "damping": 0.1, "damping_mode": "relative", "window_momentum": 0.9}
+WARM_UP = 4
+
+
+def built(name, window_size, metric):
+    """An optimizer on MiniLM's shapes, with gradients."""
+    params = start(FP32, BUILT_IN["minilm"]().values())
+    for p, g in zip(params, gradients(params, 0), strict=True):
+        p.grad = g
+    return hf_efcp.create_optimizer(name, params, lr=1e-4, window_size=window_size, metric=metric, **OPTIONS)
+
+
+def step_time(optimizer):
+    """Milliseconds of a step."""
+    began = time.thread_time()
+    optimizer.step()
+    return 1e3 * (time.thread_time() - began)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--windows", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--metric", default="factored")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| optimizer | m | without, ms | with, ms | ratio |\n|---|---|---|---|---|")
+    for name in ("efcp_lowrank_mfac", "efcp_sparse_mfac"):
+        for window_size in arguments.windows:
+            pair = [built(name, window_size, metric) for metric in ("none", arguments.metric)]
+            for _ in range(WARM_UP):
+                for optimizer in pair:
+                    optimizer.step()
+            times = [[step_time(optimizer) for optimizer in pair] for _ in range(arguments.rounds)]
+            ratio = statistics.median(b / a for a, b in times)
+            without, with_ = (statistics.median(column) for column in zip(*times, strict=True))
+            print(f"| {name} | {window_size} | {without:.0f} | {with_:.0f} | {ratio:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
