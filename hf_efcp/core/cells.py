@@ -207,6 +207,23 @@ class Cell:
             total += torch.linalg.vector_norm(self.read(rows).flatten(1), dim=1, dtype=torch.float64).square()
         return total
 
+    def add_to(self, matrices: Sequence[Tensor], weights: Tensor, scale: kernels.Scale) -> None:
+        """Compute p <- p + weight * diag(x) numbers diag(y) in place.
+
+        Args:
+            matrices: p, n matrices (rows, cols) in `dtype`.
+            weights: (n,) in `dtype`.
+            scale: x (n, rows) and y (n, cols) in `dtype`; None: ones.
+        """
+        if kernels.add_kept(matrices, self.stored, weights, scale):
+            return
+        for rows in row_chunks(matrices):
+            u = self.read(rows) * weights[:, None, None]
+            if scale is not None:
+                u.mul_(scale[0][:, rows, None]).mul_(scale[1][:, None])
+            for p, x in zip(matrices, u, strict=True):
+                p[rows] += x
+
     def square(self) -> float:
         """Sum the squares in fp64."""
         return float(self.squares().sum())

@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import kernels
 from ..core.accumulated import Accumulated
 from ..core.cells import Layout, Parts, Spec
 from ..core.compressors import Identity
 from ..core.gram import GramMatrix
-from ..core.linalg import row_chunks
-from ..core.metric import scaled_
 from .apply import apply
 from .costs import Count
 from .diagnostics import of_last_step
@@ -136,25 +133,13 @@ class WindowStack(Stack):
         if not self.window.apply(c, matrices, -lr, 1 - lr * weight_decay, factors):
             return False
         if self.residual is not None:
-            self._add_residual(matrices, -lr * outside)
+            self.residual.add_to(matrices, -lr * outside, factors)
         for p, matrix in zip(params, matrices, strict=True):
             if matrix.data_ptr() != p.data_ptr():
                 p.copy_(matrix.view(p.shape))
         # A kernel writes unseen by autograd, which has to refuse a graph from before.
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
         return True
-
-    def _add_residual(self, matrices: Sequence[Tensor], weights: Tensor) -> None:
-        """Compute p <- p + weight * S^-1 r in place for n matrices (rows, cols) and weights (n,)."""
-        assert self.residual is not None
-        scale = None if self.metric is None else self.metric.scale
-        if kernels.add_kept(matrices, self.residual.stored, weights, scale):
-            return
-        for part in row_chunks(matrices):
-            u = self.residual.read(part) * weights[:, None, None]
-            u = u if scale is None else scaled_(u, scale, part)
-            for p, x in zip(matrices, u, strict=True):
-                p[part] += x
 
 
 class Windowed:
