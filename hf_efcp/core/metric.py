@@ -287,8 +287,11 @@ def square_sums(gradients: kernels.Matrices) -> Tensor:
     """Sum the squares of each of n matrices in fp64, (n,); all at once where they are one tensor."""
     if isinstance(gradients, Tensor):
         return torch.linalg.vector_norm(gradients, dim=(1, 2), dtype=torch.float64).square()
-    parts = [torch.stack([torch.linalg.vector_norm(g[part], dtype=torch.float64) for part in row_chunks([g])]) for g in gradients]
-    return torch.stack([norms.square().sum() for norms in parts])
+    sums = torch.zeros(len(gradients), dtype=torch.float64, device=gradients[0].device)
+    for i, g in enumerate(gradients):
+        for part in row_chunks([g]):
+            sums[i] += torch.linalg.vector_norm(g[part], dtype=torch.float64).square()
+    return sums
 
 
 def divisors(count: Tensor, beta: float) -> tuple[Tensor, Tensor]:

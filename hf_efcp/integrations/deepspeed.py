@@ -41,7 +41,7 @@ def stage_of(config: Mapping[str, Any]) -> int:
 
 
 def check_config(
-    config: Mapping[str, Any], cls: type[EngineOptimizer], options: Mapping[str, Any], given: Collection[str]
+    config: Mapping[str, Any], cls: type[EngineOptimizer], options: Mapping[str, Any], given: Collection[str] = ()
 ) -> None:
     """Raise OptionError where DeepSpeed would replace the optimizer, or hand it what it cannot train.
 

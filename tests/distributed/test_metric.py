@@ -24,7 +24,9 @@ ADAM = {"metric": "factored", "window_momentum": 0.9, "window_nesterov": True, "
 RUNS = {  # what is compared with one process
     "low rank": ("efcp_lowrank_mfac", ADAM),
     "low rank, decay, l2": ("efcp_lowrank_ggt", {**ADAM, "weight_decay": 0.1, "weight_decay_mode": "l2", "momentum": 0.5}),
-    "low rank, layer": ("efcp_lowrank_mfac", {**ADAM, "scope": "layer", "centered": True}),
+    "low rank, layer": ("efcp_lowrank_mfac", {**ADAM, "scope": "layer", "centered": True, "damping": 1e-4}),
+    "low rank, residual": ("efcp_lowrank_mfac", {**ADAM, "residual": "momentum"}),
+    "sparse, residual": ("efcp_sparse_ggt", {**ADAM, "residual": "momentum", "scope": "layer"}),
     "low rank, diagonal": ("efcp_lowrank_mfac", {**ADAM, "metric": "diagonal"}),
     "low rank, tensor": ("efcp_lowrank_ggt", {**ADAM, "metric": "tensor"}),
     "sparse": ("efcp_sparse_mfac", {**ADAM, "centered": True}),

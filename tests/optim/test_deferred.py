@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_efcp.core.compressors
 import hf_efcp.core.deferred
-import hf_efcp.engine.windowed
+import hf_efcp.engine.sizes
 from tests.optim.helpers import EVERY, M, assert_unchanged, count, gradients_at, snapshot, started, step_quietly, train
 from tests.reference import relative
 
@@ -21,6 +21,7 @@ OPTIONS = [
     {"error_dtype": "bf16", "window_dtype": "bf16"},
     {"error_format": "int4", "window_format": "low_bit", "stochastic_rounding": True},
     {"metric": "factored", "rms_mode": "adam", "window_momentum": 0.8, "window_nesterov": True},
+    {"metric": "factored", "rms_mode": "adam", "window_momentum": 0.8, "residual": "momentum", "error_dtype": "bf16"},
     {"metric": "diagonal", "weight_decay": 0.1},
     {"metric": "tensor", "scope": "layer", "momentum": 0.9},
 ]
@@ -31,7 +32,7 @@ def deferred(monkeypatch):
     """From here on, reading a flag of the CPU counts as waiting."""
 
     def switch(on=True):
-        for module in (hf_efcp.engine.windowed, hf_efcp.core.deferred, hf_efcp.core.compressors):
+        for module in (hf_efcp.engine.sizes, hf_efcp.core.deferred, hf_efcp.core.compressors):
             monkeypatch.setattr(module, "readable", lambda device: not on)
 
     return switch

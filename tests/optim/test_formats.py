@@ -182,7 +182,7 @@ def applied(p, update, step, rows=None, weight_decay=0.1):
     p.grad = torch.zeros_like(p)  # without a gradient it would stay where it is
     c = torch.zeros(1, options.window_size).index_fill_(1, torch.tensor(0), 1.0)
     stack.open(torch.tensor(step))
-    stack.apply(c, {"lr": 0.01, "weight_decay": weight_decay}, options)
+    stack.apply(c, torch.zeros(len(c)), {"lr": 0.01, "weight_decay": weight_decay}, options)
     return p.detach()
 
 
