@@ -73,7 +73,8 @@ class MetricReference(ReferenceOptimizer):
         u = torch.cat([self.solve(rows, x) for rows, x in zip(windows, weighted, strict=True)])
         x, far, mean = torch.cat(weighted), torch.zeros_like(u), torch.zeros_like(u)
         if o.residual == "momentum":  # the mean of what compression left out counts as outside of the window's span
-            means = [(e + torch.zeros(size)).flatten() for e, size in zip(self.flat_errors(), self.sizes, strict=True)]
+            means = [(e + torch.zeros(n)).flatten() for e, n in zip(self.flat_errors(), self.sizes, strict=True)]
+            means = [mean * (i in live) for i, mean in enumerate(means)]  # a tensor that stays has no part in the size
             mean, parts = torch.cat(means), [torch.cat(means)] if o.scope == "model" else means
             far = torch.cat([part * self.outside(rows) for part, rows in zip(parts, windows, strict=True)])
         # Two rows each: the parts in the span and outside of it are taken for orthogonal.
@@ -145,7 +146,8 @@ class MetricReference(ReferenceOptimizer):
             return scale
         whole = self.o.residual == "momentum"  # nothing is left out of x, and S^2 is the mean square of the whole gradients
         square = sum(self.S[i].square().sum() for i in live) if whole else G.square().sum() / len(G)
-        return scale * x.norm() / square.sqrt()
+        rho = x.norm() / square.sqrt()
+        return scale * (rho.clamp_max(1) if whole else rho)
 
 
 def matrix(t):

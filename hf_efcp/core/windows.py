@@ -194,6 +194,8 @@ class LowRankWindow(Window):
     ) -> None:
         """`apply` with factors: P and Q of one tensor at a time are scaled into room that stays in the cache."""
         rows, cols = params[0].shape
+        if not rows:  # a shard without rows
+            return
         for i, slots in enumerate(self._slots_at_once(rows, cols)):
             left, right = self._factors(slots)
             length, beta = left.shape[1] * left.shape[2], 1.0 if i else decay

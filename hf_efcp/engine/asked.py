@@ -55,6 +55,8 @@ def merged(options_type: type, measured: Mapping[str, Any], given: Mapping[str, 
         if getattr(options, "comm", "gradients") == "factors" or ("metric" in given and options.metric == "none"):
             left_out |= {"residual"}
         options = build(options_type, {**{n: v for n, v in measured.items() if n not in left_out}, **given}, owner)
+    if getattr(options, "residual", "feedback") == "momentum" and options.rms_mode == "adam" and options.metric == "none":
+        raise OptionError("residual='momentum' with rms_mode='adam' needs a metric, got metric='none'")
     if "rms_mode" in given and options.rms_mode == "adam" and options.update_rms is None:
         raise OptionError(
             "rms_mode='adam' with update_rms=None: the raw update is not rescaled; give update_rms too, 1.0 for Adam's size"

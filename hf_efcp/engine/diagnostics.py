@@ -33,7 +33,7 @@ def of_last_step(setup: Setup) -> dict[str, float]:
     squares = k.diagonal(dim1=-2, dim2=-1)
     newest = k[:, :, j].squeeze(-1)  # (groups, m)
     row = squares[:, j].sum().sqrt()
-    update = quadratic(k, c).sum().sqrt()
+    update = (quadratic(k, c).sum() + setup.rest).sqrt()
     shares = (c.abs() * squares.sqrt()).sum(0)
     shares = shares / shares.sum().clamp_min(torch.finfo(shares.dtype).tiny)
     others = newest.sum(0).abs() / (squares.sum(0).sqrt() * row)
@@ -52,7 +52,8 @@ def of_last_step(setup: Setup) -> dict[str, float]:
         "weight_age": (shares * gram.ages(j)).sum(),
     }
     if setup.placement.alone:
-        error = sum(s.error.square() for s in setup.stacks if s.error is not None)
+        cells = [cell for s in setup.stacks if (cell := s.error or s.residual) is not None]
+        error = sum(cell.square() for cell in cells)
         values |= {"error_norm": error**0.5, "error_share": _ratio(error, error + float(row) ** 2)}
     return {name: float(value) for name, value in values.items()}
 

@@ -215,12 +215,12 @@ def costs_of(stack: Any) -> dict[str, Count]:
         return sum(buffer.nbytes for name, buffer in stack.buffers.items() if name in names)
 
     window = held({spec.name for spec in format.window_specs()})
-    entry, error, warm = window / m, held({"error"}), held({"warm_start"})
+    entry, error, warm = window / m, held({"error", "residual"}), held({"warm_start"})
     gradient = numel * size
     compress = Count(bytes=gradient + error + warm + (gradient if format.options.weight_decay_mode == "l2" else 0))
     dots = Count(bytes=window - entry)  # slot j is replaced; the new entry is at hand
     feedback = Count(bytes=error + entry + warm)
-    update = Count(bytes=window + 2 * gradient + 2 * held({"momentum"}))
+    update = Count(bytes=window + 2 * gradient + 2 * held({"momentum"}) + held({"residual"}))
     precision = "fp64" if stack.layout.dtype == torch.float64 else "fp32"
     *arithmetic, dots.fp64 = format.arithmetic(n, rows)
     for part, operations in zip((compress, feedback, update), arithmetic, strict=True):

@@ -148,8 +148,6 @@ class WindowOptions(StateOptions):
             raise OptionError(f"metric={self.metric!r}: with comm=factors allowed are none and factored")
         if self.residual == "momentum" and getattr(self, "comm", "gradients") == "factors":
             raise OptionError("residual='momentum': with comm=factors allowed is feedback")
-        if self.residual == "momentum" and self.rms_mode == "adam" and self.metric == "none":
-            raise OptionError("residual='momentum' with rms_mode='adam' needs a metric, got metric='none'")
 
     @property
     def averaging(self) -> float:

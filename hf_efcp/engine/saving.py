@@ -111,10 +111,10 @@ class Saving:
                 self.state[p][name].copy_(t)
 
     def start_without_window(self) -> None:
-        """Empty the window after a load without one."""
+        """Empty the window after a load without one; and the residuals' running means, which count steps as the window does."""
         for p, entry in self.state.items():
             for name, spec in self.setup.specs[p].items():
-                if spec.window and name in entry:
+                if (spec.window or spec.kind == "residual") and name in entry:
                     entry[name].zero_()
 
     @property

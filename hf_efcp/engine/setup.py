@@ -35,6 +35,7 @@ class Setup:
         counters: of steps; a window method's Gram matrix.
         last: coefficients of the last accepted step, for diagnostics.
         size: the sum of S_i^2 over the coordinates that had a gradient in the last step; without a metric, their number.
+        rest: |S u|^2 of the update's part outside of the window.
         started: whether a step was taken.
         skips: the number of refused steps, as far as the host knows.
     """
@@ -49,6 +50,7 @@ class Setup:
     counters: Any
     last: Tensor | None = None
     size: Tensor | float = 0.0
+    rest: Tensor | float = 0.0
     started: bool = False
 
     def __post_init__(self) -> None:
@@ -88,12 +90,15 @@ class Setup:
             views[p] |= {name: t for name, t in self.counters.entries(number).items() if name in self.specs[p]}
         return views
 
-    def finish(self, last: Tensor | None = None, ok: bool | Tensor = True, size: Tensor | float = 0.0) -> None:
-        """End a step: hand out the parameters, and remember coefficients and size, if any, where the step was accepted."""
+    def finish(
+        self, last: Tensor | None = None, ok: bool | Tensor = True, size: Tensor | float = 0.0, rest: Tensor | float = 0.0
+    ) -> None:
+        """End a step: hand out the parameters, and remember coefficients, size and rest, if any, where the step was accepted."""
         self.placement.publish(self.params, self.owners)
         self.last = last if ok is True or last is None or self.last is None else masked(ok, last, self.last)
         if isinstance(ok, Tensor):
             size = masked(ok, torch.ones((), dtype=torch.float64, device=ok.device) * size, self.size)
+        self.rest = rest if ok is True or not isinstance(rest, Tensor) else masked(ok, rest, self.rest)
         self.size = size
         self.started = True
         self._idle = 0 if self._idle < _IDLE_STEPS else self._idle

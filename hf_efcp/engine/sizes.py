@@ -84,7 +84,10 @@ def rest_of(setup: Setup, outside: Callable[[Any, GramMatrix], Tensor] | None, o
     for s in setup.stacks:
         if s.residual is not None:
             each = s.residual.squares().to(square.device)
-            square.index_add_(0, torch.zeros_like(s.ids) if o.scope == "model" else s.ids, each)
+            for i in s.turn.absent:  # what stays where it is has no part in the size of the update
+                each[i].zero_()
+            index = torch.zeros_like(s.ids) if o.scope == "model" else s.ids
+            square.index_add_(0, index.to(square.device), each)
     beta, mean = o.averaging, 1 - o.averaging
     if _normalized(o):
         mean = mean / (1 - beta ** gram.step.double())
@@ -119,9 +122,12 @@ def rescaled(
             square = quadratic(k, w).sum()
             square = square + (rest.mean * rest.mean * rest.square).sum() if far else square
             scale = torch.where(mean_square > 0, square / mean_square, 0.0).sqrt()
+            scale = scale.clamp_max(1.0) if far else scale  # S of the step before does not know of a spike
             c, rest = c * scale, dataclasses.replace(rest, weight=rest.weight * scale)
     # Gradients near the smallest fp32 number ask for coefficients beyond the largest: they are zeros.
-    c = torch.where(c.abs().amax(-1, keepdim=True) < torch.finfo(dtype).max / 2**20, c, 0.0)
+    largest = torch.maximum(c.abs().amax(-1), rest.weight.abs())
+    fits = largest < torch.finfo(dtype).max / 2**20
+    c, rest = torch.where(fits[:, None], c, 0.0), dataclasses.replace(rest, weight=torch.where(fits, rest.weight, 0.0))
     if ok is True:
         return c, rest
     return masked(ok, c, 0.0), dataclasses.replace(rest, weight=masked(ok, rest.weight, 0.0))

@@ -44,8 +44,8 @@ def options_of(entries: Iterable[Known]) -> dict[str, Any]:
     numbers = [shapes[name][1] for name in ("window_rows", "window_q", "window_values", "window_entries") if name in shapes]
     if numbers:
         options |= _format("window", numbers[0], "low_bit")
-    if "error" in shapes:
-        dtype = shapes["error"][1]
+    if left_out := {"error", "residual"} & shapes.keys():
+        dtype = shapes[left_out.pop()][1]
         options |= _format("error", dtype, "int8" if dtype == torch.int8 else "int4")
     return options
 

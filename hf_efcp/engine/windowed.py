@@ -228,7 +228,7 @@ class Windowed:
         for s in stacks:
             with phase("update"):                                               # u = S^-1 G^T c;  p <- (1 - lr wd) p - lr u
                 s.apply(_coefficients_of(c, s, o.scope), _coefficients_of(rest.weight, s, o.scope), groups[s.group], o)
-        setup.finish(c, ok, size)
+        setup.finish(c, ok, size, (rest.weight.square() * rest.square).sum())
     # fmt: on
 
     def costs(self, setup: Setup, options: Any) -> dict[str, Count]:

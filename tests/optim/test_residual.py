@@ -107,3 +107,71 @@ def test_what_has_no_meaning_is_refused():
     for name in names(compression="low rank"):
         with pytest.raises(hf_efcp.OptionError, match=r"residual='momentum'.*comm=factors"):
             info(name).cls(p, lr=0.1, residual="momentum", comm="factors")
+
+
+def sizes(optimizer, params, steps, first=0, spike=None, live=None):
+    """The root mean square of the first tensor's move in each step, of noise around a part that stays."""
+    found = []
+    lasting = [torch.randn(p.shape, generator=torch.Generator().manual_seed(7)) for p in params]
+    for t in range(first, first + steps):
+        fresh = torch.Generator().manual_seed(t)
+        for i, (p, part) in enumerate(zip(params, lasting, strict=True)):
+            g = 0.3 * part + torch.randn(p.shape, generator=fresh)
+            p.grad = None if i and live is not None and t >= live else g * (100 if t == spike else 1)
+        before = params[0].detach().clone()
+        optimizer.step()
+        found.append((params[0].detach() - before).square().mean().sqrt().item())
+    return found
+
+
+def measured(params, **options):
+    return hf_efcp.LowRankMFAC(params, lr=1.0, preset="measured", **{"rank": 2, "rms_mode": "constant", **options})
+
+
+def test_a_run_without_its_window_starts_with_empty_residuals():
+    params = parameters(((64, 64),), torch.float32)
+    optimizer = measured(params, save_window=False)
+    sizes(optimizer, params, 30)
+    twin = measured(params, save_window=False)
+    with pytest.warns(UserWarning, match="without its window"):
+        twin.load_state_dict(optimizer.state_dict())
+    assert not twin.state[params[0]]["residual"].any()
+    assert max(sizes(twin, params, 5, 30)) < 1.3
+
+
+def test_a_tensor_that_has_no_gradient_any_more_has_no_part_in_the_size():
+    params = parameters(((64, 64), (200, 200)), torch.float32)
+    found = sizes(measured(params), params, 60, live=20)
+    assert min(found[40:]) > 0.7  # the window has forgotten the tensor, its residual is still there
+
+
+@pytest.mark.parametrize("metric", ["factored", "diagonal", "tensor"])
+def test_a_spike_takes_no_larger_step_than_agreeing_gradients(metric):
+    params = parameters(((64, 64),), torch.float32)
+    found = sizes(measured(params, metric=metric, rms_mode="adam"), params, 40, spike=30)
+    assert max(found[20:]) < 1.3
+
+
+def test_gradients_near_the_smallest_number_leave_parameters_finite():
+    params = parameters(((64, 64),), torch.float32)
+    optimizer = hf_efcp.LowRankMFAC(params, lr=1.0, residual="momentum", damping_mode="relative", damping=0.1)
+    for _ in range(3):
+        params[0].grad = torch.randn(64, 64) * 1e-21
+        optimizer.step()
+    assert params[0].isfinite().all()
+
+
+def test_the_values_of_the_preset_may_be_given():
+    given = {"residual": "momentum", "rms_mode": "adam"}
+    p = parameters(((12, 30),))
+    options = hf_efcp.create_optimizer("efcp_lowrank_mfac", p, lr=0.1, preset="measured", **given).options
+    assert options == hf_efcp.create_optimizer("efcp_lowrank_mfac", p, lr=0.1, preset="measured").options
+
+
+def test_diagnostics_count_what_is_outside_of_the_window():
+    params = parameters(((64, 64),), torch.float32)
+    optimizer = measured(params)
+    found = sizes(optimizer, params, 20)
+    figures = optimizer.diagnostics()
+    assert abs(figures["update_rms"] - 1) < 1e-6 and 0.7 < found[-1] < 1.3
+    assert figures["error_share"] > 0.1
