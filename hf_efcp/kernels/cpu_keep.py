@@ -183,8 +183,7 @@ def _keep(
 ):
     """e <- decay * e + g - c for some rows. `one` and `two` are p and q; or, where there are `starts`, indices and values."""
     rows = error.shape[1]
-    a, room, held = np.empty(cols, like.dtype), np.empty(cols, like.dtype), np.empty(cols, like.dtype)
-    zeros = np.zeros(cols, like.dtype)
+    a, room = np.empty(cols, like.dtype), np.empty(cols, like.dtype)
     single, keys, key = np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
     for task in range(lo, hi):
         t, row = task // rows, task % rows
@@ -193,13 +192,7 @@ def _keep(
         if task == lo or row == 0:
             key = _column_keys(step, salts[t], col_0, keys)
         g = matrix_row(gradients[t], row, cols, like)
-        if decay[0] == 1:
-            read_row(a, room, g, left, right, error, scale, t, row, 0)
-        else:
-            add_error(held, zeros, error, scale, t, row, 0)
-            read_row(a, room, g, left, right, error[:0], scale[:0], t, row, 0)
-            for x in range(cols):
-                a[x] += decay[0] * held[x]
+        read_row(a, room, g, left, right, error, scale, t, row, 0, decay)
         if starts.size:
             index, value = one[t, row], two[t, row]
             for i in range(value.size):
@@ -243,12 +236,12 @@ def keep(
         arrays, starts, numbers = [array(x) for x in entry], kept_places(cols, blocks)[0], cols
     else:
         arrays, starts, numbers = [array(x.to(g.dtype)) for x in entry], np.empty(0, np.int32), cols * (2 + entry[0].shape[1])
-    noise = int(step), array(salts), *origin, array(torch.empty(0, dtype=g.dtype))
+    like = array(torch.empty(0, dtype=g.dtype))
+    by = like.dtype.type(decay)  # as fp64 it would make every sum one of fp64
     absent_flags = np.zeros(n, bool)
     absent_flags[list(absent)] = True
     where = *kept.arrays, kept.limit, absent_flags, g.array, *factors(scale, g.dtype)
-    by = array(torch.tensor([decay], dtype=g.dtype))
-    divide_work(_keep, n * rows, numbers, *where, *arrays, starts, cols, by, *noise)
+    divide_work(_keep, n * rows, numbers, *where, *arrays, starts, cols, by, int(step), array(salts), *origin, like)
     return True
 
 
@@ -270,14 +263,19 @@ def _add_kept(lo, hi, error, scale, left, right, params, weights, cols):
     e, zeros = np.empty(cols, weights.dtype), np.zeros(cols, weights.dtype)
     for task in range(lo, hi):
         t, row = task // rows, task % rows
-        add_error(e, zeros, error, scale, t, row, 0)
         p, weight = matrix_row(params[t], row, cols, weights), weights[t]
-        if right.size:
-            weight, sizes = weight * left[t, row], right[t]
+        if not right.size:
+            add_error(p, p, error, scale, t, row, 0, weight)
+            continue
+        weight, sizes = weight * left[t, row], right[t]
+        if not scale.size:
+            stored = error[t, row]
             for x in range(cols):
-                e[x] *= sizes[x]
+                p[x] += (weight * sizes[x]) * real(stored[x])
+            continue
+        add_error(e, zeros, error, scale, t, row, 0)
         for x in range(cols):
-            p[x] += weight * e[x]
+            p[x] += (weight * sizes[x]) * e[x]
 
 
 def square(error: Error, cols: int, dtype: torch.dtype) -> Tensor | None:

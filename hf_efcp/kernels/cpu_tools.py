@@ -90,23 +90,24 @@ def _code_of_half(codes, x):
 
 
 @compiled
-def add_error(a, g, error, scale, t, row, start):
-    """a <- g + e, for the columns from `start` on of a row of tensor t.
+def add_error(a, g, error, scale, t, row, start, decay=1.0):
+    """a <- g + decay * e, for the columns from `start` on of a row of tensor t.
 
     `error` is (n, rows, cols), or empty; or codes, with the scales of their blocks in `scale`, which is empty else.
     """
+    by = a.dtype.type(decay)
     if error.size == 0:
         for x in range(a.size):
             a[x] = g[x]
     elif scale.size == 0:
         e = error[t, row, start : start + a.size]
         for x in range(a.size):
-            a[x] = g[x] + real(e[x])
+            a[x] = g[x] + by * real(e[x])
     else:
         codes, scales, first = error[t, row], scale[t, row], 0
         while first < a.size:
             block = (start + first) // BLOCK
-            stop, size = min((block + 1) * BLOCK - start, a.size), scales[block]
+            stop, size = min((block + 1) * BLOCK - start, a.size), by * scales[block]
             part, g_part, at = a[first:stop], g[first:stop], np.uint64(start + first)
             for x in range(part.size):
                 part[x] = g_part[x] + _code(codes, at + np.uint64(x)) * size
@@ -114,20 +115,21 @@ def add_error(a, g, error, scale, t, row, start):
 
 
 @compiled
-def read_row(a, room, g, x, y, error, scale, t, row, start):
+def read_row(a, room, g, x, y, error, scale, t, row, start, decay=1.0):
     """`add_error` for x[t, row] * g * y[t]; where x and y are empty, for g. `room` is as long as a."""
     if y.size == 0:
-        add_error(a, g, error, scale, t, row, start)
+        add_error(a, g, error, scale, t, row, start, decay)
         return
+    by = a.dtype.type(decay)
     factor, factors, scaled = x[t, row], y[t, start : start + a.size], room[: a.size]
     if error.size and not scale.size:
         e = error[t, row, start : start + a.size]
         for k in range(a.size):
-            a[k] = (factor * g[k]) * factors[k] + real(e[k])
+            a[k] = (factor * g[k]) * factors[k] + by * real(e[k])
         return
     for k in range(a.size):
         scaled[k] = (factor * g[k]) * factors[k]
-    add_error(a, scaled, error, scale, t, row, start)
+    add_error(a, scaled, error, scale, t, row, start, decay)
 
 
 def array(x: Tensor) -> np.ndarray:
