@@ -96,9 +96,14 @@ class MetricReference(ReferenceOptimizer):
     def outside(self, rows):
         """What multiplies a vector outside of the span of the rows: phi(0)."""
         if self.family != "mfac":
-            return 1 / self.o.eps
+            eps = self.eps(rows)
+            return 1 / eps if eps else 0
         damping = self.o.damping * (rows.square().sum() / len(rows) if self.o.damping_mode == "relative" else 1)
         return 1 / damping if damping else 0
+
+    def eps(self, rows):
+        """GGT's eps, in units of the root mean square norm of the rows if it is relative."""
+        return self.o.eps * ((rows.square().sum() / len(rows)).sqrt() if self.o.eps_mode == "relative" else 1)
 
     def compressed(self, i, a):
         """C(a); a low-rank tensor without a gradient so far begins when it gets one."""
@@ -134,8 +139,8 @@ class MetricReference(ReferenceOptimizer):
         _, s, V = torch.linalg.svd(o.beta2 ** torch.arange(n - 1, -1, -1)[:, None].double() * A, full_matrices=False)
         known = s > (1e-5 if o.centered else 1e-9) * s.max()  # centred, what is smaller counts as 0: eigenvalues of 1e-10
         s, V = s[known], V[known]
-        outside = (x - V.T @ V @ x) / o.eps if o.centered else 0  # x lies in the span of G, not in that of A
-        return V.T @ (V @ x / (o.eps + s)) + outside
+        outside = (x - V.T @ V @ x) / self.eps(rows) if o.centered else 0  # x lies in the span of G, not in that of A
+        return V.T @ (V @ x / (self.eps(rows) + s)) + outside
 
     def scale(self, u, x, G, live):
         """The number that makes sum S^2 u^2 / sum S^2 = update_rms^2, the first sum over all tensors."""

@@ -111,7 +111,14 @@ def subtract_mean(x: Tensor, filled: Tensor) -> Tensor:
     return x - mean * filled.view(1, -1, *[1] * (x.ndim - 2))
 
 
-def ggt(gram: Tensor, w: Tensor, decay: Tensor, eps: float, entry_dtype: torch.dtype, centered: Tensor | None = None) -> Tensor:
+def ggt(
+    gram: Tensor,
+    w: Tensor,
+    decay: Tensor,
+    eps: Tensor | float,
+    entry_dtype: torch.dtype,
+    centered: Tensor | None = None,
+) -> Tensor:
     """c = D phi(D K D) D^-1 w with phi(s) = 1 / (sqrt(s) + eps), so that G^T c = ((A^T A)^1/2 + eps*I)^-1 G^T w, A = D G.
 
     With `centered`, D = I and G^T c = ((G^T M G)^1/2 + eps*I)^-1 G^T w, by
@@ -125,14 +132,16 @@ def ggt(gram: Tensor, w: Tensor, decay: Tensor, eps: float, entry_dtype: torch.d
         gram: K, (groups, m, m) fp64.
         w: (groups, m) fp64.
         decay: the diagonal of D, (m,) fp64: beta2^age.
-        eps: a number in units of the gradient's norm.
+        eps: a number or (groups,), in units of the gradient's norm; 0 where there is no gradient yet.
         entry_dtype: the dtype in which G^T c will be summed.
         centered: the filled slots, (m,) bool; None: M = I.
 
     Returns:
         (groups, m) fp64.
     """
+    eps = (gram.new_ones(len(gram)) * eps)[:, None]
     if centered is not None:
+        eps = torch.where(eps > 0, eps, 1.0)  # there is nothing to precondition
         s, v = torch.linalg.eigh(subtract_mean(subtract_mean(gram, centered).mT, centered))
         # M K M always has the eigenvalue 0, where psi is infinite.
         kept = s > _CENTERED_NULL_SPACE * s[..., -1:]

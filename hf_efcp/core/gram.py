@@ -50,6 +50,10 @@ class GramMatrix(Counters):
         """Tell which slots are written, (m,) bool."""
         return torch.arange(self.window_size, device=self.step.device) < self.filled
 
+    def mean_square(self) -> Tensor:
+        """Give the mean squared norm of the entries, (groups,) fp64."""
+        return self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1) / self.filled
+
     def next_slot(self) -> Tensor:
         """Give the slot that the next entry goes into, the oldest entry's, (1,) int64."""
         return (self.step % self.window_size).view(1)

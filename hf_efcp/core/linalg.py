@@ -121,6 +121,11 @@ def add_scaled_(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     return x.addcmul_(y, scale) if isinstance(scale, Tensor) else x.add_(y, alpha=scale)
 
 
+def reciprocal(x: Tensor) -> Tensor:
+    """Give 1 / x, elementwise; 0 where x is not above 0."""
+    return torch.where(x > 0, 1 / x, 0.0)
+
+
 def orthonormalize(a: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Orthonormal basis of the columns of each matrix, by Householder QR.
 

@@ -24,7 +24,7 @@ from .traces import Known, as_given, options_of, scopes_of, widened
 _log = logging.getLogger("hf_efcp")
 
 # Options on which a state's tensors depend.
-MADE_WITH: tuple[str, ...] = ("window_size", "rank", "density", "block_size", "scope")
+MADE_WITH: tuple[str, ...] = ("window_size", "rank", "max_rank_fraction", "density", "block_size", "scope")
 MADE_WITH += ("residual", "metric", "window_dtype", "error_dtype", "window_format", "error_format")
 # Options of where and how a run starts, which say nothing of its state: a checkpoint is not asked for them.
 OF_THE_START = ("preset", "shard", "memory_budget")
@@ -54,6 +54,8 @@ def merged(options_type: type, measured: Mapping[str, Any], given: Mapping[str, 
         # Where the options that are given leave no running mean of the residuals, they are fed back, as the class does it.
         if getattr(options, "comm", "gradients") == "factors" or ("metric" in given and options.metric == "none"):
             left_out |= {"residual"}
+        if "rank" in given:
+            left_out |= {"max_rank_fraction"}
         options = build(options_type, {**{n: v for n, v in measured.items() if n not in left_out}, **given}, owner)
     if getattr(options, "residual", "feedback") == "momentum" and options.rms_mode == "adam" and options.metric == "none":
         raise OptionError("residual='momentum' with rms_mode='adam' needs a metric, got metric='none'")
@@ -211,6 +213,8 @@ class Asked:
         starts = [_replaced(options, change) for change in changes]
         if self.budgeted:  # first what is chosen already: of two choices with the same state it is as good as the other
             starts[1:1] = candidates(self._unchosen(options), self.budgeted)
+        if "max_rank_fraction" in self.open:  # earlier versions had none
+            starts += [start and _replaced(start, {"max_rank_fraction": 1.0}) for start in starts]
         metric = {"metric": told["metric"]} if "metric" in told else {}
         sizes = sorted({shape[-1] for name, shape, _ in entries if name == "gram" and shape})
         if "window_size" not in self.open or not sizes:

@@ -18,7 +18,7 @@ from ..distributed.placement import Alone, Placement, Specs
 from ..distributed.plan import Owners
 from ..distributed.zero import ZeroPieces
 from ..options import OptionError
-from .asked import Asked
+from .asked import Asked, say
 from .factor_sync import FactorSync
 from .footprint import estimated
 from .method import Group, Method
@@ -154,6 +154,9 @@ class Builder:
         first, second = ({spec.name for spec in self.method.shared_specs(i, self.options)} for i in (0, 1))
         adopt(state, setup, first - second)
         setup.listen_anew()
+        remark = self.method.remark(setup, self.options)
+        if remark and old is None:
+            say(f"{self.name}: {remark}")
         if old is not None:
             setup.started = old.started
             setup.last = old.last if getattr(self.options, "scope", "model") == "model" else None  # else numbered by tensor

@@ -100,7 +100,8 @@ class EntryFormat:
             return None
         if multiplies_bf16(device):
             return dtype
-        _say_that_fp32_stays(device.type)
+        if self.options.preset != "measured":  # which has it wherever it helps
+            _say_that_fp32_stays(device.type)
         return None
 
 
@@ -151,14 +152,18 @@ class SparseFormat(EntryFormat):
 
 
 class LowRankFormat(EntryFormat):
-    """Entries P Q^T of rank min(r, rows, cols), unless both factors take as much as the tensor: r (rows + cols) >= rows cols."""
+    """Entries P Q^T of rank r, unless both factors take as much as the tensor: r (rows + cols) >= rows cols.
+
+    r is `rank`, but at most the fraction `max_rank_fraction` of the shorter side.
+    """
 
     takes_flat_pieces = False
 
     def __init__(self, layout: Layout, options: Any):
         super().__init__(layout, options)
         self.lossless = False
-        self.rank = min(options.rank, layout.rows, layout.cols)
+        shorter = min(layout.rows, layout.cols)
+        self.rank = min(options.rank, shorter, max(1, int(options.max_rank_fraction * shorter)))
 
     def pays(self) -> bool:
         """See EntryFormat."""

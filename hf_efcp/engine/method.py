@@ -55,6 +55,10 @@ class Method(Protocol):
         """Take a step: everything changes, or nothing but the count of refused steps."""
         ...
 
+    def remark(self, setup: Setup, options: Any) -> str:
+        """Say what the method has chosen by the parameters' shapes, for the log; empty: nothing."""
+        ...
+
     def diagnostics(self, setup: Setup) -> dict[str, float]:
         """Give figures of the last accepted step."""
         ...

@@ -13,17 +13,22 @@ from ..options import OptionError, fraction, non_negative, option, parse_bytes, 
 
 _STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
-# preset="measured" of the window methods: the metric, and updates of the size of Adam's.
+# preset="measured" of the window methods: the metric, and updates of the size of Adam's; of those that compress: entries in bf16.
 METRIC: Mapping[str, Any] = MappingProxyType(
     {
+        "window_size": 16,
         "metric": "factored",
-        "window_momentum": 0.9,
+        "window_momentum": 0.8,
         "window_nesterov": True,
         "update_rms": 1.0,
         "rms_mode": "adam",
         "residual": "momentum",
         "error_dtype": torch.bfloat16,
     }
+)
+SPARSE: Mapping[str, Any] = MappingProxyType({"window_dtype": torch.bfloat16})
+LOW_RANK: Mapping[str, Any] = MappingProxyType(
+    {"rank": 8, "max_rank_fraction": 0.25, "window_dtype": torch.bfloat16, "window_update_dtype": torch.bfloat16}
 )
 
 
@@ -161,6 +166,12 @@ class LowRankOptions:
 
     rank: int = option(
         4, "rank of the compressed gradients, clamped to min(rows, cols)", allowed="an integer >= 1", check=positive
+    )
+    max_rank_fraction: float = option(
+        1.0,
+        "a matrix's rank is at most this fraction of its shorter side, but at least 1: with 0.25 that of 8 x 4096 is 2",
+        allowed="a number in (0, 1]",
+        check=lambda x: 0 < x <= 1,
     )
     power_iterations: int = option(
         1, "rounds of subspace iteration per step, each two products with the gradient", allowed="an integer >= 1", check=positive

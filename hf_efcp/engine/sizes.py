@@ -118,7 +118,7 @@ def rescaled(
         scale = torch.where(norm > 0, o.update_rms * root / norm, 0.0)
         c, rest = c * scale, dataclasses.replace(rest, weight=rest.weight * scale)
         if o.rms_mode == "adam":
-            mean_square = torch.as_tensor(size) if far else k.diagonal(dim1=-2, dim2=-1).sum() / gram.filled
+            mean_square = torch.as_tensor(size) if far else gram.mean_square().sum()
             square = quadratic(k, w).sum()
             square = square + (rest.mean * rest.mean * rest.square).sum() if far else square
             scale = torch.where(mean_square > 0, square / mean_square, 0.0).sqrt()

@@ -140,6 +140,10 @@ class Tensorwise:
         layout = Layout.of(pieces[0].param)
         return TensorStack(pieces, index, self.specs(layout, group, options, flat), self.rule(layout, group), total)
 
+    def remark(self, setup: Setup, options: Any) -> str:
+        """See Method."""
+        return ""
+
     def make_counters(self, number: int, options: Any, device: torch.device) -> Counters:
         """See Method."""
         return Counters(device)

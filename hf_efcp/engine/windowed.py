@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.accumulated import Accumulated
-from ..core.cells import Layout, Parts, Spec
+from ..core.cells import Layout, Parts, Spec, matrix_shape
 from ..core.compressors import Identity
 from ..core.gram import GramMatrix
 from .apply import apply
@@ -23,6 +23,9 @@ from .phases import LISTENER, PHASES
 from .setup import Setup, decoupled_of, l2_of
 from .sizes import averaged, finite, over_processes, rescaled, rest_of
 from .stacks import Piece, Stack
+
+# A share of all parameters that is worth a line in the log.
+_MANY = 0.05
 
 
 class WindowStack(Stack):
@@ -230,6 +233,21 @@ class Windowed:
                 s.apply(_coefficients_of(c, s, o.scope), _coefficients_of(rest.weight, s, o.scope), groups[s.group], o)
         setup.finish(c, ok, size, (rest.weight.square() * rest.square).sum())
     # fmt: on
+
+    def remark(self, setup: Setup, options: Any) -> str:
+        """See Method: the rank of thin matrices, if they are more than a classification head."""
+        thin = {}
+        for p, specs in setup.specs.items():
+            if "warm_start" in specs and (rank := specs["warm_start"].shape[1]) < min(options.rank, *matrix_shape(p)):
+                thin[p] = rank
+        if sum(p.numel() for p in thin) <= _MANY * sum(p.numel() for p in setup.params):
+            return ""
+        ranks, example = sorted(set(thin.values())), " x ".join(map(str, matrix_shape(next(iter(thin)))))
+        between = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        return (
+            f"rank {between} instead of {options.rank} for {len(thin)} thin matrices, such as {example} "
+            f"(max_rank_fraction={options.max_rank_fraction})"
+        )
 
     def costs(self, setup: Setup, options: Any) -> dict[str, Count]:
         """See Method: of a step with a full window."""

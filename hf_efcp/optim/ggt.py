@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..core.coefficients import ggt
 from ..core.gram import GramMatrix
+from ..core.linalg import reciprocal
 from ..engine.base import EngineOptimizer
 from ..engine.formats import EntryFormat, LowRankFormat, SparseFormat
-from ..engine.options import LowRankOptions, SparseOptions, WindowOptions
+from ..engine.options import LOW_RANK, METRIC, SPARSE, LowRankOptions, SparseOptions, WindowOptions
 from ..engine.windowed import Windowed
 from ..options import OptionError, fraction, option, positive
 
@@ -32,6 +33,9 @@ class GGTOptions:
     window_size: int = option(100, "number m of gradients in the window", allowed="an integer >= 1", check=positive)
     eps: float = option(
         1e-5, "added to the square root, in units of the gradient's norm", allowed="a finite number > 0", check=positive
+    )
+    eps_mode: str = option(
+        "absolute", "relative: eps times the root mean square of the entries' norms", choices=("absolute", "relative")
     )
     beta1: float = option(
         0.0,
@@ -73,18 +77,23 @@ class LowRankGGTOptions(LowRankOptions, DenseGGTOptions):
 
 
 # preset="measured": with it AdamW's learning rates work.
-MEASURED: Mapping[str, Any] = MappingProxyType({"update_rms": 0.5, "error_dtype": torch.bfloat16})
+MEASURED: Mapping[str, Any] = MappingProxyType({**METRIC, "eps": 0.3, "eps_mode": "relative"})
+
+
+def eps_of(o: Any, gram: GramMatrix) -> Tensor | float:
+    """Give eps, (groups,) fp64 where it is relative."""
+    return o.eps if o.eps_mode == "absolute" else o.eps * gram.mean_square().sqrt()
 
 
 def phi(o: Any, gram: GramMatrix, j: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     """Give c = D phi(D K D) D^-1 w, (groups, m) fp64; arguments: see `Windowed`."""
     decay = o.beta2 ** gram.ages(j).double()
-    return ggt(gram.matrix, w, decay, o.eps, dtype, gram.filled_slots if o.centered else None)
+    return ggt(gram.matrix, w, decay, eps_of(o, gram), dtype, gram.filled_slots if o.centered else None)
 
 
 def outside(o: Any, gram: GramMatrix) -> Tensor:
-    """Give phi(0) = 1 / eps, (groups,) fp64."""
-    return torch.full_like(gram.matrix[:, 0, 0], 1 / o.eps)
+    """Give phi(0) = 1 / eps, (groups,) fp64; 0 while there is no gradient."""
+    return reciprocal(torch.zeros_like(gram.matrix[:, 0, 0]) + eps_of(o, gram))
 
 
 def solve(m: int) -> float:
@@ -110,7 +119,7 @@ class SparseGGT(EngineOptimizer):
     """Full-matrix Adagrad on block top-k gradients with error feedback. As DenseGGT, with `density` and `block_size`."""
 
     options_type = SparseGGTOptions
-    measured = MEASURED
+    measured = MappingProxyType({**MEASURED, **SPARSE})
     method = Windowed(SparseFormat, phi, solve, outside)
 
 
@@ -118,5 +127,5 @@ class LowRankGGT(EngineOptimizer):
     """Full-matrix Adagrad on rank-r gradients with error feedback. As DenseGGT, with `rank` and `power_iterations`."""
 
     options_type = LowRankGGTOptions
-    measured = MEASURED
+    measured = MappingProxyType({**MEASURED, **LOW_RANK})
     method = Windowed(LowRankFormat, phi, solve, outside)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..core.coefficients import mfac
 from ..core.gram import GramMatrix
+from ..core.linalg import reciprocal
 from ..engine.base import EngineOptimizer
 from ..engine.formats import EntryFormat, LowRankFormat, SparseFormat
-from ..engine.options import METRIC, LowRankOptions, SparseOptions, WindowOptions
+from ..engine.options import LOW_RANK, METRIC, SPARSE, LowRankOptions, SparseOptions, WindowOptions
 from ..engine.windowed import Windowed
 from ..options import option, positive
 
@@ -55,28 +56,19 @@ class LowRankMFACOptions(LowRankOptions, MFACOptions, WindowOptions):
 
 
 # preset="measured": with it AdamW's learning rates work.
-MEASURED: Mapping[str, Any] = MappingProxyType(
-    {
-        **METRIC,
-        "window_size": 16,
-        "damping": 0.1,
-        "damping_mode": "relative",
-    }
-)
-MEASURED_LOW_RANK: Mapping[str, Any] = MappingProxyType({**MEASURED, "rank": 8})
+MEASURED: Mapping[str, Any] = MappingProxyType({**METRIC, "damping": 0.1, "damping_mode": "relative"})
 
 
 def damping_of(o: Any, gram: GramMatrix) -> Tensor | float:
     """Give the damping, (groups,) fp64 where it is relative."""
     if o.damping_mode == "absolute":
         return o.damping
-    return o.damping * gram.matrix.diagonal(dim1=-2, dim2=-1).sum(-1) / gram.filled
+    return o.damping * gram.mean_square()
 
 
 def outside(o: Any, gram: GramMatrix) -> Tensor:
     """Give phi(0) = 1 / damping, (groups,) fp64; 0 while there is no gradient."""
-    damping = torch.zeros_like(gram.matrix[:, 0, 0]) + damping_of(o, gram)
-    return torch.where(damping > 0, 1 / damping, 0.0)
+    return reciprocal(torch.zeros_like(gram.matrix[:, 0, 0]) + damping_of(o, gram))
 
 
 def phi(o: Any, gram: GramMatrix, j: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,7 +101,7 @@ class SparseMFAC(EngineOptimizer):
     """M-FAC on block top-k gradients with error feedback (EFCP). Arguments as DenseMFAC, with `density` and `block_size`."""
 
     options_type = SparseMFACOptions
-    measured = MEASURED
+    measured = MappingProxyType({**MEASURED, **SPARSE})
     method = Windowed(SparseFormat, phi, solve, outside)
 
 
@@ -117,5 +109,5 @@ class LowRankMFAC(EngineOptimizer):
     """M-FAC on rank-r gradients with error feedback (EFCP). Arguments as DenseMFAC, with `rank`."""
 
     options_type = LowRankMFACOptions
-    measured = MEASURED_LOW_RANK
+    measured = MappingProxyType({**MEASURED, **LOW_RANK})
     method = Windowed(LowRankFormat, phi, solve, outside)

@@ -23,7 +23,7 @@ COMMON = {
 }
 FAMILY = {
     "mfac": {"damping": 1e-2, "damping_mode": "absolute", "divisor": "window"},
-    "ggt": {"eps": 1e-2, "beta1": 0.0, "beta2": 1.0},
+    "ggt": {"eps": 1e-2, "eps_mode": "absolute", "beta1": 0.0, "beta2": 1.0},
 }
 MFAC_OPTIONS = [
     {},

@@ -10,6 +10,12 @@ from tests.reference import exact_options, info, names
 EVERY = pytest.mark.parametrize("name", names(windowed=True))
 MFAC = pytest.mark.parametrize("name", names(family="mfac"))
 GGT = pytest.mark.parametrize("name", names(family="ggt"))
+GGT_OPTIONS = [
+    {"beta2": 0.9},
+    {"beta2": 0.5, "beta1": 0.8, "update_rms": 0.3},
+    {"eps_mode": "relative", "eps": 0.3, "beta1": 0.8, "update_rms": 0.3},
+    {"eps_mode": "relative", "eps": 0.3, "centered": True, "window_nesterov": True, "window_momentum": 0.5},
+]
 FAMILIES, COMPRESSIONS, EVENTS = ["mfac", "ggt"], ["dense", "sparse", "low rank"], [False, True]
 ALL_METRICS = ["tensor", "diagonal", "factored"]
 # Damping and eps at which the dense solve itself is right to 1e-11.
@@ -99,7 +105,7 @@ def test_where_to_start_from(name, scope):
     compare(name, events=True, metric="factored", rms_mode="adam", scope=scope, **START)
 
 
-@pairwise(name=names(family="ggt"), metric=ALL_METRICS, options=[{"beta2": 0.9}, {"beta2": 0.5, "beta1": 0.8, "update_rms": 0.3}])
+@pairwise(name=names(family="ggt"), metric=ALL_METRICS, options=GGT_OPTIONS)
 def test_ggt_with_decay(name, metric, options):
     compare(name, events=True, metric=metric, **options)
 

@@ -110,3 +110,18 @@ def test_the_unit_of_the_gradient_does_not_matter(name, metric, scope, rms_mode,
             u = update_of(optimizer, params)
         updates.append(u)
     assert relative(*updates) < 1e-6
+
+
+@MFAC
+def test_only_the_product_of_learning_rate_and_update_rms_counts(name):
+    """So one of them is enough to tune."""
+    options = {"metric": "factored", "rms_mode": "adam", "window_momentum": 0.8, **RELATIVE}
+    runs = []
+    for lr, rms in ((0.5, 0.25), (0.125, 1.0)):
+        params = parameters(SHAPES)
+        optimizer = make(name, params, window_size=M, lr=lr, update_rms=rms, **options)
+        for t in range(M + 2):
+            gradients_at(t, params)
+            optimizer.step()
+        runs.append(params)
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(*runs, strict=True))

@@ -26,6 +26,7 @@ COMPRESSED = pytest.mark.parametrize("name", compressed_names())
         {"scope": "layer", **ADAM},
         {"weight_decay": 0.1, "weight_decay_mode": "l2", "momentum": 0.5},
         {"damping_mode": "relative", "damping": 0.1, "weight_decay": 0.1, **ADAM},
+        {"eps_mode": "relative", "eps": 0.3, "scope": "layer", **ADAM},
     ],
     ids=str,
 )
