@@ -19,6 +19,8 @@ from reproduce.spec import Run, Spec, SpecError, loss, read_results, read_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_RUN = "not run"
+# Between these lines a page has the short table.
+BEGIN, END = "<!-- written by report.py -->", "<!-- end of what report.py writes -->"
 Results = Mapping[str, Mapping[str, Any]]
 
 
@@ -104,6 +106,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
+def replace_between(path: Path, lines: Sequence[str]) -> None:
+    """Write the lines between BEGIN and END of a page.
+
+    Raises:
+        ValueError: the page does not have both.
+    """
+    before, begin, rest = path.read_text().partition(f"{BEGIN}\n")
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} has no line {BEGIN} and, after it, a line {END}")
+    path.write_text(before + begin + "\n".join(["", *lines, ""]) + end + after)
+
+
 class Report:
     """The page of a spec.
 
@@ -129,7 +144,7 @@ class Report:
 
     def lines(self, image: str) -> list[str]:
         """The whole page; `image` is the name of a task's plot with {} for the task."""
-        page = ["# Quality", "", *self._introduction()]
+        page = [f"# {self.spec.title}", "", *self._introduction()]
         for title, cells in (("At the best rate of the grid", self.chosen), ("At AdamW's usual rate", self.usual)):
             page += [f"## {title}", "", *self._overview(cells)]
         for first, second in self.spec.compare:
@@ -140,6 +155,18 @@ class Report:
             if any(self._curves(label)):
                 page += [f"![training loss of {label}]({image.format(label)})", ""]
         return [*page, "## What it ran on", "", *self._machine()]
+
+    def summary(self) -> list[str]:
+        """The table for README: the first comparison of the spec, a row for each task."""
+        ours, reference = self.spec.compare[0]
+        header = ["task", f"`{reference}`", f"`{ours}`", "difference", "difference at the usual rate", "bytes per parameter"]
+        rows = []
+        for label, task in self.spec.tasks.items():
+            best, other = self.chosen[label, ours], self.chosen[label, reference]
+            usual = paired_text(self.usual[label, ours], self.usual[label, reference])
+            texts = [other.text(), best.text(), paired_text(best, other), usual]
+            rows.append([task.title, *texts, self._cost(best, task.steps)[0]])
+        return table(header, rows)
 
     def _introduction(self) -> list[str]:
         spec, wanted = self.spec, self.spec.wanted(self.results)
@@ -258,6 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("spec", type=Path)
     parser.add_argument("--results", type=Path, help="folder of the results; default: reproduce/results/NAME_OF_SPEC")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of NAME_OF_SPEC.md and plots")
+    parser.add_argument("--readme", type=Path, help=f"a page that has a line {BEGIN} and a line {END}: gets a short table there")
     options = parser.parse_args(argv)
     try:
         spec = read_spec(options.spec)
@@ -273,6 +301,13 @@ def main(argv: list[str] | None = None) -> int:
     page.write_text("\n".join(report.lines(image)).rstrip() + "\n")
     report.draw(options.output, image)
     print(f"wrote {page}")
+    if options.readme is not None:
+        try:
+            replace_between(options.readme, report.summary())
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        print(f"wrote the table in {options.readme}")
     return 0
 
 

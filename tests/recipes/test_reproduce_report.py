@@ -102,3 +102,24 @@ def test_text_is_wrapped_and_every_task_row_has_its_command(page):
     assert max(len(line) for line in lines if not line.startswith("|")) <= 140  # a path is never broken
     rows = [line for line in lines if re.match(r"\| `\w+` \| \S+ \((best|usual)\)", line)]
     assert len(rows) == 4 and all("--tasks digits_vit --contenders" in row for row in rows)
+
+
+def test_the_short_table_replaces_the_one_before(page, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page(losses([-0.1, -0.2, -0.3]))
+    arguments = [str(tmp_path / "spec.yaml"), "--results", str(tmp_path / "results"), "--output", str(tmp_path / "docs")]
+    for _ in range(2):  # the second time in place of the first table
+        assert report.main([*arguments, "--readme", str(readme)]) == 0
+    before, begin, _, header, _, row, _, end, after = readme.read_text().splitlines()
+    assert (before, begin, end, after) == ("before", report.BEGIN, report.END, "after")
+    assert header.startswith("| task | `adamw` | `new` | difference |") and "| -0.2000 (-3.5 s.e.) | -0.2000 (-3.5 s.e.) |" in row
+
+
+def test_a_page_without_the_place_for_the_table_stays_as_it_is(page, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.END}\n{report.BEGIN}\n")
+    page(losses([-0.1, -0.2, -0.3]))
+    arguments = [str(tmp_path / "spec.yaml"), "--results", str(tmp_path / "results"), "--output", str(tmp_path / "docs")]
+    assert report.main([*arguments, "--readme", str(readme)]) == 1
+    assert readme.read_text() == f"{report.END}\n{report.BEGIN}\n" and "has no line" in capsys.readouterr().err
