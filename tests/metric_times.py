@@ -1,6 +1,8 @@
-"""Measure what the metric adds to a step on a CPU: two optimizers on MiniLM's shapes, with and without it, step by turns.
+"""Measure what an option adds to a step on a CPU: two optimizers on MiniLM's shapes, with and without it, step by turns.
 
     OMP_NUM_THREADS=1 python tests/metric_times.py [--rounds 21] [--windows 32 128] [--metric factored]
+    OMP_NUM_THREADS=1 python tests/metric_times.py --option residual --windows 16
+    OMP_NUM_THREADS=1 python tests/metric_times.py --option bf16 --windows 16
 
 CPU time of one thread, so that other work on the machine disturbs less; the ratio is the median of the ratios of pairs.
 """
@@ -16,15 +18,20 @@ import hf_efcp
 from hf_efcp.cli.shapes import BUILT_IN
 
 OPTIONS = {"update_rms": 1.0, "error_dtype": "bf16", "damping": 0.1, "damping_mode": "relative", "window_momentum": 0.9}
+# Option -> how one and the other optimizer begin from the --optim defaults.
+CHANGES = {
+    "residual": ({"residual": "feedback"}, {}),
+    "bf16": ({"window_dtype": None, "window_update_dtype": None}, {}),
+}
 WARM_UP = 4
 
 
-def built(name, window_size, metric):
+def built(name, window_size, **options):
     """An optimizer on MiniLM's shapes, with gradients."""
     params = start(FP32, BUILT_IN["minilm"]().values())
     for p, g in zip(params, gradients(params, 0), strict=True):
         p.grad = g
-    return hf_efcp.create_optimizer(name, params, lr=1e-4, window_size=window_size, metric=metric, **OPTIONS)
+    return hf_efcp.create_optimizer(name, params, lr=1e-4, window_size=window_size, **options)
 
 
 def step_time(optimizer):
@@ -38,13 +45,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--windows", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--option", choices=["metric", *CHANGES], default="metric")
     parser.add_argument("--metric", default="factored")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print("| optimizer | m | without, ms | with, ms | ratio |\n|---|---|---|---|---|")
+    if arguments.option == "metric":
+        changes = [{**OPTIONS, "metric": "none"}, {**OPTIONS, "metric": arguments.metric}]
+    else:
+        changes = [{"preset": "measured", **change} for change in CHANGES[arguments.option]]
     for name in ("efcp_lowrank_mfac", "efcp_sparse_mfac"):
+        if name == "efcp_sparse_mfac" and arguments.option == "bf16":
+            continue
         for window_size in arguments.windows:
-            pair = [built(name, window_size, metric) for metric in ("none", arguments.metric)]
+            pair = [built(name, window_size, **change) for change in changes]
             for _ in range(WARM_UP):
                 for optimizer in pair:
                     optimizer.step()

@@ -19,6 +19,7 @@ from ..core.cells import Spec
 from ..distributed.placement import Placement
 from ..options import OptionError, as_text, build, decided
 from .choices import BUDGETED, candidates, choose, described, free_options, shown
+from .options import LOW_RANK
 from .traces import Known, as_given, options_of, scopes_of, widened
 
 _log = logging.getLogger("hf_efcp")
@@ -56,6 +57,9 @@ def merged(options_type: type, measured: Mapping[str, Any], given: Mapping[str, 
             left_out |= {"residual"}
         if "rank" in given:
             left_out |= {"max_rank_fraction"}
+        # Entries in bf16 lose something of vectors too, whose errors FSDP2 cannot cut where they are codes.
+        if getattr(options, "error_format", "plain") != "plain":
+            left_out |= {"window_dtype"}
         options = build(options_type, {**{n: v for n, v in measured.items() if n not in left_out}, **given}, owner)
     if getattr(options, "residual", "feedback") == "momentum" and options.rms_mode == "adam" and options.metric == "none":
         raise OptionError("residual='momentum' with rms_mode='adam' needs a metric, got metric='none'")
@@ -75,6 +79,7 @@ class Asked:
         given: those that the user gave.
 
     Attributes:
+        given: the names of the options that the user gave.
         size: memory_budget in bytes; None: there is none.
         open: names of the options that a checkpoint decides on.
         budgeted: names of the open options that a budget chooses; none without a budget.
@@ -83,6 +88,7 @@ class Asked:
 
     def __init__(self, name: str, options: Any, given: Mapping[str, Any]):
         self.name = name
+        self.given = frozenset(given)
         self.size: int | None = getattr(options, "memory_budget", None)
         closed = decided(type(options), given) | {*OF_THE_START, *_ALWAYS_THIS_RUNS}
         self.open = tuple(f.name for f in dataclasses.fields(options) if f.name not in closed)
@@ -213,8 +219,9 @@ class Asked:
         starts = [_replaced(options, change) for change in changes]
         if self.budgeted:  # first what is chosen already: of two choices with the same state it is as good as the other
             starts[1:1] = candidates(self._unchosen(options), self.budgeted)
-        if "max_rank_fraction" in self.open:  # earlier versions had none
-            starts += [start and _replaced(start, {"max_rank_fraction": 1.0}) for start in starts]
+        if "max_rank_fraction" in self.open:  # tensors do not tell it: none, as earlier versions had, or the preset's
+            fractions = (1.0, LOW_RANK["max_rank_fraction"])
+            starts += [start and _replaced(start, {"max_rank_fraction": x}) for x in fractions for start in starts]
         metric = {"metric": told["metric"]} if "metric" in told else {}
         sizes = sorted({shape[-1] for name, shape, _ in entries if name == "gram" and shape})
         if "window_size" not in self.open or not sizes:

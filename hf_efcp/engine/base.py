@@ -94,6 +94,7 @@ class EngineOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         setup = self.setup()
+        self.builder.remark()
         if setup.params and setup.has_work():
             with ieee_matmul(setup.counters.step.device):
                 self.method.step(setup, self.param_groups, self.builder.options)

@@ -54,6 +54,8 @@ class Builder:
         self.pieces: ZeroPieces | None = None
         self.sync = FactorSync(options)
         self.takes_tensors = False
+        self._remarked: Setup | None = None
+        self._said: set[str] = set()
         self.forget()
 
     def forget(self) -> None:
@@ -73,6 +75,16 @@ class Builder:
         if self.setup is None or key != self.setup.key:
             self.setup = self._build(groups, trained, key, state)
         return self.setup
+
+    def remark(self) -> None:
+        """Log what the method has chosen by shapes and devices; each line once."""
+        if self.setup is None or self.setup is self._remarked:
+            return
+        for line in self.method.remarks(self.setup, self.options, self.asked.given):
+            if line not in self._said:
+                say(f"{self.name}: {line}")
+                self._said.add(line)
+        self._remarked = self.setup
 
     def keep_state_together(self) -> bool:
         """Let every process hold the whole state from now on (shard="off", no process_group); tell whether that is a change."""
@@ -154,9 +166,6 @@ class Builder:
         first, second = ({spec.name for spec in self.method.shared_specs(i, self.options)} for i in (0, 1))
         adopt(state, setup, first - second)
         setup.listen_anew()
-        remark = self.method.remark(setup, self.options)
-        if remark and old is None:
-            say(f"{self.name}: {remark}")
         if old is not None:
             setup.started = old.started
             setup.last = old.last if getattr(self.options, "scope", "model") == "model" else None  # else numbered by tensor
@@ -251,5 +260,5 @@ def _named(options: Any, check: Callable[[], None]) -> None:
     try:
         check()
     except OptionError as error:
-        names = [name for name in ("window_format", "error_format") if hasattr(options, name)]
+        names = [name for name in ("window_format", "window_dtype", "error_format") if hasattr(options, name)]
         raise OptionError(f"{', '.join(f'{name}={getattr(options, name)!r}' for name in names)}: {error}") from None

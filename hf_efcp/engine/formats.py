@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +20,6 @@ from .costs import Count
 
 if TYPE_CHECKING:
     from .stacks import Stack
-
-_log = logging.getLogger("hf_efcp")
 
 
 class EntryFormat:
@@ -95,14 +91,10 @@ class EntryFormat:
 
     def _update_dtype(self, buffers: Buffers) -> torch.dtype | None:
         """Give the dtype of the product G^T c; None: the arithmetic's, as for fp64 and where bf16 would be slower."""
-        dtype, device = self.options.window_update_dtype, next(iter(buffers.values())).device
-        if dtype is None or self.layout.dtype == torch.float64:
+        device = next(iter(buffers.values())).device
+        if self.layout.dtype == torch.float64 or fp32_stays(self.options, self.layout, device):
             return None
-        if multiplies_bf16(device):
-            return dtype
-        if self.options.preset != "measured":  # which has it wherever it helps
-            _say_that_fp32_stays(device.type)
-        return None
+        return self.options.window_update_dtype
 
 
 class SparseFormat(EntryFormat):
@@ -197,13 +189,9 @@ class LowRankFormat(EntryFormat):
         return Lagged if self.options.comm == "factors" else super()._metric_class(kind)
 
 
-@functools.cache
-def _say_that_fp32_stays(device_type: str) -> None:
-    """Log once for each type of device."""
-    _log.warning(
-        "window_update_dtype=bfloat16 has no effect on this %s: without instructions for bf16 it would be slower than fp32",
-        "CPU" if device_type == "cpu" else "GPU",
-    )
+def fp32_stays(options: Any, layout: Layout, device: torch.device) -> bool:
+    """Tell whether `window_update_dtype` has no effect on a device, where bf16 would be slower."""
+    return options.window_update_dtype is not None and layout.dtype != torch.float64 and not multiplies_bf16(device)
 
 
 def costs_of(stack: Any) -> dict[str, Count]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -55,8 +55,8 @@ class Method(Protocol):
         """Take a step: everything changes, or nothing but the count of refused steps."""
         ...
 
-    def remark(self, setup: Setup, options: Any) -> str:
-        """Say what the method has chosen by the parameters' shapes, for the log; empty: nothing."""
+    def remarks(self, setup: Setup, options: Any, given: Container[str]) -> list[str]:
+        """Say what the method has chosen by shapes and devices, in lines for the log; `given`: options that the user gave."""
         ...
 
     def diagnostics(self, setup: Setup) -> dict[str, float]:

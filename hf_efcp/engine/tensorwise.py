@@ -140,9 +140,9 @@ class Tensorwise:
         layout = Layout.of(pieces[0].param)
         return TensorStack(pieces, index, self.specs(layout, group, options, flat), self.rule(layout, group), total)
 
-    def remark(self, setup: Setup, options: Any) -> str:
+    def remarks(self, setup: Setup, options: Any, given: Container[str]) -> list[str]:
         """See Method."""
-        return ""
+        return []
 
     def make_counters(self, number: int, options: Any, device: torch.device) -> Counters:
         """See Method."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .apply import apply
 from .costs import Count
 from .diagnostics import of_last_step
 from .factor_sync import FactorSync
-from .formats import EntryFormat, costs_of
+from .formats import EntryFormat, costs_of, fp32_stays
 from .method import Group
 from .phases import LISTENER, PHASES
 from .setup import Setup, decoupled_of, l2_of
@@ -234,20 +234,25 @@ class Windowed:
         setup.finish(c, ok, size, (rest.weight.square() * rest.square).sum())
     # fmt: on
 
-    def remark(self, setup: Setup, options: Any) -> str:
-        """See Method: the rank of thin matrices, if they are more than a classification head."""
-        thin = {}
+    def remarks(self, setup: Setup, options: Any, given: Container[str]) -> list[str]:
+        """See Method: the rank of small matrices, if they are more than a classification head; a product that stays in fp32."""
+        lines, small = [], {}
         for p, specs in setup.specs.items():
             if "warm_start" in specs and (rank := specs["warm_start"].shape[1]) < min(options.rank, *matrix_shape(p)):
-                thin[p] = rank
-        if sum(p.numel() for p in thin) <= _MANY * sum(p.numel() for p in setup.params):
-            return ""
-        ranks, example = sorted(set(thin.values())), " x ".join(map(str, matrix_shape(next(iter(thin)))))
-        between = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        return (
-            f"rank {between} instead of {options.rank} for {len(thin)} thin matrices, such as {example} "
-            f"(max_rank_fraction={options.max_rank_fraction})"
-        )
+                small[p] = rank
+        if sum(p.numel() for p in small) > _MANY * sum(p.numel() for p in setup.params):
+            ranks, example = sorted(set(small.values())), " x ".join(map(str, matrix_shape(next(iter(small)))))
+            between = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+            lines.append(
+                f"rank {between} instead of {options.rank} for the small and thin ones of the matrices, {len(small)} in number, "
+                f"such as {example} (max_rank_fraction={options.max_rank_fraction})"
+            )
+        if "window_update_dtype" in given and any(fp32_stays(options, s.layout, s.device) for s in setup.stacks):
+            lines.append(
+                f"window_update_dtype=bfloat16 has no effect on this {'CPU' if setup.stacks[0].device.type == 'cpu' else 'GPU'}: "
+                "without instructions for bf16 it would be slower than fp32"
+            )
+        return lines
 
     def costs(self, setup: Setup, options: Any) -> dict[str, Count]:
         """See Method: of a step with a full window."""

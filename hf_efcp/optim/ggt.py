@@ -2,8 +2,8 @@
 
     u = ((A^T A)^1/2 + eps*I)^-1 c_j = G^T D [ ((D K D)^1/2 + eps*I)^-1 ] D^-1 e_j
 
-Low-rank and sparse windows with error feedback are EFCP (arXiv 2306.06098). The vector that is preconditioned always lies in
-the span of the window, so neither a jitter on K nor the 1/eps of the complement enters.
+Low-rank and sparse windows with error feedback are EFCP (arXiv 2306.06098). The entries that are preconditioned lie in the span
+of the window, so there is no jitter on K; 1/eps, the complement's value, multiplies residuals only (`residual="momentum"`).
 """
 
 from __future__ import annotations

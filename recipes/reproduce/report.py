@@ -157,11 +157,19 @@ class Report:
         return [*page, "## What it ran on", "", *self._machine()]
 
     def summary(self) -> list[str]:
-        """The table for README: the first comparison of the spec, a row for each task."""
+        """The table for README: the first comparison of the spec, a row for each task that has both.
+
+        Raises:
+            ValueError: the spec compares nothing.
+        """
+        if not self.spec.compare:
+            raise ValueError(f"{self.spec_path} compares nothing: its key compare has the pair of the short table")
         ours, reference = self.spec.compare[0]
         header = ["task", f"`{reference}`", f"`{ours}`", "difference", "difference at the usual rate", "bytes per parameter"]
         rows = []
         for label, task in self.spec.tasks.items():
+            if (label, ours) not in self.chosen or (label, reference) not in self.chosen:
+                continue
             best, other = self.chosen[label, ours], self.chosen[label, reference]
             usual = paired_text(self.usual[label, ours], self.usual[label, reference])
             texts = [other.text(), best.text(), paired_text(best, other), usual]

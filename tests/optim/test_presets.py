@@ -86,3 +86,15 @@ def test_bad_measured_values_are_refused(monkeypatch):
 def test_a_copy_has_the_preset():
     optimizer = hf_efcp.LowRankMFAC(parameters(dtype=torch.float32), 0.1, preset="measured")
     assert copy.deepcopy(optimizer).options == optimizer.options
+
+
+@pytest.mark.parametrize("codes", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["efcp_lowrank_mfac", "efcp_sparse_ggt"])
+def test_errors_in_codes_leave_vectors_exact_so_that_fsdp2_can_cut_them(name, codes):
+    params = parameters(((64, 64), (300,)), torch.float32)
+    optimizer = hf_efcp.create_optimizer(name, params, lr=0.1, preset="measured", error_format=codes)
+    assert optimizer.options.window_dtype is None
+    assert optimizer.estimate_footprint(processes=2, fsdp=True)
+    given = hf_efcp.create_optimizer(name, params, lr=0.1, preset="measured", error_format=codes, window_dtype="bf16")
+    with pytest.raises(OptionError, match=r"window_dtype=torch\.bfloat16"):
+        given.estimate_footprint(processes=2, fsdp=True)

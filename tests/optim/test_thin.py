@@ -47,8 +47,28 @@ def test_the_log_says_which_matrices_and_why(caplog):
     optimizer, params = made(preset="measured")
     train(optimizer, params, 0, 2)
     assert [r.message for r in caplog.records] == [
-        "LowRankMFAC: rank 1 to 2 instead of 8 for 3 thin matrices, such as 8 x 64 (max_rank_fraction=0.25)"
+        "LowRankMFAC: rank 1 to 2 instead of 8 for the small and thin ones of the matrices, 3 in number, such as 8 x 64 "
+        "(max_rank_fraction=0.25)"
     ]
+
+
+def test_the_log_speaks_of_what_trains(caplog):
+    """Nothing is said before the first step, of a state that is replaced, or twice; matrices that join are counted."""
+    caplog.set_level(logging.WARNING, "hf_efcp")
+    saved, params = made(preset="measured", max_rank_fraction=1.0)
+    train(saved, params, 0, 1)
+    optimizer, others = made(preset="measured")
+    optimizer.memory_footprint()
+    optimizer.load_state_dict(saved.state_dict())
+    train(optimizer, others, 0, 1)
+    assert not [r for r in caplog.records if "instead of" in r.message]
+    optimizer, params = made([(64, 64)], preset="measured")
+    train(optimizer, params, 0, 2)
+    assert not [r for r in caplog.records if "instead of" in r.message]
+    added = parameters([(8, 256)] * 4, torch.float32)
+    optimizer.add_param_group({"params": added})
+    train(optimizer, [*params, *added], 2, 4)
+    assert [r.message.partition(", such as")[0][-11:] for r in caplog.records if "instead of" in r.message] == ["4 in number"]
 
 
 @pytest.mark.parametrize("shapes", [[(48, 64), (40,)], [(48, 64), (2, 48)]], ids=["none", "a head"])
@@ -72,12 +92,17 @@ def test_a_fraction_out_of_range_is_refused(value):
 
 @pytest.mark.filterwarnings("ignore:.*assuming the intent is to (load|save) in a single process")
 @pytest.mark.parametrize("way", ["state_dict", "dcp"])
-def test_a_run_without_fraction_resumes_into_the_preset(way, tmp_path):
-    """A checkpoint of before the option, or of a run that had another one, goes on with the ranks that it has."""
-    shapes = ((64, 64), (16, 64))
-    saved, params = made(shapes, preset="measured", max_rank_fraction=1.0)
+@pytest.mark.parametrize(
+    ("fraction", "resumed"),
+    [(1.0, {"preset": "measured"}), (0.25, {"preset": "measured", "rank": 8}), (0.25, {})],
+    ids=["a run without", "into a given rank", "into the class defaults"],
+)
+def test_a_run_goes_on_with_the_ranks_that_it_has(way, fraction, resumed, tmp_path):
+    """Also a checkpoint of before the option."""
+    shapes, same = ((64, 64), (16, 64)), {"preset": "measured"}
+    saved, params = made(shapes, preset="measured", max_rank_fraction=fraction)
     train(saved, params, 0, 3)
-    other, others = made(shapes, preset="measured")
+    other, others = made(shapes, **resumed)
     with torch.no_grad():
         for p, q in zip(others, params, strict=True):
             p.copy_(q)
@@ -90,7 +115,9 @@ def test_a_run_without_fraction_resumes_into_the_preset(way, tmp_path):
         there = {"o": get_optimizer_state_dict(copy, other)}
         dcp.load(there, checkpoint_id=tmp_path)
         set_optimizer_state_dict(copy, other, there["o"])
-    assert other.options.max_rank_fraction == 1.0
+    assert other.options.max_rank_fraction == fraction
+    if way == "dcp" and resumed != same:  # what tensors do not tell is the new run's
+        return
     for optimizer, tensors in ((saved, params), (other, others)):
         train(optimizer, tensors, 3, 5)
     assert all(map(torch.equal, clones(params), clones(others)))

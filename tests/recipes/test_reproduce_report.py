@@ -123,3 +123,13 @@ def test_a_page_without_the_place_for_the_table_stays_as_it_is(page, tmp_path, c
     arguments = [str(tmp_path / "spec.yaml"), "--results", str(tmp_path / "results"), "--output", str(tmp_path / "docs")]
     assert report.main([*arguments, "--readme", str(readme)]) == 1
     assert readme.read_text() == f"{report.END}\n{report.BEGIN}\n" and "has no line" in capsys.readouterr().err
+
+
+def test_a_spec_that_compares_nothing_has_no_short_table(page, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(SPEC, "compare", [])
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    page(losses([-0.1, -0.2, -0.3]))
+    arguments = [str(tmp_path / "spec.yaml"), "--results", str(tmp_path / "results"), "--output", str(tmp_path / "docs")]
+    assert report.main([*arguments, "--readme", str(readme)]) == 1
+    assert "compares nothing" in capsys.readouterr().err
