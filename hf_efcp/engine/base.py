@@ -93,8 +93,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        setup = self.setup()
-        self.builder.remark()
+        setup = self.builder.prepare(self.param_groups, self.state, stepping=True)
         if setup.params and setup.has_work():
             with ieee_matmul(setup.counters.step.device):
                 self.method.step(setup, self.param_groups, self.builder.options)

@@ -63,28 +63,29 @@ class Builder:
         self.setup: Setup | None = None
         self.copied: tuple[dict[Tensor, Owners], int] = {}, 1
 
-    def prepare(self, groups: Sequence[Group], state: State) -> Setup:
+    def prepare(self, groups: Sequence[Group], state: State, stepping: bool = False) -> Setup:
         """Give the setup of the current parameters, built at the first step and again when the parameters changed.
 
         Args:
             groups: the optimizer's parameter groups.
             state: the optimizer's, which becomes views of what is built.
+            stepping: whether a step follows: then the log says what was chosen.
         """
         trained = trained_of(groups, state)
         key = [(i, id(p), p.shape, p.dtype, p.device) for i, params in enumerate(trained) for p in params]
         if self.setup is None or key != self.setup.key:
             self.setup = self._build(groups, trained, key, state)
+        if stepping and self.setup is not self._remarked:
+            self._remark(self.setup)
         return self.setup
 
-    def remark(self) -> None:
+    def _remark(self, setup: Setup) -> None:
         """Log what the method has chosen by shapes and devices; each line once."""
-        if self.setup is None or self.setup is self._remarked:
-            return
-        for line in self.method.remarks(self.setup, self.options, self.asked.given):
+        for line in self.method.remarks(setup, self.options, self.asked.given):
             if line not in self._said:
                 say(f"{self.name}: {line}")
                 self._said.add(line)
-        self._remarked = self.setup
+        self._remarked = setup
 
     def keep_state_together(self) -> bool:
         """Let every process hold the whole state from now on (shard="off", no process_group); tell whether that is a change."""

@@ -50,9 +50,9 @@ def test_all_optimizers_and_torchs_in_one_run(tmp_path, shape_file, monkeypatch,
 
 
 def test_what_does_not_fit_is_left_out_or_waits(shape_file, capsys):
-    assert main(["bench", shape_file, "--steps", "1", "--warmup", "0", "--quick", "--memory", "450kB"]) == 0
+    assert main(["bench", shape_file, "--steps", "1", "--warmup", "0", "--quick", "--memory", "80kB"]) == 0
     out = capsys.readouterr().out
-    assert "skipped: efcp_dense_ggt: its state of 1.27 MiB does not fit" in out
+    assert "skipped: efcp_dense_ggt: its state of" in out
     assert "By turns ran: " in out
 
 

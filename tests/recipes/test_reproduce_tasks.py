@@ -116,3 +116,14 @@ def test_the_cache_keeps_one_thing_for_each_setting():
     for size, value in ((1, "a"), (1, "b"), (2, "c")):
         result = base.cached("thing", {"size": size}, lambda value=value: make(value))
     assert made == ["a", "c"] and result == {"value": "c"}
+
+
+@pytest.mark.skipif(not HAVE_DATA, reason="the data packages are missing")
+def test_sequence_to_sequence_takes_batches_of_short_sentences():
+    problem = get_task("seq2seq").make(0)
+    data = problem.splits["train"]
+    lengths = data["attention_mask"].sum(1)
+    short = lengths.argsort()[:4]
+    assert lengths[short].max() < data["input_ids"].shape[1]
+    outcome = problem.score(problem.model, {name: value[short] for name, value in data.items()})
+    assert outcome.loss.isfinite() and outcome.count == (data["labels"][short] != -100).sum()

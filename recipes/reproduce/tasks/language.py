@@ -124,8 +124,8 @@ def _hide() -> dict[str, Tensor]:
 def score_restored(model: nn.Module, batch: Batch) -> Outcome:
     """Cross-entropy of the sentence's tokens, hidden or not, and how many are predicted right."""
     longest = int(batch["attention_mask"].sum(1).max())
-    output = model(**{name: value[:, :longest] for name, value in batch.items()})
-    labels = batch["labels"][:, :longest]
+    batch = {name: value[:, :longest].contiguous() for name, value in batch.items()}  # T5 takes views of labels
+    output, labels = model(**batch), batch["labels"]
     return Outcome(output.loss, int((labels != -100).sum()), int((output.logits.argmax(-1) == labels).sum()))
 
 
