@@ -157,7 +157,7 @@ class Report:
         return [*page, "## What it ran on", "", *self._machine()]
 
     def summary(self) -> list[str]:
-        """The table for README: the first comparison of the spec, a row for each task that has both.
+        """The table for README: the first comparison of the spec, a row for each task that has results of both.
 
         Raises:
             ValueError: the spec compares nothing.
@@ -166,15 +166,19 @@ class Report:
             raise ValueError(f"{self.spec_path} compares nothing: its key compare has the pair of the short table")
         ours, reference = self.spec.compare[0]
         header = ["task", f"`{reference}`", f"`{ours}`", "difference", "difference at the usual rate", "bytes per parameter"]
-        rows = []
+        rows, missing = [], []
         for label, task in self.spec.tasks.items():
             if (label, ours) not in self.chosen or (label, reference) not in self.chosen:
                 continue
             best, other = self.chosen[label, ours], self.chosen[label, reference]
+            if not best.done or not other.done:
+                missing.append(task.title)
+                continue
             usual = paired_text(self.usual[label, ours], self.usual[label, reference])
             texts = [other.text(), best.text(), paired_text(best, other), usual]
             rows.append([task.title, *texts, self._cost(best, task.steps)[0]])
-        return table(header, rows)
+        left = textwrap.wrap(f"Not run yet: {'; '.join(missing)}.", 120, break_on_hyphens=False) if missing else []
+        return [*table(header, rows), *left]
 
     def _introduction(self) -> list[str]:
         spec, wanted = self.spec, self.spec.wanted(self.results)

@@ -133,3 +133,14 @@ def test_a_spec_that_compares_nothing_has_no_short_table(page, tmp_path, capsys,
     arguments = [str(tmp_path / "spec.yaml"), "--results", str(tmp_path / "results"), "--output", str(tmp_path / "docs")]
     assert report.main([*arguments, "--readme", str(readme)]) == 1
     assert "compares nothing" in capsys.readouterr().err
+
+
+def test_the_short_table_says_what_is_not_run_yet(page, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    page(lambda r: "missing" if r.contender.name == "new" else 1.0)
+    arguments = [str(tmp_path / "spec.yaml"), "--results", str(tmp_path / "results"), "--output", str(tmp_path / "docs")]
+    assert report.main([*arguments, "--readme", str(readme)]) == 0
+    lines = readme.read_text().splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == 2
+    assert lines[-2].startswith("Not run yet: digits, small vision transformer")
