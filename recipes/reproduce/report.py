@@ -276,12 +276,12 @@ class Report:
         return curves
 
     def _machine(self) -> list[str]:
-        names = ("cpu", "threads", "python", "torch", "transformers", "hf_efcp", "commit")
-        values = {name: sorted({str(result[name]) for result in self.results.values()}) for name in names}
+        names = ("cpu", "gpu", "threads", "python", "torch", "transformers", "hf_efcp", "commit")
+        values = {name: sorted({str(r[name]) for r in self.results.values() if name in r}) for name in names}
         if not self.results:
             return [NOT_RUN, ""]
-        seconds = "Times are CPU time of the run's one thread, so that other work does not count."
-        return [seconds, "", *(f"- {name}: {', '.join(values[name])}" for name in names), ""]
+        seconds = "Times on a CPU are CPU time of the run's one thread, so that other work does not count; on a GPU wall time."
+        return [seconds, "", *(f"- {name}: {', '.join(values[name])}" for name in names if values[name]), ""]
 
     def draw(self, folder: Path, image: str) -> None:
         """Write the plots of the tasks that have something to draw."""

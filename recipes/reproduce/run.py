@@ -40,6 +40,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", help="only these contenders of the spec")
     parser.add_argument("--stage", choices=STAGES, help="only the grid, or only the runs of the table; default: both")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; a page should have results of one kind only (default: cpu)")
     parser.add_argument("--results", type=Path, help="folder of the results; default: reproduce/results/NAME_OF_SPEC")
     parser.add_argument("--again", action="store_true", help="repeat runs that have a result; the later one counts")
     parser.add_argument("--list", action="store_true", help="only list the runs that have no result")
@@ -49,8 +50,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # A worker -----------------------------------------------------------------------------------------------------------------
 
 
-def work(connection: Connection, folder: Path) -> None:
-    """Make the runs that come through the connection, write their results, and send them back, until it is closed."""
+def work(connection: Connection, folder: Path, device: str) -> None:
+    """Make the runs that come through the connection on `device`, write their results, and send them back, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's Ctrl-C
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
@@ -65,9 +66,9 @@ def work(connection: Connection, folder: Path) -> None:
             return
         try:
             start = time.perf_counter()
-            record = train(run.task, run.contender.build, run.rate, run.seed)
+            record = train(run.task, run.contender.build, run.rate, run.seed, device)
             names = {"key": run.key(), "label": run.label, "contender": run.contender.name, **run.identity()}
-            result = names | record | {"run_seconds": round(time.perf_counter() - start, 2)} | facts()
+            result = names | record | {"run_seconds": round(time.perf_counter() - start, 2)} | facts(device)
             write_result(folder, run.label, result)
             connection.send(result)
         except Exception:
@@ -132,7 +133,7 @@ def execute(spec: Spec, folder: Path, options: argparse.Namespace) -> list[Run]:
 
     def start() -> Connection:
         ours, theirs = context.Pipe()
-        context.Process(target=work, args=(theirs, folder), daemon=True).start()
+        context.Process(target=work, args=(theirs, folder, options.device), daemon=True).start()
         theirs.close()  # so that the end of a worker is seen
         return ours
 

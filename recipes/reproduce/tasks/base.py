@@ -45,6 +45,11 @@ class Problem(NamedTuple):
     splits: dict[str, Batch]
     score: Callable[[nn.Module, Batch], Outcome]
 
+    def to(self, device: str) -> "Problem":
+        """The same on a device."""
+        splits = {name: {key: value.to(device) for key, value in split.items()} for name, split in self.splits.items()}
+        return Problem(self.model.to(device), splits, self.score)
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:

@@ -1,0 +1,68 @@
+"""The Triton kernels on a GPU against plain torch there: many blocks, tails, more than 64 slots. By hand: -m gpu."""
+
+import pytest
+import torch
+
+from hf_efcp import kernels
+from hf_efcp.core.accumulated import Accumulated
+from hf_efcp.core.cells import Cell, Layout, Turn
+from hf_efcp.core.compressors import BlockTopK
+from hf_efcp.core.sparse_window import SparseWindow
+from tests.reference import relative
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+# n, rows, cols, block, density
+SHAPES = [
+    (2, 5, 24, 1024, 0.15),
+    (1, 3, 70, 32, 0.1),
+    (3, 2, 64, 8, 0.3),
+    (1, 4, 200, 200, 0.001),
+    (1, 1, 1500, 1024, 0.01),
+    (3, 130, 768, 1024, 0.01),
+    (14, 768, 768, 1024, 0.01),
+    (1, 30522, 768, 1024, 0.01),
+    (1, 4, 2**20, 1024, 0.01),
+    (1, 8, 65536, 32768, 0.001),
+]
+
+
+@pytest.mark.parametrize("m", [6, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("n", "rows", "cols", "block", "density"), SHAPES)
+def test_sparse_kernels_are_torch(monkeypatch, n, rows, cols, block, density, dtype, m):
+    monkeypatch.setattr(kernels, "_failed", set())
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    generator = torch.Generator("cuda").manual_seed(0)
+    step = torch.tensor(0, device="cuda")
+
+    def random(kind=compute):
+        return torch.randn(n, rows, cols, generator=generator, dtype=compute, device="cuda").to(kind)
+
+    def plain(function, *args):
+        with monkeypatch.context() as patch:
+            patch.setenv("HF_EFCP_KERNELS", "0")
+            return function(*args)
+
+    def compress(a, error=None):
+        return grid.compress(Accumulated(a, error), step)
+
+    grid = BlockTopK(cols, density, block)
+    specs = SparseWindow.specs(Layout(rows, cols, compute), m, grid, dtype)
+    buffers = {s.name: torch.zeros(n, *s.shape, dtype=s.dtype, device="cuda") for s in specs}
+    error = Cell(random(dtype), Turn(torch.arange(n, device="cuda"), (0, 0), step), compute)
+    a = random()
+    assert torch.equal(compress(a, error).dense(), plain(compress, a, error).dense())
+    window = SparseWindow(buffers, compute, grid)
+    for slot in range(3):
+        window.stage(plain(compress, random()))
+        window.commit(torch.tensor([slot], device="cuda"))
+    window.stage(plain(compress, random()))
+    slots = torch.tensor([1], device="cuda")
+    mine, theirs = window.dots(slots), plain(window.dots, slots)
+    assert relative(mine, theirs) < 1e-12
+    c = torch.randn(n, m, generator=generator, dtype=torch.float64, device="cuda")
+    mine, theirs = window.combine(c), plain(window.combine, c)
+    assert relative(mine, theirs) < (1e-14 if compute == torch.float64 else 1e-6)
+    assert torch.equal(mine, window.combine(c))
+    assert not kernels._failed
