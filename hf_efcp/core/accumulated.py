@@ -110,7 +110,7 @@ class Accumulated:
             return
         turn, self._formed = error.turn, None
         rounding = turn.step, turn.ids, turn.origin
-        if turn.ok is True and entry.keep(error.stored, self.gradients, rounding, self.absent, self.scale, self.decay):
+        if entry.keep(error.stored, self.gradients, rounding, self.absent, self.scale, self.decay, turn.ok):
             return
         in_place = turn.ok is True and error.buffer.dtype == self.dtype and not self.absent
         for part in self._chunks:
@@ -173,8 +173,9 @@ class Entry:
         absent: Sequence[int],
         scale: kernels.Scale,
         decay: float,
+        accepted: bool | Tensor,
     ) -> bool:
-        """Compute e <- decay * e + g - c in place by a kernel, but for the tensors `absent`; tell whether it was done."""
+        """Compute e <- decay * e + g - c by a kernel where `accepted`, but for tensors `absent`; tell whether it was done."""
         return False
 
 
@@ -217,9 +218,10 @@ class LowRankEntry(Entry):
         absent: Sequence[int],
         scale: kernels.Scale,
         decay: float,
+        accepted: bool | Tensor,
     ) -> bool:
         """See Entry."""
-        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent, None, scale, decay)
+        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent, None, scale, decay, accepted)
 
 
 class SparseEntry(Entry):
@@ -246,9 +248,11 @@ class SparseEntry(Entry):
         absent: Sequence[int],
         scale: kernels.Scale,
         decay: float,
+        accepted: bool | Tensor,
     ) -> bool:
         """See Entry."""
-        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent, self.grid.blocks, scale, decay)
+        blocks = self.grid.blocks
+        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent, blocks, scale, decay, accepted)
 
     def dense(self) -> Tensor:
         """Form c, (n, rows, cols)."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.devices import kind
+
 
 def readable(device: torch.device) -> bool:
     """Whether a flag on this device can be read without waiting."""
-    return device.type != "cuda"
+    return kind(device) != "cuda"
 
 
 def masked(accepted: bool | Tensor, new: Tensor, old: Tensor | float) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels.devices import kind
 
 # Bytes that one temporary of a chunked loop may take.
 CHUNK_BYTES = 32 * 2**20
@@ -20,7 +21,7 @@ CACHE_BYTES = 4 * 2**20
 
 def chunk_bytes(device: torch.device) -> int:
     """Bytes of a temporary that is used at once: it should stay in the cache on a CPU, and fill the device on a GPU."""
-    return CACHE_BYTES if device.type == "cpu" else CHUNK_BYTES
+    return CACHE_BYTES if kind(device) == "cpu" else CHUNK_BYTES
 
 
 # Eigenvalues of a correlation matrix in fp64 below this fraction of the largest are rounding noise.
@@ -80,6 +81,8 @@ def _has_new_name(backend: object) -> bool:
 
 def multiplies_bf16(device: torch.device) -> bool:
     """Tell whether the device has instructions for products of bf16 matrices, and torch uses them; without, fp32 is faster."""
+    if kind(device) != device.type:  # a GPU that is pretended to is a new one
+        return True
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)

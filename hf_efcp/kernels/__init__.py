@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .devices import kind
+
 # n matrices (rows, cols) of one shape and dtype, fp32 or fp64: a list, which nobody has to copy together, or (n, rows, cols).
 Matrices = Tensor | Sequence[Tensor]
 # Length of a block, numbers kept in each, numbers kept in a shorter last one (0: there is none).
@@ -37,27 +39,32 @@ Scale = tuple[Tensor, Tensor] | None
 Rounding = tuple[Tensor, Tensor, tuple[int, int]]
 
 _log = logging.getLogger("hf_efcp")
-# Operation -> device type -> module. A GPU's libraries need no help with low rank.
+# Operation -> device type -> module.
 _MODULES = {
-    "squares": {"cpu": "cpu_metric"},
-    "measure": {"cpu": "cpu_metric"},
+    "squares": {"cpu": "cpu_metric", "cuda": "gpu_metric"},
+    "measure": {"cpu": "cpu_metric", "cuda": "gpu_metric"},
     "top_k": {"cpu": "cpu_top_k", "cuda": "gpu_sparse"},
     "dots": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
     "combine": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
     "apply": {"cpu": "cpu_sparse"},
-    "keep": {"cpu": "cpu_keep"},
-    "square": {"cpu": "cpu_keep"},
-    "add_kept": {"cpu": "cpu_keep"},
-    "times": {"cpu": "cpu_low_rank"},
-    "transposed_times": {"cpu": "cpu_low_rank"},
-    "inner": {"cpu": "cpu_low_rank"},
-    "scaled": {"cpu": "cpu_low_rank"},
-    "add": {"cpu": "cpu_low_rank"},
+    "keep": {"cpu": "cpu_keep", "cuda": "gpu_keep"},
+    "square": {"cpu": "cpu_keep", "cuda": "gpu_update"},
+    "add_kept": {"cpu": "cpu_keep", "cuda": "gpu_update"},
+    "add": {"cpu": "cpu_low_rank", "cuda": "gpu_update"},
+    "start": {"cuda": "gpu_basis"},
+    "times": {"cpu": "cpu_low_rank", "cuda": "gpu_low_rank"},
+    "orthonormal": {"cuda": "gpu_basis"},
+    "transposed_times": {"cpu": "cpu_low_rank", "cuda": "gpu_low_rank"},
+    "inner": {"cpu": "cpu_low_rank", "cuda": "gpu_windows"},
+    "factor_dots": {"cuda": "gpu_windows"},
+    "store": {"cuda": "gpu_windows"},
+    "scaled": {"cpu": "cpu_low_rank", "cuda": "gpu_windows"},
 }
 _NEEDS = {"cpu": "numba", "cuda": "triton"}
 # A piece of a whole model (DeepSpeed) is one longer row. The sparse kernels divide their work by rows.
 _LONGEST_ROW = 2**20
-_failed: set[str] = set()
+# (device type, operation) of kernels that failed: each is given up alone.
+_failed: set[tuple[str, str]] = set()
 
 
 def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
@@ -103,6 +110,7 @@ def keep(
     blocks: Blocks | None = None,
     scale: Scale = None,
     decay: float = 1.0,
+    accepted: bool | Tensor = True,
 ) -> bool:
     """e <- decay * e + g - c in place, rounded as e is stored: see `Accumulated.keep`.
 
@@ -115,12 +123,13 @@ def keep(
         blocks: of a sparse entry.
         scale: of g.
         decay: a number.
+        accepted: whether e changes at all; a 0-D flag where that is known on the device only.
 
     Returns:
         Whether it was done.
     """
     attempt = _try if blocks is None else _try_sparse
-    return bool(attempt("keep", gradients[0], error, gradients, entry, rounding, absent, blocks, scale, decay))
+    return bool(attempt("keep", gradients[0], error, gradients, entry, rounding, absent, blocks, scale, decay, accepted))
 
 
 def square(error: Error, cols: int, dtype: torch.dtype) -> Tensor | None:
@@ -131,6 +140,19 @@ def square(error: Error, cols: int, dtype: torch.dtype) -> Tensor | None:
 def add_kept(params: Matrices, error: Error, weights: Tensor, scale: Scale) -> bool:
     """p <- p + weight * diag(x) e diag(y) in place, for matrices in the dtype of weights (n,). Whether it was done."""
     return bool(_try("add_kept", params[0], params, error, weights, scale))
+
+
+def start(last: Tensor, step: Tensor, salts: Tensor, dead: float) -> Tensor | None:
+    """The Q that a power iteration starts from, (n, cols, r): see `PowerIteration.start`, whose last one is (n, cols, r).
+
+    A column is dead that is not longer than `dead` times the longest. `step` and `salts` are as in `core.random.counted_bits`.
+    """
+    return _try("start", last, last, step, salts, dead)
+
+
+def orthonormal(a: Tensor) -> Tensor | None:
+    """An orthonormal basis of the columns of a (n, rows, r), of the same shape; dependent columns become 0."""
+    return _try("orthonormal", a, a)
 
 
 def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None) -> Tensor | None:
@@ -148,13 +170,29 @@ def inner(a: Tensor, b: Tensor) -> Tensor | None:
     return _try("inner", a, a, b)
 
 
+def factor_dots(window: Entry, entry: Entry, j: Tensor) -> Tensor | None:
+    """Inner products of a low-rank entry with a window's, (n, m) fp64; slot j, (1,) int64, counts as the entry itself.
+
+    Args:
+        window: P (n, m, r, rows) and Q (n, m, r, cols).
+        entry: p (n, r, rows) and q (n, r, cols), in the same dtypes.
+        j: on the device.
+    """
+    return _try("factor_dots", entry[0], window, entry, j)
+
+
+def store(buffer: Tensor, entry: Tensor, dim: int, j: Tensor, accepted: bool | Tensor) -> bool:
+    """Write `entry` into slot j of dimension `dim` of `buffer`, which `entry` has not, where `accepted`. Whether it was done."""
+    return bool(_try("store", entry, buffer, entry, dim, j, accepted))
+
+
 def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None = None) -> Tensor | None:
     """c_i * factor_i diag(sizes) in bf16, for factors (n, m, r, length), c (n, m) and sizes (n, length): see `LowRankWindow`."""
     return _try("scaled", factor, factor, c, sizes)
 
 
 def add(params: Matrices, update: Tensor, scale: float, decay: float) -> bool:
-    """p <- decay * p + scale * u in place, for an update u (n, rows, cols) in bf16: see `LowRankWindow`. Whether it was done."""
+    """p <- decay * p + scale * u in place, for an update u (n, rows, cols): see `LowRankWindow`. Whether it was done."""
     return bool(_try("add", update, params, update, scale, decay))
 
 
@@ -165,20 +203,24 @@ def _try_sparse(name: str, example: Tensor, *args: Any) -> Any:
 
 def _try(name: str, example: Tensor, *args: Any) -> Any:
     """The operation by the device of `example`; None where there is nothing to do, or no kernel."""
-    kind = example.device.type
+    type = kind(example.device)
     if not example.numel():  # a shard without rows
         return None
-    if kind not in _MODULES[name] or kind in _failed or os.environ.get("HF_EFCP_KERNELS", "1") == "0":
+    if type not in _MODULES[name] or (type, name) in _failed or os.environ.get("HF_EFCP_KERNELS", "1") == "0":
         return None
     try:
-        return getattr(importlib.import_module(f".{_MODULES[name][kind]}", __name__), name)(*args)
+        return getattr(importlib.import_module(f".{_MODULES[name][type]}", __name__), name)(*args)
     except (torch.OutOfMemoryError, MemoryError):  # of one that writes in place, a part may be done
         raise
     except Exception as error:  # the compiler's own errors are of many types
-        _failed.add(kind)
-        if isinstance(error, ModuleNotFoundError):
-            _log.info("%s is not installed: steps on %s run in plain torch, which is slower", _NEEDS[kind], kind)
+        if isinstance(error, ModuleNotFoundError) and error.name == _NEEDS[type]:
+            _failed.update((type, operation) for operation in _MODULES)
+            _log.info("%s is not installed: steps on %s run in plain torch, which is slower", _NEEDS[type], type)
         else:
-            message = f"{type(error).__name__}: {error}".splitlines()[0]
-            _log.warning("no %s kernels, steps on %s run in plain torch: %s", _NEEDS[kind], kind, message)
+            _failed.add((type, name))
+            message = f"{error.__class__.__name__}: {error}"
+            words = _NEEDS[type], name, type, message
+            _log.warning(
+                "no %s kernel for `%s`: this part of a step on %s runs in plain torch: %s", _NEEDS[type], name, type, message
+            )
         return None

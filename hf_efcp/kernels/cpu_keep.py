@@ -212,6 +212,7 @@ def keep(
     blocks: Blocks | None = None,
     scale: Scale = None,
     decay: float = 1.0,
+    accepted: bool | Tensor = True,
 ) -> bool:
     """e <- decay * e + g - c in place, for a sparse entry c with `blocks` and a low-rank one without: see `hf_efcp.kernels.keep`.
 
@@ -224,11 +225,12 @@ def keep(
         blocks: of a sparse entry.
         scale: of g.
         decay: a number.
+        accepted: on a CPU the host knows it.
 
     Returns:
         Whether it was done.
     """
-    if error is None or not (reads(error) if blocks else fits(gradients, error, entry[0])):
+    if error is None or accepted is not True or not (reads(error) if blocks else fits(gradients, error, entry[0])):
         return False
     g, kept, (step, salts, origin) = Addresses(gradients), Errors(error, gradients[0].dtype), rounding
     n, rows, cols = g.shape

@@ -281,9 +281,9 @@ def test_a_kernel_that_fails_is_given_up_with_one_line(module, monkeypatch, capl
     with caplog.at_level(logging.INFO, "hf_efcp"):
         _steps()
     assert [r.getMessage() for r in caplog.records] == [
-        "no numba kernels, steps on cpu run in plain torch: ValueError: no such instruction"
+        "no numba kernel for `top_k`: this part of a step on cpu runs in plain torch: ValueError: no such instruction"
     ]
-    assert kernels._failed == {"cpu"} and not module
+    assert kernels._failed == {("cpu", "top_k")} and "top_k" not in module
     kernels._failed.clear()
 
 

@@ -1,0 +1,204 @@
+"""What the Triton kernels share: matrices by address, the formats of the error, counted random numbers.
+
+A kernel's grid has one dimension: the others end at 65,535. TRITON_INTERPRET=1 runs the kernels on CPU tensors, which is how they
+are tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Container, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import Error, Matrices, Scale, constants
+
+_MULTIPLIER = tl.constexpr(constants.HASH_MULTIPLIER)
+_COUNTER = tl.constexpr(constants.COUNTER_MASK)
+_MASK = tl.constexpr(constants.HASH_MASK)
+_SALT = tl.constexpr(constants.SALT_OFFSET)
+_UNIFORM = tl.constexpr(constants.UNIFORM_UNIT)
+# Numbers that share a scale, and what is added to a code of 4 bits.
+RUN = tl.constexpr(constants.BLOCK)
+INT4_ZERO = tl.constexpr(constants.INT4_ZERO)
+
+# Formats of the error, as kernels know them: there is none; plain numbers; codes in 8 and in 4 bits.
+NONE, PLAIN, INT8, INT4 = 0, 1, 8, 4
+_INT8, _INT4 = tl.constexpr(INT8), tl.constexpr(INT4)
+# How many tables of addresses are kept: a step needs about three for each stack, and most steps need those of the one before.
+_TABLES = 4096
+
+
+# In kernels ---------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def matrix(table, t, like):
+    """The address of matrix t, as a pointer of the type of `like`; 0 where there is none."""
+    return tl.load(table + t).to(like.dtype)
+
+
+@triton.jit
+def mix(x):
+    """`core.random._mix` of int64 numbers, which are below 2^63."""
+    x = ((x ^ (x >> 16)) * _MULTIPLIER) & _MASK
+    x = ((x ^ (x >> 16)) * _MULTIPLIER) & _MASK
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def tensor_key(step, salt):
+    """What the factors of a tensor's counted numbers are made of, from the addresses of the step and of the tensor's salt."""
+    return mix(mix(tl.load(step) & _COUNTER) ^ mix(tl.load(salt) + _SALT))
+
+
+@triton.jit
+def row_factors(key, row):
+    """The rows' factors of `core.random.counted_bits`, int32."""
+    return (mix(key ^ row) | 1).to(tl.int32, bitcast=False)
+
+
+@triton.jit
+def col_factors(key, col):
+    """The columns' factors."""
+    return (mix(mix(key) ^ col) | 1).to(tl.int32, bitcast=False)
+
+
+@triton.jit
+def noise_16(rows, cols):
+    """The uniform bits 0 ... 65535 of products of factors, int32."""
+    return ((rows * cols) >> 16) & 0xFFFF
+
+
+@triton.jit
+def noise(rows, cols):
+    """Uniform numbers in (0, 1), fp32."""
+    return (noise_16(rows, cols).to(tl.float32) + 0.5) * _UNIFORM
+
+
+@triton.jit
+def to_bf16(x, rows, cols):
+    """x in bf16, rounded stochastically as by `core.random.stochastic_round`."""
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True) + noise_16(rows, cols)
+    return (bits & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def error_tile(error, scales, t, row, col, mask, rows, cols, like, FORMAT: tl.constexpr):
+    """Numbers of e at (row, col) of tensor t, in the type that `like` points to.
+
+    Args:
+        error, scales: of n matrices (rows, cols), in a format; `scales` counts for codes.
+        row, col: int64 and int32 tensors of a tile.
+        mask: which of them are inside.
+    """
+    where = t * rows + row
+    if FORMAT == _INT8:
+        code = tl.load(error + where * cols + col, mask=mask, other=0).to(like.dtype.element_ty)
+        e = code * tl.load(scales + where * tl.cdiv(cols, RUN) + col // RUN, mask=mask, other=0.0)
+    elif FORMAT == _INT4:
+        pair = tl.load(error + where * tl.cdiv(cols, 2) + col // 2, mask=mask, other=0).to(tl.int32)
+        code = (((pair >> (4 * (col % 2))) & 15) - INT4_ZERO).to(like.dtype.element_ty)
+        e = code * tl.load(scales + where * tl.cdiv(cols, RUN) + col // RUN, mask=mask, other=0.0)
+    else:
+        e = tl.load(error + where * cols + col, mask=mask, other=0.0).to(like.dtype.element_ty)
+    return e
+
+
+@triton.jit
+def accumulated_tile(
+    table, like, error, scales, left, right, t, row, col, mask, rows, cols,
+    DECAY: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Numbers of a = DECAY * e + x g y at (row, col) of tensor t: see `error_tile`.
+
+    Args:
+        table, like: of g, see `matrix`.
+        left, right: x (n, rows) and y (n, cols), where SCALED.
+    """
+    a = tl.load(matrix(table, t, like) + row * cols + col, mask=mask, other=0.0)
+    if SCALED:
+        x = tl.load(left + t * rows + row, mask=row < rows, other=0.0)
+        a = (a * x) * tl.load(right + t * cols + col, mask=col < cols, other=0.0)
+    if FORMAT != 0:
+        a += error_tile(error, scales, t, row, col, mask, rows, cols, like, FORMAT) * DECAY
+    return a
+
+
+# Around them --------------------------------------------------------------------------------------------------------------
+
+
+class Addresses:
+    """n matrices of one shape and dtype for kernels, where they are.
+
+    Args:
+        matrices: they need not be contiguous: then they are copied.
+        but: positions of those that a kernel shall leave out; their address is 0.
+
+    Attributes:
+        table: (n,) int64, on the device; valid as long as this object lives.
+        like: one of them.
+        shape: (n, rows, cols).
+    """
+
+    def __init__(self, matrices: Matrices, but: Container[int] = ()):
+        self._held = [x.resolve_neg().contiguous() for x in matrices]
+        self.like = self._held[0]
+        self.shape = (len(self._held), *self.like.shape)
+        self.table = table(self._held, but)
+
+
+def table(tensors: Sequence[Tensor], but: Container[int]) -> Tensor:
+    """The tensors' addresses, 0 for the positions `but`, (n,) int64 on their device."""
+    return _on_device(tensors[0].device, tuple(0 if i in but else x.data_ptr() for i, x in enumerate(tensors)))
+
+
+@functools.lru_cache(maxsize=_TABLES)
+def _on_device(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
+    if device.type != "cuda":
+        return torch.tensor(addresses, dtype=torch.int64)
+    # From pinned memory: any other copy would wait for the device.
+    return torch.tensor(addresses, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+
+
+class Errors:
+    """The error e for kernels.
+
+    Args:
+        error: e, (n, rows, cols) in fp32, fp64 or bf16, and None; or its codes and scales (`BlockQuantizer`); or None.
+        like: a tensor that stands for what is not there.
+
+    Attributes:
+        arrays: e or its codes, and its scales.
+        format: as kernels know it.
+        limit: the largest scale that may be stored.
+    """
+
+    def __init__(self, error: Error, like: Tensor):
+        stored, scale = (None, None) if error is None else error
+        self.format = NONE if stored is None else PLAIN if scale is None else INT8 if stored.dtype == torch.int8 else INT4
+        self.arrays = like if stored is None else stored, like if scale is None else scale
+        range_ = torch.finfo(like.dtype)
+        self.limit = (
+            range_.max / (constants.LARGEST_INT4 if self.format == INT4 else constants.LARGEST_INT8) * (1 - 2 * range_.eps)
+        )
+
+
+def factors(scale: Scale, like: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """x, y, and whether there are any."""
+    return (like, like, False) if scale is None else (scale[0].contiguous(), scale[1].contiguous(), True)
+
+
+def reads(error: Error) -> bool:
+    """Whether kernels know the format, and e lies in memory as they expect."""
+    return error is None or all(x is None or x.is_contiguous() for x in error)
+
+
+def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
