@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .deferred import DelayedFlag, readable
+from .deferred import readable
 
 # By entry dtype. Above _CANCELLATION / eps, the sum G^T c cancels and the null space of K has to be cut away.
 _CANCELLATION = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -51,7 +51,6 @@ def mfac(
     damping: Tensor | float,
     divisor: Tensor | float,
     entry_dtype: torch.dtype,
-    dependent: DelayedFlag | None = None,
     centered: Tensor | None = None,
 ) -> Tensor:
     """c = N (M K + N*damping*I)^-1 w, so that G^T c = (damping*I + G^T M G / N)^-1 G^T w.
@@ -65,8 +64,6 @@ def mfac(
         damping: a number or (groups,).
         divisor: N, a number or 0-D tensor: m, or the number of filled slots.
         entry_dtype: the dtype in which G^T c will be summed.
-        dependent: None: where entries depend on each other, the null space is cut away at once. Else whether any entries do: on
-            a GPU this is known one step late, and the first step with such entries takes K for its diagonal.
         centered: the filled slots, (m,) bool: M subtracts the mean over them, see `subtract_mean`; None: M = I.
 
     Returns:
@@ -76,16 +73,42 @@ def mfac(
     if centered is not None:
         return _centered_mfac(gram, w, shift, divisor, entry_dtype, centered)
     factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift.expand_as(w)))
-    # Not cholesky_solve, which for batches on a GPU goes to a library that waits for the device in older versions of torch.
-    half = torch.linalg.solve_triangular(factor, w[..., None], upper=False)
-    c = divisor * torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
+    c = divisor * _solve(factor, w)
     limit = _CANCELLATION[entry_dtype] / torch.finfo(entry_dtype).eps
     bad = (failed != 0) | ~(cancellation(gram, c) <= limit)
-    if (dependent or DelayedFlag()).exchange(bad.any()):
+    if not readable(c.device):
+        return torch.where(bad[:, None], _within_span(gram, w, shift, divisor, entry_dtype), c)
+    if bad.any():
         c[bad] = spectral(gram[bad], w[bad], lambda s: divisor / (s + shift[bad]), entry_dtype)
-    else:  # not known of any; on the CPU there is none
-        c = torch.where(bad[:, None], divisor * w / (gram.diagonal(dim1=-2, dim2=-1) + shift), c)
     return c
+
+
+def _within_span(gram: Tensor, w: Tensor, shift: Tensor, divisor: Tensor | float, entry_dtype: torch.dtype) -> Tensor:
+    """c = N (K + N*damping*I)^-1 w up to the null space of dependent entries, without eigenvalues: for those a GPU is waited for.
+
+    With K = S R S as in `spectral`, F F^T = R + delta I and X = (R + delta I)^-1 R, which is 1 in the span of R and nearly 0 in
+    its null space, C = X^2 takes the place of the kept eigenvectors:
+
+        B = S C F,   c = N S^-1 C F^-T (N*damping*I + B^T B)^-1 B^T w
+    """
+    norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    correlations = inverse[..., None] * gram * inverse[..., None, :]
+    factor = torch.linalg.cholesky_ex(correlations + torch.diag_embed(torch.full_like(w, _NULL_SPACE[entry_dtype]))).L
+    half = torch.linalg.solve_triangular(factor, correlations, upper=False)
+    span = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    span = span @ span
+    b = norms[..., None] * (span @ factor)
+    z = _solve(torch.linalg.cholesky_ex(b.mT @ b + torch.diag_embed(shift.expand_as(w))).L, _apply(b.mT, w))
+    y = torch.linalg.solve_triangular(factor.mT, z[..., None], upper=True)
+    c = divisor * inverse * (span @ y).squeeze(-1)
+    return torch.where(c.isfinite().all(-1, keepdim=True), c, 0.0)
+
+
+def _solve(factor: Tensor, x: Tensor) -> Tensor:
+    """(L L^T)^-1 x for L (groups, m, m). Not cholesky_solve, which waits for a GPU in older versions of torch."""
+    half = torch.linalg.solve_triangular(factor, x[..., None], upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
 
 
 def _centered_mfac(

@@ -25,9 +25,6 @@ class Counters:
         if ok is not False:
             self.step += ok
 
-    def listen_anew(self) -> None:
-        """Forget what flags on the device said one step ago."""
-
     def entries(self, number: int) -> dict[str, Tensor]:
         """Give what the state of parameter `number` may hold of the counters: name -> tensor, in their memory."""
         return {"counter": self.step, "skipped": self.skipped}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .counters import Counters
-from .deferred import DelayedFlag, masked
+from .deferred import masked
 
 
 class GramMatrix(Counters):
@@ -19,17 +19,11 @@ class GramMatrix(Counters):
 
     Attributes:
         matrix: (groups, m, m) fp64.
-        dependent: whether entries depend on each other, as far as the host knows.
     """
 
     def __init__(self, groups: int, window_size: int, device: torch.device):
         super().__init__(device)
         self.matrix = torch.zeros(groups, window_size, window_size, dtype=torch.float64, device=device)
-        self.listen_anew()
-
-    def listen_anew(self) -> None:
-        """See Counters."""
-        self.dependent = DelayedFlag()
 
     def entries(self, number: int) -> dict[str, Tensor]:
         """See Counters."""

@@ -104,8 +104,7 @@ class Setup:
         self._idle = 0 if self._idle < _IDLE_STEPS else self._idle
 
     def listen_anew(self) -> None:
-        """Forget what flags said one step ago: the state is another, and whoever saved it was warned of its skips."""
-        self.counters.listen_anew()
+        """Forget what a flag said one step ago: the state is another, and whoever saved it was warned of its skips."""
         self.skips, self._warned_of = DelayedFlag(), int(self.counters.skipped)
 
     def warn_of_idleness(self, name: str) -> None:

@@ -75,7 +75,7 @@ def phi(o: Any, gram: GramMatrix, j: Tensor, w: Tensor, dtype: torch.dtype) -> T
     """Give c = N (M K + N*damping*I)^-1 w, (groups, m) fp64; arguments: see `Windowed`."""
     k, damping = gram.matrix, damping_of(o, gram)
     divisor = gram.filled.double() if o.centered or o.divisor == "filled" else o.window_size
-    return mfac(k, w, damping, divisor, dtype, gram.dependent, gram.filled_slots if o.centered else None)
+    return mfac(k, w, damping, divisor, dtype, gram.filled_slots if o.centered else None)
 
 
 def solve(m: int) -> float:
