@@ -22,9 +22,10 @@ from ..cli.shapes import load
 from ..options import OptionError
 from . import roofline
 from .contenders import Contender, Workload
+from .launches import count, has_triton
 from .measuring import Rates, machine
 from .peers import PEERS, version
-from .reporting import text, versions_used
+from .reporting import launches_text, text, versions_used
 from .sweep import add_arguments as add_sweep_arguments
 from .sweep import check_plot, sweep
 
@@ -51,12 +52,19 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
     parser.add_argument("--memory", metavar="SIZE", help="what may be used, such as 20GiB; default: most of what is free")
+    parser.add_argument(
+        "--launches",
+        action="store_true",
+        help="time nothing, but count without a GPU what a step asks of one: launches, bytes of operands, waits",
+    )
     add_sweep_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit status. Raises OptionError for bad input."""
     check_integers(args, steps=1, warmup=0, threads=1)
+    if args.launches:
+        return _run_launches(args)
     device, dtype = _device(args.device), dtype_of(args.dtype)
     memory = size_of(args.memory) if args.memory else _free(device)
     if args.plot:
@@ -77,6 +85,31 @@ def run(args: argparse.Namespace) -> int:
             print(text(result))
     finally:
         torch.set_num_threads(threads)
+    write_json(args.json, result)
+    return 0
+
+
+def _run_launches(args: argparse.Namespace) -> int:
+    """Count and print; see `run`."""
+    alien = [name for name in ("sweep", "peers", "device", "threads", "memory", "plot") if getattr(args, name)]
+    if alien:
+        raise OptionError(f"launches are counted without a device, and nothing is timed: leave out --{', --'.join(alien)}")
+    if args.model is None:
+        raise OptionError("MODEL is missing: a name or a file")
+    optimizers, dtype = chosen(args.optim, args.optim_args), dtype_of(args.dtype)
+    model = load(args.model, dtype)
+    result: dict[str, Any] = {
+        "model": args.model,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "dtype": str(dtype).removeprefix("torch."),
+        "triton": has_triton(),
+        "versions": {"torch": torch.__version__, **versions_used(optimizers)},
+        "optimizers": {},
+    }
+    for name, options in optimizers.items():
+        found = count(model, name, options, targets=args.optim_target_modules)
+        result["optimizers"][name] = {"options": spelled_out(name, options), **found.report()}
+    print(launches_text(result))
     write_json(args.json, result)
     return 0
 

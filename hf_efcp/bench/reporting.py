@@ -9,6 +9,9 @@ from ..cli.common import gibibytes, table
 from .measuring import PHASES
 from .peers import PEERS
 
+# How many operations of a phase are shown.
+_SHOWN = 8
+
 
 def versions_used(names: Any) -> dict[str, str]:
     """Package -> version, of everything that ran."""
@@ -88,3 +91,34 @@ def _state(entries: dict[str, Any]) -> str:
         shown = ", ".join(f"{kind} {gibibytes(n)}" for kind, n in kinds)
         rows.append((name, shown, gibibytes(e["total"]), gibibytes(e["peak_bytes"])))
     return table(rows)
+
+
+def launches_text(report: dict[str, Any]) -> str:
+    """The report of `--launches`: for each optimizer a table by phase, and what is launched most."""
+    lines = [f"{report['model']}: {report['parameters']:,} parameters, {report['dtype']}; one step, counted without a GPU"]
+    for name, found in report["optimizers"].items():
+        rows = [("phase", "launches", "of them Triton", "bytes", "reads", "waits")]
+        for phase, tally in (*found["phases"].items(), ("all", found["total"])):
+            numbers = (sum(tally[kind].values()) for kind in ("kernels", "reads", "waits"))
+            triton, reads, waits = map(str, numbers)
+            rows.append((phase, f"{tally['launches']:,}", triton, gibibytes(tally["bytes"]), reads, waits))
+        lines += ["", f"{name}:", "", table(rows), "", *_most_frequent(found)]
+    if not report["triton"]:
+        lines += ["", "Triton is not installed: its kernels are not counted, but what torch would do in their place."]
+    return "\n".join(lines)
+
+
+def _most_frequent(found: dict[str, Any]) -> list[str]:
+    """Lines of the operations that are launched most, by phase, and of what the host waits for."""
+    lines = []
+    for phase, tally in found["phases"].items():
+        counts = {**{f"Triton's {name}": number for name, number in tally["kernels"].items()}, **tally["operations"]}
+        most = sorted(counts.items(), key=lambda item: -item[1])[:_SHOWN]
+        if most:
+            lines.append(f"{phase}: " + ", ".join(f"{name} {number}" for name, number in most))
+    for kind in ("reads", "waits"):
+        if found["total"][kind]:
+            lines.append(f"{kind}: " + ", ".join(f"{name} {number}" for name, number in found["total"][kind].items()))
+    if found["missing"]:
+        lines.append("no kernel, but torch: " + ", ".join(found["missing"]))
+    return lines
