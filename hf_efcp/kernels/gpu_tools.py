@@ -113,6 +113,21 @@ def error_tile(error, scales, t, row, col, mask, rows, cols, like, FORMAT: tl.co
 
 
 @triton.jit
+def accumulated_at(
+    gradient, error, scales, left, right, t, row, col, mask, rows, cols, DECAY: tl.constexpr, FORMAT: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """`accumulated_tile`, where a loop has found the address of g, the matrix of tensor t, before."""
+    a = tl.load(gradient + row * cols + col, mask=mask, other=0.0)
+    if SCALED:
+        x = tl.load(left + t * rows + row, mask=row < rows, other=0.0)
+        a = (a * x) * tl.load(right + t * cols + col, mask=col < cols, other=0.0)
+    if FORMAT != 0:
+        a += error_tile(error, scales, t, row, col, mask, rows, cols, gradient, FORMAT) * DECAY
+    return a
+
+
+@triton.jit
 def accumulated_tile(
     table, like, error, scales, left, right, t, row, col, mask, rows, cols,
     DECAY: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
@@ -123,13 +138,8 @@ def accumulated_tile(
         table, like: of g, see `matrix`.
         left, right: x (n, rows) and y (n, cols), where SCALED.
     """
-    a = tl.load(matrix(table, t, like) + row * cols + col, mask=mask, other=0.0)
-    if SCALED:
-        x = tl.load(left + t * rows + row, mask=row < rows, other=0.0)
-        a = (a * x) * tl.load(right + t * cols + col, mask=col < cols, other=0.0)
-    if FORMAT != 0:
-        a += error_tile(error, scales, t, row, col, mask, rows, cols, like, FORMAT) * DECAY
-    return a
+    gradient = matrix(table, t, like)
+    return accumulated_at(gradient, error, scales, left, right, t, row, col, mask, rows, cols, DECAY, FORMAT, SCALED)
 
 
 # Around them --------------------------------------------------------------------------------------------------------------
