@@ -143,9 +143,14 @@ class PowerIteration(Compressor):
     def commit(self) -> None:
         """Let Q become the next step's warm start; a tensor whose Q is all zero (no gradient) keeps the one it has."""
         assert self._next is not None, "compress comes before commit"
-        alive = self._next.ne(0).any(dim=(1, 2), keepdim=True)
-        self.warm_start.write(torch.where(alive, self._next, self.warm_start.read()))
+        alive, warm = self._next.ne(0).any(dim=(1, 2), keepdim=True), self.warm_start
+        if warm.turn.absent or not kernels.remember(warm.buffer, self._next, alive, warm.turn.ok):
+            self._write(alive)
         self._next = None
+
+    def _write(self, alive: Tensor) -> None:
+        assert self._next is not None
+        self.warm_start.write(torch.where(alive, self._next, self.warm_start.read()))
 
     def start(self, step: Tensor) -> Tensor:
         """Give the Q that this step starts from, (n, cols, r): unit columns of the last one, dead ones redrawn."""

@@ -63,9 +63,14 @@ class Lagged(Factored):
         """See Metric."""
         return self._entering
 
-    def live_square(self) -> Tensor:
+    @property
+    def entered(self) -> list[Tensor]:
         """See Metric."""
-        return super().live_square() + 0 * self.row_means.to(self.layout.dtype).sum()
+        return [self.means, self.row_means]
+
+    def keep_at_once(self) -> bool:
+        """See Metric."""
+        return False
 
     def keep(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""

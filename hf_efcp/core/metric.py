@@ -113,15 +113,24 @@ class Metric:
         assert self.scale is not None
         return scaled_(u, self.scale, rows)
 
-    def live_square(self) -> Tensor:
-        """Sum `square` over the tensors with a gradient, 0-D fp64; NaN, to refuse the step, where the state cannot hold means."""
+    def live_squares(self) -> Tensor:
+        """Give `square` with zeros for the tensors without a gradient, (n,) fp64."""
+        if not self.turn.absent:
+            return self.square
         square = self.square.clone()
         for i in self.turn.absent:
             square[i].zero_()
-        return square.sum() + 0 * self.means.to(self.layout.dtype).sum()
+        return square
+
+    @property
+    def entered(self) -> list[Tensor]:
+        """What enters the state: it has to be finite in the state's dtype."""
+        return [self.means]
 
     def commit(self, gradients: Sequence[Tensor]) -> None:
         """Let the running means contain g, where the step is accepted and a tensor has a gradient."""
+        if not self.turn.absent and self.keep_at_once():
+            return
         self.keep(gradients)
         count = self.cells["count"].buffer
         seen = (count > 0) | (self.means.sum(1) > 0)
@@ -133,6 +142,10 @@ class Metric:
     def keep(self, gradients: Sequence[Tensor]) -> None:
         """Write the running means."""
         raise NotImplementedError
+
+    def keep_at_once(self) -> bool:
+        """Do all of `commit` by a kernel; tell whether one can."""
+        return False
 
     def mixed(self, old: Tensor, new: Tensor) -> Tensor:
         """Give beta old + (1 - beta) new as the state has it; sums of several processes' finite parts stay finite."""
@@ -153,6 +166,11 @@ class Factored(Metric):
         self._rows, x, y, self.square, sums = measured(gradients, r, c, count, self.beta, self.eps)
         self.means, self.scale = sums.div_(self.layout.rows), (x, y)
 
+    def keep_at_once(self) -> bool:
+        """See Metric."""
+        rows, cols, count = (self.cells[name].buffer for name in ("rows", "cols", "count"))
+        return kernels.remember_factored((rows, cols, count), self._rows, self.means, self.scale, self.beta, self.turn.ok)
+
     def keep(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
         self.cells["rows"].write(self._rows)
@@ -162,14 +180,19 @@ class Factored(Metric):
 class Diagonal(Metric):
     """D = v + eps mean(v). Of matrices, what is as large as they are is formed anew for each use, a few rows at a time."""
 
+    _values: Tensor | None = None
+    _inverse: Tensor | None = None
+    _white: Tensor | None = None
+
     def measure(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
+        self._white = None
+        if self.layout.vector and self._measure_at_once(gradients):
+            return
         last, self._now = self.divisors()
         self._mean = self.eps * self.cells["mean"].buffer.double() / last
         self.means = square_sums(stacked(gradients) if self.layout.vector else gradients)[:, None] / self.layout.numel
-        self._values: Tensor | None = None
-        self._inverse: Tensor | None = None
-        self._white: Tensor | None = None
+        self._values = self._inverse = None
         self.square = torch.zeros_like(self._mean)
         for part in row_chunks(gradients):
             v = self._v(gradients, part)
@@ -178,6 +201,15 @@ class Diagonal(Metric):
             if self.layout.vector:
                 self._values, self._inverse = v, inverse_root(d)
                 self._white = stacked(gradients) * self._inverse
+
+    def _measure_at_once(self, gradients: Sequence[Tensor]) -> bool:
+        v, mean, count = (self.cells[name].buffer for name in ("values", "mean", "count"))
+        fast = None if self.divided else kernels.measure_vectors(gradients, v, mean, count, self.beta, self.eps)
+        if fast is None:
+            return False
+        self._values, self._inverse, self._white, self.square, means = fast
+        self.means = means[:, None]
+        return True
 
     def whitened(self, gradients: Sequence[Tensor]) -> kernels.Matrices:
         """See Metric."""
@@ -196,6 +228,15 @@ class Diagonal(Metric):
         for part in row_chunks(u):
             u[:, part].mul_(inverse_root(self._d(v[:, part], divisor)))
         return u
+
+    def keep_at_once(self) -> bool:
+        """See Metric."""
+        if self._values is None or self._inverse is None:
+            return False
+        v, mean, count = (self.cells[name].buffer for name in ("values", "mean", "count"))
+        state, means = (v, mean, count), self.means[:, 0]
+        self._white = None
+        return kernels.remember_diagonal(state, self._values, means, self._inverse, self.beta, self.turn.ok)
 
     def keep(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""

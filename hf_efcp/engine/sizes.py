@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ def over_processes(setup: Setup, k_j: Tensor, o: Any) -> tuple[Tensor, Tensor | 
     if o.metric == "none":
         return setup.placement.sum(k_j), float(setup.coordinates())
     metrics = [s.metric for s in setup.stacks if s.metric is not None]
-    size = torch.zeros((), dtype=torch.float64, device=k_j.device)
-    for metric in metrics:
-        size += metric.live_square().to(k_j.device)
+    size = joined([metric.live_squares() for metric in metrics], k_j).sum()
+    entered = joined([t.flatten() for metric in metrics for t in metric.entered], k_j)
+    size = size + 0 * entered.to(setup.dtype).sum()  # NaN, to refuse the step, where the state cannot hold it
     divided = [metric for metric in metrics if metric.divided]
     sent = [k_j, size, *(metric.means.to(k_j.device) for metric in divided)]
     message = setup.placement.sum(torch.cat([t.flatten() for t in sent]))
@@ -36,6 +36,11 @@ def over_processes(setup: Setup, k_j: Tensor, o: Any) -> tuple[Tensor, Tensor | 
     for metric, mean in zip(divided, means, strict=True):
         metric.means = mean.to(metric.means.device)
     return k_j, size
+
+
+def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Join tensors of one number of dimensions, on the device of `like`; without any, give an empty fp64 one."""
+    return torch.cat([part.to(like.device) for part in parts]) if parts else like.new_zeros(0)
 
 
 def finite(k_j: Tensor, size: Tensor | float) -> bool | Tensor:
@@ -51,6 +56,13 @@ def finite(k_j: Tensor, size: Tensor | float) -> bool | Tensor:
 def _normalized(o: Any) -> bool:
     """Tell whether the weights of an average sum to 1."""
     return o.window_nesterov or o.metric != "none"
+
+
+def by_group(ids: Sequence[Tensor], parts: Tensor, like: Tensor, scope: str) -> Tensor:
+    """Sum what tensors contribute, (tensors, ...) in the order of `ids`, over each Gram matrix, (groups, ...) as `like`."""
+    if scope == "model":
+        return parts.sum(0, keepdim=True)
+    return torch.zeros_like(like).index_add_(0, joined(ids, like).long(), parts)
 
 
 def averaged(k: Tensor, gram: GramMatrix, j: Tensor, o: Any) -> Tensor:
@@ -80,14 +92,12 @@ def rest_of(setup: Setup, outside: Callable[[Any, GramMatrix], Tensor] | None, o
         return Rest(zeros, zeros, 0.0)
     if outside is None:
         raise OptionError("residual='momentum': this method has no value outside of the window; allowed is feedback")
-    square = zeros.clone()
-    for s in setup.stacks:
-        if s.residual is not None:
-            each = s.residual.squares().to(square.device)
-            for i in s.turn.absent:  # what stays where it is has no part in the size of the update
-                each[i].zero_()
-            index = torch.zeros_like(s.ids) if o.scope == "model" else s.ids
-            square.index_add_(0, index.to(square.device), each)
+    stacks, squares = [s for s in setup.stacks if s.residual is not None], []
+    for s in stacks:
+        squares.append(s.residual.squares())
+        for i in s.turn.absent:  # what stays where it is has no part in the size of the update
+            squares[-1][i].zero_()
+    square = by_group([s.ids for s in stacks], joined(squares, zeros), zeros, o.scope)
     beta, mean = o.averaging, 1 - o.averaging
     if _normalized(o):
         mean = mean / (1 - beta ** gram.step.double())

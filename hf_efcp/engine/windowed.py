@@ -22,7 +22,7 @@ from .formats import EntryFormat, costs_of, fp32_stays
 from .method import Group
 from .phases import LISTENER, PHASES
 from .setup import Setup, decoupled_of, l2_of
-from .sizes import averaged, finite, over_processes, rescaled, rest_of
+from .sizes import averaged, by_group, finite, joined, over_processes, rescaled, rest_of
 from .stacks import Piece, Stack
 
 # A share of all parameters that is worth a line in the log.
@@ -273,15 +273,10 @@ class Windowed:
         return of_last_step(setup)
 
 
-def _new_row(stacks: Iterable[WindowStack], dots: Iterable[Tensor], gram: GramMatrix, scope: str) -> Tensor:
+def _new_row(stacks: Iterable[WindowStack], dots: Sequence[Tensor], gram: GramMatrix, scope: str) -> Tensor:
     """Sum the new row of K, (groups, m), over all tensors of this process; or give each tensor its own."""
-    k_j = torch.zeros_like(gram.matrix[:, 0])
-    for s, d in zip(stacks, dots, strict=True):
-        if scope == "layer":
-            k_j.index_add_(0, s.ids.to(k_j.device), d.to(k_j.device))
-        else:
-            k_j += d.sum(0).to(k_j.device)
-    return k_j
+    like = gram.matrix[:, 0]
+    return by_group([s.ids for s in stacks], joined(dots, like).view(-1, like.shape[1]), like, scope)
 
 
 def _coefficients_of(c: Tensor, s: WindowStack, scope: str) -> Tensor:

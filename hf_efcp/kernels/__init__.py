@@ -43,6 +43,10 @@ _log = logging.getLogger("hf_efcp")
 _MODULES = {
     "squares": {"cpu": "cpu_metric", "cuda": "gpu_metric"},
     "measure": {"cpu": "cpu_metric", "cuda": "gpu_metric"},
+    "measure_vectors": {"cuda": "gpu_state"},
+    "remember_factored": {"cuda": "gpu_state"},
+    "remember_diagonal": {"cuda": "gpu_state"},
+    "remember": {"cuda": "gpu_state"},
     "top_k": {"cpu": "cpu_top_k", "cuda": "gpu_sparse"},
     "dots": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
     "combine": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
@@ -77,6 +81,32 @@ def measure(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
     """The factors of a metric that contains g: see `core.metric.measured`."""
     return _try("measure", gradients[0], gradients, r, c, count, beta, eps)
+
+
+def measure_vectors(
+    gradients: Matrices, v: Tensor, mean: Tensor, count: Tensor, beta: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """v with g in it, S^-1 and S^-1 g, (n, 1, cols), the sum of S^2 and the mean of g^2, (n,): see `core.metric.Diagonal`."""
+    return _try("measure_vectors", gradients[0], gradients, v, mean, count, beta, eps)
+
+
+def remember_factored(
+    state: tuple[Tensor, Tensor, Tensor], rows: Tensor, means: Tensor, scale: Scale, beta: float, accepted: bool | Tensor
+) -> bool:
+    """Let the state (r, c, count) of a metric contain a gradient where `accepted`, else let `scale` be 0. Whether it was done."""
+    return bool(_try("remember_factored", rows, state, rows, means, scale, beta, accepted))
+
+
+def remember_diagonal(
+    state: tuple[Tensor, Tensor, Tensor], values: Tensor, means: Tensor, inverse: Tensor, beta: float, accepted: bool | Tensor
+) -> bool:
+    """Do the same for the state (v, mean, count) of vectors, and their S^-1. Whether it was done."""
+    return bool(_try("remember_diagonal", values, state, values, means, inverse, beta, accepted))
+
+
+def remember(state: Tensor, new: Tensor, alive: Tensor, accepted: bool | Tensor) -> bool:
+    """Copy `new` into the state (n, ...) where `accepted` and `alive`, (n,) bool, say so. Whether it was done."""
+    return bool(_try("remember", new, state, new, alive, accepted))
 
 
 def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> Entry | None:

@@ -14,7 +14,8 @@ from tests.kernels.helpers import coded_error, plain_error
 from tests.reference import relative
 
 SHAPES = pytest.mark.parametrize(
-    ("n", "rows", "cols", "rank"), [(2, 70, 300, 3), (1, 5, 600, 16), (1, 300, 9, 8), (3, 1, 20, 1), (2, 9, 1, 1), (1, 40, 40, 20)]
+    ("n", "rows", "cols", "rank"),
+    [(2, 70, 300, 3), (1, 5, 600, 16), (1, 300, 9, 8), (3, 1, 20, 1), (2, 9, 1, 1), (1, 40, 40, 20)],
 )
 ERRORS = pytest.mark.parametrize("kind", [None, torch.bfloat16, torch.float32, torch.float64, 8, 4], ids=str)
 
