@@ -219,7 +219,6 @@ def _try(name: str, example: Tensor, *args: Any) -> Any:
         else:
             _failed.add((type, name))
             message = f"{error.__class__.__name__}: {error}"
-            words = _NEEDS[type], name, type, message
             _log.warning(
                 "no %s kernel for `%s`: this part of a step on %s runs in plain torch: %s", _NEEDS[type], name, type, message
             )
