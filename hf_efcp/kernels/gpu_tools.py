@@ -142,6 +142,16 @@ def accumulated_tile(
     return accumulated_at(gradient, error, scales, left, right, t, row, col, mask, rows, cols, DECAY, FORMAT, SCALED)
 
 
+@triton.jit
+def tile(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The tensor, its rows (ROWS, 1) and the first of COLS columns that this program is for: see `tiling`."""
+    across = tl.cdiv(cols, COLS)
+    each = across * tl.cdiv(rows, ROWS)
+    program = tl.program_id(0)
+    row = program % each // across * ROWS + tl.arange(0, ROWS)
+    return (program // each).to(tl.int64), row.to(tl.int64)[:, None], program % across * COLS
+
+
 # Around them --------------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +230,24 @@ def factors(scale: Scale, like: Tensor) -> tuple[Tensor, Tensor, bool]:
 def reads(error: Error) -> bool:
     """Whether kernels know the format, and e lies in memory as they expect."""
     return error is None or all(x is None or x.is_contiguous() for x in error)
+
+
+def tiling(shape: tuple[int, int, int], numbers: int, widest: int | None = None) -> tuple[tuple[int], int, int]:
+    """Divide n matrices (rows, cols) into tiles of at most `numbers` numbers.
+
+    Args:
+        shape: (n, rows, cols).
+        numbers: a power of two, at least `RUN`.
+        widest: the most columns of a tile, a power of two; None: any number.
+
+    Returns:
+        The grid, one program a tile, and the rows and columns of a tile, powers of two.
+    """
+    n, rows, cols = shape
+    longest = min(max(2, triton.next_power_of_2(cols)), widest or numbers)  # 2: codes of 4 bits share a byte
+    height = min(triton.next_power_of_2(rows), numbers // min(longest, constants.BLOCK))
+    width = min(longest, numbers // height)
+    return (n * triton.cdiv(rows, height) * triton.cdiv(cols, width),), height, width
 
 
 def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
