@@ -173,7 +173,9 @@ def _multiply(a, b, out, gram, length, rank, parts, each, GRAM: tl.constexpr, R:
         for i in range(rank):
             x = tl.load(a + (t * rank + i) * length + col, mask=col < length, other=0.0)
             p += tl.load(b + (t * R + i) * R + k)[:, None] * x.to(tl.float64)
-        tl.store(out + (t * rank + k[:, None]) * length + col, p.to(out.dtype.element_ty), mask=(k[:, None] < rank) & (col < length))
+        tl.store(
+            out + (t * rank + k[:, None]) * length + col, p.to(out.dtype.element_ty), mask=(k[:, None] < rank) & (col < length)
+        )
         if GRAM:
             total += p[:, None, :] * p[None, :, :]
     if GRAM:
