@@ -12,9 +12,12 @@ from torch import Tensor
 from . import Error, Matrices, Scale
 from .gpu_tools import Addresses, Errors, accumulated_at, divided, factors, matrix, on, reads
 
-# A tile of e + g, in fp32: 32 numbers for each thread of 4 warps. Triton's products have no side below 16.
-_ROWS, _COLS = 64, 64
-_SHORTEST = 16
+# A tile of e + g, rows and columns. Few columns of q are multiplied one by one, into sums over three dimensions that are added
+# up at the end; more, by Triton's products, which read the side that is summed over into registers.
+_FEW_TILE = 16, 64
+_TIMES_TILE, _TRANSPOSED_TILE = (64, 32), (32, 64)
+# Triton's products have no side below this.
+_SHORTEST = tl.constexpr(16)
 _LARGEST_RANK = 32
 
 
@@ -29,13 +32,18 @@ def _times(
     row = (rest % groups * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     k = tl.arange(0, R).to(tl.int64)
     gradient = matrix(table, t, like)
-    total = tl.zeros([ROWS, R], dtype=tl.float32)
+    total = tl.zeros([ROWS, R] if R >= _SHORTEST else [ROWS, R, COLS], dtype=tl.float32)
     for start in range(part * each, tl.minimum(part * each + each, cols), COLS):
         col = (start + tl.arange(0, COLS))[None, :]
         mask = (row < rows) & (col < cols)
         a = accumulated_at(gradient, error, scales, left, right, t, row, col, mask, rows, cols, 1.0, FORMAT, SCALED)
         weights = tl.load(q + (t * rank + k[:, None]) * cols + col, mask=(k[:, None] < rank) & (col < cols), other=0.0)
-        total += tl.dot(a, tl.trans(weights), input_precision="ieee")
+        if R >= _SHORTEST:
+            total += tl.dot(a, tl.trans(weights), input_precision="ieee")
+        else:
+            total += a[:, None, :] * weights[None, :, :]
+    if R < _SHORTEST:
+        total = tl.sum(total, 2)
     place = ((part * n + t) * rank + k[None, :]) * rows + row
     tl.store(out + place, total, mask=(row < rows) & (k[None, :] < rank))
 
@@ -51,14 +59,19 @@ def _transposed_times(
     col = (rest % groups * COLS + tl.arange(0, COLS))[None, :]
     k = tl.arange(0, R).to(tl.int64)[:, None]
     gradient = matrix(table, t, like)
-    total = tl.zeros([R, COLS], dtype=tl.float32)
+    total = tl.zeros([R, COLS] if R >= _SHORTEST else [ROWS, R, COLS], dtype=tl.float32)
     for start in range(part * each, tl.minimum(part * each + each, rows), ROWS):
         within = (start + tl.arange(0, ROWS)).to(tl.int64)
         row = within[:, None]
         mask = (row < rows) & (col < cols)
         a = accumulated_at(gradient, error, scales, left, right, t, row, col, mask, rows, cols, 1.0, FORMAT, SCALED)
         weights = tl.load(p + (t * rank + k) * rows + within[None, :], mask=(k < rank) & (within[None, :] < rows), other=0.0)
-        total += tl.dot(weights, a, input_precision="ieee")
+        if R >= _SHORTEST:
+            total += tl.dot(weights, a, input_precision="ieee")
+        else:
+            total += a[:, None, :] * tl.trans(weights)[:, :, None]
+    if R < _SHORTEST:
+        total = tl.sum(total, 0)
     tl.store(out + ((part * n + t) * rank + k) * cols + col, total, mask=(k < rank) & (col < cols))
 
 
@@ -74,36 +87,53 @@ def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None) -> 
     Returns:
         (n, rows, r) in fp32, as a view of (n, r, rows).
     """
-    out = _product(_times, gradients, error, q, scale, by_rows=True)
-    return None if out is None else out.mT
+    if not _fits(gradients, error, q):
+        return None
+    g, rank = Addresses(gradients), q.shape[1]
+    n, rows, cols = g.shape
+    height, width = _tile(rank, _TIMES_TILE)
+    programs = n * triton.cdiv(rows, height)
+    parts, each = divided(cols, width, programs)
+    out = q.new_empty(parts, n, rank, rows)
+    _launch(_times, programs * parts, g, error, scale, q, out, parts, each, height, width)
+    return (out[0] if parts == 1 else out.sum(0)).mT
 
 
 def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None) -> Tensor | None:
     """Multiply p (n, r, rows) by a = e + g: (n, r, cols) in fp32; otherwise as `times`."""
-    return _product(_transposed_times, gradients, error, p, scale, by_rows=False)
-
-
-def _product(kernel: Any, gradients: Matrices, error: Error, factor: Tensor, scale: Scale, by_rows: bool) -> Tensor | None:
-    """Launch `kernel`, whose result has a number for each row, or for each column; add what the parts of the other side give."""
-    rank = factor.shape[1]
-    if rank > _LARGEST_RANK or not reads(error) or {gradients[0].dtype, factor.dtype} != {torch.float32}:
+    if not _fits(gradients, error, p):
         return None
-    g = Addresses(gradients)
+    g, rank = Addresses(gradients), p.shape[1]
     n, rows, cols = g.shape
-    e, (left, right, scaled) = Errors(error, g.like), factors(scale, g.like)
-    tile = _side(rows, _ROWS), _side(cols, _COLS)
-    kept, summed = ((rows, tile[0]), (cols, tile[1])) if by_rows else ((cols, tile[1]), (rows, tile[0]))
-    programs = n * triton.cdiv(*kept)
-    parts, each = divided(*summed, programs)
-    out = factor.new_empty(parts, n, rank, kept[0])
-    with on(factor):
-        kernel[(programs * parts,)](
-            g.table, g.like, *e.arrays, left, right, factor.contiguous(), out, n, rows, cols, rank, parts, each,
-            FORMAT=e.format, SCALED=scaled, R=_side(rank, _LARGEST_RANK), ROWS=tile[0], COLS=tile[1],
-        )  # fmt: skip
+    height, width = _tile(rank, _TRANSPOSED_TILE)
+    programs = n * triton.cdiv(cols, width)
+    parts, each = divided(rows, height, programs)
+    out = p.new_empty(parts, n, rank, cols)
+    _launch(_transposed_times, programs * parts, g, error, scale, p, out, parts, each, height, width)
     return out[0] if parts == 1 else out.sum(0)
 
 
-def _side(length: int, most: int) -> int:
-    """A side of a tile, for a product."""
-    return min(most, max(_SHORTEST, triton.next_power_of_2(length)))
+def _fits(gradients: Matrices, error: Error, factor: Tensor) -> bool:
+    return factor.shape[1] <= _LARGEST_RANK and reads(error) and {gradients[0].dtype, factor.dtype} == {torch.float32}
+
+
+def _padded(rank: int) -> int:
+    return triton.next_power_of_2(rank)
+
+
+def _tile(rank: int, of_products: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a tile."""
+    return of_products if _padded(rank) >= _SHORTEST.value else _FEW_TILE
+
+
+def _launch(
+    kernel: Any, programs: int, g: Addresses, error: Error, scale: Scale, factor: Tensor, out: Tensor,
+    parts: int, each: int, height: int, width: int,
+) -> None:  # fmt: skip
+    n, rows, cols = g.shape
+    e, (left, right, scaled), rank = Errors(error, g.like), factors(scale, g.like), factor.shape[1]
+    with on(factor):
+        kernel[(programs,)](
+            g.table, g.like, *e.arrays, left, right, factor.contiguous(), out, n, rows, cols, rank, parts, each,
+            FORMAT=e.format, SCALED=scaled, R=_padded(rank), ROWS=height, COLS=width, num_stages=1,
+        )  # fmt: skip

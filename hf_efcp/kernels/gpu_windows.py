@@ -180,11 +180,11 @@ def store(buffer: Tensor, entry: Tensor, dim: int, j: Tensor, accepted: bool | T
     length = math.prod(buffer.shape[dim + 1 :])
     outer = entry.numel() // length
     rows, block = _moved(outer, length)
-    masked = isinstance(accepted, Tensor)
+    flag = accepted.view(torch.uint8) if isinstance(accepted, Tensor) else j
     with on(buffer):
         _store[(triton.cdiv(outer, rows) * triton.cdiv(length, block),)](
-            buffer.view(integers), entry.contiguous().view(integers), j, accepted.view(torch.uint8) if masked else j,
-            outer, m, length, MASKED=masked, ROWS=rows, BLOCK=block,
+            buffer.view(integers), entry.contiguous().view(integers), j, flag,
+            outer, m, length, MASKED=flag is not j, ROWS=rows, BLOCK=block,
         )  # fmt: skip
     return True
 
