@@ -189,6 +189,22 @@ class DenseEntry(Entry):
         """See Entry."""
         return a.sub_(self.parts[0][:, rows])
 
+    def keep(
+        self,
+        error: kernels.Error,
+        gradients: kernels.Matrices,
+        rounding: kernels.Rounding,
+        absent: Sequence[int],
+        scale: kernels.Scale,
+        decay: float,
+        accepted: bool | Tensor,
+    ) -> bool:
+        """See Entry. One row c is of rank 1: c = 1 c."""
+        (c,) = self.parts
+        if c.shape[1] != 1:
+            return False
+        return kernels.keep(error, gradients, (c.new_ones(len(c), 1, 1), c), rounding, absent, None, scale, decay, accepted)
+
 
 class LowRankEntry(Entry):
     """c = P Q^T, held as P^T (n, r, rows) and Q^T (n, r, cols)."""
