@@ -8,7 +8,7 @@ from hf_efcp.core.accumulated import Accumulated
 from hf_efcp.core.cells import Cell, Layout, Turn
 from hf_efcp.core.compressors import BlockTopK
 from hf_efcp.core.sparse_window import SparseWindow
-from tests.reference import relative
+from tests.reference import NAMES, make, relative, update_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -65,4 +65,39 @@ def test_sparse_kernels_are_torch(monkeypatch, n, rows, cols, block, density, dt
     mine, theirs = window.combine(c), plain(window.combine, c)
     assert relative(mine, theirs) < (1e-14 if compute == torch.float64 else 1e-6)
     assert torch.equal(mine, window.combine(c))
+    assert not kernels._failed
+
+
+WHOLE = [(3000, 768), (768, 768), (768, 768), (768, 768), (768, 3072), (3072, 768), (2, 768), (768,), (768,), (3072,), (2,)]
+METRIC = {"metric": "factored", "rms_mode": "adam", "window_momentum": 0.8, "window_nesterov": True}
+BF16 = {"error_dtype": "bf16", "window_dtype": "bf16"}
+OPTIONS = [
+    {},
+    {"weight_decay": 0.1},
+    METRIC,
+    {**METRIC, **BF16, "residual": "momentum"},
+    {**METRIC, "error_format": "int8"},
+    {**METRIC, "error_format": "int4", "residual": "momentum"},
+    {"error_format": "int8", "window_format": "low_bit"},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_on_a_models_shapes_are_those_of_torch(name, options, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "_failed", set())
+    updates = []
+    for off in ("1", "0"):
+        monkeypatch.setenv("HF_EFCP_KERNELS", "1" if off == "0" else "0")
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter((0.01 * torch.randn(s, generator=generator)).to("cuda", dtype)) for s in WHOLE]
+        optimizer = make(name, params, window_size=4, update_rms=0.5, **options)
+        for _ in range(6):
+            for p in params:
+                p.grad = (torch.randn(p.shape, generator=generator) / 100).to("cuda", dtype)
+            updates.append(update_of(optimizer, params))
+    few = "int" in str(options) or "bf16" in str(options) or dtype == torch.bfloat16
+    for mine, theirs in zip(updates[6:], updates[:6], strict=True):
+        assert relative(mine, theirs) < (5e-2 if few else 1e-3)
     assert not kernels._failed

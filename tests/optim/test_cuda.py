@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_efcp import kernels
 from tests.reference import NAMES, make, names, parameters, relative, set_gradients, update_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -20,7 +21,19 @@ LOW_BIT = {"window_format": "low_bit", "error_format": "int8"}
 BF16 = {"error_dtype": "bf16", "window_dtype": "bf16"}
 
 
-@pytest.mark.parametrize("options", [{}, {"scope": "layer"}, BF16, LOW_BIT, {"momentum": 0.5}], ids=str)
+METRIC = {"metric": "factored", "rms_mode": "adam", "window_momentum": 0.8, "window_nesterov": True}
+PRESET = {**METRIC, **BF16, "residual": "momentum", "weight_decay": 0.1}
+OPTIONS = [{}, {"scope": "layer"}, {"weight_decay": 0.1}, BF16, LOW_BIT, {"momentum": 0.5}, METRIC, PRESET]
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_fails(monkeypatch):
+    monkeypatch.setattr(kernels, "_failed", set())
+    yield
+    assert not kernels._failed
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @EVERY
 def test_cuda_gives_the_update_of_the_cpu(name, options):
     (cpu, here), (gpu, there) = pair(name, window_size=5, update_rms=0.5, **options)
@@ -33,7 +46,7 @@ def test_cuda_gives_the_update_of_the_cpu(name, options):
                 p.grad = g.to(p.device)
             u, v = update_of(cpu, here), update_of(gpu, there).cpu()
             # A state in few bits may round a tie the other way, and top-k may break one.
-            assert relative(v, u) < (5e-2 if options is LOW_BIT else 2e-2 if options is BF16 else 1e-3)
+            assert relative(v, u) < (5e-2 if options is LOW_BIT else 2e-2 if options in (BF16, PRESET) else 1e-3)
         assert all(t.device.type == there[0].device.type for entry in gpu.state.values() for t in entry.values())
         assert torch.get_float32_matmul_precision() == "high"
     finally:
@@ -69,8 +82,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(name):
     assert not any(torch.equal(p, b) for p, b in zip(there, before, strict=True))
 
 
-# Not scope="layer": a single number's rows depend on each other, and cutting their null space away does wait.
-@pytest.mark.parametrize("options", [{}, {"window_momentum": 0.5}, {"error_dtype": "bf16", "momentum": 0.5}])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", names(family="mfac"))
 def test_a_step_of_mfac_waits_for_nothing(name, options):
     _, (gpu, there) = pair(name, window_size=4, update_rms=0.5, **options)
