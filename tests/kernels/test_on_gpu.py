@@ -86,6 +86,8 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_on_a_models_shapes_are_those_of_torch(name, options, dtype, monkeypatch):
+    if "sparse" in name and dtype == torch.bfloat16:
+        pytest.skip("gradients have equal magnitudes: which of them is kept is open")
     monkeypatch.setattr(kernels, "_failed", set())
     updates = []
     for off in ("1", "0"):
