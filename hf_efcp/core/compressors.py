@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import kernels
 from .accumulated import Accumulated, DenseEntry, Entry, LowRankEntry, SparseEntry
 from .cells import Cell
 from .deferred import readable
@@ -148,12 +149,15 @@ class PowerIteration(Compressor):
 
     def start(self, step: Tensor) -> Tensor:
         """Give the Q that this step starts from, (n, cols, r): unit columns of the last one, dead ones redrawn."""
-        last = self.warm_start.read()
+        last, ids = self.warm_start.read(), self.warm_start.turn.ids
+        fast = kernels.start(last, step, ids, _DEAD * torch.finfo(last.dtype).eps)
+        if fast is not None:
+            return fast
         norms = _column_norms(last)
         dead = norms <= _DEAD * torch.finfo(last.dtype).eps * norms.amax(dim=-1, keepdim=True)
         if readable(dead.device) and not dead.any():
             return unit_columns(last)
-        fresh = counted_noise(step, self.warm_start.turn.ids, last.shape[2], last.shape[1]).mT.to(last.dtype)
+        fresh = counted_noise(step, ids, last.shape[2], last.shape[1]).mT.to(last.dtype)
         return torch.where(dead, fresh, unit_columns(last))
 
 

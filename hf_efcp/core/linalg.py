@@ -13,22 +13,27 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.devices import kind
 
-# Bytes that one temporary of a chunked loop may take.
-CHUNK_BYTES = 32 * 2**20
+# Bytes that one temporary of a chunked loop may take, by kind of device: on a GPU every chunk is more launches.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 # The same where it should stay in a CPU's cache.
 CACHE_BYTES = 4 * 2**20
 
 
 def chunk_bytes(device: torch.device) -> int:
     """Bytes of a temporary that is used at once: it should stay in the cache on a CPU, and fill the device on a GPU."""
-    return CACHE_BYTES if kind(device) == "cpu" else CHUNK_BYTES
+    return CACHE_BYTES if kind(device) == "cpu" else room_bytes(device)
+
+
+def room_bytes(device: torch.device) -> int:
+    """Bytes of a temporary that need not stay in the cache."""
+    return CHUNK_BYTES.get(kind(device), CHUNK_BYTES["cuda"])
 
 
 # Eigenvalues of a correlation matrix in fp64 below this fraction of the largest are rounding noise.
 _DEPENDENT = 1e-14
 
 
-def chunks(total: int, bytes_each: int, limit: int = CHUNK_BYTES) -> Iterator[slice]:
+def chunks(total: int, bytes_each: int, limit: int) -> Iterator[slice]:
     """Slices of range(total) whose temporaries of `bytes_each` bytes an item stay under `limit` (at least one item each)."""
     size = max(1, limit // max(1, bytes_each))
     for start in range(0, total, size):
@@ -130,10 +135,11 @@ def reciprocal(x: Tensor) -> Tensor:
 
 
 def orthonormalize(a: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Orthonormal basis of the columns of each matrix, by Householder QR.
+    """Orthonormal basis of the columns of each matrix, in the order of the columns: that of QR, up to signs.
 
     Args:
-        a: (n, rows, r) with r <= rows. Dependent columns are completed to an orthonormal set.
+        a: (n, rows, r) with r <= rows. Of dependent columns, QR completes the later ones to an orthonormal set; a GPU's kernel,
+            which is there as libraries take one matrix after another, makes them zero.
         reduce: where `a` is rows of larger matrices, sums a tensor over all processes that hold rows. The basis then comes from
             the r x r Gram matrix in fp64, in two passes (the first leaves errors of condition^2 * 1e-16), and is that of QR up
             to signs; dependent columns become zero.
@@ -142,7 +148,8 @@ def orthonormalize(a: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) 
         (n, rows, r), same dtype.
     """
     if reduce is None:
-        return torch.linalg.qr(a, mode="reduced").Q
+        fast = kernels.orthonormal(a)
+        return torch.linalg.qr(a, mode="reduced").Q if fast is None else fast
     p, r = a.double(), torch.eye(a.shape[2], dtype=torch.float64, device=a.device)
     for _ in range(2):
         gram = reduce(p.mT @ p).nan_to_num(nan=0.0, posinf=0.0)  # eigh would raise; p itself keeps what is not finite

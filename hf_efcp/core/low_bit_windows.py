@@ -20,7 +20,7 @@ from .accumulated import DenseEntry, Entry, LowRankEntry, SparseEntry
 from .cells import ALL, Buffers, Layout, Spec
 from .codecs import BlockQuantizer, SparseCodec, decode_float8, encode_float8
 from .compressors import BlockTopK
-from .linalg import chunks
+from .linalg import chunks, room_bytes
 from .sparse_window import SparseWindow
 from .windows import DenseWindow, LowRankWindow, Window
 
@@ -31,6 +31,11 @@ class _Coded(Window):
     """Staging where entries are stored as codes: the codes enter the window, `staged` is the same in the compute dtype."""
 
     _codes: tuple[Tensor, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the window is."""
+        return next(iter(self.buffers.values())).device
 
     def release(self) -> None:
         """See Window."""
@@ -58,7 +63,7 @@ class LowBitDenseWindow(_Coded, DenseWindow):
         (a,) = entry.parts
         n, rows, cols = a.shape
         codes, scale = _INT8.zeros(n, rows, cols, scale_dtype=a.dtype, device=a.device)
-        for part in chunks(rows, n * cols * 24):
+        for part in chunks(rows, n * cols * 24, room_bytes(a.device)):
             codes[:, part], scale[:, part] = _INT8.encode(a[:, part])
             a[:, part] = _INT8.decode(codes[:, part], scale[:, part], cols)
         self._codes, self.staged = (codes, scale), DenseEntry(a)
@@ -70,7 +75,8 @@ class LowBitDenseWindow(_Coded, DenseWindow):
     def _dots_with_window(self) -> Tensor:
         n, m, rows, cols = self.buffers["window_rows"].shape
         bytes_each = 2 * n * rows * cols * self.compute_dtype.itemsize
-        return torch.cat([self._dots_of(self._slots(slots)) for slots in chunks(m, bytes_each)], 1)
+        parts = chunks(m, bytes_each, room_bytes(self.device))
+        return torch.cat([self._dots_of(self._slots(slots)) for slots in parts], 1)
 
 
 class LowBitLowRankWindow(_Coded, LowRankWindow):
@@ -101,7 +107,8 @@ class LowBitLowRankWindow(_Coded, LowRankWindow):
     def _dots_with_window(self) -> Tensor:
         n, m, rank, rows = self.buffers["window_p"].shape
         bytes_each = 2 * n * rank * (rows + self.buffers["window_q"].shape[3]) * self.compute_dtype.itemsize
-        return torch.cat([self._factor_dots(*self._factors(slots)) for slots in chunks(m, bytes_each)], 1)
+        parts = chunks(m, bytes_each, room_bytes(self.device))
+        return torch.cat([self._factor_dots(*self._factors(slots)) for slots in parts], 1)
 
 
 class LowBitSparseWindow(_Coded, SparseWindow):

@@ -53,8 +53,12 @@ class SparseWindow(Window):
         indices, values = entry.parts
         self.staged = SparseEntry(indices, values.to(self.buffers["window_values"].dtype), self.grid)
 
-    def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float, factors: kernels.Scale = None) -> bool:
+    def apply(
+        self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float | Tensor, factors: kernels.Scale = None
+    ) -> bool:
         """See Window."""
+        if isinstance(decay, Tensor):
+            return False
         c = c.to(self.compute_dtype)
         return kernels.apply(self._stored(), c, self.grid.cols, self.grid.blocks, params, scale, decay, factors)
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels.devices import kind
 from .accumulated import DenseEntry, Entry, LowRankEntry
 from .cells import ALL, Buffers, Layout, Spec
 from .deferred import masked
-from .linalg import chunk_bytes, chunks, inner
+from .linalg import chunk_bytes, chunks, inner, room_bytes
 
 
 class Window:
@@ -52,6 +53,8 @@ class Window:
     def commit(self, j: Tensor, ok: bool | Tensor = True) -> None:
         """Write the staged entry into slot j, a (1,) int64 tensor, where the step is accepted; forget it."""
         for buffer, part in zip(self.buffers.values(), self._parts_to_store(), strict=True):
+            if kernels.store(buffer, part, self.slot_dim, j, ok):
+                continue
             part = part.unsqueeze(self.slot_dim)
             if ok is not True:
                 part = masked(ok, part, buffer.index_select(self.slot_dim, j))
@@ -62,13 +65,16 @@ class Window:
         """Forget the staged entry: it may share memory with a gradient."""
         self.staged = None
 
-    def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float, factors: kernels.Scale = None) -> bool:
+    def apply(
+        self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float | Tensor, factors: kernels.Scale = None
+    ) -> bool:
         """Compute p <- decay * p + scale * u in place, u = diag(x) G^T c diag(y), for n matrices in the compute dtype.
 
         Args:
             c: (n, m) fp64.
             params: the matrices, (rows, cols) each.
-            scale, decay: numbers.
+            scale: a number.
+            decay: a number; on a GPU perhaps a 0-D tensor.
             factors: x (n, rows) and y (n, cols) in the compute dtype; None: u = G^T c.
 
         Returns:
@@ -124,7 +130,7 @@ class DenseWindow(Window):
         same = stored == self.compute_dtype
         out = torch.zeros(n, 1, length, dtype=self.compute_dtype, device=c.device)
         c = c.to(self.compute_dtype)[:, None]
-        for slots in chunks(m, 0 if same else n * length * out.element_size()):
+        for slots in chunks(m, 0 if same else n * length * out.element_size(), room_bytes(c.device)):
             out.baddbmm_(c[..., slots], self._slots(slots, rows).flatten(2).to(self.compute_dtype))
         return out.view(n, rows.stop - rows.start, cols)
 
@@ -163,6 +169,13 @@ class LowRankWindow(Window):
         p, q = entry.parts
         self.staged = LowRankEntry(p.to(self.buffers["window_p"].dtype), q.to(self.buffers["window_q"].dtype))
 
+    def dots(self, j: Tensor) -> Tensor:
+        """See Window."""
+        p, q = self._parts
+        window = self.buffers["window_p"], self.buffers["window_q"]
+        fast = kernels.factor_dots(window, (p, q), j) if p.dtype == window[0].dtype else None
+        return super().dots(j) if fast is None else fast
+
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window. c scales the shorter factor, a few slots at a time."""
         part = rows or slice(0, self.buffers["window_p"].shape[3])
@@ -175,15 +188,18 @@ class LowRankWindow(Window):
                 out.add_(left.mT @ right)
         return out
 
-    def apply(self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float, factors: kernels.Scale = None) -> bool:
+    def apply(
+        self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float | Tensor, factors: kernels.Scale = None
+    ) -> bool:
         """See Window. Products that are added to p itself: G^T c is not formed."""
-        if factors is not None and self.update_dtype == self.compute_dtype:
+        at_once = kind(c.device) != "cpu"  # a launch takes longer than a pass
+        if factors is not None and self.update_dtype == self.compute_dtype and not at_once and not isinstance(decay, Tensor):
             self._apply_scaled(c.to(self.compute_dtype), params, scale, decay, factors)
             return True
         for i, (left, right) in enumerate(self._products(c, slice(0, len(params[0])), factors)):
             beta = 1.0 if i else decay
-            if right.dtype != self.compute_dtype:
-                _add_rounded_products(params, left, right, scale, beta)
+            if at_once or isinstance(beta, Tensor) or right.dtype != self.compute_dtype:
+                _add_products(params, left, right, scale, beta)
                 continue
             for p, x, y in zip(params, left, right, strict=True):
                 p.addmm_(x.mT, y, beta=beta, alpha=scale)
@@ -210,8 +226,9 @@ class LowRankWindow(Window):
 
     def _slots_at_once(self, rows: int, cols: int) -> Iterator[slice]:
         n, m, rank, _ = self.buffers["window_p"].shape
-        converted = rows + cols if self.buffers["window_p"].dtype != self.update_dtype else min(rows, cols)
-        return chunks(m, n * rank * converted * self.update_dtype.itemsize)
+        window_p = self.buffers["window_p"]
+        converted = rows + cols if window_p.dtype != self.update_dtype else min(rows, cols)
+        return chunks(m, n * rank * converted * self.update_dtype.itemsize, room_bytes(window_p.device))
 
     def _products(self, c: Tensor, part: slice, factors: tuple[Tensor, Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Give X (n, slots r, rows) and Y (n, slots r, cols) whose X^T Y make up rows `part` of u: some slots at a time."""
@@ -254,15 +271,16 @@ class LowRankWindow(Window):
         return gram_p.mul_(gram_q).unflatten(1, p.shape[1:3]).sum((2, 3))
 
 
-def _add_rounded_products(params: Sequence[Tensor], x: Tensor, y: Tensor, scale: float, decay: float) -> None:
-    """Compute p <- decay * p + scale * X^T Y in place, with X^T Y in the dtype of X and Y.
+def _add_products(params: Sequence[Tensor], x: Tensor, y: Tensor, scale: float, decay: float | Tensor) -> None:
+    """Compute p <- decay * p + scale * X^T Y in place; X^T Y has the dtype of X and Y.
 
     X^T Y is formed for some tensors, or for some rows of one, at a time, so that it is still in the cache when it is added.
 
     Args:
-        params: p, n matrices (rows, cols) in another dtype.
+        params: p, n matrices (rows, cols).
         x, y: (n, L, rows) and (n, L, cols).
-        scale, decay: numbers.
+        scale: a number.
+        decay: a number or a 0-D tensor.
     """
     rows, cols = params[0].shape
     limit = chunk_bytes(x.device)
@@ -274,4 +292,4 @@ def _add_rounded_products(params: Sequence[Tensor], x: Tensor, y: Tensor, scale:
             parts = [p[part] for p in some]
             if not kernels.add(parts, product, scale, decay):
                 for p, u in zip(parts, product, strict=True):
-                    (p if decay == 1 else p.mul_(decay)).add_(u, alpha=scale)
+                    (p.mul_(decay) if isinstance(decay, Tensor) or decay != 1 else p).add_(u, alpha=scale)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
-from ..core.linalg import add_scaled_, chunk_bytes, chunks
+from .. import kernels
+from ..core.linalg import add_scaled_, chunk_bytes, chunks, room_bytes
 from ..core.random import stochastic_round
 from .stacks import Stack
 
@@ -21,7 +22,7 @@ def apply(
     lr: float | Tensor,
     weight_decay: float,
     rounding: Tensor | None,
-    still: Container[int],
+    still: Collection[int],
 ) -> None:
     """Compute p <- (1 - lr*wd) p - lr u for the pieces of a stack, a few rows at a time.
 
@@ -39,6 +40,8 @@ def apply(
     bytes_each = len(stack.pieces) * cols * stack.layout.dtype.itemsize
     for part in chunks(rows, bytes_each, chunk_bytes(stack.device)):
         u = update(part)
+        if not still and _add_at_once(stack, u, part, lr, weight_decay, rounding):
+            continue
         for i, piece in enumerate(stack.pieces):
             if i not in still:
                 p = piece.data
@@ -50,6 +53,21 @@ def apply(
                     _apply(p, u[i].view(p.shape), lr, weight_decay)
 
 
+def _add_at_once(stack: Stack, u: Tensor, part: slice, lr: float | Tensor, weight_decay: float, rounding: Tensor | None) -> bool:
+    """Do it for some rows of all pieces by one kernel; tell whether one can."""
+    params = [piece.data for piece in stack.pieces]
+    if not all(p.is_contiguous() for p in params):
+        return False
+    matrices = [p.view(stack.shape)[part] for p in params]
+    (row, col), counted = stack.pieces[0].origin, None
+    if rounding is not None and params[0].dtype == torch.bfloat16:
+        counted = rounding, stack.ids + _PARAMETER_SALT, (row + part.start, col)
+    if not kernels.add(matrices, u, -lr, 1 - lr * weight_decay, counted):
+        return False
+    torch.autograd.graph.increment_version([piece.param for piece in stack.pieces])
+    return True
+
+
 def _apply(p: Tensor, u: Tensor, lr: float | Tensor, weight_decay: float) -> None:
     """Compute p <- (1 - lr*wd) p - lr u, rounded to nearest."""
     if p.dtype == u.dtype:
@@ -58,7 +76,7 @@ def _apply(p: Tensor, u: Tensor, lr: float | Tensor, weight_decay: float) -> Non
         add_scaled_(p, u, -lr)
         return
     p, u = (p, u) if p.ndim else (p.view(1), u.view(1))
-    for part in chunks(len(p), 8 * p[:1].numel()):
+    for part in chunks(len(p), 8 * p[:1].numel(), room_bytes(p.device)):
         new = p[part].to(u.dtype)
         if weight_decay:
             new.mul_(1 - lr * weight_decay)
@@ -70,7 +88,7 @@ def _apply_rounded(
 ) -> None:
     """Compute the same, rounded stochastically; u is (rows, cols), which begin at `origin` in the whole parameter."""
     p = p[(None,) * max(0, 2 - p.ndim)]  # rows first, as in the 2-D view
-    for part in chunks(len(p), 24 * u.shape[1]):
+    for part in chunks(len(p), 24 * u.shape[1], room_bytes(p.device)):
         new = u[part].mul(-lr).add_(p[part].reshape(u[part].shape).to(u.dtype).mul_(1 - lr * weight_decay))
         rounded = stochastic_round(new[None], p.dtype, step, salt, (origin[0] + part.start, origin[1]))
         p[part] = rounded.view(p[part].shape)

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from ..core.cells import Cell, Layout, Spec, Turn, cell, compute_dtype, matrix_shape
-from ..core.linalg import CHUNK_BYTES, chunks
+from ..core.linalg import chunks, room_bytes
 from ..distributed.fsdp2 import is_sharded, local, local_gradient
 from ..distributed.placement import Placement
 from ..distributed.plan import Owners
+from ..kernels.devices import kind
+
+# Bytes of a stack's parameters, by kind of device: to a GPU, a launch costs the same for one matrix and for many.
+_STACK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
 
 @dataclasses.dataclass(eq=False)
@@ -123,7 +127,7 @@ class Stack:
             if l2:
                 dense = dense.clone() if dense.data_ptr() == g.data_ptr() else dense
                 matrix = piece.data.reshape(shape)
-                for part in chunks(shape[0], 8 * shape[1]):
+                for part in chunks(shape[0], 8 * shape[1], room_bytes(self.device)):
                     dense[part].add_(matrix[part].to(dtype), alpha=l2)
             gradients.append(dense)
         return gradients
@@ -164,7 +168,7 @@ def batches_of(
 def batches(members: list[Piece], processes: int = 1) -> Iterator[list[Piece]]:
     """Cut pieces of one shape, each 1/processes of its parameter, into lists that are not too large for one stack."""
     first = members[0].param
-    limit = processes * CHUNK_BYTES
+    limit = processes * _STACK_BYTES.get(kind(first.device), _STACK_BYTES["cuda"])
     size = max(1, limit // max(1, first.numel() * compute_dtype(first).itemsize))
     for start in range(0, len(members), size):
         yield members[start : start + size]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.accumulated import Accumulated
 from ..core.cells import Layout, Parts, Spec, matrix_shape
 from ..core.compressors import Identity
+from ..core.deferred import masked
 from ..core.gram import GramMatrix
 from .apply import apply
 from .costs import Count
@@ -126,14 +127,16 @@ class WindowStack(Stack):
     def _apply_at_once(self, c: Tensor, outside: Tensor, lr: float, weight_decay: float) -> bool:
         """Do the plain case of `apply` without forming u; tell whether the window can."""
         pieces, dtype = self.pieces, self.layout.dtype
-        unmasked = self.turn.ok is True or not weight_decay  # of a refused step c is zero
         factors = None if self.metric is None else self.metric.scale
-        plain = unmasked and self.momentum is None and not self.turn.absent and (self.metric is None or factors is not None)
+        plain = self.momentum is None and not self.turn.absent and (self.metric is None or factors is not None)
         params = [piece.data for piece in pieces] if plain else []
         if not plain or any(p.dtype != dtype for p in params):
             return False
         matrices = [p.reshape(self.shape).contiguous() for p in params]  # copies where the layout is another
-        if not self.window.apply(c, matrices, -lr, 1 - lr * weight_decay, factors):
+        decay: float | Tensor = 1 - lr * weight_decay
+        if weight_decay and isinstance(self.turn.ok, Tensor):  # of a refused step c is 0, and p has to stay
+            decay = masked(self.turn.ok, torch.full((), decay, dtype=dtype, device=self.device), 1.0)
+        if not self.window.apply(c, matrices, -lr, decay, factors):
             return False
         if self.residual is not None:
             self.residual.add_to(matrices, -lr * outside, factors)

@@ -191,9 +191,19 @@ def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None = None) -> Ten
     return _try("scaled", factor, factor, c, sizes)
 
 
-def add(params: Matrices, update: Tensor, scale: float, decay: float) -> bool:
-    """p <- decay * p + scale * u in place, for an update u (n, rows, cols): see `LowRankWindow`. Whether it was done."""
-    return bool(_try("add", update, params, update, scale, decay))
+def add(params: Matrices, update: Tensor, scale: float | Tensor, decay: float | Tensor, rounding: Rounding | None = None) -> bool:
+    """p <- decay * p + scale * u in place, for n matrices in any float dtype.
+
+    Args:
+        params: p.
+        update: u, (n, rows, cols).
+        scale, decay: numbers, or 0-D tensors on the device.
+        rounding: where p is bf16 and rounded stochastically, what the random numbers are counted by; None: to nearest.
+
+    Returns:
+        Whether it was done.
+    """
+    return bool(_try("add", update, params, update, scale, decay, rounding))
 
 
 def _try_sparse(name: str, example: Tensor, *args: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Error, Matrices, Scale
+from . import Error, Matrices, Rounding, Scale
 from .constants import BF16_SHIFT
 from .cpu_threads import PARTS, divide_work
 from .cpu_tools import (
@@ -183,14 +183,17 @@ def inner(a: Tensor, b: Tensor) -> Tensor | None:
     return out
 
 
-def add(params: Matrices, update: Tensor, scale: float, decay: float) -> bool:
+def add(params: Matrices, update: Tensor, scale: float | Tensor, decay: float | Tensor, rounding: Rounding | None = None) -> bool:
     """p <- decay * p + scale * u in place; whether it was done.
 
     Args:
         params: n contiguous matrices (rows, cols) in fp32.
         update: u, (n, rows, cols) in bf16.
         scale, decay: numbers.
+        rounding: p is in fp32.
     """
+    if isinstance(scale, Tensor) or isinstance(decay, Tensor):
+        return False
     if update.dtype != torch.bfloat16 or any(p.dtype != torch.float32 or not p.is_contiguous() for p in params):
         return False
     p = Addresses(params)

@@ -32,6 +32,8 @@ NONE, PLAIN, INT8, INT4 = 0, 1, 8, 4
 _INT8, _INT4 = tl.constexpr(INT8), tl.constexpr(INT4)
 # How many tables of addresses are kept: a step needs about three for each stack, and most steps need those of the one before.
 _TABLES = 4096
+# Programs that keep a large GPU busy, and the fewest blocks of a sum that are worth a program.
+_PROGRAMS, _FEWEST_BLOCKS = 512, 2
 
 
 # In kernels ---------------------------------------------------------------------------------------------------------------
@@ -111,6 +113,21 @@ def error_tile(error, scales, t, row, col, mask, rows, cols, like, FORMAT: tl.co
 
 
 @triton.jit
+def accumulated_at(
+    gradient, error, scales, left, right, t, row, col, mask, rows, cols, DECAY: tl.constexpr, FORMAT: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """`accumulated_tile`, where a loop has found the address of g, the matrix of tensor t, before."""
+    a = tl.load(gradient + row * cols + col, mask=mask, other=0.0)
+    if SCALED:
+        x = tl.load(left + t * rows + row, mask=row < rows, other=0.0)
+        a = (a * x) * tl.load(right + t * cols + col, mask=col < cols, other=0.0)
+    if FORMAT != 0:
+        a += error_tile(error, scales, t, row, col, mask, rows, cols, gradient, FORMAT) * DECAY
+    return a
+
+
+@triton.jit
 def accumulated_tile(
     table, like, error, scales, left, right, t, row, col, mask, rows, cols,
     DECAY: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
@@ -121,13 +138,8 @@ def accumulated_tile(
         table, like: of g, see `matrix`.
         left, right: x (n, rows) and y (n, cols), where SCALED.
     """
-    a = tl.load(matrix(table, t, like) + row * cols + col, mask=mask, other=0.0)
-    if SCALED:
-        x = tl.load(left + t * rows + row, mask=row < rows, other=0.0)
-        a = (a * x) * tl.load(right + t * cols + col, mask=col < cols, other=0.0)
-    if FORMAT != 0:
-        a += error_tile(error, scales, t, row, col, mask, rows, cols, like, FORMAT) * DECAY
-    return a
+    gradient = matrix(table, t, like)
+    return accumulated_at(gradient, error, scales, left, right, t, row, col, mask, rows, cols, DECAY, FORMAT, SCALED)
 
 
 # Around them --------------------------------------------------------------------------------------------------------------
@@ -164,6 +176,17 @@ def _on_device(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
         return torch.tensor(addresses, dtype=torch.int64)
     # From pinned memory: any other copy would wait for the device.
     return torch.tensor(addresses, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+
+
+def divided(length: int, block: int, programs: int) -> tuple[int, int]:
+    """Tell how to cut a sum, so that a GPU is busy: into how many parts, and the length of each, a multiple of `block`.
+
+    Where there are `programs` already, the sum stays whole. The device does not count: the same input gives the same bits on all.
+    """
+    blocks = triton.cdiv(length, block)
+    wanted = max(1, min(triton.cdiv(blocks, _FEWEST_BLOCKS), _PROGRAMS // programs))
+    each = triton.cdiv(blocks, wanted)
+    return triton.cdiv(blocks, each), each * block
 
 
 class Errors:

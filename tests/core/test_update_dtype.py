@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_efcp.core import linalg
 from hf_efcp.core.accumulated import DenseEntry, LowRankEntry
 from hf_efcp.core.cells import Layout
 from hf_efcp.core.low_bit_windows import LowBitDenseWindow, LowBitLowRankWindow
@@ -89,7 +90,7 @@ def test_low_rank_adds_the_same_to_the_parameters(n, rows, cols, rank, window_si
 @KERNELS
 def test_a_window_that_is_converted_in_parts(kernels, monkeypatch):
     monkeypatch.setenv("HF_EFCP_KERNELS", kernels)
-    monkeypatch.setattr("hf_efcp.core.linalg.CHUNK_BYTES", 2**10)
+    monkeypatch.setitem(linalg.CHUNK_BYTES, "cpu", 2**10)
     monkeypatch.setattr("hf_efcp.core.windows.chunks", lambda total, bytes_each, limit=2**10: _pieces(total, 2))
     fast, exact = low_rank("fp32", 3, 7, 20, 64, 2)
     c, params = coefficients(3, 7), list(torch.zeros(3, 20, 64))

@@ -1,0 +1,224 @@
+"""Windows on GPUs, by Triton: inner products in fp64, low-rank entries' too, writing an entry, scaling factors.
+
+Tensor cores have no fp64 on most devices: products are formed one by one, and summed at the end, over tiles of three dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import Entry, constants
+from .gpu_tools import divided, on
+
+# Rows of b, and the rank of factors, for which a tile of sums fits in registers.
+_SKINNY = 16
+# Sums in a tile: 32 fp64 numbers for each thread of 8 warps.
+_SUMS, _WARPS = 8192, 8
+_LONGEST_BLOCK = 1024
+# Rows of a at once.
+_ROWS = 16
+# Numbers that a program moves or scales.
+_MOVED = 2048
+# Half of the last bit of bf16, less one, in the bits of fp32.
+_SHIFT = tl.constexpr(constants.BF16_SHIFT)
+_HALF = tl.constexpr(2 ** (constants.BF16_SHIFT - 1) - 1)
+# Integers of a width: what is stored is moved as such.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@triton.jit
+def _inner(
+    a, b, out, many, length, stride_t, stride_row, parts, each, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program for some rows of a and a part of their length: out (n, parts, many, N)."""
+    part, rest, groups = tl.program_id(0) % parts, tl.program_id(0) // parts, tl.cdiv(many, ROWS)
+    t = (rest // groups).to(tl.int64)
+    row = (rest % groups * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    other = tl.arange(0, COLS).to(tl.int64)
+    row_a, row_b = row[:, None, None], other[None, :, None]
+    start_a, start_b = t * stride_t + row_a * stride_row, (t * N + row_b) * length
+    within = tl.arange(0, BLOCK)[None, None, :]
+    total = tl.zeros([ROWS, COLS, BLOCK], dtype=tl.float64)
+    begin = part.to(tl.int64) * each
+    for start in range(begin, tl.minimum(begin + each, length), BLOCK):
+        col = start + within
+        x = tl.load(a + start_a + col, mask=(row_a < many) & (col < length), other=0.0)
+        y = tl.load(b + start_b + col, mask=(row_b < N) & (col < length), other=0.0)
+        total += x.to(tl.float64) * y.to(tl.float64)
+    place = ((t * parts + part) * many + row[:, None]) * N + other[None, :]
+    tl.store(out + place, tl.sum(total, 2), mask=(row[:, None] < many) & (other[None, :] < N))
+
+
+@triton.jit
+def _factor_gram(factors, entry, place, t, own, rank, length, R: tl.constexpr, BLOCK: tl.constexpr):
+    """Inner products of the columns of a factor, or of the `own` ones of the entry, with the entry's: (R, R)."""
+    k = tl.arange(0, R).to(tl.int64)
+    left, right, within = k[:, None, None], k[None, :, None], tl.arange(0, BLOCK)[None, None, :]
+    total = tl.zeros([R, R, BLOCK], dtype=tl.float64)
+    for start in range(0, length, BLOCK):
+        col = start + within
+        x = tl.load(factors + (place * rank + left) * length + col, mask=(left < rank - own) & (col < length), other=0.0)
+        x += tl.load(entry + (t * rank + left) * length + col, mask=(left < own) & (col < length), other=0.0)
+        y = tl.load(entry + (t * rank + right) * length + col, mask=(right < rank) & (col < length), other=0.0)
+        total += x.to(tl.float64) * y.to(tl.float64)
+    return tl.sum(total, 2)
+
+
+@triton.jit
+def _factor_dots(
+    window_p, window_q, p, q, j, out, m, rank, rows, cols, R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """A program a slot."""
+    place = tl.program_id(0).to(tl.int64)
+    t = place // m
+    own = tl.where(place % m == tl.load(j), rank, 0)
+    gram = _factor_gram(window_p, p, place, t, own, rank, rows, R, ROWS)
+    gram *= _factor_gram(window_q, q, place, t, own, rank, cols, R, COLS)
+    tl.store(out + place, tl.sum(tl.sum(gram, 1), 0))
+
+
+@triton.jit
+def _store(buffer, entry, j, accepted, outer, m, length, MASKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program for some rows of the entry (outer, length), or for a block of a row; the buffer is (outer, m, length)."""
+    blocks = tl.cdiv(length, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (row < outer) & (col < length)
+    if MASKED:
+        mask = mask & (row < tl.load(accepted).to(tl.int64) * outer)
+    numbers = tl.load(entry + row * length + col, mask=mask)
+    tl.store(buffer + (row * m + tl.load(j)) * length + col, numbers, mask=mask)
+
+
+@triton.jit
+def _scaled(
+    factor, c, sizes, out, many, m, rank, length, stride_t, stride_slot, stride_row,
+    WEIGHTED: tl.constexpr, SIZED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program for some rows of all factors, or for a block of a row."""
+    blocks = tl.cdiv(length, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (row < many) & (col < length)
+    slot = row // rank
+    t = slot // m
+    at = t * stride_t + slot % m * stride_slot + row % rank * stride_row
+    x = tl.load(factor + at + col, mask=mask, other=0.0).to(tl.float32)
+    if WEIGHTED:
+        x *= tl.load(c + slot, mask=row < many, other=0.0)
+    if SIZED:
+        x *= tl.load(sizes + t * length + col, mask=mask, other=0.0)
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(x == x, bits + (_HALF + ((bits >> _SHIFT) & 1)), bits)  # Triton's interpreter would cut
+    tl.store(out + row * length + col, (bits & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16), mask=mask)
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor | None:
+    """Form and sum inner products of rows in fp64: (n, M, N) of a (n, M, L) and b (n, N, L), any float dtypes.
+
+    None for N above 16: that is a matter for a library of matrix products.
+    """
+    n, many, length = a.shape
+    skinny = b.shape[1]
+    if skinny > _SKINNY:
+        return None
+    a, b = a if a.stride(2) == 1 else a.contiguous(), b.contiguous()
+    cols, rows = triton.next_power_of_2(skinny), min(_ROWS, triton.next_power_of_2(many))
+    block = _block(length, rows * cols)
+    programs = n * triton.cdiv(many, rows)
+    parts, each = divided(length, block, programs)
+    out = torch.empty(n, parts, many, skinny, dtype=torch.float64, device=a.device)
+    with on(a):
+        _inner[(programs * parts,)](
+            a, b, out, many, length, a.stride(0), a.stride(1), parts, each, N=skinny, ROWS=rows, COLS=cols, BLOCK=block,
+            num_warps=_WARPS,
+        )  # fmt: skip
+    return out[:, 0] if parts == 1 else out.sum(1)
+
+
+def factor_dots(window: Entry, entry: Entry, j: Tensor) -> Tensor | None:
+    """Form inner products of a low-rank entry with a window's in fp64, (n, m); None for a rank above 16.
+
+    Args:
+        window: P (n, m, r, rows) and Q (n, m, r, cols).
+        entry: p (n, r, rows) and q (n, r, cols), in the same dtypes.
+        j: the slot that counts as the entry itself, (1,) int64 on the device.
+    """
+    n, m, rank, rows = window[0].shape
+    if rank > _SKINNY or [x.dtype for x in window] != [x.dtype for x in entry]:
+        return None
+    cols, padded = window[1].shape[3], triton.next_power_of_2(rank)
+    out = torch.empty(n, m, dtype=torch.float64, device=j.device)
+    with on(out):
+        _factor_dots[(n * m,)](
+            *(x.contiguous() for x in (*window, *entry)), j, out, m, rank, rows, cols,
+            R=padded, ROWS=_block(rows, padded**2), COLS=_block(cols, padded**2), num_warps=_WARPS,
+        )  # fmt: skip
+    return out
+
+
+def store(buffer: Tensor, entry: Tensor, dim: int, j: Tensor, accepted: bool | Tensor) -> bool:
+    """Write an entry into a slot of a buffer, where `accepted`; tell whether it was done: not for another dtype.
+
+    Args:
+        buffer: contiguous, any dtype; its dimension `dim` are the slots.
+        entry: as the buffer, without this dimension.
+        j: the slot, (1,) int64 on the device.
+        accepted: a flag, or a 0-D bool tensor on the device.
+    """
+    if entry.dtype != buffer.dtype or not buffer.is_contiguous() or entry.shape != buffer.shape[:dim] + buffer.shape[dim + 1 :]:
+        return False
+    if accepted is False:
+        return True
+    integers, m = _INTEGERS[buffer.element_size()], buffer.shape[dim]
+    length = math.prod(buffer.shape[dim + 1 :])
+    outer = entry.numel() // length
+    rows, block = _moved(outer, length)
+    masked = isinstance(accepted, Tensor)
+    with on(buffer):
+        _store[(triton.cdiv(outer, rows) * triton.cdiv(length, block),)](
+            buffer.view(integers), entry.contiguous().view(integers), j, accepted.view(torch.uint8) if masked else j,
+            outer, m, length, MASKED=masked, ROWS=rows, BLOCK=block,
+        )  # fmt: skip
+    return True
+
+
+def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None = None) -> Tensor | None:
+    """Form c_i * factor_i diag(sizes), rounded once, to the nearest bf16, ties to even; None for other dtypes.
+
+    Args:
+        factor: (n, m, r, L) in fp32 or bf16; of a view, the last dimension has to be contiguous, or it is copied.
+        c: (n, m) in fp32; None: ones.
+        sizes: (n, L) in fp32; None: ones.
+    """
+    if factor.dtype not in (torch.float32, torch.bfloat16) or any(x is not None and x.dtype != torch.float32 for x in (c, sizes)):
+        return None
+    n, m, rank, length = factor.shape
+    factor = factor if factor.stride(3) == 1 else factor.contiguous()
+    out = torch.empty(factor.shape, dtype=torch.bfloat16, device=factor.device)
+    many = n * m * rank
+    rows, block = _moved(many, length)
+    with on(factor):
+        _scaled[(triton.cdiv(many, rows) * triton.cdiv(length, block),)](
+            factor, factor if c is None else c.contiguous(), factor if sizes is None else sizes.contiguous(), out,
+            many, m, rank, length, *factor.stride()[:3],
+            WEIGHTED=c is not None, SIZED=sizes is not None, ROWS=rows, BLOCK=block,
+        )  # fmt: skip
+    return out
+
+
+def _block(length: int, sums: int) -> int:
+    """How many numbers of a row to read at once, where each takes part in so many sums."""
+    return min(_SUMS // sums, _LONGEST_BLOCK, triton.next_power_of_2(length))
+
+
+def _moved(rows: int, length: int) -> tuple[int, int]:
+    """A tile of (rows, length) that is not much larger than it, in powers of two."""
+    block = min(_MOVED, triton.next_power_of_2(length))
+    return min(_MOVED // block, triton.next_power_of_2(rows)), block
