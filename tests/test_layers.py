@@ -26,8 +26,8 @@ COMPILERS = {
     "kernels/cpu_keep.py": ("numba", "numpy"),
     "kernels/cpu_low_rank.py": ("numpy",),
     "kernels/cpu_metric.py": ("numpy",),
-    "kernels/gpu_sparse.py": ("triton",),
 }
+COMPILERS |= {f"kernels/{file.name}": ("triton",) for file in (PACKAGE / "kernels").glob("gpu_*.py")}
 
 
 def imports(file):

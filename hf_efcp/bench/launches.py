@@ -39,8 +39,8 @@ from .measuring import PHASES
 # Called with a Triton function, its grid and its arguments, in place of a launch.
 Launched = Callable[..., object]
 
-# Operations without work on the device, whose results no schema calls views: they allocate, or look at what the host knows.
-_IDLE = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "_unsafe_view", "device"}
+# Operations without work on the device, though no schema calls their results views.
+_IDLE = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "_unsafe_view"}
 # They give the host a number of the device.
 _NUMBERS = {"_local_scalar_dense", "equal"}
 # They give a tensor a size that depends on numbers; so does an index that is a mask.
@@ -91,7 +91,7 @@ class Counted:
 
     Attributes:
         phases: those of `PHASES`.
-        missing: operations of `hf_efcp.kernels` that no kernel could do, so that torch did.
+        missing: operations of `hf_efcp.kernels` whose kernel raises or is not there, so that torch did them.
     """
 
     phases: dict[str, Tally]
@@ -179,6 +179,8 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function.namespace == "prim":  # what the host knows, such as a tensor's device
+            return function(*args, **kwargs)
         name, tally = function.overloadpacket.__name__, self.tallies[self._phase]
         if name == "_local_scalar_dense" and id(args[0]) in self._on_host:
             return 0
@@ -204,7 +206,7 @@ class _Counter(TorchDispatchMode):
         if key not in self._bases:
             self._bases[key] = self._end
             self._end += (storage.nbytes() // _ALIGNMENT + 1) * _ALIGNMENT
-        address = self._bases[key] + x.storage_offset() * x.element_size()
+        address = self._bases[key] + int(x.storage_offset()) * x.element_size()
         self._bytes_at[address] = _bytes_of(x)
         return address
 
@@ -253,7 +255,7 @@ def _does_not_block(args: Any, kwargs: Any) -> bool:
 
 def _is_idle(function: Any) -> bool:
     """Tell whether an operation launches nothing: it allocates, or all its results are views that it does not write."""
-    if function.namespace == "prim" or function.overloadpacket.__name__ in _IDLE:
+    if function.overloadpacket.__name__ in _IDLE:
         return True
     aliases = [result.alias_info for result in function._schema.returns]
     return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
