@@ -14,7 +14,7 @@ ALLOWED = {
     "kernels": {"kernels"},
     "core": {"core", "kernels"},
     "distributed": {"core", "distributed", "options"},
-    "engine": {"core", "distributed", "engine", "options"},
+    "engine": {"core", "distributed", "engine", "kernels", "options"},
     "optim": {"core", "distributed", "engine", "optim", "options"},
 }
 

@@ -222,7 +222,7 @@ class _Counter(TorchDispatchMode):
         for x in (*args, *kwargs.values()):
             if isinstance(x, Tensor):
                 held[self.address(x)] = _bytes_of(x)
-                held |= {address: self._bytes_at[address] for address in self._tables.get(id(x), (x, ()))[1]}
+                held |= {address: self._bytes_at.get(address, 0) for address in self._tables.get(id(x), (x, ()))[1]}
         tally.kernels[function.fn.__name__] += 1
         tally.bytes += sum(held.values())
         if self._launched is not None:

@@ -285,11 +285,12 @@ def _add_products(params: Sequence[Tensor], x: Tensor, y: Tensor, scale: float, 
     rows, cols = params[0].shape
     limit = chunk_bytes(x.device)
     for tensors in chunks(len(params), rows * cols * x.element_size(), limit):
-        left, right, some = x[tensors].mT, y[tensors], params[tensors]
+        left, right = x[tensors].mT, y[tensors]
+        some = params if len(left) == len(params) else params[tensors]
         for part in chunks(rows, len(some) * cols * x.element_size(), limit):
             # CPU libraries are slower at a batch of one than at a product.
             product = left[:, part] @ right if len(some) > 1 else (left[0, part] @ right[0])[None]
-            parts = [p[part] for p in some]
+            parts = some if product.shape[1] == rows else [p[part] for p in some]
             if not kernels.add(parts, product, scale, decay):
                 for p, u in zip(parts, product, strict=True):
                     (p.mul_(decay) if isinstance(decay, Tensor) or decay != 1 else p).add_(u, alpha=scale)

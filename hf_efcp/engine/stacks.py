@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..core.cells import Cell, Layout, Spec, Turn, cell, compute_dtype, matrix_shape
 from ..core.linalg import chunks, room_bytes
 from ..distributed.fsdp2 import is_sharded, local, local_gradient
@@ -117,13 +118,13 @@ class Stack:
         They may share memory with `p.grad`, which is never written to.
         """
         shape, dtype = self.shape, self.layout.dtype
-        gradients = []
+        gradients = kernels.Held()
         for piece in self.pieces:
             g = piece.grad
             if g is None:
                 gradients.append(torch.zeros(shape, dtype=dtype, device=self.device))
                 continue
-            dense = g.reshape(shape).to(dtype)
+            dense = g if g.shape == shape and g.dtype == dtype else g.reshape(shape).to(dtype)
             if l2:
                 dense = dense.clone() if dense.data_ptr() == g.data_ptr() else dense
                 matrix = piece.data.reshape(shape)

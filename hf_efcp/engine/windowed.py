@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..core.accumulated import Accumulated
 from ..core.cells import Layout, Parts, Spec, matrix_shape
 from ..core.compressors import Identity
@@ -132,10 +133,13 @@ class WindowStack(Stack):
         params = [piece.data for piece in pieces] if plain else []
         if not plain or any(p.dtype != dtype for p in params):
             return False
-        matrices = [p.reshape(self.shape).contiguous() for p in params]  # copies where the layout is another
-        decay: float | Tensor = 1 - lr * weight_decay
+        # Copies where the layout is another.
+        matrices = kernels.Held(p if p.shape == self.shape else p.reshape(self.shape) for p in params)
+        matrices[:] = [matrix.contiguous() for matrix in matrices]
+        kept = 1 - lr * weight_decay
+        decay: float | Tensor = kept
         if weight_decay and isinstance(self.turn.ok, Tensor):  # of a refused step c is 0, and p has to stay
-            decay = masked(self.turn.ok, torch.full((), decay, dtype=dtype, device=self.device), 1.0)
+            decay = masked(self.turn.ok, torch.full((), kept, dtype=dtype, device=self.device), 1.0)
         if not self.window.apply(c, matrices, -lr, decay, factors):
             return False
         if self.residual is not None:

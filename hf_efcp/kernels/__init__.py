@@ -23,6 +23,18 @@ from .devices import kind
 
 # n matrices (rows, cols) of one shape and dtype, fp32 or fp64: a list, which nobody has to copy together, or (n, rows, cols).
 Matrices = Tensor | Sequence[Tensor]
+
+
+class Held(list[Tensor]):
+    """n matrices that several operations of a step take: where they are is found out once.
+
+    Attributes:
+        places: what a kernel has found out; None: nothing yet.
+    """
+
+    places: Any = None
+
+
 # Length of a block, numbers kept in each, numbers kept in a shorter last one (0: there is none).
 Blocks = tuple[int, int, int]
 # A new entry. Sparse: int16 indices in the block and values, (n, rows, k). Low rank: p (n, r, rows) and q (n, r, cols).
@@ -39,6 +51,7 @@ Scale = tuple[Tensor, Tensor] | None
 Rounding = tuple[Tensor, Tensor, tuple[int, int]]
 
 _log = logging.getLogger("hf_efcp")
+_loaded: dict[str, Any] = {}
 # Operation -> device type -> module.
 _MODULES = {
     "squares": {"cpu": "cpu_metric", "cuda": "gpu_metric"},
@@ -249,7 +262,10 @@ def _try(name: str, example: Tensor, *args: Any) -> Any:
     if type not in _MODULES[name] or (type, name) in _failed or os.environ.get("HF_EFCP_KERNELS", "1") == "0":
         return None
     try:
-        return getattr(importlib.import_module(f".{_MODULES[name][type]}", __name__), name)(*args)
+        module = _MODULES[name][type]
+        if module not in _loaded:
+            _loaded[module] = importlib.import_module(f".{module}", __name__)
+        return getattr(_loaded[module], name)(*args)
     except (torch.OutOfMemoryError, MemoryError):  # of one that writes in place, a part may be done
         raise
     except Exception as error:  # the compiler's own errors are of many types

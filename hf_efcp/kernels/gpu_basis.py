@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu_tools import col_factors, divided, on, row_factors, tensor_key
+from .gpu_tools import (
+    cdiv,
+    col_factors,
+    divided,
+    on,
+    power_of_2,
+    row_factors,
+    tensor_key,
+)
 
 _UNIT = tl.constexpr(2.0**-15)  # of 16 bits with a sign, to (-1, 1)
 # Columns of which a program forms a Gram matrix.
@@ -95,8 +103,8 @@ def start(last: Tensor, step: Tensor, salts: Tensor, dead: float) -> Tensor | No
         return None
     last = last.contiguous()
     n, cols, rank = last.shape
-    padded = triton.next_power_of_2(rank)
-    block = max(1, min(_WRITTEN // padded, triton.next_power_of_2(cols)))
+    padded = power_of_2(rank)
+    block = max(1, min(_WRITTEN // padded, power_of_2(cols)))
     out = last.new_empty(n, rank, cols)
     whole = cols * rank <= _READ
     parts, each = (1, cols) if whole else divided(cols, block, max(n, _FEW))
@@ -104,9 +112,9 @@ def start(last: Tensor, step: Tensor, salts: Tensor, dead: float) -> Tensor | No
     with on(last):
         if not whole:
             _partial_squares[(n * parts,)](last, sums, cols, rank, parts, each, R=padded, BLOCK=block)
-        _start[(n * triton.cdiv(cols, block),)](
+        _start[(n * cdiv(cols, block),)](
             last, sums, step, salts.contiguous(), out, cols, rank, parts,
-            DEAD=dead, WHOLE=whole, PARTS=triton.next_power_of_2(parts), R=padded, BLOCK=block,
+            DEAD=dead, WHOLE=whole, PARTS=power_of_2(parts), R=padded, BLOCK=block,
         )  # fmt: skip
     return out.mT
 
@@ -196,14 +204,14 @@ def orthonormal(a: Tensor) -> Tensor | None:
     n, length, rank = a.shape
     if rank > _LARGEST_RANK or a.dtype not in (torch.float32, torch.float64):
         return None
-    a, padded = a.mT.contiguous(), triton.next_power_of_2(rank)
-    block = min(_SUMS // padded**2, _LONGEST_BLOCK, triton.next_power_of_2(length))
+    a, padded = a.mT.contiguous(), power_of_2(rank)
+    block = min(_SUMS // padded**2, _LONGEST_BLOCK, power_of_2(length))
     parts, each = divided(length, block, max(n, _FEW))
     gram = torch.empty(n, parts, padded, padded, dtype=torch.float64, device=a.device)
     b = torch.empty(n, padded, padded, dtype=torch.float64, device=a.device)
     p, out = torch.empty_like(a, dtype=torch.float64), torch.empty_like(a)
     sizes, grid = (length, rank, parts, each), (n * parts,)
-    added = max(1, min(_ADDED // padded**2, triton.next_power_of_2(parts)))
+    added = max(1, min(_ADDED // padded**2, power_of_2(parts)))
     small = {"R": padded, "PARTS": added, "num_warps": 1 if padded < _LARGEST_RANK else 4}
     tile = {"R": padded, "BLOCK": block, "num_warps": _WARPS}
     with on(a):

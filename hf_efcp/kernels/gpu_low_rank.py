@@ -10,7 +10,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Error, Matrices, Scale
-from .gpu_tools import Addresses, Errors, accumulated_at, divided, factors, matrix, on, reads
+from .gpu_tools import (
+    Addresses,
+    Errors,
+    accumulated_at,
+    cdiv,
+    divided,
+    factors,
+    matrix,
+    on,
+    power_of_2,
+    reads,
+)
 
 # A tile of e + g, rows and columns. Few columns of q are multiplied one by one, into sums over three dimensions that are added
 # up at the end; more, by Triton's products, which read the side that is summed over into registers.
@@ -92,7 +103,7 @@ def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None) -> 
     g, rank = Addresses(gradients), q.shape[1]
     n, rows, cols = g.shape
     height, width = _tile(rank, _TIMES_TILE)
-    programs = n * triton.cdiv(rows, height)
+    programs = n * cdiv(rows, height)
     parts, each = divided(cols, width, programs)
     out = q.new_empty(parts, n, rank, rows)
     _launch(_times, programs * parts, g, error, scale, q, out, parts, each, height, width)
@@ -106,7 +117,7 @@ def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale 
     g, rank = Addresses(gradients), p.shape[1]
     n, rows, cols = g.shape
     height, width = _tile(rank, _TRANSPOSED_TILE)
-    programs = n * triton.cdiv(cols, width)
+    programs = n * cdiv(cols, width)
     parts, each = divided(rows, height, programs)
     out = p.new_empty(parts, n, rank, cols)
     _launch(_transposed_times, programs * parts, g, error, scale, p, out, parts, each, height, width)
@@ -118,7 +129,7 @@ def _fits(gradients: Matrices, error: Error, factor: Tensor) -> bool:
 
 
 def _padded(rank: int) -> int:
-    return triton.next_power_of_2(rank)
+    return power_of_2(rank)
 
 
 def _tile(rank: int, of_products: tuple[int, int]) -> tuple[int, int]:

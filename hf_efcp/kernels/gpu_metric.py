@@ -14,7 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Matrices
-from .gpu_tools import Addresses, divided, matrix, on
+from .gpu_tools import (
+    Addresses,
+    cdiv,
+    divided,
+    matrix,
+    on,
+    power_of_2,
+)
 
 # A tile of g has so many numbers, in so many rows: 16 sums in fp64 for each thread of 4 warps.
 _TILE, _ROWS = 2048, 16
@@ -139,9 +146,9 @@ class _Sums:
     def __init__(self, gradients: Matrices, c: Tensor | None = None):
         g = Addresses(gradients)
         self.shape = n, rows, cols = g.shape
-        height = min(_ROWS, triton.next_power_of_2(rows))
-        width = min(_TILE // height, triton.next_power_of_2(cols))
-        blocks = triton.cdiv(rows, height)
+        height = min(_ROWS, power_of_2(rows))
+        width = min(_TILE // height, power_of_2(cols))
+        blocks = cdiv(rows, height)
         parts, each = divided(cols, width, n * blocks)
         self.by_row, self.by_col, self.c = (
             torch.empty(shape, dtype=torch.float64, device=g.like.device)
@@ -177,13 +184,13 @@ def measure(
     r, c, count = r.contiguous(), c.contiguous(), count.contiguous()
     partial = _Sums(gradients, c)
     n, rows, cols = partial.shape
-    runs, (parts, blocks) = triton.cdiv(max(rows, cols), _RUN), (partial.by_row.shape[1], partial.by_col.shape[1])
+    runs, (parts, blocks) = cdiv(max(rows, cols), _RUN), (partial.by_row.shape[1], partial.by_col.shape[1])
     new, x, y = torch.empty_like(r), torch.empty_like(r), torch.empty_like(c)
     sums, roots = torch.empty_like(c, dtype=torch.float64), torch.empty(n, 2, runs, dtype=torch.float64, device=c.device)
     with on(c):
         _measure[(n * runs,)](
             partial.by_row, partial.by_col, partial.c, r, c, count, new, x, y, roots, sums, rows, cols, parts, blocks, runs,
             BETA=beta, LOG_BETA=math.log(max(beta, _NO_BETA)), EPS=eps, RUN=_RUN,
-            ADDED=min(_ADDED, triton.next_power_of_2(max(parts, blocks))), MEANS=min(_MEANS, triton.next_power_of_2(parts)),
+            ADDED=min(_ADDED, power_of_2(max(parts, blocks))), MEANS=min(_MEANS, power_of_2(parts)),
         )  # fmt: skip
     return new, x, y, (roots[:, :, 0] if runs == 1 else roots.sum(2)).prod(1), sums

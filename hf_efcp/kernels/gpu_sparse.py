@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Blocks, Entry, Error, Matrices, Scale, Stored
+from .gpu_tools import cdiv, power_of_2
 
 # How many rows one program of `dots` sums over, and how many slots at once.
 _ROWS = 64
@@ -118,7 +119,7 @@ def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None
     indices = torch.empty(n, rows, per_row, dtype=torch.int16, device=gradient.device)
     values = gradient.new_empty(n, rows, per_row)
     gradient = gradient.contiguous()
-    width = triton.next_power_of_2(block)
+    width = power_of_2(block)
     with _on(gradient):
         _top_k[n * rows, full + bool(tail)](
             gradient, gradient if plain is None else plain.contiguous(), indices, values, cols, per_row, block, kept, kept_tail,
@@ -136,13 +137,13 @@ def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks) -> Tensor | No
     block, kept, kept_tail = blocks
     if max(kept, kept_tail) > _PAIRS:
         return None
-    parts = triton.cdiv(rows, min(_ROWS, rows))
+    parts = cdiv(rows, min(_ROWS, rows))
     out = torch.empty(n, parts, m, dtype=torch.float64, device=values.device)
-    slots = min(_SLOTS, triton.next_power_of_2(m))
+    slots = min(_SLOTS, power_of_2(m))
     with _on(values):
-        _dots[n * parts, triton.cdiv(m, slots)](
+        _dots[n * parts, cdiv(m, slots)](
             indices, values, *(x.contiguous() for x in entry), out, rows, m, per_row, kept, kept_tail, cols // block, parts,
-            BLOCKS=triton.cdiv(cols, block), KEPT=max(kept, kept_tail), SIZE=triton.next_power_of_2(max(kept, kept_tail)),
+            BLOCKS=cdiv(cols, block), KEPT=max(kept, kept_tail), SIZE=power_of_2(max(kept, kept_tail)),
             ROWS=min(_ROWS, rows), SLOTS=slots,
         )  # fmt: skip
     return out.sum(1)
@@ -158,9 +159,9 @@ def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -
     many = rows.stop - rows.start
     out = torch.zeros(n, many, cols, dtype=c.dtype, device=c.device)
     with _on(values):
-        _combine[n * many, triton.cdiv(cols, block)](
+        _combine[n * many, cdiv(cols, block)](
             indices, values, c.contiguous(), out, many, window_rows, rows.start, cols, per_row, block, kept, kept_tail,
-            cols // block, M=m, SIZE=triton.next_power_of_2(max(kept, kept_tail)), num_warps=1, num_stages=1,
+            cols // block, M=m, SIZE=power_of_2(max(kept, kept_tail)), num_warps=1, num_stages=1,
         )  # fmt: skip
     return out
 

@@ -13,7 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Matrices
-from .gpu_tools import Addresses, matrix, on
+from .gpu_tools import (
+    Addresses,
+    cdiv,
+    matrix,
+    on,
+    power_of_2,
+)
 
 # Numbers that a program handles at once.
 _RUN = 1024
@@ -88,7 +94,7 @@ def _remember(state, new, alive, flag, length, runs, MASKED: tl.constexpr, RUN: 
     """A program for a run of a tensor's state."""
     t, run = (tl.program_id(0) // runs).to(tl.int64), tl.program_id(0) % runs
     place = run.to(tl.int64) * RUN + tl.arange(0, RUN)
-    inside = (place < length) & (tl.load(alive + t) != 0) & (_accepted(flag, MASKED) != 0)
+    inside = place < length * tl.load(alive + t).to(tl.int32) * _accepted(flag, MASKED)
     tl.store(state + t * length + place, tl.load(new + t * length + place, mask=inside), mask=inside)
 
 
@@ -146,7 +152,7 @@ def measure_vectors(
     with on(v):
         _measure_vectors[(n,)](
             g.table, g.like, v, mean, count, values, inverse, white, square, means, cols,
-            BETA=beta, LOG_BETA=math.log(beta) if beta else -1e300, EPS=eps, RUN=min(_RUN, triton.next_power_of_2(cols)),
+            BETA=beta, LOG_BETA=math.log(beta) if beta else -1e300, EPS=eps, RUN=min(_RUN, power_of_2(cols)),
         )  # fmt: skip
     return values, inverse, white, square, means
 
@@ -171,8 +177,8 @@ def remember_factored(
     """
     r, c, count = state
     n, longest = len(r), max(r.shape[1], c.shape[1])
-    run = min(_RUN, triton.next_power_of_2(longest))
-    runs = triton.cdiv(longest, run)
+    run = min(_RUN, power_of_2(longest))
+    runs = cdiv(longest, run)
     with on(r):
         _remember_factored[(n * runs,)](
             r, rows.contiguous(), c, means.contiguous(), count, *scale, _flag(accepted, count), r.shape[1], c.shape[1], runs,
@@ -195,8 +201,8 @@ def remember_diagonal(
     """
     v, mean, count = state
     n, _, cols = v.shape
-    run = min(_RUN, triton.next_power_of_2(cols))
-    runs = triton.cdiv(cols, run)
+    run = min(_RUN, power_of_2(cols))
+    runs = cdiv(cols, run)
     with on(v):
         _remember_diagonal[(n * runs,)](
             v, values, mean, means.contiguous(), count, inverse, _flag(accepted, count), cols, runs,
@@ -210,8 +216,8 @@ def remember(state: Tensor, new: Tensor, alive: Tensor, accepted: Tensor | bool)
     if state.dtype != new.dtype or not state.is_contiguous():
         return False
     length = state[0].numel()
-    run = min(_RUN, triton.next_power_of_2(length))
-    runs = triton.cdiv(length, run)
+    run = min(_RUN, power_of_2(length))
+    runs = cdiv(length, run)
     with on(state):
         _remember[(len(state) * runs,)](
             state, new.contiguous(), alive, _flag(accepted, alive), length, runs, MASKED=accepted is not True, RUN=run

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Error, Matrices, Scale, constants
+from . import Error, Held, Matrices, Scale, constants
 
 _MULTIPLIER = tl.constexpr(constants.HASH_MULTIPLIER)
 _COUNTER = tl.constexpr(constants.COUNTER_MASK)
@@ -155,6 +155,17 @@ def tile(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
 # Around them --------------------------------------------------------------------------------------------------------------
 
 
+# Triton's own functions of these names cost the host several microseconds a call.
+def cdiv(x: int, y: int) -> int:
+    """Give x / y, rounded up."""
+    return -(-x // y)
+
+
+def power_of_2(x: int) -> int:
+    """Give the least power of 2 that is not below x."""
+    return 1 << (x - 1).bit_length()
+
+
 class Addresses:
     """n matrices of one shape and dtype for kernels, where they are.
 
@@ -169,15 +180,26 @@ class Addresses:
     """
 
     def __init__(self, matrices: Matrices, but: Container[int] = ()):
-        self._held = [x.resolve_neg().contiguous() for x in matrices]
+        self._held, addresses = _places(matrices)
         self.like = self._held[0]
-        self.shape = (len(self._held), *self.like.shape)
-        self.table = table(self._held, but)
+        self.shape = (len(matrices), *matrices[0].shape)
+        left = tuple(0 if i in but else address for i, address in enumerate(addresses)) if but else addresses
+        self.table = _on_device(self.like.device, left)
 
 
-def table(tensors: Sequence[Tensor], but: Container[int]) -> Tensor:
-    """The tensors' addresses, 0 for the positions `but`, (n,) int64 on their device."""
-    return _on_device(tensors[0].device, tuple(0 if i in but else x.data_ptr() for i, x in enumerate(tensors)))
+def _places(matrices: Matrices) -> tuple[Sequence[Tensor], tuple[int, ...]]:
+    """Give contiguous tensors, which have to live as long as their addresses are used, and the matrices' addresses."""
+    if isinstance(matrices, Tensor):  # one behind another
+        whole = matrices.resolve_neg().contiguous()
+        first, step = whole.data_ptr(), whole[0].numel() * whole.element_size()
+        return [whole], tuple(first + i * step for i in range(len(whole)))
+    if isinstance(matrices, Held) and matrices.places is not None:
+        return matrices.places
+    held = [x.resolve_neg().contiguous() for x in matrices]
+    places = held, tuple(x.data_ptr() for x in held)
+    if isinstance(matrices, Held):
+        matrices.places = places
+    return places
 
 
 @functools.lru_cache(maxsize=_TABLES)
@@ -193,10 +215,10 @@ def divided(length: int, block: int, programs: int) -> tuple[int, int]:
 
     Where there are `programs` already, the sum stays whole. The device does not count: the same input gives the same bits on all.
     """
-    blocks = triton.cdiv(length, block)
-    wanted = max(1, min(triton.cdiv(blocks, _FEWEST_BLOCKS), _PROGRAMS // programs))
-    each = triton.cdiv(blocks, wanted)
-    return triton.cdiv(blocks, each), each * block
+    blocks = cdiv(length, block)
+    wanted = max(1, min(cdiv(blocks, _FEWEST_BLOCKS), _PROGRAMS // programs))
+    each = cdiv(blocks, wanted)
+    return cdiv(blocks, each), each * block
 
 
 class Errors:
@@ -244,12 +266,14 @@ def tiling(shape: tuple[int, int, int], numbers: int, widest: int | None = None)
         The grid, one program a tile, and the rows and columns of a tile, powers of two.
     """
     n, rows, cols = shape
-    longest = min(max(2, triton.next_power_of_2(cols)), widest or numbers)  # 2: codes of 4 bits share a byte
-    height = min(triton.next_power_of_2(rows), numbers // min(longest, constants.BLOCK))
+    longest = min(max(2, power_of_2(cols)), widest or numbers)  # 2: codes of 4 bits share a byte
+    height = min(power_of_2(rows), numbers // min(longest, constants.BLOCK))
     width = min(longest, numbers // height)
-    return (n * triton.cdiv(rows, height) * triton.cdiv(cols, width),), height, width
+    return (n * cdiv(rows, height) * cdiv(cols, width),), height, width
 
 
 def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)

@@ -13,7 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Entry, constants
-from .gpu_tools import divided, on
+from .gpu_tools import (
+    cdiv,
+    divided,
+    on,
+    power_of_2,
+)
 
 # Rows of b, and the rank of factors, for which a tile of sums fits in registers.
 _SKINNY = 16
@@ -129,9 +134,9 @@ def inner(a: Tensor, b: Tensor) -> Tensor | None:
     if skinny > _SKINNY:
         return None
     a, b = a if a.stride(2) == 1 else a.contiguous(), b.contiguous()
-    cols, rows = triton.next_power_of_2(skinny), min(_ROWS, triton.next_power_of_2(many))
+    cols, rows = power_of_2(skinny), min(_ROWS, power_of_2(many))
     block = _block(length, rows * cols)
-    programs = n * triton.cdiv(many, rows)
+    programs = n * cdiv(many, rows)
     parts, each = divided(length, block, programs)
     out = torch.empty(n, parts, many, skinny, dtype=torch.float64, device=a.device)
     with on(a):
@@ -153,7 +158,7 @@ def factor_dots(window: Entry, entry: Entry, j: Tensor) -> Tensor | None:
     n, m, rank, rows = window[0].shape
     if rank > _SKINNY or [x.dtype for x in window] != [x.dtype for x in entry]:
         return None
-    cols, padded = window[1].shape[3], triton.next_power_of_2(rank)
+    cols, padded = window[1].shape[3], power_of_2(rank)
     out = torch.empty(n, m, dtype=torch.float64, device=j.device)
     with on(out):
         _factor_dots[(n * m,)](
@@ -182,7 +187,7 @@ def store(buffer: Tensor, entry: Tensor, dim: int, j: Tensor, accepted: bool | T
     rows, block = _moved(outer, length)
     flag = accepted.view(torch.uint8) if isinstance(accepted, Tensor) else j
     with on(buffer):
-        _store[(triton.cdiv(outer, rows) * triton.cdiv(length, block),)](
+        _store[(cdiv(outer, rows) * cdiv(length, block),)](
             buffer.view(integers), entry.contiguous().view(integers), j, flag,
             outer, m, length, MASKED=flag is not j, ROWS=rows, BLOCK=block,
         )  # fmt: skip
@@ -205,7 +210,7 @@ def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None = None) -> Ten
     many = n * m * rank
     rows, block = _moved(many, length)
     with on(factor):
-        _scaled[(triton.cdiv(many, rows) * triton.cdiv(length, block),)](
+        _scaled[(cdiv(many, rows) * cdiv(length, block),)](
             factor, factor if c is None else c.contiguous(), factor if sizes is None else sizes.contiguous(), out,
             many, m, rank, length, *factor.stride()[:3],
             WEIGHTED=c is not None, SIZED=sizes is not None, ROWS=rows, BLOCK=block,
@@ -215,10 +220,10 @@ def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None = None) -> Ten
 
 def _block(length: int, sums: int) -> int:
     """How many numbers of a row to read at once, where each takes part in so many sums."""
-    return min(_SUMS // sums, _LONGEST_BLOCK, triton.next_power_of_2(length))
+    return min(_SUMS // sums, _LONGEST_BLOCK, power_of_2(length))
 
 
 def _moved(rows: int, length: int) -> tuple[int, int]:
     """A tile of (rows, length) that is not much larger than it, in powers of two."""
-    block = min(_MOVED, triton.next_power_of_2(length))
-    return min(_MOVED // block, triton.next_power_of_2(rows)), block
+    block = min(_MOVED, power_of_2(length))
+    return min(_MOVED // block, power_of_2(rows)), block
