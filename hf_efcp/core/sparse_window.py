@@ -11,7 +11,7 @@ from .. import kernels
 from .accumulated import Entry, SparseEntry
 from .cells import ALL, Buffers, Layout, Spec
 from .compressors import BlockTopK
-from .linalg import chunk_bytes, chunks
+from .linalg import chunk_bytes, chunks, inner
 from .windows import Window
 
 
@@ -57,8 +57,6 @@ class SparseWindow(Window):
         self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float | Tensor, factors: kernels.Scale = None
     ) -> bool:
         """See Window."""
-        if isinstance(decay, Tensor):
-            return False
         c = c.to(self.compute_dtype)
         return kernels.apply(self._stored(), c, self.grid.cols, self.grid.blocks, params, scale, decay, factors)
 
@@ -92,7 +90,8 @@ class SparseWindow(Window):
         return dots
 
     def _staged_square(self) -> Tensor:
-        return self._parts[1].double().square().sum((1, 2))
+        values = self._parts[1].flatten(1)[:, None]
+        return inner(values, values)[:, 0, 0]
 
     def _pieces(self, rows: slice = ALL) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Cut the window's `rows` by tensors, then rows: (tensor slice, row slice, int64 columns, values) of limited size."""

@@ -63,7 +63,7 @@ _MODULES = {
     "top_k": {"cpu": "cpu_top_k", "cuda": "gpu_sparse"},
     "dots": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
     "combine": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
-    "apply": {"cpu": "cpu_sparse"},
+    "apply": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
     "keep": {"cpu": "cpu_keep", "cuda": "gpu_keep"},
     "square": {"cpu": "cpu_keep", "cuda": "gpu_update"},
     "add_kept": {"cpu": "cpu_keep", "cuda": "gpu_update"},
@@ -138,7 +138,14 @@ def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -
 
 
 def apply(
-    stored: Stored, c: Tensor, cols: int, blocks: Blocks, params: Matrices, scale: float, decay: float, factors: Scale = None
+    stored: Stored,
+    c: Tensor,
+    cols: int,
+    blocks: Blocks,
+    params: Matrices,
+    scale: float,
+    decay: float | Tensor,
+    factors: Scale = None,
 ) -> bool:
     """p <- decay * p + scale * diag(x) G^T c diag(y) for a sparse window, in place: see `SparseWindow`. Whether it was done."""
     return bool(_try_sparse("apply", stored[0][0], stored, c, cols, blocks, params, scale, decay, factors))
@@ -234,19 +241,27 @@ def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None = None) -> Ten
     return _try("scaled", factor, factor, c, sizes)
 
 
-def add(params: Matrices, update: Tensor, scale: float | Tensor, decay: float | Tensor, rounding: Rounding | None = None) -> bool:
-    """p <- decay * p + scale * u in place, for n matrices in any float dtype.
+def add(
+    params: Matrices,
+    update: Tensor,
+    scale: float | Tensor,
+    decay: float | Tensor,
+    rounding: Rounding | None = None,
+    sizes: Scale = None,
+) -> bool:
+    """p <- decay * p + scale * diag(x) u diag(y) in place, for n matrices in any float dtype.
 
     Args:
         params: p.
         update: u, (n, rows, cols).
         scale, decay: numbers, or 0-D tensors on the device.
         rounding: where p is bf16 and rounded stochastically, what the random numbers are counted by; None: to nearest.
+        sizes: x (n, rows) and y (n, cols); None: ones.
 
     Returns:
         Whether it was done.
     """
-    return bool(_try("add", update, params, update, scale, decay, rounding))
+    return bool(_try("add", update, params, update, scale, decay, rounding, sizes))
 
 
 def _try_sparse(name: str, example: Tensor, *args: Any) -> Any:
@@ -269,7 +284,7 @@ def _try(name: str, example: Tensor, *args: Any) -> Any:
     except (torch.OutOfMemoryError, MemoryError):  # of one that writes in place, a part may be done
         raise
     except Exception as error:  # the compiler's own errors are of many types
-        if isinstance(error, ModuleNotFoundError) and error.name == _NEEDS[type]:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == _NEEDS[type]:
             _failed.update((type, operation) for operation in _MODULES)
             _log.info("%s is not installed: steps on %s run in plain torch, which is slower", _NEEDS[type], type)
         else:

@@ -183,7 +183,14 @@ def inner(a: Tensor, b: Tensor) -> Tensor | None:
     return out
 
 
-def add(params: Matrices, update: Tensor, scale: float | Tensor, decay: float | Tensor, rounding: Rounding | None = None) -> bool:
+def add(
+    params: Matrices,
+    update: Tensor,
+    scale: float | Tensor,
+    decay: float | Tensor,
+    rounding: Rounding | None = None,
+    sizes: Scale = None,
+) -> bool:
     """p <- decay * p + scale * u in place; whether it was done.
 
     Args:
@@ -191,8 +198,9 @@ def add(params: Matrices, update: Tensor, scale: float | Tensor, decay: float | 
         update: u, (n, rows, cols) in bf16.
         scale, decay: numbers.
         rounding: p is in fp32.
+        sizes: none.
     """
-    if isinstance(scale, Tensor) or isinstance(decay, Tensor):
+    if isinstance(scale, Tensor) or isinstance(decay, Tensor) or sizes is not None:
         return False
     if update.dtype != torch.bfloat16 or any(p.dtype != torch.float32 or not p.is_contiguous() for p in params):
         return False

@@ -185,14 +185,21 @@ def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -
 
 
 def apply(
-    stored: Stored, c: Tensor, cols: int, blocks: Blocks, params: Matrices, scale: float, decay: float, sizes: Scale = None
+    stored: Stored,
+    c: Tensor,
+    cols: int,
+    blocks: Blocks,
+    params: Matrices,
+    scale: float,
+    decay: float | Tensor,
+    sizes: Scale = None,
 ) -> bool:
     """p <- decay * p + scale * u with u = diag(x) G^T c diag(y), which is not formed, for n matrices (rows, cols) in c's dtype.
 
     Returns:
         Whether it was done: matrices have to be contiguous.
     """
-    if not all(p.is_contiguous() for p in params):
+    if isinstance(decay, Tensor) or not all(p.is_contiguous() for p in params):
         return False
     _update_rows(stored, c, blocks, 0, params, scale, decay, sizes)
     return True

@@ -5,33 +5,36 @@ TRITON_INTERPRET=1 runs the kernels on CPU tensors, which is how they are tested
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import Blocks, Entry, Error, Matrices, Scale, Stored
-from .gpu_tools import cdiv, power_of_2
+from .gpu_tools import Addresses, Errors, accumulated_tile, cdiv, divided, factors, on, power_of_2, reads
+from .gpu_update import add
 
 # How many rows one program of `dots` sums over, and how many slots at once.
 _ROWS = 64
 _SLOTS = 64
 # Where more is kept in a block, comparing all pairs of numbers takes longer than torch's way through a dense row.
 _PAIRS = 64
+# Bytes of the update that is formed at once.
+_UPDATES = 2**28
 
 
 @triton.jit
-def _top_k(gradient, error, indices, values, cols, per_row, block, kept, kept_tail, HAS_ERROR: tl.constexpr, WIDTH: tl.constexpr):
+def _top_k(
+    table, like, error, scales, left, right, indices, values, rows, cols, per_row, block, kept, kept_tail, blocks,
+    FORMAT: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """A program a block. Magnitudes are compared as integers; the kept-th largest is found bit by bit, by counting."""
-    row, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, number = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     within = tl.arange(0, WIDTH)
     col = number * block + within
     inside = (within < block) & (col < cols)
-    a = tl.load(gradient + row * cols + col, mask=inside, other=0.0)
-    if HAS_ERROR:
-        a += tl.load(error + row * cols + col, mask=inside, other=0.0).to(a.dtype)
+    t = row // rows
+    a = accumulated_tile(table, like, error, scales, left, right, t, row % rows, col, inside, rows, cols, 1.0, FORMAT, SCALED)
     bits: tl.constexpr = a.dtype.primitive_bitwidth
     magnitude = tl.abs(a).to(tl.int32 if bits == 32 else tl.int64, bitcast=True)
     magnitude = tl.where(inside, magnitude, -1)
@@ -51,17 +54,23 @@ def _top_k(gradient, error, indices, values, cols, per_row, block, kept, kept_ta
 @triton.jit
 def _dots(
     indices, values, new_indices, new_values, out, rows, m, per_row, kept, kept_tail, full, parts,
-    BLOCKS: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    sections, each, groups, blocks,
+    KEPT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """A program for some slots and some rows of a tensor. In each block, the new number with the same index is looked for."""
-    t, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
+    """A program for some slots, some rows and some blocks of a tensor: out (n, parts, sections, m).
+
+    In each block, the new number with the same index is looked for.
+    """
+    group, rest = tl.program_id(0) % groups, tl.program_id(0) // groups
+    section, place = rest % sections, rest // sections
+    t, part = place // parts, place % parts
+    slot = group * SLOTS + tl.arange(0, SLOTS)
     within = tl.arange(0, SIZE)
     total = tl.zeros([SLOTS, SIZE], dtype=tl.float64)
     for i in range(ROWS):
         row = part * ROWS + i
         new = (t * rows + row).to(tl.int64) * per_row
-        for number in range(BLOCKS):
+        for number in range(section * each, tl.minimum((section + 1) * each, blocks)):
             begin = number * kept
             here = tl.where(row < rows, tl.where(number == full, kept_tail, kept), 0)
             mask = (slot[:, None] < m) & (within[None, :] < here)
@@ -73,19 +82,19 @@ def _dots(
                 wanted = tl.load(new_indices + new + begin + e, mask=e < here, other=-2)
                 met = tl.where(index == wanted, tl.load(new_values + new + begin + e, mask=e < here, other=0.0), met)
             total += met.to(tl.float64) * value.to(tl.float64)
-    tl.store(out + tl.program_id(0).to(tl.int64) * m + slot, tl.sum(total, 1), mask=slot < m)
+    tl.store(out + rest.to(tl.int64) * m + slot, tl.sum(total, 1), mask=slot < m)
 
 
 @triton.jit
 def _combine(
-    indices, values, c, out, rows, window_rows, start, cols, per_row, block, kept, kept_tail, full,
+    indices, values, c, out, rows, window_rows, start, cols, per_row, block, kept, kept_tail, full, blocks,
     M: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """A program of one warp for a block of a row, which adds slot after slot to the zeros in `out`.
 
     A slot's numbers have different indices (or are zeros), so that they cannot meet; between slots the warp waits for itself.
     """
-    place, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place, number = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     t, row = place // rows, place % rows
     within = tl.arange(0, SIZE)
     mask = within < tl.where(number == full, kept_tail, kept)
@@ -102,28 +111,22 @@ def _combine(
 
 
 def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> Entry | None:
-    """As in cpu_top_k.py; of equal magnitudes the first ones. None for errors in codes."""
-    plain, codes_scale = error or (None, None)
-    if codes_scale is not None:
+    """As in cpu_top_k.py; of equal magnitudes the first ones."""
+    if not reads(error):
         return None
-    if isinstance(gradients, Tensor):
-        gradient = gradients
-    else:
-        gradient = gradients[0][None] if len(gradients) == 1 else torch.stack(list(gradients))
-    if scale is not None:
-        gradient = gradient * scale[0][:, :, None] * scale[1][:, None]
-    n, rows, cols = gradient.shape
+    g = Addresses(gradients)
+    n, rows, cols = g.shape
+    e, (x, y, scaled) = Errors(error, g.like), factors(scale, g.like)
     block, kept, kept_tail = blocks
     full, tail = divmod(cols, block)
-    per_row = full * kept + (kept_tail if tail else 0)
-    indices = torch.empty(n, rows, per_row, dtype=torch.int16, device=gradient.device)
-    values = gradient.new_empty(n, rows, per_row)
-    gradient = gradient.contiguous()
+    per_row, many = full * kept + (kept_tail if tail else 0), full + bool(tail)
+    indices = torch.empty(n, rows, per_row, dtype=torch.int16, device=g.like.device)
+    values = torch.empty(n, rows, per_row, dtype=g.like.dtype, device=g.like.device)
     width = power_of_2(block)
-    with _on(gradient):
-        _top_k[n * rows, full + bool(tail)](
-            gradient, gradient if plain is None else plain.contiguous(), indices, values, cols, per_row, block, kept, kept_tail,
-            HAS_ERROR=plain is not None, WIDTH=width, num_warps=max(1, min(16, width // 1024)),
+    with on(g.like):
+        _top_k[(n * rows * many,)](
+            g.table, g.like, *e.arrays, x, y, indices, values, rows, cols, per_row, block, kept, kept_tail, many,
+            FORMAT=e.format, SCALED=scaled, WIDTH=width, num_warps=max(1, min(16, width // 512)),
         )  # fmt: skip
     return indices, values
 
@@ -137,14 +140,16 @@ def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks) -> Tensor | No
     block, kept, kept_tail = blocks
     if max(kept, kept_tail) > _PAIRS:
         return None
-    parts = cdiv(rows, min(_ROWS, rows))
-    out = torch.empty(n, parts, m, dtype=torch.float64, device=values.device)
+    many, parts = cdiv(cols, block), cdiv(rows, min(_ROWS, rows))
     slots = min(_SLOTS, power_of_2(m))
-    with _on(values):
-        _dots[n * parts, cdiv(m, slots)](
+    groups = cdiv(m, slots)
+    sections, each = divided(many, 1, n * parts * groups)
+    out = torch.empty(n, parts * sections, m, dtype=torch.float64, device=values.device)
+    with on(values):
+        _dots[(n * parts * sections * groups,)](
             indices, values, *(x.contiguous() for x in entry), out, rows, m, per_row, kept, kept_tail, cols // block, parts,
-            BLOCKS=cdiv(cols, block), KEPT=max(kept, kept_tail), SIZE=power_of_2(max(kept, kept_tail)),
-            ROWS=min(_ROWS, rows), SLOTS=slots,
+            sections, each, groups, many,
+            KEPT=max(kept, kept_tail), SIZE=power_of_2(max(kept, kept_tail)), ROWS=min(_ROWS, rows), SLOTS=slots,
         )  # fmt: skip
     return out.sum(1)
 
@@ -158,14 +163,32 @@ def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -
     block, kept, kept_tail = blocks
     many = rows.stop - rows.start
     out = torch.zeros(n, many, cols, dtype=c.dtype, device=c.device)
-    with _on(values):
-        _combine[n * many, cdiv(cols, block)](
+    across = cdiv(cols, block)
+    with on(values):
+        _combine[(n * many * across,)](
             indices, values, c.contiguous(), out, many, window_rows, rows.start, cols, per_row, block, kept, kept_tail,
-            cols // block, M=m, SIZE=power_of_2(max(kept, kept_tail)), num_warps=1, num_stages=1,
+            cols // block, across, M=m, SIZE=power_of_2(max(kept, kept_tail)), num_warps=1, num_stages=1,
         )  # fmt: skip
     return out
 
 
-def _on(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def apply(
+    stored: Stored,
+    c: Tensor,
+    cols: int,
+    blocks: Blocks,
+    params: Matrices,
+    scale: float,
+    decay: float | Tensor,
+    sizes: Scale = None,
+) -> bool:
+    """As in cpu_sparse.py, but u is formed, for some tensors at a time."""
+    rows, limit = len(params[0]), max(1, _UPDATES // (params[0].numel() * c.element_size()))
+    for start in range(0, len(params), limit):
+        some = slice(start, start + limit)
+        few = stored[0][some], None if stored[1] is None else stored[1][some], None if stored[2] is None else stored[2][some]
+        u = combine(few, c[some], cols, blocks, slice(0, rows))
+        part = None if sizes is None else (sizes[0][some], sizes[1][some])
+        if u is None or not add(params[some], u, scale, decay, None, part):
+            return False
+    return True

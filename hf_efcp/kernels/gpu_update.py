@@ -62,8 +62,9 @@ def _add_kept(
 
 @triton.jit(do_not_specialize=["row_0", "col_0"])
 def _add(
-    table, like, update, scale, decay, compute, step, salts, rows, cols, row_0, col_0,
-    SCALE_AT: tl.constexpr, DECAY_AT: tl.constexpr, COUNTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    table, like, update, scale, decay, left, right, compute, step, salts, rows, cols, row_0, col_0,
+    SCALE_AT: tl.constexpr, DECAY_AT: tl.constexpr, SCALED: tl.constexpr, COUNTED: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A program a tile. `scale` and `decay` are fp32 numbers, or where they are; `compute` points to the dtype of the sum."""
     t, row, first = tile(rows, cols, ROWS, COLS)
@@ -75,6 +76,9 @@ def _add(
         decay = tl.load(decay).to(compute.dtype.element_ty)
     u = tl.load(update + (t * rows + row) * cols + col, mask=mask, other=0.0).to(compute.dtype.element_ty)
     p = matrix(table, t, like) + row * cols + col
+    if SCALED:
+        u *= tl.load(left + t * rows + row, mask=row < rows, other=0.0).to(compute.dtype.element_ty)
+        u *= tl.load(right + t * cols + col, mask=col < cols, other=0.0).to(compute.dtype.element_ty)
     new = tl.load(p, mask=mask, other=0.0).to(compute.dtype.element_ty) * decay + u * scale
     if COUNTED:
         key = tensor_key(step, salts + t)
@@ -128,14 +132,22 @@ def add_kept(params: Matrices, error: Error, weights: Tensor, scale: Scale) -> b
     return True
 
 
-def add(params: Matrices, update: Tensor, scale: float | Tensor, decay: float | Tensor, rounding: Rounding | None = None) -> bool:
-    """Compute p <- decay * p + scale * u in place, in fp64 where p or u is, else in fp32, and round it once.
+def add(
+    params: Matrices,
+    update: Tensor,
+    scale: float | Tensor,
+    decay: float | Tensor,
+    rounding: Rounding | None = None,
+    sizes: Scale = None,
+) -> bool:
+    """Compute p <- decay * p + scale * diag(x) u diag(y) in place, in fp64 where p or u is, else in fp32, and round it once.
 
     Args:
         params: p, n contiguous matrices (rows, cols) in a float dtype.
         update: u, (n, rows, cols) in a float dtype.
         scale, decay: numbers, which may differ at each step, or 0-D tensors on the device.
         rounding: where p is bf16 and rounded stochastically, what the random numbers are counted by; None: to nearest.
+        sizes: x (n, rows) and y (n, cols); None: ones.
 
     Returns:
         Whether it was done.
@@ -149,13 +161,16 @@ def add(params: Matrices, update: Tensor, scale: float | Tensor, decay: float | 
     (_, rows, cols), device = p.shape, p.like.device
     compute = torch.empty(1, dtype=torch.float64 if double else torch.float32, device=device)
     scale, decay = (_number(x, double, device) for x in (scale, decay))
+    x, y, scaled = factors(sizes, p.like)
     counted = rounding is not None and dtypes[0] == torch.bfloat16
     step, salts, origin = rounding if rounding is not None and counted else (p.table, p.table, (0, 0))
     grid, height, width = tiling(p.shape, _NUMBERS)
     with on(p.like):
         _add[grid](
-            p.table, p.like, update.contiguous(), scale, decay, compute, step.to(device), salts.contiguous(), rows, cols, *origin,
-            SCALE_AT=isinstance(scale, Tensor), DECAY_AT=isinstance(decay, Tensor), COUNTED=counted, ROWS=height, COLS=width,
+            p.table, p.like, update.contiguous(), scale, decay, x, y, compute, step.to(device), salts.contiguous(), rows, cols,
+            *origin,
+            SCALE_AT=isinstance(scale, Tensor), DECAY_AT=isinstance(decay, Tensor), SCALED=scaled, COUNTED=counted,
+            ROWS=height, COLS=width,
         )  # fmt: skip
     return True
 

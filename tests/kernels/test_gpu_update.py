@@ -73,6 +73,10 @@ def test_an_update_is_added(gpu_update, n, rows, cols, dtype, update_dtype):
     expected[:, 1:-1] = 0.9 * expected[:, 1:-1] - 0.1 * u.double()
     assert gpu_update.add([x[1:-1] for x in whole], u, -0.1, 0.9)
     assert relative(whole.double(), expected) < (1e-15 if dtype == torch.float64 else 1e-7)
+    x, y = random(n, rows, dtype=dtype, seed=2), random(n, cols, dtype=dtype, seed=3)
+    expected[:, 1:-1] += 0.2 * x.double()[:, :, None] * u.double() * y.double()[:, None]
+    assert gpu_update.add([p[1:-1] for p in whole], u, 0.2, 1.0, None, (x, y))
+    assert relative(whole.double(), expected) < (1e-15 if dtype == torch.float64 else 2e-7)
 
 
 @pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -130,17 +130,18 @@ def test_dots_and_combine_are_those_of_torch(module, plain, n, rows, cols, block
     assert module == ([] if on_gpu_kernels() and dtype == LOW_BIT else ["dots", "combine", "combine"])
 
 
-@pytest.mark.parametrize("module", ["cpu"], indirect=True)
 @EVERY_FORMAT
 @EVERY_SHAPE
 def test_apply_is_combine_and_a_sum(module, plain, n, rows, cols, block, density, dtype):
     window, c = plain(window_of, n, rows, cols, block, density, dtype)
     params = list(torch.randn(n, rows, cols, dtype=window.compute_dtype))
     expected = 0.9 * torch.stack(params) - 0.3 * plain(window.combine, c)
+    if on_gpu_kernels() and dtype == LOW_BIT:
+        pytest.skip("no kernel")
     assert window.apply(c, params, -0.3, 0.9)
     tolerance = 1e-14 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(torch.stack(params), expected, rtol=tolerance, atol=tolerance)
-    assert module == ["apply"]
+    assert module == (["combine", "apply"] if on_gpu_kernels() else ["apply"])
 
 
 @pytest.mark.parametrize("module", ["cpu"], indirect=True)
@@ -215,7 +216,7 @@ def test_the_optimizer_gives_the_update_of_torch(module, plain, cls, options):
             p.grad = g
         assert relative(update_of(fast, here), plain(update_of, slow, there)) < 1e-4
     # The tensor without a gradient stays where it is, and its batch is not updated at once.
-    assert set(module) == {"top_k", "dots", "combine", "keep", *(() if on_gpu_kernels() else ("apply",))}
+    assert set(module) == {"top_k", "dots", "combine", "keep", "apply"}
 
 
 def _steps():
