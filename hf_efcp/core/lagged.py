@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .cells import Layout, Turn
 from .linalg import row_chunks
-from .metric import Factored, Metric, Scale, columns, inverse_root, squares
+from .metric import Factored, Metric, Scale
+from .moments import columns, inverse_root, squares
 
 
 class Lagged(Factored):

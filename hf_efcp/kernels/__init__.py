@@ -85,14 +85,14 @@ _failed: set[tuple[str, str]] = set()
 
 
 def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
-    """The sums of g^2 over rows and over columns, (n, rows) and (n, cols) fp64: see `core.metric.squares`."""
+    """The sums of g^2 over rows and over columns, (n, rows) and (n, cols) fp64: see `core.moments.squares`."""
     return _try("squares", gradients[0], gradients)
 
 
 def measure(
     gradients: Matrices, r: Tensor, c: Tensor, count: Tensor, beta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """The factors of a metric that contains g: see `core.metric.measured`."""
+    """The factors of a metric that contains g: see `core.moments.measured`."""
     return _try("measure", gradients[0], gradients, r, c, count, beta, eps)
 
 

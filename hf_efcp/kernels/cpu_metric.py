@@ -94,7 +94,7 @@ def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
 def measure(
     gradients: Matrices, r: Tensor, c: Tensor, count: Tensor, beta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """See `core.metric.measured`, whose arguments and results these are; None for a state in another dtype than g's."""
+    """See `core.moments.measured`, whose arguments and results these are; None for a state in another dtype than g's."""
     g = Addresses(gradients)
     if (r.dtype, c.dtype) != (g.dtype, g.dtype):
         return None

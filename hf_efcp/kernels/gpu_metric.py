@@ -175,7 +175,7 @@ def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
 def measure(
     gradients: Matrices, r: Tensor, c: Tensor, count: Tensor, beta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """Make the factors of a metric that contains g: see `core.metric.measured`, whose arguments and results these are.
+    """Make the factors of a metric that contains g: see `core.moments.measured`, whose arguments and results these are.
 
     None for a state in another dtype than g's.
     """

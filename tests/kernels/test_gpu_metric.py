@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("on a GPU: test_on_gpu.py", allow_module_level=True)
 
-from hf_efcp.core.metric import measured
+from hf_efcp.core.moments import measured
 from hf_efcp.kernels import gpu_metric
 from tests.reference import relative
 

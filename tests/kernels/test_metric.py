@@ -7,7 +7,8 @@ from hf_efcp import kernels
 from hf_efcp.core.accumulated import Accumulated, LowRankEntry
 from hf_efcp.core.cells import Layout
 from hf_efcp.core.compressors import BlockTopK
-from hf_efcp.core.metric import measured, scaled_, squares
+from hf_efcp.core.metric import scaled_
+from hf_efcp.core.moments import measured, squares
 from hf_efcp.core.windows import LowRankWindow
 from tests.kernels.helpers import allocated, coded_error, plain_error
 from tests.kernels.test_low_rank import DTYPES, SHAPES, random, staged
