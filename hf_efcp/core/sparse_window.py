@@ -54,7 +54,7 @@ class SparseWindow(Window):
         self.staged = SparseEntry(indices, values.to(self.buffers["window_values"].dtype), self.grid)
 
     def apply(
-        self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float | Tensor, factors: kernels.Scale = None
+        self, c: Tensor, params: Sequence[Tensor], scale: float | Tensor, decay: float | Tensor, factors: kernels.Scale = None
     ) -> bool:
         """See Window."""
         c = c.to(self.compute_dtype)

@@ -17,7 +17,7 @@ from ..kernels.devices import kind
 from .accumulated import DenseEntry, Entry, LowRankEntry
 from .cells import ALL, Buffers, Layout, Spec
 from .deferred import masked
-from .linalg import chunk_bytes, chunks, inner, room_bytes
+from .linalg import add_scaled_, chunk_bytes, chunks, inner, room_bytes
 
 
 class Window:
@@ -66,15 +66,14 @@ class Window:
         self.staged = None
 
     def apply(
-        self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float | Tensor, factors: kernels.Scale = None
+        self, c: Tensor, params: Sequence[Tensor], scale: float | Tensor, decay: float | Tensor, factors: kernels.Scale = None
     ) -> bool:
         """Compute p <- decay * p + scale * u in place, u = diag(x) G^T c diag(y), for n matrices in the compute dtype.
 
         Args:
             c: (n, m) fp64.
             params: the matrices, (rows, cols) each.
-            scale: a number.
-            decay: a number; on a GPU perhaps a 0-D tensor.
+            scale, decay: numbers; on a GPU perhaps 0-D tensors.
             factors: x (n, rows) and y (n, cols) in the compute dtype; None: u = G^T c.
 
         Returns:
@@ -189,16 +188,20 @@ class LowRankWindow(Window):
         return out
 
     def apply(
-        self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float | Tensor, factors: kernels.Scale = None
+        self, c: Tensor, params: Sequence[Tensor], scale: float | Tensor, decay: float | Tensor, factors: kernels.Scale = None
     ) -> bool:
         """See Window. Products that are added to p itself: G^T c is not formed."""
-        at_once = kind(c.device) != "cpu"  # a launch takes longer than a pass
-        if factors is not None and self.update_dtype == self.compute_dtype and not at_once and not isinstance(decay, Tensor):
+        if isinstance(scale, Tensor) or isinstance(decay, Tensor) or kind(c.device) != "cpu":
+            # On a GPU a launch takes longer than a pass.
+            for i, (left, right) in enumerate(self._products(c, slice(0, len(params[0])), factors)):
+                _add_products(params, left, right, scale, 1.0 if i else decay)
+            return True
+        if factors is not None and self.update_dtype == self.compute_dtype:
             self._apply_scaled(c.to(self.compute_dtype), params, scale, decay, factors)
             return True
         for i, (left, right) in enumerate(self._products(c, slice(0, len(params[0])), factors)):
             beta = 1.0 if i else decay
-            if at_once or isinstance(beta, Tensor) or right.dtype != self.compute_dtype:
+            if right.dtype != self.compute_dtype:
                 _add_products(params, left, right, scale, beta)
                 continue
             for p, x, y in zip(params, left, right, strict=True):
@@ -271,7 +274,7 @@ class LowRankWindow(Window):
         return gram_p.mul_(gram_q).unflatten(1, p.shape[1:3]).sum((2, 3))
 
 
-def _add_products(params: Sequence[Tensor], x: Tensor, y: Tensor, scale: float, decay: float | Tensor) -> None:
+def _add_products(params: Sequence[Tensor], x: Tensor, y: Tensor, scale: float | Tensor, decay: float | Tensor) -> None:
     """Compute p <- decay * p + scale * X^T Y in place; X^T Y has the dtype of X and Y.
 
     X^T Y is formed for some tensors, or for some rows of one, at a time, so that it is still in the cache when it is added.
@@ -279,8 +282,7 @@ def _add_products(params: Sequence[Tensor], x: Tensor, y: Tensor, scale: float, 
     Args:
         params: p, n matrices (rows, cols).
         x, y: (n, L, rows) and (n, L, cols).
-        scale: a number.
-        decay: a number or a 0-D tensor.
+        scale, decay: numbers or 0-D tensors.
     """
     rows, cols = params[0].shape
     limit = chunk_bytes(x.device)
@@ -293,4 +295,4 @@ def _add_products(params: Sequence[Tensor], x: Tensor, y: Tensor, scale: float, 
             parts = some if product.shape[1] == rows else [p[part] for p in some]
             if not kernels.add(parts, product, scale, decay):
                 for p, u in zip(parts, product, strict=True):
-                    (p.mul_(decay) if isinstance(decay, Tensor) or decay != 1 else p).add_(u, alpha=scale)
+                    add_scaled_(p.mul_(decay) if isinstance(decay, Tensor) or decay != 1 else p, u, scale)

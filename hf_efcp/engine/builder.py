@@ -21,6 +21,7 @@ from ..options import OptionError
 from .asked import Asked, say
 from .factor_sync import FactorSync
 from .footprint import estimated
+from .graph import StepGraph
 from .method import Group, Method
 from .parameters import refuse_parameter
 from .setup import Setup
@@ -43,6 +44,7 @@ class Builder:
         setup: what is built; None: nothing yet, or the state is another.
         pieces: the placement of flat pieces, under DeepSpeed's ZeRO.
         sync: DDP's hook for comm="factors".
+        graph: of a step, on a GPU.
         takes_tensors: whether tensors that are no nn.Parameter may be among the parameters.
         copied: owners of the state, and number of processes, where the optimizer is a copy.
     """
@@ -54,6 +56,7 @@ class Builder:
         self.pieces: ZeroPieces | None = None
         self.sync = FactorSync(options)
         self.takes_tensors = False
+        self.graph = StepGraph()
         self._remarked: Setup | None = None
         self._said: set[str] = set()
         self.forget()

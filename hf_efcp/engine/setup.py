@@ -17,6 +17,9 @@ from ..distributed.placement import Placement, Specs
 from ..distributed.plan import Owners
 from .parameters import levels_to_caller
 
+# Name of the learning rate in groups, as a number on the device: a CUDA graph reads it there.
+RATE = "rate on the device"
+
 # So many steps without any gradient are no accident.
 _IDLE_STEPS = 3
 
@@ -95,11 +98,11 @@ class Setup:
     ) -> None:
         """End a step: hand out the parameters, and remember coefficients, size and rest, if any, where the step was accepted."""
         self.placement.publish(self.params, self.owners)
-        self.last = last if ok is True or last is None or self.last is None else masked(ok, last, self.last)
         if isinstance(ok, Tensor):
-            size = masked(ok, torch.ones((), dtype=torch.float64, device=ok.device) * size, self.size)
-        self.rest = rest if ok is True or not isinstance(rest, Tensor) else masked(ok, rest, self.rest)
-        self.size = size
+            size = torch.ones((), dtype=torch.float64, device=ok.device) * size
+        self.last, self.size, self.rest = (
+            _remembered(old, new, ok) for old, new in ((self.last, last), (self.size, size), (self.rest, rest))
+        )
         self.started = True
         self._idle = 0 if self._idle < _IDLE_STEPS else self._idle
 
@@ -131,6 +134,19 @@ class Setup:
                 RuntimeWarning,
                 stacklevel=levels_to_caller(),
             )
+
+
+def _remembered(old: Any, new: Any, ok: bool | Tensor) -> Any:
+    """Give `new` where the step is accepted, else `old`; on a GPU in the memory of `old`, where a CUDA graph finds it again."""
+    if ok is True or not isinstance(new, Tensor) or old is None:
+        return new
+    kept = masked(ok, new, old)
+    return old.copy_(kept) if isinstance(old, Tensor) and old.shape == kept.shape and old.device == kept.device else kept
+
+
+def rate_of(group: Mapping[str, Any]) -> float | Tensor:
+    """Give the learning rate; in a CUDA graph the number on the device."""
+    return group[RATE] if RATE in group else float(group["lr"])
 
 
 def l2_of(group: Mapping[str, Any], options: Any) -> float:

@@ -22,7 +22,7 @@ from .factor_sync import FactorSync
 from .formats import EntryFormat, costs_of, fp32_stays
 from .method import Group
 from .phases import LISTENER, PHASES
-from .setup import Setup, decoupled_of, l2_of
+from .setup import Setup, decoupled_of, l2_of, rate_of
 from .sizes import averaged, by_group, finite, joined, over_processes, rescaled, rest_of
 from .stacks import Piece, Stack
 
@@ -98,7 +98,7 @@ class WindowStack(Stack):
         A tensor without a gradient stays where it is, and so does its v. A large tensor's u is never whole. Of a refused step,
         u is zero; with lr and 1 - mu zero too, nothing moves.
         """
-        ok, lr, weight_decay, momentum = self.turn.ok, float(group["lr"]), decoupled_of(group, options), options.momentum
+        ok, lr, weight_decay, momentum = self.turn.ok, rate_of(group), decoupled_of(group, options), options.momentum
         absent = self.turn.absent
         outside = outside.to(self.layout.dtype)
         if len(absent) == len(self.pieces) or self._apply_at_once(c, outside, lr, weight_decay):
@@ -125,7 +125,7 @@ class WindowStack(Stack):
 
         apply(self, update, rate, weight_decay, self.turn.step if options.stochastic_rounding else None, absent)
 
-    def _apply_at_once(self, c: Tensor, outside: Tensor, lr: float, weight_decay: float) -> bool:
+    def _apply_at_once(self, c: Tensor, outside: Tensor, lr: float | Tensor, weight_decay: float) -> bool:
         """Do the plain case of `apply` without forming u; tell whether the window can."""
         pieces, dtype = self.pieces, self.layout.dtype
         factors = None if self.metric is None else self.metric.scale
@@ -136,10 +136,10 @@ class WindowStack(Stack):
         # Copies where the layout is another.
         matrices = kernels.Held(p if p.shape == self.shape else p.reshape(self.shape) for p in params)
         matrices[:] = [matrix.contiguous() for matrix in matrices]
-        kept = 1 - lr * weight_decay
-        decay: float | Tensor = kept
+        decay: float | Tensor = 1 - lr * weight_decay if weight_decay else 1.0
         if weight_decay and isinstance(self.turn.ok, Tensor):  # of a refused step c is 0, and p has to stay
-            decay = masked(self.turn.ok, torch.full((), kept, dtype=dtype, device=self.device), 1.0)
+            kept = decay if isinstance(decay, Tensor) else torch.full((), decay, dtype=dtype, device=self.device)
+            decay = masked(self.turn.ok, kept, 1.0)
         if not self.window.apply(c, matrices, -lr, decay, factors):
             return False
         if self.residual is not None:

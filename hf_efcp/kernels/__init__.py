@@ -143,7 +143,7 @@ def apply(
     cols: int,
     blocks: Blocks,
     params: Matrices,
-    scale: float,
+    scale: float | Tensor,
     decay: float | Tensor,
     factors: Scale = None,
 ) -> bool:

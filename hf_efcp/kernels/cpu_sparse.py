@@ -190,7 +190,7 @@ def apply(
     cols: int,
     blocks: Blocks,
     params: Matrices,
-    scale: float,
+    scale: float | Tensor,
     decay: float | Tensor,
     sizes: Scale = None,
 ) -> bool:
@@ -199,7 +199,7 @@ def apply(
     Returns:
         Whether it was done: matrices have to be contiguous.
     """
-    if isinstance(decay, Tensor) or not all(p.is_contiguous() for p in params):
+    if isinstance(scale, Tensor) or isinstance(decay, Tensor) or not all(p.is_contiguous() for p in params):
         return False
     _update_rows(stored, c, blocks, 0, params, scale, decay, sizes)
     return True

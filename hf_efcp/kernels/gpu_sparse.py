@@ -178,7 +178,7 @@ def apply(
     cols: int,
     blocks: Blocks,
     params: Matrices,
-    scale: float,
+    scale: float | Tensor,
     decay: float | Tensor,
     sizes: Scale = None,
 ) -> bool:

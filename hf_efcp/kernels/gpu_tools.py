@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Error, Held, Matrices, Scale, constants
+from .devices import TABLES
 
 _MULTIPLIER = tl.constexpr(constants.HASH_MULTIPLIER)
 _COUNTER = tl.constexpr(constants.COUNTER_MASK)
@@ -185,6 +186,8 @@ class Addresses:
         self.shape = (len(matrices), *matrices[0].shape)
         left = tuple(0 if i in but else address for i, address in enumerate(addresses)) if but else addresses
         self.table = _on_device(self.like.device, left)
+        if (kept := TABLES.get()) is not None:
+            kept.append(self.table)
 
 
 def _places(matrices: Matrices) -> tuple[Sequence[Tensor], tuple[int, ...]]:

@@ -76,8 +76,9 @@ def test_skipped_steps_leave_no_trace_and_the_others_are_the_same(name, options,
     assert count(optimizer, "skipped") == 6
     for figure in ("kappa", "update_rms"):
         assert optimizer.diagnostics()[figure] == pytest.approx(twin.diagnostics()[figure], rel=1e-3)
-    # A bf16 state may round a tie the other way.
-    assert all(relative(p, q) < (1e-3 if dtype == torch.float32 else 1e-12) for p, q in zip(params, others, strict=True))
+    # A bf16 state may round a tie the other way; rows of a single number depend on each other.
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-6 if "scope" in options else 1e-12
+    assert all(relative(p, q) < tolerance for p, q in zip(params, others, strict=True))
 
 
 @EVERY
