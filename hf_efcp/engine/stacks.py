@@ -118,6 +118,10 @@ class Stack:
         They may share memory with `p.grad`, which is never written to.
         """
         shape, dtype = self.shape, self.layout.dtype
+        if kind(self.device) != "cpu" and self.pieces[0].param.dtype != dtype and not (l2 or self.turn.absent):
+            converted = torch.empty(len(self.pieces), *shape, dtype=dtype, device=self.device).unbind()
+            torch._foreach_copy_(converted, [g.reshape(shape) for piece in self.pieces if (g := piece.grad) is not None])
+            return kernels.Held(converted)
         gradients = kernels.Held()
         for piece in self.pieces:
             g = piece.grad
