@@ -96,8 +96,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         setup = self.builder.prepare(self.param_groups, self.state, stepping=True)
         if setup.params and setup.has_work():
             with ieee_matmul(setup.counters.step.device):
-                if not self.builder.graph.step(self.method, setup, self.param_groups, self.builder.options):
-                    self.method.step(setup, self.param_groups, self.builder.options)
+                self.builder.graph.step(self.method, setup, self.param_groups, self.builder.options)
             setup.warn_of_skips(self.builder.name)
         elif not setup.has_gradients():
             setup.warn_of_idleness(self.builder.name)

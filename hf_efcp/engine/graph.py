@@ -35,7 +35,12 @@ class StepGraph:
         self._rates: list[Tensor] = []
         self._tables: list[Tensor] = []
 
-    def step(self, method: Method, setup: Setup, groups: Sequence[Group], options: Any) -> bool:
+    def step(self, method: Method, setup: Setup, groups: Sequence[Group], options: Any) -> None:
+        """Take a step: by a graph where one is wanted and possible."""
+        if not self._step(method, setup, groups, options):
+            method.step(setup, groups, options)
+
+    def _step(self, method: Method, setup: Setup, groups: Sequence[Group], options: Any) -> bool:
         """Take a step by a graph, or on the way to one; tell whether it was taken."""
         if os.environ.get("HF_EFCP_CUDA_GRAPH") != "1" or self._made >= _MOST or not _possible(setup):
             return False
