@@ -140,8 +140,7 @@ class Transposed:
         q = kernels.transposed_times(a.gradients, a._stored, p.mT, a.scale)
         if q is None:
             q = _sum(p[:, rows].mT @ part for rows, part in a.parts())
-        q = q.mT.contiguous()
-        return q if a.total is None else a.total(q)
+        return q.mT if a.total is None else a.total(q.mT.contiguous())
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:

@@ -143,14 +143,15 @@ class PowerIteration(Compressor):
     def commit(self) -> None:
         """Let Q become the next step's warm start; a tensor whose Q is all zero (no gradient) keeps the one it has."""
         assert self._next is not None, "compress comes before commit"
-        alive, warm = self._next.ne(0).any(dim=(1, 2), keepdim=True), self.warm_start
+        warm = self.warm_start
+        alive = torch.linalg.vector_norm(self._next, torch.inf, dim=(1, 2), keepdim=True)
         if warm.turn.absent or not kernels.remember(warm.buffer, self._next, alive, warm.turn.ok):
             self._write(alive)
         self._next = None
 
     def _write(self, alive: Tensor) -> None:
         assert self._next is not None
-        self.warm_start.write(torch.where(alive, self._next, self.warm_start.read()))
+        self.warm_start.write(torch.where(alive != 0, self._next, self.warm_start.read()))
 
     def start(self, step: Tensor) -> Tensor:
         """Give the Q that this step starts from, (n, cols, r): unit columns of the last one, dead ones redrawn."""

@@ -74,6 +74,11 @@ class SparseWindow(Window):
             out[tensors, part].scatter_add_(2, columns.flatten(2), weighted.flatten(2))
         return out
 
+    def dots(self, j: Tensor) -> Tensor:
+        """See Window."""
+        fast = kernels.dots(self._stored(), (self._parts[0], self._parts[1]), self.grid.cols, self.grid.blocks, j)
+        return super().dots(j) if fast is None else fast
+
     def _dots_with_window(self) -> Tensor:
         indices, values = self._parts
         fast = kernels.dots(self._stored(), (indices, values), self.grid.cols, self.grid.blocks)

@@ -127,6 +127,8 @@ class DenseWindow(Window):
             product = torch.stack([high, (c - high).to(stored)], 1) @ self._slots(ALL, rows).flatten(2)
             return product.to(self.compute_dtype).sum(1).view(n, rows.stop - rows.start, cols)
         same = stored == self.compute_dtype
+        if same and kind(c.device) != "cpu":
+            return (c.to(stored)[:, None] @ self._slots(ALL, rows).flatten(2)).view(n, rows.stop - rows.start, cols)
         out = torch.zeros(n, 1, length, dtype=self.compute_dtype, device=c.device)
         c = c.to(self.compute_dtype)[:, None]
         for slots in chunks(m, 0 if same else n * length * out.element_size(), room_bytes(c.device)):

@@ -62,7 +62,7 @@ def _add_at_once(stack: Stack, u: Tensor, part: slice, lr: float | Tensor, weigh
     (row, col), counted = stack.pieces[0].origin, None
     if rounding is not None and params[0].dtype == torch.bfloat16:
         counted = rounding, stack.ids + _PARAMETER_SALT, (row + part.start, col)
-    if not kernels.add(matrices, u, -lr, 1 - lr * weight_decay, counted):
+    if not kernels.add(matrices, u, -lr, 1 - lr * weight_decay if weight_decay else 1.0, counted):
         return False
     torch.autograd.graph.increment_version([piece.param for piece in stack.pieces])
     return True

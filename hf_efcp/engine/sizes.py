@@ -48,8 +48,7 @@ def finite(k_j: Tensor, size: Tensor | float) -> bool | Tensor:
 
     A gradient with NaN or infinity leaves its mark in the entry's own norm.
     """
-    finite = k_j.isfinite().all()
-    finite = finite & size.isfinite() if isinstance(size, Tensor) else finite
+    finite = (0 * k_j).sum() + 0 * size == 0  # 0 times what is not finite is NaN
     return bool(finite) if readable(finite.device) else finite
 
 

@@ -100,14 +100,14 @@ class WindowStack(Stack):
         """
         ok, lr, weight_decay, momentum = self.turn.ok, rate_of(group), decoupled_of(group, options), options.momentum
         absent = self.turn.absent
-        outside = outside.to(self.layout.dtype)
+        outside = outside if self.residual is None else outside.to(self.layout.dtype)
         if len(absent) == len(self.pieces) or self._apply_at_once(c, outside, lr, weight_decay):
             return
         rate: float | Tensor = lr
         new_part: float | Tensor = 1 - momentum
         if isinstance(ok, Tensor):
             flag = ok.to(self.device, self.layout.dtype)
-            rate, new_part = lr * flag, new_part * flag
+            rate, new_part = lr * flag, new_part if self.momentum is None else new_part * flag
 
         def update(rows: slice) -> Tensor:
             u = self.window.combine(c, rows)

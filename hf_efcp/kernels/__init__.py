@@ -118,7 +118,7 @@ def remember_diagonal(
 
 
 def remember(state: Tensor, new: Tensor, alive: Tensor, accepted: bool | Tensor) -> bool:
-    """Copy `new` into the state (n, ...) where `accepted` and `alive`, (n,) bool, say so. Whether it was done."""
+    """Copy `new` into the state (n, ...) where `accepted` and where `alive`, n numbers, is not 0. Whether it was done."""
     return bool(_try("remember", new, state, new, alive, accepted))
 
 
@@ -127,9 +127,12 @@ def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None
     return _try_sparse("top_k", gradients[0], gradients, error, blocks, scale)
 
 
-def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks) -> Tensor | None:
-    """Inner products of a sparse entry with a sparse window, (n, m) fp64: see `SparseWindow`."""
-    return _try_sparse("dots", stored[0][0], stored, entry, cols, blocks)
+def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | None = None) -> Tensor | None:
+    """Inner products of a sparse entry with a sparse window, (n, m) fp64: see `SparseWindow`.
+
+    Slot j, (1,) int64, counts as the entry itself; None: as what is there.
+    """
+    return _try_sparse("dots", stored[0][0], stored, entry, cols, blocks, j)
 
 
 def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor | None:

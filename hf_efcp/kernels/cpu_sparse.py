@@ -166,8 +166,10 @@ def _tiled(columns, length):
     return tiled
 
 
-def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks) -> Tensor:
-    """(n, m) fp64: inner products of `entry`, indices and values (n, rows, k), with the window `stored`."""
+def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | None = None) -> Tensor | None:
+    """(n, m) fp64: inner products of `entry`, indices and values (n, rows, k), with the window; None where j is given."""
+    if j is not None:
+        return None
     n, rows, m, k = stored[0].shape
     parts = -(-PARTS // n)
     out = torch.zeros(n, parts, m, dtype=torch.float64)

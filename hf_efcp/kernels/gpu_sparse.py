@@ -53,19 +53,22 @@ def _top_k(
 
 @triton.jit
 def _dots(
-    indices, values, new_indices, new_values, out, rows, m, per_row, kept, kept_tail, full, parts,
+    indices, values, new_indices, new_values, j, out, rows, m, per_row, kept, kept_tail, full, parts,
     sections, each, groups, blocks,
-    KEPT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    OWN: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """A program for some slots, some rows and some blocks of a tensor: out (n, parts, sections, m).
 
-    In each block, the new number with the same index is looked for.
+    In each block, the new number with the same index is looked for. Where OWN, slot j is the new entry itself.
     """
     group, rest = tl.program_id(0) % groups, tl.program_id(0) // groups
-    section, place = rest % sections, rest // sections
-    t, part = place // parts, place % parts
+    section = rest % sections
+    t, part = rest // sections // parts, rest // sections % parts
     slot = group * SLOTS + tl.arange(0, SLOTS)
     within = tl.arange(0, SIZE)
+    own = slot[:, None] < 0
+    if OWN:
+        own = slot[:, None] == tl.load(j)
     total = tl.zeros([SLOTS, SIZE], dtype=tl.float64)
     for i in range(ROWS):
         row = part * ROWS + i
@@ -81,6 +84,9 @@ def _dots(
             for e in range(KEPT):
                 wanted = tl.load(new_indices + new + begin + e, mask=e < here, other=-2)
                 met = tl.where(index == wanted, tl.load(new_values + new + begin + e, mask=e < here, other=0.0), met)
+            if OWN:
+                itself = tl.load(new_values + new + begin + within, mask=within < here, other=0.0)[None, :]
+                value, met = tl.where(own, itself, value), tl.where(own, itself, met)
             total += met.to(tl.float64) * value.to(tl.float64)
     tl.store(out + rest.to(tl.int64) * m + slot, tl.sum(total, 1), mask=slot < m)
 
@@ -131,8 +137,8 @@ def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None
     return indices, values
 
 
-def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks) -> Tensor | None:
-    """As in cpu_sparse.py; None for a window in 16 bits."""
+def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | None = None) -> Tensor | None:
+    """As in cpu_sparse.py, and slot j, (1,) int64 on the device, counts as the entry itself; None for a window in 16 bits."""
     indices, values, scales = stored
     if values is None or scales is not None:
         return None
@@ -147,9 +153,10 @@ def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks) -> Tensor | No
     out = torch.empty(n, parts * sections, m, dtype=torch.float64, device=values.device)
     with on(values):
         _dots[(n * parts * sections * groups,)](
-            indices, values, *(x.contiguous() for x in entry), out, rows, m, per_row, kept, kept_tail, cols // block, parts,
-            sections, each, groups, many,
-            KEPT=max(kept, kept_tail), SIZE=power_of_2(max(kept, kept_tail)), ROWS=min(_ROWS, rows), SLOTS=slots,
+            indices, values, *(x.contiguous() for x in entry), indices if j is None else j, out, rows, m, per_row,
+            kept, kept_tail, cols // block, parts, sections, each, groups, many,
+            OWN=j is not None, KEPT=max(kept, kept_tail), SIZE=power_of_2(max(kept, kept_tail)), ROWS=min(_ROWS, rows),
+            SLOTS=slots,
         )  # fmt: skip
     return out.sum(1)
 

@@ -94,7 +94,7 @@ def _remember(state, new, alive, flag, length, runs, MASKED: tl.constexpr, RUN: 
     """A program for a run of a tensor's state."""
     t, run = (tl.program_id(0) // runs).to(tl.int64), tl.program_id(0) % runs
     place = run.to(tl.int64) * RUN + tl.arange(0, RUN)
-    inside = place < length * tl.load(alive + t).to(tl.int32) * _accepted(flag, MASKED)
+    inside = place < length * (tl.load(alive + t) != 0).to(tl.int32) * _accepted(flag, MASKED)
     tl.store(state + t * length + place, tl.load(new + t * length + place, mask=inside), mask=inside)
 
 
@@ -212,7 +212,7 @@ def remember_diagonal(
 
 
 def remember(state: Tensor, new: Tensor, alive: Tensor, accepted: Tensor | bool) -> bool:
-    """Copy `new` into the state (n, ...), of the same dtype, where the step is accepted and the flags `alive` (n,) say so."""
+    """Copy `new` into the state (n, ...), of the same dtype, where the step is accepted and `alive` (n,) is not 0."""
     if state.dtype != new.dtype or not state.is_contiguous():
         return False
     length = state[0].numel()
