@@ -87,7 +87,8 @@ def _within_span(gram: Tensor, w: Tensor, shift: Tensor, divisor: Tensor | float
     """c = N (K + N*damping*I)^-1 w up to the null space of dependent entries, without eigenvalues: for those a GPU is waited for.
 
     With K = S R S as in `spectral`, F F^T = R + delta I and X = (R + delta I)^-1 R, which is 1 in the span of R and nearly 0 in
-    its null space, C = X^2 takes the place of the kept eigenvectors:
+    its null space, C = X^T X takes the place of the kept eigenvectors. R is outermost on both sides of C: the rounding errors
+    of X lie in the null space and do not reach C, where S of entries that differ in size would blow them up:
 
         B = S C F,   c = N S^-1 C F^-T (N*damping*I + B^T B)^-1 B^T w
     """
@@ -97,7 +98,7 @@ def _within_span(gram: Tensor, w: Tensor, shift: Tensor, divisor: Tensor | float
     factor = torch.linalg.cholesky_ex(correlations + torch.diag_embed(torch.full_like(w, _NULL_SPACE[entry_dtype]))).L
     half = torch.linalg.solve_triangular(factor, correlations, upper=False)
     span = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-    span = span @ span
+    span = span.mT @ span
     b = norms[..., None] * (span @ factor)
     z = _solve(torch.linalg.cholesky_ex(b.mT @ b + torch.diag_embed(shift.expand_as(w))).L, _apply(b.mT, w))
     y = torch.linalg.solve_triangular(factor.mT, z[..., None], upper=True)

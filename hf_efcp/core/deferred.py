@@ -35,7 +35,7 @@ class DelayedFlag:
             return int(value)
         if self._copy is None:
             before = int(value)
-            self._copy = torch.empty((), dtype=torch.int64, pin_memory=value.is_cuda)
+            self._copy = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=value.is_cuda)
         else:
             if self._copied is not None:
                 self._copied.synchronize()  # queued a step ago: done, or nearly

@@ -113,7 +113,7 @@ def start(last: Tensor, step: Tensor, salts: Tensor, dead: float) -> Tensor | No
         if not whole:
             _partial_squares[(n * parts,)](last, sums, cols, rank, parts, each, R=padded, BLOCK=block)
         _start[(n * cdiv(cols, block),)](
-            last, sums, step, salts.contiguous(), out, cols, rank, parts,
+            last, sums, step.to(last.device), salts.contiguous(), out, cols, rank, parts,
             DEAD=dead, WHOLE=whole, PARTS=power_of_2(parts), R=padded, BLOCK=block,
         )  # fmt: skip
     return out.mT

@@ -226,5 +226,5 @@ def remember(state: Tensor, new: Tensor, alive: Tensor, accepted: Tensor | bool)
 
 
 def _flag(accepted: Tensor | bool, other: Tensor) -> Tensor:
-    """The flag's address, or one that is not read."""
-    return accepted if isinstance(accepted, Tensor) else other
+    """The flag, where `other` is; or `other`, which is not read."""
+    return accepted.to(other.device) if isinstance(accepted, Tensor) else other

@@ -207,10 +207,11 @@ def _places(matrices: Matrices) -> tuple[Sequence[Tensor], tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=_TABLES)
 def _on_device(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
+    # "cpu" is said, as the user's default device may be another.
     if device.type != "cuda":
-        return torch.tensor(addresses, dtype=torch.int64)
+        return torch.tensor(addresses, dtype=torch.int64, device="cpu")
     # From pinned memory: any other copy would wait for the device.
-    return torch.tensor(addresses, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+    return torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=True).to(device, non_blocking=True)
 
 
 def divided(length: int, block: int, programs: int) -> tuple[int, int]:

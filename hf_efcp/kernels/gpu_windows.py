@@ -185,7 +185,7 @@ def store(buffer: Tensor, entry: Tensor, dim: int, j: Tensor, accepted: bool | T
     length = math.prod(buffer.shape[dim + 1 :])
     outer = entry.numel() // length
     rows, block = _moved(outer, length)
-    flag = accepted.view(torch.uint8) if isinstance(accepted, Tensor) else j
+    flag = accepted.to(buffer.device).view(torch.uint8) if isinstance(accepted, Tensor) else j
     with on(buffer):
         _store[(cdiv(outer, rows) * cdiv(length, block),)](
             buffer.view(integers), entry.contiguous().view(integers), j, flag,
