@@ -77,9 +77,9 @@ def _dots(
             begin = number * kept
             here = tl.where(row < rows, tl.where(number == full, kept_tail, kept), 0)
             mask = (slot[:, None] < m) & (within[None, :] < here)
-            place = new * m + slot[:, None] * per_row + begin + within[None, :]
-            index = tl.load(indices + place, mask=mask, other=-1)
-            value = tl.load(values + place, mask=mask, other=0.0)
+            stored = new * m + slot[:, None] * per_row + begin + within[None, :]
+            index = tl.load(indices + stored, mask=mask, other=-1)
+            value = tl.load(values + stored, mask=mask, other=0.0)
             met = tl.zeros([SLOTS, SIZE], dtype=value.dtype)
             for e in range(KEPT):
                 wanted = tl.load(new_indices + new + begin + e, mask=e < here, other=-2)

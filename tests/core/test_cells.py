@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_efcp import kernels
 from hf_efcp.core.accumulated import Accumulated, DenseEntry
 from hf_efcp.core.cells import Cell, Layout, QuantizedCell, Spec, Turn, cell, matrix_specs
 from hf_efcp.distributed.ddp import plan, size_of, unit
@@ -173,10 +174,14 @@ def test_fsdp2_is_refused_where_it_would_cut_an_entry():
         check_cuts(codes, 2)
 
 
-def test_an_operand_is_used_up_when_its_error_is_kept():
+@pytest.mark.parametrize("kept", [True, False], ids=["by a kernel", "by torch"])
+def test_an_operand_is_used_up_when_its_error_is_kept(kept, monkeypatch):
     c, _ = made(None, "plain")
     a = Accumulated(numbers(3, 6, 300), c)
-    a.keep(DenseEntry(a.rows() / 2))
+    entry = DenseEntry(a.rows() / 2)
+    if kept:
+        monkeypatch.setattr(entry, "keep", lambda error, *args: not error[0].copy_(numbers(3, 6, 300) / 2).isnan().any())
+    a.keep(entry)
     torch.testing.assert_close(c.read(), numbers(3, 6, 300) / 2)
     with pytest.raises(RuntimeError, match="use a before"):
         a @ torch.ones(3, 300, 2)
@@ -190,3 +195,13 @@ def test_the_error_of_a_tensor_without_a_gradient_stays_whatever_entry_it_is_giv
     a.keep(DenseEntry(torch.ones(3, 6, 300)))
     assert torch.equal(c.read()[1], numbers(3, 6, 300)[1])
     assert torch.equal(c.read()[0], numbers(3, 6, 300)[0] - 1)
+
+
+@pytest.mark.parametrize(("dtype", "by_kernel"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_on_a_cpu_one_row_goes_to_a_kernel_only_to_be_rounded(dtype, by_kernel, monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernels, "keep", lambda *args: asked.append(args) or False)
+    error = Cell(torch.zeros(2, 1, 9, dtype=dtype), Turn(torch.arange(2)), torch.float32)
+    Accumulated(numbers(2, 1, 9), error).keep(DenseEntry(torch.zeros(2, 1, 9)))
+    assert bool(asked) == by_kernel
+    torch.testing.assert_close(error.read(), numbers(2, 1, 9), rtol=2**-7, atol=0)
