@@ -5,7 +5,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-outputs/gpu_benchmarks}"
-python="${PYTHON:-python}"
+python="${PYTHON:-python3}"
 mkdir -p "$out"
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
 status=0
@@ -27,7 +27,8 @@ bench bert_base_m128 60 bert-base --optim_args window_size=128
 bench bert_base_m1024_peers 150 bert-base --optim "$ours" --optim_args window_size=1024 --peers
 bench llama_1b_m128 60 llama-1b --dtype bfloat16 --optim "$ours" --optim_args window_size=128
 bench llama_1b_m1024 90 llama-1b --dtype bfloat16 --optim "$ours" --optim_args window_size=1024
-part training_step 90 "$python" recipes/training_step.py --device cuda --json "$out/training_step.json"
+part step_profile 60 "$python" recipes/step_profile.py
+part training_step 80 "$python" recipes/training_step.py --device cuda --json "$out/training_step.json"
 plot=(); "$python" -c "import matplotlib" 2> /dev/null && plot=(--plot "$out/sweep.png")
-bench sweep 140 --sweep --sweep_parameters 1e7,3e7,1e8,3e8,1e9 --sweep_windows 32,128,512,2048 --steps 4 "${plot[@]}"
+bench sweep 90 --sweep --sweep_parameters 1e7,3e7,1e8,3e8,1e9 --sweep_windows 32,128,512,2048 --steps 4 "${plot[@]}"
 exit "$status"
