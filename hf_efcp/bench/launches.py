@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -284,8 +285,11 @@ def _without_launches(counter: _Counter) -> Iterator[None]:
             def run(function: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
                 counter.launch(function, args, kwargs, grid)
 
-            for kind in (JITFunction, InterpretedFunction):
-                stack.enter_context(_replaced(kind, "run", run))
+            def at(function: Any, grid: Any) -> Callable[..., None]:
+                return functools.partial(run, function, grid=grid)
+
+            stack.enter_context(_replaced(JITFunction, "run", run))
+            stack.enter_context(_replaced(InterpretedFunction, "__getitem__", at))
             stack.enter_context(_replaced(gpu_tools, "_on_device", counter.table))
         yield
 

@@ -161,6 +161,7 @@ def test_the_command_prints_and_writes_the_phases(tmp_path, capsys):
 
 def test_without_triton_the_command_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(kernels, "_loaded", {})
     for loaded in [name for name in sys.modules if name.startswith("hf_efcp.kernels.gpu_")]:
         monkeypatch.delitem(sys.modules, loaded)
     name = names(compression="sparse")[0]
