@@ -122,7 +122,8 @@ def page(spec: Spec, results: Results, ratios: Results) -> list[str]:
             dampings, rates, values = losses(spec, results, label, mode)
             rows = [[f"{d:g}", *map(shown, row)] for d, row in zip(dampings, values, strict=True)]
             lines += table([f"damping, `rms_mode={mode}`", *(f"{x:.3g} x" for x in rates)], rows)
-        lines += [f"![validation loss of {label}](scale_{label}.png)", ""]
+        if any(run.label == label and run.key() in results for run in spec.wanted({})):  # else there is no picture
+            lines += [f"![validation loss of {label}](scale_{label}.png)", ""]
         rows = []
         for name in MEASURED:
             measured = ratios.get(f"{label} {name}", {"ratios": {}})["ratios"]
