@@ -21,6 +21,9 @@ from .costs import Count
 if TYPE_CHECKING:
     from .stacks import Stack
 
+# Matrices with a shorter side than this keep it whole.
+_THIN = 8
+
 
 class EntryFormat:
     """Entries as they are: the format of tensors for which compression does not pay, and of the dense methods.
@@ -146,7 +149,8 @@ class SparseFormat(EntryFormat):
 class LowRankFormat(EntryFormat):
     """Entries P Q^T of rank r, unless both factors take as much as the tensor: r (rows + cols) >= rows cols.
 
-    r is `rank`, but at most the fraction `max_rank_fraction` of the shorter side.
+    r is `rank`, but at most the fraction `max_rank_fraction` of the shorter side, if that is at least 8: a quarter of a
+    classification head's 5 rows would be rank 1, which trains worse (docs/benchmarks/softmax.md).
     """
 
     takes_flat_pieces = False
@@ -155,7 +159,8 @@ class LowRankFormat(EntryFormat):
         super().__init__(layout, options)
         self.lossless = False
         shorter = min(layout.rows, layout.cols)
-        self.rank = min(options.rank, shorter, max(1, int(options.max_rank_fraction * shorter)))
+        fraction = options.max_rank_fraction if shorter >= _THIN else 1.0
+        self.rank = min(options.rank, shorter, max(1, int(fraction * shorter)))
 
     def pays(self) -> bool:
         """See EntryFormat."""

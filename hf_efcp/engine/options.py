@@ -169,7 +169,7 @@ class LowRankOptions:
     )
     max_rank_fraction: float = option(
         1.0,
-        "a matrix's rank is at most this fraction of its shorter side, but at least 1: with 0.25 that of 8 x 4096 is 2",
+        "a matrix's rank is at most this fraction of its shorter side, if that is at least 8: with 0.25 that of 8 x 4096 is 2",
         allowed="a number in (0, 1]",
         check=lambda x: 0 < x <= 1,
     )

@@ -29,8 +29,9 @@ def ranks(optimizer, params):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"rank": 8, "max_rank_fraction": 0.25}, [2, 2, 1, 8, None]),
-        ({"rank": 8, "max_rank_fraction": 0.5}, [4, 4, 1, 8, None]),
+        ({"rank": 8, "max_rank_fraction": 0.25}, [2, 2, None, 8, None]),  # 3 rows of 64 are kept whole
+        ({"rank": 8, "max_rank_fraction": 0.5}, [4, 4, None, 8, None]),
+        ({"rank": 2, "max_rank_fraction": 0.25}, [2, 2, 2, 2, None]),
         ({"rank": 1, "max_rank_fraction": 0.25}, [1, 1, 1, 1, None]),
         ({"rank": 8}, [None, None, None, 8, None]),  # the factors would take as much as the matrix
     ],
@@ -47,7 +48,7 @@ def test_the_log_says_which_matrices_and_why(caplog):
     optimizer, params = made(preset="measured")
     train(optimizer, params, 0, 2)
     assert [r.message for r in caplog.records] == [
-        "LowRankMFAC: rank 1 to 2 instead of 8 for the small and thin ones of the matrices, 3 in number, such as 8 x 64 "
+        "LowRankMFAC: rank 2 instead of 8 for the small and thin ones of the matrices, 2 in number, such as 8 x 64 "
         "(max_rank_fraction=0.25)"
     ]
 
