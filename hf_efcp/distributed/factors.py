@@ -19,13 +19,19 @@ from ..core.linalg import orthonormalize
 
 
 def mean_(tensors: Sequence[Tensor], group: dist.ProcessGroup, size: int) -> None:
-    """Take the mean over the `size` processes of `group`, in place; one all-reduce for each dtype among the tensors."""
+    """Take the mean over the `size` processes of `group`, in place; one all-reduce for each dtype among the tensors.
+
+    On a GPU the present stream waits for them, and the host does not.
+    """
+    sent = []
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         alike = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in alike]).div_(size)
-        dist.all_reduce(flat, group=group)
-        for t, part in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
-            t.copy_(part.view(t.shape))
+        sent.append((alike, flat, dist.all_reduce(flat, group=group, async_op=True)))
+    for alike, flat, work in sent:
+        work.wait()
+        parts = flat.split([t.numel() for t in alike])
+        torch._foreach_copy_(alike, [part.view(t.shape) for t, part in zip(alike, parts, strict=True)])
 
 
 def factors_of_mean(

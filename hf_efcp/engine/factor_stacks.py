@@ -28,7 +28,7 @@ class FactorStack(Stack):
     Attributes:
         start: the Q that this backward starts from, (n, cols, r).
         p, q: the factors, (n, rows, r) and (n, cols, r); zeros until the hook has seen their bucket.
-        samples: entries of the gradients that the hook has seen, by position in the stack.
+        samples: entries of the gradients that the hook has seen, (n, k); `seen`: the positions of these gradients.
         metric: of the matrices; None: there is none.
     """
 
@@ -44,7 +44,9 @@ class FactorStack(Stack):
         self.start: Any = None
         self.p: Any = None
         self.q: Any = None
-        self.samples: dict[int, Tensor] = {}
+        self.samples: Any = None
+        self.seen: set[int] = set()
+        self._indices: dict[int, tuple[list[int], Tensor]] = {}
         cells = self.metric_cells()
         self.metric = Lagged(cells, self.layout, options.metric_beta, options.metric_eps) if cells else None
 
@@ -54,38 +56,42 @@ class FactorStack(Stack):
         start = self.compressor.start(step)
         self.start, self.q = start, torch.zeros_like(start)
         self.p = start.new_zeros(len(self.pieces), self.shape[0], start.shape[2])
-        self.samples = {}
+        self.samples, self.seen = torch.stack([_sample(piece.data) for piece in self.pieces]), set()
         if self.metric is not None:
             self.metric.open()
 
-    def operand(self, members: Mapping[int, Tensor], l2: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Form a = e + S^-1 (g + l2 * p) of the members, given by position -> g.
+    def index(self, bucket: int, positions: list[int]) -> Tensor:
+        """Give the positions that a bucket has as a tensor on the device; it is copied there when DDP makes its buckets."""
+        if bucket not in self._indices or self._indices[bucket][0] != positions:
+            self._indices[bucket] = positions, torch.tensor(positions, device=self.device)
+        return self._indices[bucket][1]
+
+    def operand(self, members: Mapping[int, Tensor], index: Tensor, l2: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Form a = e + S^-1 (g + l2 * p) of the members, given by position -> g, and by the tensor of positions.
 
         Returns:
             A copy (members, rows, cols), and what the metric needs the means of over the processes.
         """
+        samples = torch.stack([_sample(g) for g in members.values()])
+        self.samples.index_copy_(0, index, samples.to(self.samples.dtype))
+        self.seen |= members.keys()
         a = torch.stack([g.reshape(self.shape).to(self.layout.dtype) for g in members.values()])
-        for x, i in zip(a, members, strict=True):
-            if l2:
-                x.add_(self.pieces[i].data.reshape(self.shape), alpha=l2)
+        if l2:
+            torch._foreach_add_(a.unbind(), [self.pieces[i].data.reshape(self.shape) for i in members], alpha=l2)
         means: tuple[Tensor, ...] = ()
         if self.metric is not None:
-            index = self._index(members)
             means = tuple(t.to(self.layout.dtype) for t in self.metric.read(list(a), index))
             x, y = self.metric.entering
             a = scaled_(a, (x[index], y[index]))
-        for x, i in zip(a, members, strict=True):
-            x.add_(self.error.buffer[i])
+        torch._foreach_add_(a.unbind(), [self.error.buffer[i] for i in members])
         return a, means
 
-    def put(self, members: Mapping[int, Tensor], p: Tensor, q: Tensor, means: Sequence[Tensor]) -> None:
-        """Take the members' factors, and the means over the processes of what `operand` gave."""
-        index = self._index(members)
+    def put(self, index: Tensor, p: Tensor, q: Tensor, means: Sequence[Tensor]) -> None:
+        """Take the factors of the tensors at these positions, and the means over the processes of what `operand` gave."""
         if self.metric is not None:
             self.metric.put(index, *means)
         self.p.index_copy_(0, index, p)
         self.q.index_copy_(0, index, q)
-        self.samples |= {i: _sample(g).clone() for i, g in members.items()}
 
     def stage(self, step: Tensor) -> None:
         """Give the entry as the window stores it; zero for a parameter without a gradient, which DDP leaves so everywhere.
@@ -116,25 +122,21 @@ class FactorStack(Stack):
 
     def void(self) -> None:
         """Forget the factors: they are used up."""
-        self.start = self.p = self.q = None
-        self.samples = {}
-
-    def _index(self, members: Mapping[int, Tensor]) -> Tensor:
-        return torch.tensor(list(members), device=self.device)
+        self.start = self.p = self.q = self.samples = None
+        self.seen = set()
 
     def _check_gradients(self) -> None:
-        differ = []
-        for i, p in enumerate(self.params):
-            if p.grad is None:
-                continue
-            if i not in self.samples:
-                raise OptionError(
-                    "comm='factors': a gradient did not come from a backward through the DistributedDataParallel that "
-                    "synchronizes (the last one before step() has to be outside no_sync)"
-                )
-            seen, there = self.samples[i], _sample(p.grad)
-            differ.append(((seen != there) & ~(seen.isnan() & there.isnan())).any())
-        if differ and self.changed.exchange(torch.stack(differ).any()):
+        gradients = {i: p.grad for i, p in enumerate(self.params) if p.grad is not None}
+        if not self.seen >= gradients.keys():
+            raise OptionError(
+                "comm='factors': a gradient did not come from a backward through the DistributedDataParallel that "
+                "synchronizes (the last one before step() has to be outside no_sync)"
+            )
+        if not gradients:
+            return
+        seen = torch.stack([self.samples[i] for i in gradients])
+        there = torch.stack([_sample(g) for g in gradients.values()])
+        if self.changed.exchange(((seen != there) & ~(seen.isnan() & there.isnan())).any()):
             raise OptionError(
                 "comm='factors': gradients were changed between backward() and step() (clipping, a GradScaler), which would have "
                 "no effect on the factors: take max_grad_norm=0 and no fp16, or comm='gradients'"

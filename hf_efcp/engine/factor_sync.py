@@ -9,12 +9,16 @@ factors that are there already, and
 Error and warm start of every compressed matrix are on every process. The errors differ: their mean is the error of a run that
 compresses the mean gradient. With a metric, g_i is whitened first, by a D which all processes have: that of the step before. D
 takes the mean over processes of the squares of the g_i, which is sent along with the last factors.
+
+On a GPU all of the hook's work is queued on a stream of its own, so that backward goes on meanwhile: DDP waits, on the device,
+for the future that the hook gives. The host waits for nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +108,7 @@ class FactorSync:
         self.wanted = getattr(options, "comm", "gradients") == "factors"
         self.replicas: Replicas | None = None
         self._places: dict[Tensor, tuple[FactorStack, int]] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def register(self, model: DistributedDataParallel, hook: Any, params: Sequence[Tensor], fresh: bool) -> None:
         """Make DDP call `hook`.
@@ -186,30 +191,53 @@ class FactorSync:
 
     def reduce(self, bucket: Any, setup: Setup, groups: Sequence[Mapping[str, Any]], options: Any) -> Any:
         """Make the factors of a bucket of DDP; called in backward for each, in the same order on all processes."""
-        if bucket.index() == 0:
-            for s in setup.factors:
-                s.begin(setup.counters.step)
         buffer = bucket.buffer()
         if buffer.is_sparse:
             raise OptionError("comm='factors': no sparse gradients (nn.Embedding(sparse=True))")
+        future: Any = torch.futures.Future() if buffer.device.type == "cpu" else torch.futures.Future(devices=[buffer.device])
+        with self._beside(buffer.device), ieee_matmul(buffer.device):
+            if bucket.index() == 0:
+                for s in setup.factors:
+                    s.begin(setup.counters.step)
+            self._reduce(bucket, groups, options)
+            future.set_result(buffer)  # which is there when what this stream has now is done
+        return future
+
+    def _reduce(self, bucket: Any, groups: Sequence[Mapping[str, Any]], options: Any) -> None:
         members: dict[FactorStack, dict[int, Tensor]] = {}
-        places, plain = places_of(setup.factors), []
+        plain: list[Tensor] = []
         for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            if p in places:
-                s, i = places[p]
+            if p in self._places:
+                s, i = self._places[p]
                 members.setdefault(s, {})[i] = g
             else:
                 plain.append(g)
-        with ieee_matmul(buffer.device):
-            operands = [s.operand(gradients, l2_of(groups[s.group], options)) for s, gradients in members.items()]
-            starts = [s.start[list(gradients)] for s, gradients in members.items()]
-            a, plain = [a for a, _ in operands], [*plain, *(t for _, means in operands for t in means)]
-            factors = factors_of_mean(a, starts, options.power_iterations, self._mean, plain)
-            for (s, gradients), (p, q), (_, means) in zip(members.items(), factors, operands, strict=True):
-                s.put(gradients, p, q, means)
-        future: Any = torch.futures.Future() if buffer.device.type == "cpu" else torch.futures.Future(devices=[buffer.device])
-        future.set_result(buffer)
-        return future
+        indices = [s.index(bucket.index(), list(gradients)) for s, gradients in members.items()]
+        operands = [
+            s.operand(gradients, index, l2_of(groups[s.group], options))
+            for (s, gradients), index in zip(members.items(), indices, strict=True)
+        ]
+        starts = [s.start[index] for s, index in zip(members, indices, strict=True)]
+        plain += [t for _, means in operands for t in means]
+        factors = factors_of_mean([a for a, _ in operands], starts, options.power_iterations, self._mean, plain)
+        for s, index, (p, q), (_, means) in zip(members, indices, factors, operands, strict=True):
+            s.put(index, p, q, means)
+
+    @contextlib.contextmanager
+    def _beside(self, device: torch.device) -> Iterator[None]:
+        """On a GPU, queue what is inside on this hook's stream, after what the present stream has now.
+
+        What is allocated inside is freed for this stream only, which begins each time by waiting for the other.
+        """
+        if device.type != "cuda":
+            yield
+            return
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        stream = self._streams[device]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            yield
 
     def _mean(self, tensors: Sequence[Tensor]) -> None:
         assert self.replicas is not None

@@ -103,3 +103,31 @@ def test_a_step_of_mfac_waits_for_nothing(name, options):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not any(torch.equal(p, b) for p, b in zip(there, before, strict=True))
+
+
+FORMATS = [{}, BF16, LOW_BIT, {"error_format": "int4"}, {**METRIC, "residual": "momentum"}, {**METRIC, **BF16, "momentum": 0.5}]
+# Clock cycles for which the device sleeps: a quarter of a second. A queue takes 1,000 launches, more than these steps have.
+ASLEEP = 5 * 10**8
+
+
+@pytest.mark.parametrize("scope", ["model", "layer"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@EVERY
+def test_a_step_returns_while_the_device_is_busy(name, format, weight_decay, scope):
+    """Waits inside of libraries are seen too. GGT's eigendecompositions wait; the second step waits for the first one's flag."""
+    there = [torch.nn.Parameter(torch.zeros(shape, device="cuda")) for shape in ((24, 16), (24, 16), (16,))]
+    gpu = make(name, there, window_size=4, update_rms=0.5, weight_decay=weight_decay, scope=scope, **format)
+    generator = torch.Generator("cuda").manual_seed(1)
+    for _ in range(6):  # kernels are compiled, the window is full
+        for p in there:
+            p.grad = torch.randn(p.shape, generator=generator, device=p.device)
+        gpu.step()
+    torch.cuda.synchronize()
+    awake = torch.cuda.Event()
+    torch.cuda._sleep(ASLEEP)
+    awake.record()
+    gpu.step()
+    assert awake.query() == (name not in names(family="mfac"))
+    gpu.step()
+    assert awake.query()
