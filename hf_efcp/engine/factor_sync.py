@@ -14,7 +14,7 @@ takes the mean over processes of the squares of the g_i, which is sent along wit
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -169,12 +169,14 @@ class FactorSync:
             return format
         return ReadyFormat(format.layout, format.options, self._places)
 
-    def stacks(self, groups: Sequence[Sequence[Tensor]], specs: Mapping[Tensor, Specs], options: Any) -> list[FactorStack]:
+    def stacks(
+        self, groups: Iterable[tuple[int, Sequence[Tensor]]], specs: Mapping[Tensor, Specs], options: Any
+    ) -> list[FactorStack]:
         """Make the stacks of factors; none without a hook."""
         if self.replicas is None:
             return []
         numbers, stacks = {p: i for i, p in enumerate(specs)}, []
-        for index, params in enumerate(groups):
+        for index, params in groups:
             alike: dict[tuple, list[Piece]] = {}
             for p in params:
                 if "warm_start" in specs[p]:
