@@ -16,19 +16,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .engine.parameters import ORDER, canonical_name
 from .options import OptionError
 
 logger = logging.getLogger(__name__)
-
-# What wrappers (torch.compile, DDP, activation checkpointing, PEFT) put into names.
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.|^module\.|^base_model\.model\.")
-
-
-def canonical_name(name: str) -> str:
-    """A parameter's name as in the bare model, whatever the model is wrapped in."""
-    while (bare := _WRAPPERS.sub(lambda m: m.group(1) or "", name)) != name:
-        name = bare
-    return name
 
 
 def parameter_groups(
@@ -50,7 +41,8 @@ def parameter_groups(
             None: all matrices are compressed.
 
     Returns:
-        Groups for any of our optimizers: `params` as (canonical name, tensor) pairs, `weight_decay`, `kind`, `compress`.
+        Groups for any of our optimizers: `params` as (canonical name, tensor) pairs, `weight_decay`, `kind`, `compress`. As in
+        transformers, group 0 decays and group 1 does not, where the model has both; `efcp_order` is their order in the model.
 
     Raises:
         OptionError: a target that matches no module with a trainable matrix.
@@ -58,14 +50,19 @@ def parameter_groups(
     decaying = None if decay_names is None else set(decay_names)
     targets = None if target_modules is None else _targets(model, parse_targets(target_modules))
     groups: dict[tuple, dict[str, Any]] = {}
+    decaying_groups = set()
     for name, kind, owner, p in _parameters(model):
-        decay = weight_decay if (kind != "vector" if decaying is None else name in decaying) else 0.0
+        decays = kind != "vector" if decaying is None else name in decaying
+        decay = weight_decay if decays else 0.0
         compress = targets is None or kind == "vector" or owner in targets
         key = (kind, decay, compress, id(getattr(p, "device_mesh", None)))
-        group = groups.setdefault(key, {"params": [], "weight_decay": decay, "kind": kind, "compress": compress})
+        new = {"params": [], "weight_decay": decay, "kind": kind, "compress": compress, ORDER: len(groups)}
+        group = groups.setdefault(key, new)
         group["params"].append((canonical_name(name), p))
+        if decays:
+            decaying_groups.add(key)
     _tell_of_whole_rows(groups.values())
-    return list(groups.values())
+    return _as_transformers([(group, key in decaying_groups) for key, group in groups.items()])
 
 
 def parse_targets(given: Any) -> list[str]:
@@ -111,6 +108,18 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, str, Tensor]]:
             else:
                 kind = "head" if module is head else "matrix"
             yield f"{module_name}.{own_name}" if module_name else own_name, kind, module_name, p
+
+
+def _as_transformers(groups: list[tuple[dict[str, Any], bool]]) -> list[dict[str, Any]]:
+    """Give groups, with whether they decay, in the order on which users of Trainer rely: the first decays, the second does not.
+
+    These two are of matrices and of vectors, if there are such; the others stay in the order of the model.
+    """
+    firsts = []
+    for wanted, kind in ((True, "matrix"), (False, "vector")):
+        having = [group for group, decays in groups if decays == wanted]
+        firsts += sorted(having, key=lambda g: (g["kind"] != kind, not g["compress"]))[:1]
+    return firsts + [group for group, _ in groups if all(group is not first for first in firsts)]
 
 
 def _tell_of_whole_rows(groups: Iterable[dict[str, Any]]) -> None:

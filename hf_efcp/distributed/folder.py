@@ -157,6 +157,17 @@ def entries(folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     return [(name.rpartition(".")[2], tuple(entry.size), entry.properties.dtype) for name, entry in tensors.items()]
 
 
+def names(folder: Path) -> set[str]:
+    """Names of the parameters with state in a folder that torch.distributed.checkpoint has written of {"optimizer": ...}.
+
+    Raises:
+        CheckpointError: as of `load`.
+    """
+    stored = _metadata(dcp.FileSystemReader(folder), folder).state_dict_metadata
+    prefix = "optimizer.state."
+    return {name.removeprefix(prefix).rpartition(".")[0] for name in stored if name.startswith(prefix)}
+
+
 def _check(reader: dcp.FileSystemReader, expected: Expected, folder: Path) -> None:
     metadata = _metadata(reader, folder)
     _check_entries(metadata.state_dict_metadata, expected, folder)

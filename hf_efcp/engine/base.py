@@ -24,6 +24,7 @@ from .builder import Builder
 from .costs import Count
 from .footprint import measured
 from .loading import load, take
+from .matching import take_order_out
 from .method import Method
 from .parameters import checked_group, signature
 from .saving import Saving, copies, section
@@ -163,7 +164,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         `save_shards`: processes do not meet here, since Trainer calls this on the first one only.
         """
         saved = super().state_dict()
-        saved["efcp"] = section(self.builder.name, self.options)
+        saved["efcp"] = section(self.builder.name, self.options) | {"numbered": take_order_out(saved["param_groups"])}
         params, with_window, saving = _params(self), getattr(self.options, "save_window", True), self._saving()
         if saving is None:  # nothing is built of the state yet
             specs = self.builder.specs(self.param_groups, self.state, self.options)

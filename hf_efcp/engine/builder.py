@@ -23,11 +23,13 @@ from .factor_sync import FactorSync
 from .footprint import estimated
 from .graph import StepGraph
 from .method import Group, Method
-from .parameters import refuse_parameter
+from .parameters import counted, refuse_parameter
 from .setup import Setup
 from .stacks import batches_of
 
 State = MutableMapping[Any, Any]
+# Index of a group, and those of its parameters that have state.
+Trained = list[tuple[int, list[Tensor]]]
 
 
 class Builder:
@@ -75,7 +77,7 @@ class Builder:
             stepping: whether a step follows: then the log says what was chosen.
         """
         trained = trained_of(groups, state)
-        key = [(i, id(p), p.shape, p.dtype, p.device) for i, params in enumerate(trained) for p in params]
+        key = [(i, id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
         if self.setup is None or key != self.setup.key:
             self.setup = self._build(groups, trained, key, state)
         if stepping and self.setup is not self._remarked:
@@ -109,11 +111,11 @@ class Builder:
         specs: dict[Tensor, Specs] = {}
         flat = None if self.pieces is None else self.pieces.parts
         known: dict[Any, tuple[Spec, ...]] = {}
-        for index, (group, params) in enumerate(zip(groups, trained_of(groups, state), strict=True)):
+        for index, params in trained_of(groups, state):
             for p in params:
                 key = index, Layout.of(p)
                 if key not in known:
-                    known[key] = self.sync.held(self.method.specs(key[1], group, options, flat), processes)
+                    known[key] = self.sync.held(self.method.specs(key[1], groups[index], options, flat), processes)
                 shared = self.method.shared_specs(len(specs), options)
                 specs[p] = {spec.name: spec for spec in (*known[key], *shared)}
         return specs
@@ -121,7 +123,7 @@ class Builder:
     def estimate(self, groups: Sequence[Group], state: State, processes: int, fsdp: bool) -> dict[str, int]:
         """Count the bytes by kind that a fresh optimizer will hold; see EngineOptimizer.estimate_footprint."""
         options, asked = self.options, self.asked
-        params = [p for params in trained_of(groups, state) for p in params]
+        params = [p for _, params in trained_of(groups, state) for p in params]
         if asked.budgeted and not asked.chosen:
             fixed = self._not_budgeted(params, fsdp)
             options, _ = asked.choice(options, self._bytes_with(groups, state, processes, fsdp), fixed)
@@ -138,9 +140,9 @@ class Builder:
             raise asked.too_large(sum(kinds.values()), options)
         return kinds
 
-    def _build(self, groups: Sequence[Group], trained: list[list[Tensor]], key: list[Any], state: State) -> Setup:
+    def _build(self, groups: Sequence[Group], trained: Trained, key: list[Any], state: State) -> Setup:
         """Build the setup, with what the current state knows of the parameters; parameters keep their owners."""
-        params, old = [p for params in trained for p in params], self.setup
+        params, old = [p for _, params in trained for p in params], self.setup
         for p in params:
             self._check_parameter(p)
         placement = self._find_placement(params)
@@ -197,11 +199,11 @@ class Builder:
             return DDPShards(self.process_group)
         return self.sync.replicas or Alone()
 
-    def _agree(self, placement: Placement, trained: list[list[Tensor]]) -> None:
+    def _agree(self, placement: Placement, trained: Trained) -> None:
         """Raise on every process where one has another class, other options or other parameters."""
         mine = [f"class {self.name}"]
         mine += [f"{name}={value!r}" for name, value in dataclasses.asdict(self.options).items()]
-        for i, params in enumerate(trained):
+        for i, params in trained:
             mine += [f"group {i}: a parameter {tuple(p.shape)} {p.dtype}" for p in params]
         everybody = placement.gather(mine)
         for rank, theirs in enumerate(everybody):
@@ -221,12 +223,12 @@ class Builder:
         return codes if self.sync.wanted or (follows and any(p.ndim == 1 for p in params)) else []
 
 
-def trained_of(groups: Sequence[Group], state: State) -> list[list[Tensor]]:
-    """Give the parameters with state in each group.
+def trained_of(groups: Sequence[Group], state: State) -> Trained:
+    """Give the index of each group and its parameters with state, in the order in which parameters are numbered.
 
     A parameter that is frozen later keeps its entries, which K counts. One that has a gradient is trained, frozen or not.
     """
-    return [[p for p in g["params"] if p.requires_grad or p in state or p.grad is not None] for g in groups]
+    return [(i, [p for p in groups[i]["params"] if p.requires_grad or p in state or p.grad is not None]) for i in counted(groups)]
 
 
 def adopt(state: State, setup: Setup, of_all: set[str]) -> None:

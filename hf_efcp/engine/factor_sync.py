@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -174,12 +174,14 @@ class FactorSync:
             return format
         return ReadyFormat(format.layout, format.options, self._places)
 
-    def stacks(self, groups: Sequence[Sequence[Tensor]], specs: Mapping[Tensor, Specs], options: Any) -> list[FactorStack]:
+    def stacks(
+        self, groups: Iterable[tuple[int, Sequence[Tensor]]], specs: Mapping[Tensor, Specs], options: Any
+    ) -> list[FactorStack]:
         """Make the stacks of factors; none without a hook."""
         if self.replicas is None:
             return []
         numbers, stacks = {p: i for i, p in enumerate(specs)}, []
-        for index, params in enumerate(groups):
+        for index, params in groups:
             alike: dict[tuple, list[Piece]] = {}
             for p in params:
                 if "warm_start" in specs[p]:

@@ -15,7 +15,8 @@ from ..core.cells import Spec
 from ..options import GroupOptions, OptionError, build
 from .asked import say
 from .builder import Builder, State
-from .parameters import levels_to_caller
+from .matching import check_numbers, label, matched
+from .parameters import ORDER, levels_to_caller
 from .saving import SHARD_FOLDER, Saving, check_container, check_keys, check_origin
 from .traces import Known, entries_of
 
@@ -114,9 +115,10 @@ def _load(
         line = take_told(builder, groups, state, list(entries_of(saved)))
     elif saved or "sharded" in section:  # else no step was taken, and a budget may not have chosen
         line = take_named(builder, state, section["options"])
-    values = _group_values(saved_groups, groups)
+    taken = matched(saved_groups, groups)
+    values = _group_values(taken)
     params = [p for g in groups for p in g["params"]]
-    index = [i for g in saved_groups for i in g["params"]]
+    index = [i for g in taken for i in g["params"]]
     entries = {p: saved[i] for i, p in zip(index, params, strict=True) if i in saved}
     stub = (section or {}).get("sharded")
     if section is not None:
@@ -134,7 +136,8 @@ def _load(
                     f"({SHARD_FOLDER} in a checkpoint): set shard_folder to it before load_state_dict"
                 )
         else:
-            trained = [p for i, p in enumerate(params) if i in stub.get("trained", [])]
+            check_numbers(saved_groups, (section or {}).get("numbered", range(len(taken))), taken, groups)
+            trained = [p for i, p in zip(index, params, strict=True) if i in stub.get("trained", [])]
             _thaw(trained, state)
             saving = Saving(builder.prepare(groups, state), state)
             saving.load_folder(Path(folder), with_window, stub.get("errors", 0))
@@ -149,18 +152,15 @@ def _load(
     if builder.setup is not None:
         builder.setup.last = None
         builder.setup.listen_anew()
-    for group, saved_group, checked in zip(groups, saved_groups, values, strict=True):
-        kept = {k: group[k] for k in ("params", "param_names") if k in group}
+    for group, saved_group, checked in zip(groups, taken, values, strict=True):
+        kept = {k: group[k] for k in ("params", "param_names", ORDER) if k in group}
         group |= {**copy.deepcopy({k: v for k, v in saved_group.items() if k not in kept}), **dataclasses.asdict(checked)}
     say(line or "")
     return used
 
 
-def _group_values(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+def _group_values(saved_groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Give lr and weight_decay of the checkpoint's groups, checked."""
-    sizes = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups]
-    if sizes[0] != sizes[1]:
-        raise OptionError(f"checkpoint has parameter groups of {sizes[0]} tensors, this optimizer of {sizes[1]}")
     for number, group in enumerate(saved_groups):
         check_keys(group, ("lr", "weight_decay"), f"its parameter group {number}")
     return [build(GroupOptions, {k: g[k] for k in ("lr", "weight_decay")}, "a group of the checkpoint") for g in saved_groups]
@@ -178,7 +178,7 @@ def _load_entries(
     try:
         _thaw(entries, state)
         saving = Saving(builder.prepare(groups, state), state)
-        saving.check(list(enumerate(params)), entries, with_window)
+        saving.check([(label(i, groups), p) for i, p in enumerate(params)], entries, with_window)
         saving.load(entries)
     except OptionError as error:
         if named or not builder.asked.budgeted:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..distributed.fsdp2 import is_sharded, problem
 from ..options import OptionError, ParamGroupOptions, build, field_types
+
+# Key of a parameter group: its place in the order in which parameters are numbered, if that is not the order of the groups.
+ORDER = "efcp_order"
+# What wrappers (torch.compile, DDP, activation checkpointing, PEFT) put into names.
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.|^module\.|^base_model\.model\.")
 
 
 def checked_group(group: Any, others: Sequence[dict[str, Any]], options_type: type, name: str) -> dict[str, Any]:
@@ -81,6 +87,18 @@ def levels_to_caller() -> int:
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "hf_efcp"):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name as in the bare model, whatever the model is wrapped in."""
+    while (bare := _WRAPPERS.sub(lambda m: m.group(1) or "", name)) != name:
+        name = bare
+    return name
+
+
+def counted(groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Give the groups' indices in the order in which their parameters are numbered."""
+    return sorted(range(len(groups)), key=lambda i: groups[i].get(ORDER, i))
 
 
 def _named_alike(params: list[Any], others: Sequence[dict[str, Any]]) -> list[Any]:

@@ -91,17 +91,17 @@ class Saving:
         except folders.CheckpointError as error:
             raise OptionError(str(error)) from None
 
-    def check(self, numbers: Sequence[tuple[int, Tensor]], entries: Mapping[Tensor, State], with_window: bool) -> None:
+    def check(self, params: Sequence[tuple[str, Tensor]], entries: Mapping[Tensor, State], with_window: bool) -> None:
         """Raise OptionError where a checkpoint's entries are not those of these parameters and options.
 
         Args:
-            numbers: position in the optimizer, and parameter.
+            params: what to call a parameter, and it.
             entries: of the checkpoint.
             with_window: whether it has the window.
         """
-        for number, p in numbers:
+        for label, p in params:
             specs = self.setup.specs.get(p, {}).values()
-            _check_entry(number, {s.name: s for s in specs if with_window or not s.window}, entries.get(p, {}))
+            _check_entry(label, {s.name: s for s in specs if with_window or not s.window}, entries.get(p, {}))
 
     def load(self, entries: Mapping[Tensor, State]) -> None:
         """Copy what this process holds of the entries, which have been checked, into the state."""
@@ -232,22 +232,20 @@ def check_origin(saved: Any, state: Mapping[Any, Any], name: str, expected: set[
         raise OptionError(f"checkpoint is of {saved['class']}, this optimizer is {name}")
 
 
-def _check_entry(number: int, here: Mapping[str, Spec], there: Any) -> None:
+def _check_entry(label: str, here: Mapping[str, Spec], there: Any) -> None:
     if not isinstance(there, Mapping):
-        raise OptionError(f"parameter {number}: the checkpoint has {type(there).__name__} in place of its state")
+        raise OptionError(f"{label}: the checkpoint has {type(there).__name__} in place of its state")
     if here.keys() != there.keys():
         missing, extra = sorted(here.keys() - there.keys()), sorted(there.keys() - here.keys())
         raise OptionError(
-            f"parameter {number}: the checkpoint's state does not fit this optimizer's parameters and options"
+            f"{label}: the checkpoint's state does not fit this optimizer's parameters and options"
             + (f"; missing: {', '.join(missing)}" if missing else "")
             + (f"; unexpected: {', '.join(extra)}" if extra else "")
         )
     for name, spec in here.items():
         t = there[name]
         if not isinstance(t, Tensor):
-            raise OptionError(f"parameter {number}: {name} is of type {type(t).__name__} in the checkpoint, not a tensor")
+            raise OptionError(f"{label}: {name} is of type {type(t).__name__} in the checkpoint, not a tensor")
         widened = (spec.dtype, t.dtype) == (torch.int16, torch.int32)  # as it is saved under FSDP2
         if tuple(t.shape) != spec.shape or not (widened or t.dtype == spec.dtype):
-            raise OptionError(
-                f"parameter {number}: {name} is {tuple(t.shape)} {t.dtype} in the checkpoint, {spec.shape} {spec.dtype} here"
-            )
+            raise OptionError(f"{label}: {name} is {tuple(t.shape)} {t.dtype} in the checkpoint, {spec.shape} {spec.dtype} here")

@@ -139,7 +139,7 @@ class Stack:
 
 
 def batches_of(
-    groups: Sequence[Sequence[Tensor]],
+    groups: Iterable[tuple[int, Sequence[Tensor]]],
     numbers: Mapping[Tensor, int],
     owners: Mapping[Tensor, Owners],
     placement: Placement,
@@ -147,7 +147,7 @@ def batches_of(
     """Group the pieces that this process holds into batches of one shape, dtype, device, parameter group and place.
 
     Args:
-        groups: the parameters of each parameter group.
+        groups: index of each parameter group, and its parameters.
         numbers: position of each parameter among all.
         owners: who holds which rows.
         placement: of this process.
@@ -156,7 +156,7 @@ def batches_of(
         The pieces, the index of their group, and what sums over the processes that share their matrices.
     """
     alike: dict[tuple, list[Piece]] = {}
-    for index, params in enumerate(groups):
+    for index, params in groups:
         for p in params:
             if placement.rank not in owners[p]:
                 continue

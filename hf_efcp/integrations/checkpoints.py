@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from ..distributed.fsdp2 import is_sharded
 from ..engine.base import EngineOptimizer
+from ..engine.matching import refuse_others
+from ..engine.parameters import canonical_name
 from ..engine.saving import SHARD_FOLDER, section
 from ..options import OptionError
 
@@ -79,7 +81,7 @@ def hook_states(original: Any) -> Any:
 
 
 def load_fsdp(original: Any) -> Any:
-    """Accelerate's `load_fsdp_optimizer`, which Trainer calls too: first the options of the saved run are taken."""
+    """Accelerate's `load_fsdp_optimizer`, which Trainer calls too: names are compared, and the saved run's options taken."""
 
     def load_fsdp_optimizer(fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index=0, *args, **kwargs):
         ours = unwrapped(optimizer)
@@ -88,6 +90,7 @@ def load_fsdp(original: Any) -> Any:
             folder = Path(input_dir) if Path(input_dir).name == name else Path(input_dir, name)
             file = Path(input_dir, f"{name if optimizer_index else _OPTIMIZER_NAME}.bin")
             options = _numbered(folder.parent, OPTIONS_FILE, optimizer_index)
+            _check_names(ours, model, file if file.is_file() else folder)
             ours.choose_as(options if options.is_file() else file if file.is_file() else folder)
         return original(fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index, *args, **kwargs)
 
@@ -101,6 +104,21 @@ def _save(optimizers: list, folder: str | Path) -> None:
             if any(is_sharded(p) for group in ours.param_groups for p in group["params"]) and dist.get_rank() == 0:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 torch.save({"efcp": section(ours.builder.name, ours.options)}, _numbered(folder, OPTIONS_FILE, number))
+
+
+def _check_names(ours: EngineOptimizer, model: torch.nn.Module, saved: Path) -> None:
+    """Raise OptionError where a file or folder under FSDP2 is of other parameters: torch names one tensor of them, or none."""
+    from ..distributed import folder  # takes most of a second
+
+    try:
+        state = {} if saved.is_dir() else torch.load(str(saved), map_location="meta", mmap=True, weights_only=True)["state"]
+        there = folder.names(saved) if saved.is_dir() else {str(key) for key in state}
+    except Exception:  # a damaged one, or none on this process: who reads it says so
+        return
+    trained = {p for group in ours.param_groups for p in group["params"] if p.requires_grad or p in ours.state}
+    here = [canonical_name(name) for name, p in model.named_parameters() if p in trained]
+    if there:  # else saved before the first step
+        refuse_others(sorted(map(canonical_name, there)), here)
 
 
 def _find(optimizers: list, folder: str | Path) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..engine.base import EngineOptimizer
+from ..engine.parameters import counted
 from ..options import OptionError
 from ..registry import all_optimizers
 from .checkpoints import unwrapped
@@ -114,7 +115,7 @@ def one_group(groups: list[dict[str, Any]], stage: int) -> list[dict[str, Any]]:
                 f"group, but {key} is {' and '.join(map(str, sorted(values)))}: use {remedy}, or {INSTEAD}"
             )
     common = {key: groups[0][key] for key in ("weight_decay", "compress")}
-    return [{"params": [entry for group in groups for entry in group["params"]], **common}]
+    return [{"params": [entry for i in counted(groups) for entry in groups[i]["params"]], **common}]
 
 
 def prepare(original: Any) -> Any:

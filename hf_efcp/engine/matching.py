@@ -1,0 +1,120 @@
+"""Which parameters and groups of a checkpoint are which of an optimizer: by name where both have names, else by position."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from ..options import OptionError
+from .asked import say
+from .parameters import ORDER, canonical_name, counted
+
+# So many names make a message.
+_NAMES = 5
+
+# A group of a state dict or of an optimizer.
+Group = Mapping[str, Any]
+
+
+def matched(saved: Sequence[Group], groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Give the groups of a checkpoint in the order of an optimizer's, with `params` in the order of theirs.
+
+    So groups that stand in another order load; and so did those of parameter_groups, before group 0 was one that decays.
+
+    Args:
+        saved: of the checkpoint; `params` are keys of its state.
+        groups: of the optimizer.
+
+    Raises:
+        OptionError: other parameters, or the same ones in other groups.
+    """
+    there, here = names_of(saved), names_of(groups)
+    sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
+    if there is None or here is None:
+        if sizes[0] != sizes[1]:
+            raise OptionError(f"checkpoint has parameter groups of {sizes[0]} tensors, this optimizer of {sizes[1]}")
+        return [dict(group) for group in saved]
+    mine, theirs = [name for names in here for name in names], [name for names in there for name in names]
+    if set(mine) != set(theirs):
+        if sizes[0] != sizes[1]:
+            refuse_others(theirs, mine, f" (groups of {sizes[0]} tensors, here of {sizes[1]})")
+        pairs = [f"{b} (there {a})" for a, b in zip(theirs, mine, strict=True) if a != b]
+        say(f"checkpoint: parameters have other names there, and are taken by their position: {_listed(pairs)}")
+        return [dict(group) for group in saved]
+    left = [(names, group) for names, group in zip(there, saved, strict=True)]
+    result = []
+    for names in here:
+        alike = next((entry for entry in left if set(entry[0]) == set(names)), None)
+        if alike is None:
+            raise OptionError(
+                f"checkpoint has these parameters in other groups, of {sizes[0]} tensors, and this optimizer of {sizes[1]}: no "
+                f"group there has just {_listed(names)}"
+            )
+        left.remove(alike)
+        keys = dict(zip(alike[0], alike[1]["params"], strict=True))
+        result.append({**alike[1], "params": [keys[name] for name in names]})
+    return result
+
+
+def refuse_others(there: Collection[str], here: Collection[str], more: str = "") -> None:
+    """Raise OptionError, with the names that are missing or new, where a checkpoint is of other parameters.
+
+    Args:
+        there: names of the checkpoint's.
+        here: names of the optimizer's.
+        more: what else to say of them.
+    """
+    new, missing = [n for n in here if n not in set(there)], [n for n in there if n not in set(here)]
+    if not new and not missing:
+        return
+    parts = [f"trained here and not there: {_listed(new)}"] if new else []
+    parts += [f"trained there and not here: {_listed(missing)}"] if missing else []
+    raise OptionError(
+        f"checkpoint is of other parameters; {'; '.join(parts)}{more}: train the same ones (requires_grad, adapters), or start "
+        "from the model alone"
+    )
+
+
+def names_of(groups: Sequence[Group]) -> list[list[str]] | None:
+    """Give the names of the parameters in each group, as in the bare model; None: they have none, or not each its own."""
+    names = [[canonical_name(str(name)) for name in group.get("param_names") or ()] for group in groups]
+    if any(len(own) != len(group["params"]) for own, group in zip(names, groups, strict=True)):
+        return None
+    every = [name for own in names for name in own]
+    return names if len(set(every)) == len(every) else None
+
+
+def label(number: int, groups: Sequence[Group]) -> str:
+    """Call the parameter at a position among all groups by number, and by name where it has one."""
+    names = [name for own in names_of(groups) or [] for name in own]
+    return f"parameter {number} ({names[number]})" if names else f"parameter {number}"
+
+
+def take_order_out(groups: Sequence[MutableMapping[str, Any]]) -> list[int]:
+    """Remove the key ORDER from the groups of a state dict, and give their indices in the order in which they are numbered.
+
+    torch.distributed.checkpoint asks for every key that groups have, and older checkpoints lack this one.
+    """
+    order = counted(groups)
+    for group in groups:
+        group.pop(ORDER, None)
+    return order
+
+
+def check_numbers(saved: Sequence[Group], order: Iterable[int], taken: Sequence[Group], groups: Sequence[Group]) -> None:
+    """Raise OptionError where a checkpoint numbers parameters otherwise than an optimizer does.
+
+    Args:
+        saved: its groups.
+        order: their indices in the order in which they were numbered.
+        taken: the same groups in the order of the optimizer's, see `matched`.
+        groups: the optimizer's.
+    """
+    there = [key for i in order for key in saved[i]["params"]]
+    if there != [key for i in counted(groups) for key in taken[i]["params"]]:
+        raise OptionError("checkpoint names its tensors by number, and has the parameters in another order: give groups as there")
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
