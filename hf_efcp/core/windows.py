@@ -85,6 +85,10 @@ class Window:
         """Give G^T c, (n, rows, cols) in the compute dtype, for coefficients c (n, m) fp64; or rows `rows` of it."""
         raise NotImplementedError
 
+    def product(self, c: Tensor, rows: slice) -> Tensor:
+        """Give rows `rows` of G^T c for an addition that takes any dtype: that of the matrix product may stay."""
+        return self.combine(c, rows)
+
     def _parts_to_store(self) -> tuple[Tensor, ...]:
         return self._parts
 
@@ -188,6 +192,13 @@ class LowRankWindow(Window):
             else:
                 out.add_(left.mT @ right)
         return out
+
+    def product(self, c: Tensor, rows: slice) -> Tensor:
+        """See Window. Sums of several products are in the compute dtype."""
+        u: Tensor | None = None
+        for left, right in self._products(c, rows):
+            u = left.mT @ right if u is None else u.to(self.compute_dtype).add_(left.mT @ right)
+        return self.combine(c, rows) if u is None else u
 
     def apply(
         self, c: Tensor, params: Sequence[Tensor], scale: float | Tensor, decay: float | Tensor, factors: kernels.Scale = None

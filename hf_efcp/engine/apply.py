@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection
 
 import torch
@@ -16,6 +17,21 @@ from .stacks import Stack
 _PARAMETER_SALT = 2**30
 
 
+@dataclasses.dataclass(frozen=True)
+class Rest:
+    """What is left to do to an update: u <- diag(x) (u + weight * e) diag(y). A kernel that adds u to p does it on the way.
+
+    Attributes:
+        finish: (u, rows) -> u in the compute dtype, by torch.
+        sizes: x (n, rows) and y (n, cols); None: ones.
+        kept: e and the weights (n,); None: there is none.
+    """
+
+    finish: Callable[[Tensor, slice], Tensor]
+    sizes: kernels.Scale = None
+    kept: kernels.Kept | None = None
+
+
 def apply(
     stack: Stack,
     update: Callable[[slice], Tensor],
@@ -23,6 +39,7 @@ def apply(
     weight_decay: float,
     rounding: Tensor | None,
     still: Collection[int],
+    rest: Rest | None = None,
 ) -> None:
     """Compute p <- (1 - lr*wd) p - lr u for the pieces of a stack, a few rows at a time.
 
@@ -35,13 +52,15 @@ def apply(
         weight_decay: decoupled.
         rounding: 0-D int64, the number of the step, by which stochastic rounding is counted; None: to nearest.
         still: positions of the pieces that stay as they are.
+        rest: what is left to do to u, which may be in any dtype then; None: nothing.
     """
     rows, cols = stack.shape
     bytes_each = len(stack.pieces) * cols * stack.layout.dtype.itemsize
     for part in chunks(rows, bytes_each, chunk_bytes(stack.device)):
         u = update(part)
-        if not still and _add_at_once(stack, u, part, lr, weight_decay, rounding):
+        if not still and _add_at_once(stack, u, part, lr, weight_decay, rounding, rest):
             continue
+        u = u if rest is None else rest.finish(u, part)
         for i, piece in enumerate(stack.pieces):
             if i not in still:
                 p = piece.data
@@ -53,7 +72,15 @@ def apply(
                     _apply(p, u[i].view(p.shape), lr, weight_decay)
 
 
-def _add_at_once(stack: Stack, u: Tensor, part: slice, lr: float | Tensor, weight_decay: float, rounding: Tensor | None) -> bool:
+def _add_at_once(
+    stack: Stack,
+    u: Tensor,
+    part: slice,
+    lr: float | Tensor,
+    weight_decay: float,
+    rounding: Tensor | None,
+    rest: Rest | None,
+) -> bool:
     """Do it for some rows of all pieces by one kernel; tell whether one can."""
     params = [piece.data for piece in stack.pieces]
     if not all(p.is_contiguous() for p in params):
@@ -62,7 +89,8 @@ def _add_at_once(stack: Stack, u: Tensor, part: slice, lr: float | Tensor, weigh
     (row, col), counted = stack.pieces[0].origin, None
     if rounding is not None and params[0].dtype == torch.bfloat16:
         counted = rounding, stack.ids + _PARAMETER_SALT, (row + part.start, col)
-    if not kernels.add(matrices, u, -lr, 1 - lr * weight_decay if weight_decay else 1.0, counted):
+    sizes, kept = (None, None) if rest is None else (rest.sizes, rest.kept)
+    if not kernels.add(matrices, u, -lr, 1 - lr * weight_decay if weight_decay else 1.0, counted, sizes, kept, part.start):
         return False
     torch.autograd.graph.increment_version([piece.param for piece in stack.pieces])
     return True

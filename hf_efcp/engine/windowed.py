@@ -15,7 +15,8 @@ from ..core.cells import Layout, Parts, Spec, matrix_shape
 from ..core.compressors import Identity
 from ..core.deferred import masked
 from ..core.gram import GramMatrix
-from .apply import apply
+from ..kernels.devices import kind
+from .apply import Rest, apply
 from .costs import Count
 from .diagnostics import of_last_step
 from .factor_sync import FactorSync
@@ -109,11 +110,14 @@ class WindowStack(Stack):
             flag = ok.to(self.device, self.layout.dtype)
             rate, new_part = lr * flag, new_part if self.momentum is None else new_part * flag
 
-        def update(rows: slice) -> Tensor:
-            u = self.window.combine(c, rows)
+        def finished(u: Tensor, rows: slice) -> Tensor:
+            u = u.to(self.layout.dtype)
             if self.residual is not None:
                 u += outside[:, None, None] * self.residual.read(rows)
-            u = u if self.metric is None else self.metric.unwhiten_(u, rows)
+            return u if self.metric is None else self.metric.unwhiten_(u, rows)
+
+        def update(rows: slice) -> Tensor:
+            u = finished(self.window.combine(c, rows), rows)
             if self.momentum is None:
                 return u
             v = self.momentum[:, rows]
@@ -123,7 +127,15 @@ class WindowStack(Stack):
                 v[absent] = kept
             return v
 
-        apply(self, update, rate, weight_decay, self.turn.step if options.stochastic_rounding else None, absent)
+        rounding, sizes = (
+            self.turn.step if options.stochastic_rounding else None,
+            None if self.metric is None else self.metric.scale,
+        )
+        if kind(self.device) == "cpu" or self.momentum is not None or (self.metric is not None and sizes is None):
+            apply(self, update, rate, weight_decay, rounding, absent)
+            return
+        rest = Rest(finished, sizes, None if self.residual is None else (self.residual.stored, outside))
+        apply(self, lambda rows: self.window.product(c, rows), rate, weight_decay, rounding, absent, rest)
 
     def _apply_at_once(self, c: Tensor, outside: Tensor, lr: float | Tensor, weight_decay: float) -> bool:
         """Do the plain case of `apply` without forming u; tell whether the window can."""

@@ -44,6 +44,8 @@ Entry = tuple[Tensor, Tensor]
 Stored = tuple[Tensor, Tensor | None, Tensor | None]
 # The error e: (n, rows, cols) and None, or codes and their scales (`codecs.BlockQuantizer`); None: there is none.
 Error = tuple[Tensor, Tensor | None] | None
+# e and n weights: weight * e of each tensor.
+Kept = tuple[Error, Tensor]
 # x (n, rows) and y (n, cols) in g's dtype: g stands for diag(x) g diag(y); None: for itself.
 Scale = tuple[Tensor, Tensor] | None
 # The step, () int64; the tensors' salts, (n,) int64; their origin, the row and column of a larger matrix at which they begin:
@@ -251,8 +253,10 @@ def add(
     decay: float | Tensor,
     rounding: Rounding | None = None,
     sizes: Scale = None,
+    kept: Kept | None = None,
+    first: int = 0,
 ) -> bool:
-    """p <- decay * p + scale * diag(x) u diag(y) in place, for n matrices in any float dtype.
+    """p <- decay * p + scale * diag(x) (u + weight * e) diag(y) in place, for n matrices in any float dtype.
 
     Args:
         params: p.
@@ -260,11 +264,13 @@ def add(
         scale, decay: numbers, or 0-D tensors on the device.
         rounding: where p is bf16 and rounded stochastically, what the random numbers are counted by; None: to nearest.
         sizes: x (n, rows) and y (n, cols); None: ones.
+        kept: e and the weights (n,); None: there is none.
+        first: where p and u are some rows of n matrices, the first of them: x and e are of whole matrices.
 
     Returns:
         Whether it was done.
     """
-    return bool(_try("add", update, params, update, scale, decay, rounding, sizes))
+    return bool(_try("add", update, params, update, scale, decay, rounding, sizes, kept, first))
 
 
 def _try_sparse(name: str, example: Tensor, *args: Any) -> Any:

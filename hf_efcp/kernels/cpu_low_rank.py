@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Error, Matrices, Rounding, Scale
+from . import Error, Kept, Matrices, Rounding, Scale
 from .constants import BF16_SHIFT
 from .cpu_threads import PARTS, divide_work
 from .cpu_tools import (
@@ -190,6 +190,8 @@ def add(
     decay: float | Tensor,
     rounding: Rounding | None = None,
     sizes: Scale = None,
+    kept: Kept | None = None,
+    first: int = 0,
 ) -> bool:
     """p <- decay * p + scale * u in place; whether it was done.
 
@@ -198,9 +200,9 @@ def add(
         update: u, (n, rows, cols) in bf16.
         scale, decay: numbers.
         rounding: p is in fp32.
-        sizes: none.
+        sizes, kept, first: none.
     """
-    if isinstance(scale, Tensor) or isinstance(decay, Tensor) or sizes is not None:
+    if isinstance(scale, Tensor) or isinstance(decay, Tensor) or sizes is not None or kept is not None:
         return False
     if update.dtype != torch.bfloat16 or any(p.dtype != torch.float32 or not p.is_contiguous() for p in params):
         return False

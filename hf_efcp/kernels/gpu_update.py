@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Error, Matrices, Rounding, Scale
+from . import Error, Kept, Matrices, Rounding, Scale
 from .gpu_tools import (
     Addresses,
     Errors,
@@ -60,10 +60,11 @@ def _add_kept(
     tl.store(p, tl.load(p, mask=mask, other=0.0) + e, mask=mask)
 
 
-@triton.jit(do_not_specialize=["row_0", "col_0"])
+@triton.jit(do_not_specialize=["row_0", "col_0", "first_row"])
 def _add(
-    table, like, update, scale, decay, left, right, compute, step, salts, rows, cols, row_0, col_0,
-    SCALE_AT: tl.constexpr, DECAY_AT: tl.constexpr, SCALED: tl.constexpr, COUNTED: tl.constexpr,
+    table, like, update, scale, decay, left, right, error, scales, weights, compute, step, salts, rows, cols, row_0, col_0,
+    first_row, whole,
+    SCALE_AT: tl.constexpr, DECAY_AT: tl.constexpr, SCALED: tl.constexpr, FORMAT: tl.constexpr, COUNTED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A program a tile. `scale` and `decay` are fp32 numbers, or where they are; `compute` points to the dtype of the sum."""
@@ -76,8 +77,11 @@ def _add(
         decay = tl.load(decay).to(compute.dtype.element_ty)
     u = tl.load(update + (t * rows + row) * cols + col, mask=mask, other=0.0).to(compute.dtype.element_ty)
     p = matrix(table, t, like) + row * cols + col
+    if FORMAT != 0:
+        e = error_tile(error, scales, t, row + first_row, col, mask, whole, cols, compute, FORMAT)
+        u += e * tl.load(weights + t).to(compute.dtype.element_ty)
     if SCALED:
-        u *= tl.load(left + t * rows + row, mask=row < rows, other=0.0).to(compute.dtype.element_ty)
+        u *= tl.load(left + t * whole + row + first_row, mask=row < rows, other=0.0).to(compute.dtype.element_ty)
         u *= tl.load(right + t * cols + col, mask=col < cols, other=0.0).to(compute.dtype.element_ty)
     new = tl.load(p, mask=mask, other=0.0).to(compute.dtype.element_ty) * decay + u * scale
     if COUNTED:
@@ -139,8 +143,12 @@ def add(
     decay: float | Tensor,
     rounding: Rounding | None = None,
     sizes: Scale = None,
+    kept: Kept | None = None,
+    first: int = 0,
 ) -> bool:
-    """Compute p <- decay * p + scale * diag(x) u diag(y) in place, in fp64 where p or u is, else in fp32, and round it once.
+    """Compute p <- decay * p + scale * diag(x) (u + weight * e) diag(y) in place, in fp64 where p or u is, else in fp32.
+
+    It is rounded once.
 
     Args:
         params: p, n contiguous matrices (rows, cols) in a float dtype.
@@ -148,6 +156,8 @@ def add(
         scale, decay: numbers, which may differ at each step, or 0-D tensors on the device.
         rounding: where p is bf16 and rounded stochastically, what the random numbers are counted by; None: to nearest.
         sizes: x (n, rows) and y (n, cols); None: ones.
+        kept: e, as `Errors` takes it, and the weights (n,); None: there is none.
+        first: where p and u are some rows of n matrices, the first of them: x and e are of whole matrices.
 
     Returns:
         Whether it was done.
@@ -155,22 +165,25 @@ def add(
     dtypes = params[0].dtype, update.dtype
     double = torch.float64 in dtypes
     known = all(x in (*_DTYPES, *_HALVES) for x in dtypes) and not (double and dtypes[0] in _HALVES)
-    if not known or not _in_place(params):
+    error, weights = (None, None) if kept is None else kept
+    if not known or not _in_place(params) or not reads(error):
         return False
     p = Addresses(params)
     (_, rows, cols), device = p.shape, p.like.device
     compute = torch.empty(1, dtype=torch.float64 if double else torch.float32, device=device)
     scale, decay = (_number(x, double, device) for x in (scale, decay))
-    x, y, scaled = factors(sizes, p.like)
+    (x, y, scaled), e = factors(sizes, p.like), Errors(error, compute)
+    whole = x.shape[1] if scaled else rows if error is None else error[0].shape[1]
+    weights = p.table if weights is None else weights.contiguous()
     counted = rounding is not None and dtypes[0] == torch.bfloat16
     step, salts, origin = rounding if rounding is not None and counted else (p.table, p.table, (0, 0))
     grid, height, width = tiling(p.shape, _NUMBERS)
     with on(p.like):
         _add[grid](
-            p.table, p.like, update.contiguous(), scale, decay, x, y, compute, step.to(device), salts.contiguous(), rows, cols,
-            *origin,
-            SCALE_AT=isinstance(scale, Tensor), DECAY_AT=isinstance(decay, Tensor), SCALED=scaled, COUNTED=counted,
-            ROWS=height, COLS=width,
+            p.table, p.like, update.contiguous(), scale, decay, x, y, *e.arrays, weights, compute, step.to(device),
+            salts.contiguous(), rows, cols, *origin, first, whole,
+            SCALE_AT=isinstance(scale, Tensor), DECAY_AT=isinstance(decay, Tensor), SCALED=scaled, FORMAT=e.format,
+            COUNTED=counted, ROWS=height, COLS=width,
         )  # fmt: skip
     return True
 

@@ -201,3 +201,11 @@ def test_launches_and_bytes_stay_below_their_ceilings(case, ceiling):
     total = counted(name, text, shapes_of(model), steps=2).total
     assert (total.reads, total.waits) == ({}, {})
     assert total.launches <= ceiling[0] and total.bytes <= ceiling[1] * 1e9, (total.launches, total.bytes)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_parameters_in_bf16_are_updated_in_one_pass():
+    """The product of 2 bytes a number, written and read; p of 2, read and written; the residual of 2."""
+    (name,), model = names(family="mfac", compression="low rank"), load("bert-base", torch.bfloat16)
+    update = counted(name, "", model, steps=2).phases["update"]
+    assert update.bytes <= 1.0e9 and update.launches <= 85

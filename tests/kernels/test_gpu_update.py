@@ -6,9 +6,12 @@ import os
 import pytest
 import torch
 
+from hf_efcp import kernels
 from hf_efcp.core.random import stochastic_round
+from hf_efcp.engine import apply
+from hf_efcp.kernels.devices import pretending
 from tests.kernels.helpers import coded_error, plain_error
-from tests.reference import relative
+from tests.reference import NAMES, make, parameters, relative, set_gradients
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="for Triton's interpreter")
@@ -77,6 +80,63 @@ def test_an_update_is_added(gpu_update, n, rows, cols, dtype, update_dtype):
     expected[:, 1:-1] += 0.2 * x.double()[:, :, None] * u.double() * y.double()[:, None]
     assert gpu_update.add([p[1:-1] for p in whole], u, 0.2, 1.0, None, (x, y))
     assert relative(whole.double(), expected) < (1e-15 if dtype == torch.float64 else 2e-7)
+
+
+@EVERY_FORMAT
+@DTYPES
+@SHAPES
+def test_an_update_is_added_with_the_error(gpu_update, n, rows, cols, dtype, format):
+    """Of some rows: u is of these, the error and the sizes are of whole matrices."""
+    error, weights = error_of(format, n, rows + 3, cols, dtype), random(n, dtype=dtype, seed=2)
+    some = slice(2, rows + 2)
+    p, u = random(n, rows + 3, cols, dtype=dtype), random(n, rows, cols, dtype=dtype, seed=1)
+    for sizes in (None, (random(n, rows + 3, dtype=dtype, seed=3), random(n, cols, dtype=dtype, seed=4))):
+        expected, whole = p.clone(), u + weights[:, None, None] * error.read(some)
+        if sizes is not None:
+            whole = whole * sizes[0][:, some, None] * sizes[1][:, None]
+        expected[:, some] = 0.9 * expected[:, some] - 0.1 * whole
+        found = p.clone()
+        assert gpu_update.add([x[some] for x in found], u, -0.1, 0.9, None, sizes, (error.stored, weights), some.start)
+        assert relative(found, expected) < (1e-15 if dtype == torch.float64 else 1e-6)
+        assert torch.equal(found[:, :2], p[:, :2]) and torch.equal(found[:, -1], p[:, -1])
+
+
+STEPS = [
+    {},
+    {"metric": "factored", "rms_mode": "adam", "residual": "momentum", "window_momentum": 0.8, "weight_decay": 0.1},
+    {"residual": "feedback", "error_format": "int8", "stochastic_rounding": True},
+    {"momentum": 0.5, "metric": "factored"},
+]
+
+
+@pytest.mark.parametrize("options", STEPS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_of_bf16_parameters_are_those_of_torch(name, options, monkeypatch):
+    """In the way of a GPU, where only the addition is a kernel, some rows at a time."""
+    updates, done, attempt = [], [], kernels._try
+
+    def only_add(operation, *args):
+        if operation != "add":
+            return None
+        done.append(attempt(operation, *args))
+        return done[-1]
+
+    monkeypatch.setattr(kernels, "_try", only_add)
+    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(apply, "chunk_bytes", lambda device: 2000)
+    for wanted in ("0", "1"):
+        monkeypatch.setenv("HF_EFCP_KERNELS", wanted)
+        params = parameters(dtype=torch.bfloat16)
+        with pretending("cuda"):
+            optimizer = make(name, params, window_size=3, update_rms=0.5, lr=1.0, **options)
+            before = torch.cat([p.detach().double().flatten() for p in params])
+            for t in range(4):
+                set_gradients(params, torch.Generator().manual_seed(t))
+                optimizer.step()
+        updates.append(torch.cat([p.detach().double().flatten() for p in params]) - before)
+    assert sum(map(bool, done)) > 4 * len(params) / 2 and not kernels._failed
+    # Triton's interpreter cuts off what a GPU rounds to bf16, in each step.
+    assert relative(updates[1], updates[0]) < (1e-3 if options.get("stochastic_rounding") else 2e-2)
 
 
 @pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float16], ids=str)
