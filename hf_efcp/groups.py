@@ -38,29 +38,32 @@ def parameter_groups(
         target_modules: whose matrices are compressed: "all-linear" (but not the head), a name or part of one, a regular
             expression for the whole name, or several of these. The rest enters the window whole, as GaLore's other
             parameters are optimized whole: window_size numbers for each entry; a method without a window trains it by AdamW.
-            None: all matrices are compressed.
+            None: all matrices are compressed. A tensor that several modules share (lm_head and the embedding) is selected by the
+            name of any of them. A target that matches frozen modules only is skipped, and the log says so.
 
     Returns:
         Groups for any of our optimizers: `params` as (canonical name, tensor) pairs, `weight_decay`, `kind`, `compress`. As in
         transformers, group 0 decays and group 1 does not, where the model has both; `efcp_order` is their order in the model.
 
     Raises:
-        OptionError: a target that matches no module with a trainable matrix.
+        OptionError: a target that matches no module with a matrix.
     """
     decaying = None if decay_names is None else set(decay_names)
-    targets = None if target_modules is None else _targets(model, parse_targets(target_modules))
+    targets, frozen = (None, []) if target_modules is None else _targets(model, parse_targets(target_modules))
     groups: dict[tuple, dict[str, Any]] = {}
     decaying_groups = set()
-    for name, kind, owner, p in _parameters(model):
+    for name, kind, p in _parameters(model):
         decays = kind != "vector" if decaying is None else name in decaying
         decay = weight_decay if decays else 0.0
-        compress = targets is None or kind == "vector" or owner in targets
+        compress = targets is None or kind == "vector" or id(p) in targets
         key = (kind, decay, compress, id(getattr(p, "device_mesh", None)))
         new = {"params": [], "weight_decay": decay, "kind": kind, "compress": compress, ORDER: len(groups)}
         group = groups.setdefault(key, new)
         group["params"].append((canonical_name(name), p))
         if decays:
             decaying_groups.add(key)
+    for target in frozen:
+        logger.warning("optim_target_modules: %r matches frozen modules only, and is skipped: they are not trained", target)
     _tell_of_whole_rows(groups.values())
     return _as_transformers([(group, key in decaying_groups) for key, group in groups.items()])
 
@@ -87,18 +90,18 @@ def parse_targets(given: Any) -> list[str]:
 
 
 def check_targets(model: nn.Module, target_modules: Any) -> None:
-    """Raise OptionError where a target is of the wrong type or matches no module with a trainable matrix."""
+    """Raise OptionError where a target is of the wrong type or matches no module with a matrix."""
     if target_modules is not None:
         _targets(model, parse_targets(target_modules))
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, str, str, Tensor]]:
-    """(name, kind, name of the owning module, parameter) of every trainable parameter, each once."""
+def _parameters(model: nn.Module, trainable: bool = True) -> Iterator[tuple[str, str, Tensor]]:
+    """(name, kind, parameter) of every parameter, each once; of those that are trainable, or of those that are frozen."""
     head = _head(model)
     seen = set()
     for module_name, module in model.named_modules():
         for own_name, p in module.named_parameters(recurse=False):
-            if not p.requires_grad or id(p) in seen:
+            if p.requires_grad != trainable or id(p) in seen:
                 continue
             seen.add(id(p))
             if p.ndim < 2:
@@ -107,7 +110,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, str, Tensor]]:
                 kind = "embedding"
             else:
                 kind = "head" if module is head else "matrix"
-            yield f"{module_name}.{own_name}" if module_name else own_name, kind, module_name, p
+            yield f"{module_name}.{own_name}" if module_name else own_name, kind, p
 
 
 def _as_transformers(groups: list[tuple[dict[str, Any], bool]]) -> list[dict[str, Any]]:
@@ -142,22 +145,34 @@ def _head(model: Any) -> nn.Module | None:
         return None
 
 
-def _targets(model: nn.Module, targets: list[str]) -> set[str]:
-    """Names of the modules with a trainable matrix that `targets` select."""
-    kinds = {owner: kind for _, kind, owner, p in _parameters(model) if kind != "vector"}
-    selected: set[str] = set()
+def _targets(model: nn.Module, targets: list[str]) -> tuple[set[int], list[str]]:
+    """Ids of the trainable matrices that `targets` select by any module that has them, and the targets of frozen ones only."""
+    owners: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(canonical_name(module_name))
+    trained, frozen = ({id(p): kind for _, kind, p in _parameters(model, t) if kind != "vector"} for t in (True, False))
+
+    def matching(target: str, matrices: dict[int, str]) -> set[int]:
+        return {i for i, kind in matrices.items() if any(_matches(target, owner, kind) for owner in owners[i])}
+
+    selected: set[int] = set()
+    skipped = []
     for target in targets:
-        matching = {owner for owner, kind in kinds.items() if _matches(target, canonical_name(owner), kind)}
-        if not matching:
-            leaves = list(dict.fromkeys(owner.rpartition(".")[2] or "(the model itself)" for owner in kinds))
+        found = matching(target, trained)
+        selected |= found
+        if found:
+            continue
+        if not matching(target, frozen):
+            leaves = dict.fromkeys(o.rpartition(".")[2] or "(the model itself)" for i in trained for o in owners[i])
             near = difflib.get_close_matches(target, leaves, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise OptionError(
                 f"optim_target_modules: {target!r} matches no module with trainable matrices; {hint}"
                 f"such modules: {', '.join(leaves) or 'none'}"
             )
-        selected |= matching
-    return selected
+        skipped.append(target)
+    return selected, skipped
 
 
 def _matches(target: str, name: str, kind: str) -> bool:

@@ -29,6 +29,10 @@ _DTYPES = {
 }
 
 
+# What options are called elsewhere.
+OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay"}
+
+
 class OptionError(ValueError):
     """A bad option: its message names the option, the value, what is allowed and the nearest valid name."""
 
@@ -93,12 +97,12 @@ _UNITS |= {f"{letter}{i}b": (1024 if i else 1000) ** n for n, letter in enumerat
 
 
 def parse_bytes(name: str, value: Any) -> Any:
-    """A number of bytes, from `2GiB`, `500 MB`, `1e9` or a number of Python's; None and the text `none` stay as they are.
+    """A number of bytes, from `2GiB`, `500 MB`, `1e9` or a number of Python's; None and the texts for it stay as they are.
 
     Raises:
         OptionError: anything else, and what is less than a byte or infinite.
     """
-    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+    if _means_none(value):
         return value
     try:
         number, unit = value, ""
@@ -133,13 +137,17 @@ class ParamGroupOptions(GroupOptions):
     compress: bool = option(True, "false: this group's tensors are not compressed: they enter the window whole, or have AdamW")
 
 
+def _means_none(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))
+
+
 def typed(name: str, value: Any, annotation: Any) -> Any:
     """`value` as the annotated type, from Python or from text; raises OptionError where it does not fit.
 
-    Text: `none` for None, `true`/`false`/`1`/`0` for booleans, `1e-3` for floats, `bf16` or `bfloat16` for dtypes.
+    Text: `none` or `null` for None, `true`/`false`/`1`/`0` for booleans, `1e-3` for floats, `bf16` or `bfloat16` for dtypes.
     """
     kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if value is None or (isinstance(value, str) and value.strip().lower() == "none" and kinds != (str,)):
+    if value is None or (_means_none(value) and kinds != (str,)):
         if type(None) in kinds:
             return None
         raise OptionError(f"{name}={value!r}: a value is needed")
@@ -182,6 +190,7 @@ def unknown_name(kind: str, name: str, valid: Iterable[str], owner: str = "") ->
     """The message for an unknown name: what was given, the nearest valid name, all valid names."""
     valid = list(valid)
     near = difflib.get_close_matches(str(name).lower(), valid, n=1, cutoff=0.6)
+    near = [OTHER_NAMES[str(name)]] if str(name) in OTHER_NAMES else near
     hint = f"did you mean {near[0]!r}? " if near else ""
     where = f" for {owner}" if owner else ""
     return f"unknown {kind} {name!r}{where}: {hint}valid: {', '.join(valid)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, overload
@@ -136,7 +137,7 @@ def all_optimizers() -> list[OptimizerInfo]:
 
 def get_optimizer_info(name: str) -> OptimizerInfo:
     """The registry entry of `name`; raises OptionError, with the nearest name, if there is none."""
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         raise OptionError(unknown_name("optimizer", name, _REGISTRY))
     return _REGISTRY[name]
 
@@ -176,7 +177,10 @@ def create_optimizer(
     """
     info = get_optimizer_info(name)
     if isinstance(model_or_params, torch.nn.Module):
-        model_or_params = [(n, p) for n, p in model_or_params.named_parameters() if p.requires_grad]
+        named = list(model_or_params.named_parameters())
+        model_or_params = [(n, p) for n, p in named if p.requires_grad]
+        if named and not model_or_params:
+            raise OptionError(f"the model has nothing to train: all of its {len(named)} parameters are frozen (requires_grad)")
     return info.cls(model_or_params, process_group=process_group, **info.check(options))
 
 
@@ -202,6 +206,9 @@ def parse_optim_args(text: str | Mapping[str, Any] | None, owner: str = "") -> d
         name, equals, value = (part.strip() for part in piece.partition("="))
         if not equals or not name or not value:
             raise OptionError(f"optim_args: {piece!r} is not of the form name=value (example: rank=4,window_size=32)")
+        if ";" in value or "=" in value:
+            meant = ",".join("=".join(pair) for pair in re.findall(r"([\w-]+)\s*=+\s*([^\s;=]+)", piece))
+            raise OptionError(f"optim_args: {piece!r}: options are written as name=value, with commas between them: {meant}")
         _once([*parsed.items(), (name, value)])
         parsed[name] = value
     return parsed

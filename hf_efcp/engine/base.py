@@ -26,7 +26,7 @@ from .footprint import measured
 from .loading import load, take
 from .matching import take_order_out
 from .method import Method
-from .parameters import checked_group, signature
+from .parameters import checked_group, checked_params, signature
 from .saving import Saving, copies, section
 from .setup import Setup
 from .traces import saved_choice
@@ -65,7 +65,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         group = build(GroupOptions, {"lr": lr, "weight_decay": weight_decay}, name)
         checked = merged(self.options_type, self.measured, options, name)
         self.builder = Builder(name, self.method, checked, Asked(name, checked, options), process_group)
-        super().__init__(params, {"lr": group.lr, "weight_decay": group.weight_decay})
+        super().__init__(checked_params(params, name), {"lr": group.lr, "weight_decay": group.weight_decay})
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)

@@ -23,7 +23,7 @@ from .factor_sync import FactorSync
 from .footprint import estimated
 from .graph import StepGraph
 from .method import Group, Method
-from .parameters import counted, refuse_parameter
+from .parameters import counted, refuse_parameter, refuse_without_numbers
 from .setup import Setup
 from .stacks import batches_of
 
@@ -54,6 +54,8 @@ class Builder:
     def __init__(self, name: str, method: Method, options: Any, asked: Asked, process_group: Any = None):
         self.name, self.method, self.options, self.asked = name, method, options, asked
         asked.name = name
+        if process_group is not None and not hasattr(process_group, "size"):
+            raise OptionError(f"process_group={process_group!r}: expected one of torch.distributed (dist.group.WORLD), or none")
         self.process_group = process_group
         self.pieces: ZeroPieces | None = None
         self.sync = FactorSync(options)
@@ -178,6 +180,7 @@ class Builder:
         return setup
 
     def _check_parameter(self, p: Tensor) -> None:
+        refuse_without_numbers(p, self.name)
         refuse_parameter(p, self.name)
         if self.pieces is None and not self.takes_tensors and type(p) is Tensor:
             raise OptionError(

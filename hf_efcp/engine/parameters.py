@@ -5,18 +5,36 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..distributed.fsdp2 import is_sharded, problem
-from ..options import OptionError, ParamGroupOptions, build, field_types
+from ..options import OTHER_NAMES, OptionError, ParamGroupOptions, build, field_types
 
 # Key of a parameter group: its place in the order in which parameters are numbered, if that is not the order of the groups.
 ORDER = "efcp_order"
 # What wrappers (torch.compile, DDP, activation checkpointing, PEFT) put into names.
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.|^module\.|^base_model\.model\.")
+
+
+def checked_params(params: Any, name: str) -> Any:
+    """Give what stands for parameters, or raise TypeError and say what to pass for what one may take for them.
+
+    Args:
+        params: of an optimizer or of a group.
+        name: of the optimizer's class.
+    """
+    if isinstance(params, nn.Module) or callable(params):
+        kind = type(params).__name__
+        raise TypeError(f"{name}: params is a {kind}: pass model.parameters(), or create_optimizer(name, model, ...) the model")
+    if isinstance(params, Mapping):
+        raise TypeError(
+            f"{name}: params is a {type(params).__name__}: pass tensors, groups, or (name, tensor) pairs: its items()"
+        )
+    return params
 
 
 def checked_group(group: Any, others: Sequence[dict[str, Any]], options_type: type, name: str) -> dict[str, Any]:
@@ -37,12 +55,11 @@ def checked_group(group: Any, others: Sequence[dict[str, Any]], options_type: ty
     for key in group:
         if key in field_types(options_type):
             raise OptionError(f"{key} is an option of the whole optimizer {name}, not of a parameter group")
-        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.8)
-        if key not in valid and near:
-            raise OptionError(f"unknown key {key!r} in a parameter group of {name}: did you mean {near[0]!r}?")
+        if key not in valid and (near := _meant(key, valid, field_types(options_type))):
+            raise OptionError(f"unknown key {key!r} in a parameter group of {name}: did you mean {near!r}?")
     given = {k: v for k, v in group.items() if k in valid}
     checked = build(ParamGroupOptions, given, name)
-    params = group["params"]
+    params = checked_params(group["params"], name)
     if not isinstance(params, Tensor | set):  # torch refuses a set, with a good message
         params = list({id(_tensor(entry)): entry for entry in params}.values())  # tied weights once
         for p in map(_tensor, params):
@@ -54,6 +71,9 @@ def checked_group(group: Any, others: Sequence[dict[str, Any]], options_type: ty
 
 def refuse_parameter(p: Tensor, name: str) -> None:
     """Raise OptionError for a parameter that cannot be optimized."""
+    if p.is_nested or p.layout != torch.strided:
+        layout = "nested" if p.is_nested else str(p.layout).removeprefix("torch.")
+        raise OptionError(f"{name} has no arithmetic for {layout} parameters: pass a dense one, p.to_dense()")
     if p.is_complex():
         raise OptionError(f"{name} has no complex arithmetic: pass torch.view_as_real(p) instead of the {p.dtype} parameter")
     if hasattr(p, "_is_flat_param") or hasattr(p, "_fsdp_flattened"):
@@ -64,6 +84,19 @@ def refuse_parameter(p: Tensor, name: str) -> None:
         raise OptionError(f"{name} forms inner products in fp64, which the mps device does not have: train on cpu or cuda")
     if is_sharded(p) and (trouble := problem(p)):
         raise OptionError(f"{name}: {trouble}")
+
+
+def refuse_without_numbers(p: Tensor, name: str) -> None:
+    """Raise OptionError for a parameter that has no numbers yet; an optimizer may be made of it, but take no step.
+
+    On the meta device models are only planned, and FSDP2 gives an optimizer's parameters their memory later.
+    """
+    if p.device.type == "meta":
+        raise OptionError(
+            f"{name} was made of parameters on the meta device, {tuple(p.shape)} for one, which have no numbers: give the model "
+            "its weights, then make the optimizer (to_empty and load_state_dict(assign=True) put new parameters in their place; "
+            "device_map may leave some on meta). What it would take: estimate_footprint()"
+        )
 
 
 def signature(options_type: type) -> inspect.Signature:
@@ -99,6 +132,17 @@ def canonical_name(name: str) -> str:
 def counted(groups: Sequence[Mapping[str, Any]]) -> list[int]:
     """Give the groups' indices in the order in which their parameters are numbered."""
     return sorted(range(len(groups)), key=lambda i: groups[i].get(ORDER, i))
+
+
+def _meant(key: str, valid: Iterable[str], options: Iterable[str]) -> str | None:
+    """Give the key of a group, or the option, that a key of a group is likely to stand for; None: it is a user's own."""
+    if str(key).lower() in OTHER_NAMES:
+        return OTHER_NAMES[str(key).lower()]
+    if near := difflib.get_close_matches(str(key).lower(), valid, n=1, cutoff=0.8):
+        return near[0]
+    # max_momentum and base_momentum are a schedule's.
+    near = difflib.get_close_matches(str(key).lower(), options, n=1, cutoff=0.75)
+    return near[0] if near and not str(key).endswith(f"_{near[0]}") and not str(key).startswith(f"{near[0]}_") else None
 
 
 def _named_alike(params: list[Any], others: Sequence[dict[str, Any]]) -> list[Any]:

@@ -15,6 +15,7 @@ from ..core.deferred import DelayedFlag, masked
 from ..distributed.fsdp2 import local_gradient
 from ..distributed.placement import Placement, Specs
 from ..distributed.plan import Owners
+from ..options import OptionError
 from .parameters import levels_to_caller
 
 # Name of the learning rate in groups, as a number on the device: a CUDA graph reads it there.
@@ -146,14 +147,22 @@ def _remembered(old: Any, new: Any, ok: bool | Tensor) -> Any:
 
 def rate_of(group: Mapping[str, Any]) -> float | Tensor:
     """Give the learning rate; in a CUDA graph the number on the device."""
-    return group[RATE] if RATE in group else float(group["lr"])
+    return group[RATE] if RATE in group else _number(group, "lr")
 
 
 def l2_of(group: Mapping[str, Any], options: Any) -> float:
     """Give the weight decay that enters the gradient."""
-    return group["weight_decay"] if options.weight_decay_mode == "l2" else 0.0
+    return _number(group, "weight_decay") if options.weight_decay_mode == "l2" else 0.0
 
 
 def decoupled_of(group: Mapping[str, Any], options: Any) -> float:
     """Give the weight decay of p <- (1 - lr*wd) p."""
-    return 0.0 if l2_of(group, options) else group["weight_decay"]
+    return 0.0 if l2_of(group, options) else _number(group, "weight_decay")
+
+
+def _number(group: Mapping[str, Any], key: str) -> float:
+    """Read a number of a group, which users may have changed since it was checked."""
+    try:
+        return float(group[key])
+    except (KeyError, TypeError, ValueError):
+        raise OptionError(f"{key}={group.get(key)!r} in a parameter group: expected a number") from None

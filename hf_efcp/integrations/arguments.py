@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from ..options import as_text, described
 from ..registry import all_optimizers, optim_defaults
+from .parsing import refuse_unknown
 from .trainer_options import FIELD, efcp_fields
 
 # EFCPFields stands beside another subclass of TrainingArguments: types are checked as if it were one itself.
@@ -53,6 +54,12 @@ def _with_fields(cls: type[_Base]) -> type[_Base]:
 @_with_fields
 class EFCPFields(_Base):
     """The fields alone, for other subclasses of TrainingArguments: `@dataclass class Config(EFCPFields, SFTConfig)`."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a misspelt field by name: Python's own error has no nearest one."""
+        fields = [field.name for field in dataclasses.fields(cls)]
+        refuse_unknown([name for name in kwargs if name not in fields], fields)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for option, value in efcp_fields(self).items():

@@ -38,7 +38,18 @@ def config_of(args: Any) -> Mapping[str, Any]:
 
 def stage_of(config: Mapping[str, Any]) -> int:
     """The ZeRO stage; 0 where there is none."""
-    return int((config.get("zero_optimization") or {}).get("stage", 0))
+    stage = _section(config, "zero_optimization").get("stage", 0)
+    if not str(stage).isdigit():
+        raise OptionError(f"DeepSpeed zero_optimization.stage={stage!r}: expected 0, 1, 2 or 3")
+    return int(stage)
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A section of the configuration; empty where there is none."""
+    section = config.get(key) or {}
+    if not isinstance(section, Mapping):
+        raise OptionError(f"DeepSpeed's config has {key}={section!r}: expected a section, {{...}}")
+    return section
 
 
 def check_config(
@@ -53,11 +64,11 @@ def check_config(
         given: the names of those that the user gave.
     """
     name, stage = cls.__name__, stage_of(config)
-    zero = config.get("zero_optimization") or {}
+    zero = _section(config, "zero_optimization")
     if "optimizer" in config:
-        kind = (config["optimizer"] or {}).get("type")
+        kind = _section(config, "optimizer").get("type")
         raise OptionError(f"DeepSpeed's config has an optimizer of its own ({kind}), which replaces {name}: remove that section")
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    offload = _section(zero, "offload_optimizer").get("device", "none")
     if str(getattr(offload, "value", offload)) != "none" or zero.get("cpu_offload"):
         raise OptionError(
             f"DeepSpeed's offload_optimizer replaces {name} by DeepSpeedCPUAdam, or keeps its state where the processes cannot "
@@ -65,7 +76,7 @@ def check_config(
         )
     if stage not in (0, 1, 2):
         raise OptionError(f"DeepSpeed zero_optimization.stage={stage}: {name} allows 0, 1 and 2 (sparse and dense); {INSTEAD}")
-    if (config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
+    if _section(config, "tensor_parallel").get("autotp_size", 0) > 1:
         raise OptionError(f"DeepSpeed tensor_parallel.autotp_size: {name} has no tensor parallelism; {INSTEAD}")
     if stage == 0:
         return
@@ -82,12 +93,12 @@ def check_config(
             f"metric={options['metric']!r}: DeepSpeed zero_optimization.stage={stage} flattens the parameters, and rows "
             f"are lost: use metric=tensor or none, or {INSTEAD}"
         )
-    if options.get("stochastic_rounding") and not (config.get("bf16") or {}).get("bf16_master_weights_and_grads"):
+    if options.get("stochastic_rounding") and not _section(config, "bf16").get("bf16_master_weights_and_grads"):
         raise OptionError(
             f"stochastic_rounding=true has no effect: DeepSpeed zero_optimization.stage={stage} trains an fp32 copy of the "
             "parameters; leave it out, or set bf16_master_weights_and_grads and bf16_optimizer_states in its bf16 section"
         )
-    for key, where in (("elastic_checkpoint", zero), ("load_universal", config.get("checkpoint") or {})):
+    for key, where in (("elastic_checkpoint", zero), ("load_universal", _section(config, "checkpoint"))):
         if where.get(key):
             raise OptionError(f"DeepSpeed {key}=true takes the optimizer's state for copies of the parameters: set it to false")
 

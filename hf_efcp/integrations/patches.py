@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..options import as_text
-from ..registry import get_optimizer_info, list_optimizers
+from ..registry import list_optimizers
 from . import deepspeed
 from .checkpoints import hook_states, load_beside, load_fsdp, save_beside
 from .ddp_hook import hook_model, hook_optimizer
-from .trainer_options import check_no_fields, is_ours, name_of, optimizer_cls_and_kwargs
+from .parsing import named
+from .trainer_options import check_name, check_no_fields, is_ours, optimizer_cls_and_kwargs
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -90,8 +91,7 @@ def _checked(original: Callable[..., None]) -> Callable[..., None]:
     """`TrainingArguments.__post_init__`, which then fails for a bad `--optim_args` before any data or model is loaded."""
 
     def __post_init__(self: TrainingArguments, *args: Any, **kwargs: Any) -> None:
-        if name_of(self).startswith("efcp_"):  # a mistyped name: transformers would list all of its own
-            get_optimizer_info(name_of(self))
+        check_name(self)
         original(self, *args, **kwargs)
         if is_ours(self):
             optimizer_cls_and_kwargs(self)
@@ -164,6 +164,8 @@ class _Patch:
 _PATCHES = (
     _Patch("transformers.training_args", "OptimizerNames", _with_names),
     _Patch("transformers.training_args", "TrainingArguments.__post_init__", _checked),
+    _Patch("transformers.hf_argparser", "HfArgumentParser.parse_args_into_dataclasses", named, optional=True),
+    _Patch("transformers.hf_argparser", "HfArgumentParser.parse_dict", named, optional=True),
     _Patch("transformers.trainer", "Trainer.get_optimizer_cls_and_kwargs", _answered, static=True),
     _Patch("transformers.trainer", "Trainer._save_optimizer_and_scheduler", save_beside),
     _Patch("transformers.trainer", "Trainer._load_optimizer_and_scheduler", load_beside),

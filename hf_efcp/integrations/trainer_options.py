@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,8 @@ def optimizer_cls_and_kwargs(
         _check_for_factors(args)
     if model is not None:
         groups = parameter_groups(model, own["weight_decay"], decay_names=decay_names, target_modules=targets)
+        if not groups and (frozen := sum(1 for _ in model.parameters())):
+            raise OptionError(f"the model has nothing to train: all of its {frozen} parameters are frozen (requires_grad)")
         stage = deepspeed.stage_of(config)
         kwargs["params"] = deepspeed.one_group(groups, stage) if stage else groups
     return info.cls, kwargs
@@ -70,6 +73,19 @@ def optimizer_cls_and_kwargs(
 def name_of(args: TrainingArguments) -> str:
     """The value of `args.optim` as text."""
     return str(getattr(args.optim, "value", args.optim))
+
+
+def check_name(args: TrainingArguments) -> None:
+    """Raise OptionError for a name that is like one of ours: transformers would list all of its own."""
+    from transformers.training_args import OptimizerNames
+
+    ours = next((info for info in all_optimizers() if info.cls is args.optim), None)
+    if ours is not None:
+        raise OptionError(f"optim={ours.cls.__name__}: give the name of that class, optim={ours.name!r}")
+    name = name_of(args)
+    known = name in list_optimizers() or name in {member.value for member in OptimizerNames}
+    if not known and (name.startswith(FIELD) or difflib.get_close_matches(name.lower(), list_optimizers(), cutoff=0.75)):
+        get_optimizer_info(name)
 
 
 def is_ours(args: TrainingArguments) -> bool:
@@ -101,7 +117,10 @@ def _given_options(args: TrainingArguments, info: OptimizerInfo) -> dict[str, An
                 raise OptionError(f"{FIELD}{option}={value!r}: no option of {info.name}, but of {having}")
             valid = [FIELD + o for o in info.options() if o not in _OWN_ARGUMENTS]
             raise OptionError(unknown_name("field", FIELD + option, valid, info.name))
-        typed_value = info.check({option: value})[option]
+        try:
+            typed_value = info.check({option: value})[option]
+        except OptionError as error:
+            raise OptionError(FIELD + str(error)) from None
         if option in options and info.check({option: options[option]})[option] != typed_value:
             raise OptionError(
                 f"{FIELD}{option}={value!r} contradicts {option}={options[option]!r} in optim_args: give one of them"

@@ -142,6 +142,54 @@ def test_conv1d_can_be_targeted():
     assert {n.split(".")[-2] for n in names(groups, kind="matrix", compress=True)} == {"c_attn"}
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("target", ["lm_head", "^lm_head$", "embedding"])
+def test_any_owner_of_a_shared_tensor_selects_it(kind, target):
+    model = tiny(kind, tie_word_embeddings=True)
+    shared = "transformer.wte" if kind == "gpt2" else "model.embed_tokens"
+    groups = parameter_groups(model, target_modules=shared if target == "embedding" else target)
+    assert names(groups, compress=True) - names(groups, kind="vector") == {f"{shared}.weight"}
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    assert f"{shared}.weight" not in names(parameter_groups(model, target_modules="all-linear"), compress=True)
+
+
+def test_targets_that_are_frozen_are_skipped_with_a_note(caplog):
+    model = tiny("llama", tie_word_embeddings=False)
+    model.lm_head.requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.requires_grad_(False)
+    groups = parameter_groups(model, target_modules="lm_head,q_proj,up_proj")
+    assert {n.split(".")[-2] for n in names(groups, kind="matrix", compress=True)} == {"up_proj"}
+    notes = [r.getMessage() for r in caplog.records if "frozen modules only" in r.getMessage()]
+    assert len(notes) == 2 and "'lm_head'" in notes[0] and "'q_proj'" in notes[1]
+    # Where some of the modules are trained, nothing is said, and a name that matches nothing stays an error.
+    caplog.clear()
+    model.model.layers[0].self_attn.q_proj.requires_grad_(True)
+    parameter_groups(model, target_modules="q_proj")
+    assert "frozen" not in caplog.text
+    with pytest.raises(OptionError, match="'lm_hed' matches no module"):
+        parameter_groups(model, target_modules="lm_head,lm_hed")
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", *hf_efcp.list_optimizers()])
+def test_group_0_decays_and_group_1_does_not(optim, make_args):
+    """As transformers' own tests of Trainer ask for it."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    first, second = Trainer(model, make_args(optim=optim, weight_decay=0.1)).create_optimizer().param_groups
+    assert [first["weight_decay"], second["weight_decay"]] == [0.1, 0.0]
+    assert first["params"] == [model[0].weight, model[2].weight]
+    assert second["params"] == [model[0].bias, model[1].weight, model[1].bias, model[2].bias]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_order_of_groups_in_a_model_with_embeddings(weight_decay, make_args, tiny_bert):
+    trainer = Trainer(tiny_bert, make_args(optim=hf_efcp.list_optimizers()[0], weight_decay=weight_decay))
+    groups, decaying = trainer.create_optimizer().param_groups, set(trainer.get_decay_parameter_names(tiny_bert))
+    assert set(groups[0]["param_names"]) <= decaying and not set(groups[1]["param_names"]) & decaying
+    assert {n for g in groups[2:] for n in g["param_names"]} <= decaying
+    assert {g["weight_decay"] for g in (groups[0], *groups[2:])} == {weight_decay} and groups[1]["weight_decay"] == 0.0
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [

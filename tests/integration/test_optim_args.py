@@ -27,10 +27,11 @@ def test_the_defaults_are_those_of_the_registry(name, make_args):
     [
         "window_size=8,window_momentum=1e-1,update_rms=none,scope=layer",
         " window_size = 8, window_momentum = 1e-1 , update_rms=None, scope=layer, ",
+        "window_size=8,window_momentum=1e-1,update_rms=null,scope=layer",
         '{"window_size": 8, "window_momentum": 1e-1, "update_rms": null, "scope": "layer"}',
         {"window_size": 8, "window_momentum": 0.1, "update_rms": None, "scope": "layer"},
     ],
-    ids=["text", "spaces", "json", "dict"],
+    ids=["text", "spaces", "null", "json", "dict"],
 )
 def test_every_form_gives_the_same_typed_options(name, optim_args, make_args):
     args = make_args(optim=name, optim_args=optim_args)
@@ -52,6 +53,8 @@ def test_every_form_gives_the_same_typed_options(name, optim_args, make_args):
         ("scope=block", "scope='block': must be model or layer"),
         ("window_size", "'window_size' is not of the form name=value"),
         ("window_size=8,window_size=9", "'window_size' is given twice"),
+        ("window_size=8 scope=layer", "with commas between them: window_size=8,scope=layer"),
+        ("window_size=8;scope=layer", "with commas between them: window_size=8,scope=layer"),
         ('{"window_size": 8', "not valid JSON"),
         ('{"window_size": [8]}', r"window_size=\[8\]: expected an integer"),
         (["window_size=8"], "expected text"),

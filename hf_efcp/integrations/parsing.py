@@ -1,0 +1,53 @@
+"""What HfArgumentParser and EFCPTrainingArguments say of arguments they do not know: where the option belongs, or its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import sys
+from collections.abc import Callable, Collection
+from typing import Any
+
+from ..options import OptionError, unknown_name
+from ..registry import all_optimizers
+from .trainer_options import FIELD
+
+
+def named(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`HfArgumentParser.parse_args_into_dataclasses` or `parse_dict`: what they list as unused is explained, if it is ours."""
+
+    @functools.wraps(original)
+    def parse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        except ValueError as error:
+            fields = {field.name for kind in self.dataclass_types for field in dataclasses.fields(kind)}
+            given = next((value for value in (*args, *kwargs.values()) if value is not None), sys.argv)
+            if not isinstance(error, OptionError) and "not used by the HfArgumentParser" in str(error) and FIELD in str(given):
+                unused = re.findall(r"'(-*[\w-]+=?)", str(error))
+                refuse_unknown([name for name in unused if name.startswith("-") or not name.isdigit()], fields)
+            raise
+
+    return parse
+
+
+def refuse_unknown(names: Collection[str], fields: Collection[str]) -> None:
+    """Raise OptionError for the first name that is, or is meant to be, an option of ours.
+
+    Args:
+        names: that some arguments do not have; of the command line with dashes, and with "=" where a value follows.
+        fields: that they have.
+    """
+    options = {option for info in all_optimizers() for option in info.options()}
+    typed = {field for field in fields if field.startswith(FIELD)}
+    for given in names:
+        name = given.lstrip("-").rstrip("=")
+        option = name.removeprefix(FIELD)
+        if given == f"{name}=" and name in options:
+            raise OptionError(f"{name}=...: --optim_args takes one text: put commas between options, as in rank=4,window_size=32")
+        if name.startswith(FIELD) and typed:
+            raise OptionError(unknown_name("field", name, sorted(typed)))
+        if name.startswith(FIELD) or name in options:
+            where = f"give {FIELD}{option}" if typed else f"give --optim_args {option}=VALUE, or use EFCPTrainingArguments"
+            raise OptionError(f"{name}: these training arguments have no such field: {where}")
