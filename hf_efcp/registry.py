@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -155,33 +156,51 @@ def optim_defaults(name: str, **options: Any) -> dict[str, Any]:
     return {**_OPTIM_DEFAULTS, **options}
 
 
-def create_optimizer(
-    name: str,
-    model_or_params: torch.nn.Module | Iterable[Any],
-    *,
-    process_group: torch.distributed.ProcessGroup | None = None,
-    **options: Any,
-) -> EngineOptimizer:
-    """Build an optimizer by name.
+@overload
+def create_optimizer(name: str, model_or_params: torch.nn.Module | Iterable[Any], /, **options: Any) -> EngineOptimizer: ...
+@overload
+def create_optimizer(*, name: str, model_or_params: torch.nn.Module | Iterable[Any], **options: Any) -> EngineOptimizer: ...
+@overload
+def create_optimizer(model_or_params: torch.nn.Module | Iterable[Any], /, *, name: str, **options: Any) -> EngineOptimizer: ...
+
+
+def create_optimizer(*first: Any, **options: Any) -> EngineOptimizer:
+    """Build an optimizer by name: `create_optimizer(name, model)`, or `create_optimizer(params, name=name)`.
+
+    The second form is for programs that call a factory with the parameters, and with options from a configuration (torchtune).
 
     Args:
         name: one of `list_optimizers()`.
         model_or_params: a module (its trainable parameters are taken, by name), or anything that a torch optimizer takes:
             tensors, groups, or (name, tensor) pairs.
-        process_group: of processes that share the state; None: as the option `shard` says.
+        process_group: torch.distributed's, of processes that share the state; None: as the option `shard` says.
         **options: `lr` and the options of the class; class defaults apply, unless preset="measured"; those of `--optim`
             are `optim_defaults(name)`.
 
     Raises:
         OptionError: unknown name or option, wrong type, value out of range.
     """
+    return _create(options.pop("name"), *first, **options) if "name" in options else _create(*first, **options)
+
+
+def _create(
+    name: str,
+    model_or_params: torch.nn.Module | Iterable[Any],
+    *,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    **options: Any,
+) -> EngineOptimizer:
     info = get_optimizer_info(name)
     if isinstance(model_or_params, torch.nn.Module):
         named = list(model_or_params.named_parameters())
         model_or_params = [(n, p) for n, p in named if p.requires_grad]
         if named and not model_or_params:
             raise OptionError(f"the model has nothing to train: all of its {len(named)} parameters are frozen (requires_grad)")
-    return info.cls(model_or_params, process_group=process_group, **info.check(options))
+    group: dict[str, Any] = {} if process_group is None else {"process_group": process_group}
+    return info.cls(model_or_params, **group, **info.check(options))
+
+
+create_optimizer.__signature__ = inspect.signature(_create)  # type: ignore[attr-defined]  # its first form, for help()
 
 
 def parse_optim_args(text: str | Mapping[str, Any] | None, owner: str = "") -> dict[str, Any]:

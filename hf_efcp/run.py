@@ -1,39 +1,46 @@
-"""Run an unmodified script with hf_efcp's optimizers registered.
+"""Run an unmodified program with hf_efcp's optimizers registered.
 
 python -m hf_efcp.run script.py ARGS
 python -m hf_efcp.run -m module ARGS
+python -m hf_efcp.run program ARGS
 
-The same under `torchrun [options] -m hf_efcp.run script.py ARGS` and
-`accelerate launch [options] -m hf_efcp.run script.py ARGS`.
+`hf-efcp run` is the same, and so is `-m hf_efcp.run` under torchrun and `accelerate launch`. The Python processes that the
+program starts have the names too.
 """
 
 from __future__ import annotations
 
+import difflib
 import gc
 import importlib.util
 import os
 import runpy
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 
-from .options import OptionError
+from . import startup
+from .startup.endings import status_of
 
 USAGE = """\
 usage: python -m hf_efcp.run script.py [ARGS]
        python -m hf_efcp.run -m module [ARGS]
+       python -m hf_efcp.run program [ARGS]
 
-Runs the script (or module) as python would, with the names of `hf-efcp list` valid for --optim. ARGS are not touched."""
+Runs the script or module as python would, or a program such as trl, found beside this python or on PATH, with the names of
+`hf-efcp list` valid for --optim, in the Python processes that it starts too. ARGS are not touched."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script or module that `argv` names, as `__main__`.
+    """Run the script or module that `argv` names, as `__main__`, or the program, in this process's place.
 
     Args:
-        argv: `script.py ARGS` or `-m module ARGS`; None: `sys.argv[1:]`.
+        argv: `script.py ARGS`, `-m module ARGS` or `program ARGS`; None: `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0, or 2 where there is no such script or one of our options is bad (one line on stderr). What
-        the script itself raises passes through.
+        The exit status: 0; 2 where there is no such script or one of our options is bad (one line on stderr); or the status of
+        a Python that the script has started and that failed. What the script itself raises passes through.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in (["-h"], ["--help"]):
@@ -41,10 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     is_module = argv[:1] == ["-m"]
     given = argv[is_module:]
-    problem = _problem(given[0] if given else None, is_module)
+    program = None if is_module or not given else _program(given[0])
+    problem = "" if program else _problem(given[0] if given else None, is_module)
     if problem:
-        return _fail(problem)
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
 
+    _hand_on()
+    if program:
+        return _become([program, *given[1:]])
     target, sys.argv = given[0], given
     try:
         if is_module:
@@ -54,19 +66,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             script = os.path.abspath(target)
             _set_first_path(os.path.dirname(os.path.realpath(script)))
             runpy.run_path(script, run_name="__main__")
-    except OptionError as error:
-        return _fail(str(error))
+    except Exception as error:
+        status = status_of(error)
+        if status is None:
+            raise
+        return status
     _leave_process_group()
     return 0
+
+
+def _program(target: str) -> str | None:
+    """Give the program's file, beside the interpreter or on PATH; None: it is no program, or a script for this interpreter."""
+    if os.path.isfile(target):
+        runs_itself = os.access(target, os.X_OK) and not target.endswith((".py", ".pyc", ".pyw"))
+        return os.path.abspath(target) if runs_itself else None
+    if target.startswith("-") or target.endswith(".py") or os.path.dirname(target):
+        return None
+    return shutil.which(target, path=os.path.dirname(sys.executable)) or shutil.which(target)
 
 
 def _problem(target: str | None, is_module: bool) -> str:
     """What is wrong with the target, found before anything of it runs; empty: nothing."""
     if target is None or target.startswith("-"):
         got = "nothing" if target is None else repr(target)
-        return f"expected {'a module after -m' if is_module else 'a script or -m module'}, got {got}"
+        return f"expected {'a module after -m' if is_module else 'a script, -m module or a program'}, got {got}"
     if not is_module:
-        return "" if os.path.isfile(target) else f"no such script: {target}"
+        if os.path.isfile(target):
+            return ""
+        if target.endswith(".py") or os.path.dirname(target) or os.path.isdir(target):
+            return f"no such script: {target}"
+        folder = os.path.dirname(sys.executable)
+        near = difflib.get_close_matches(target, os.listdir(folder), n=1, cutoff=0.6)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"no such script, and no such program in {folder} or on PATH: {target}{hint}"
     _set_first_path(os.getcwd())
     try:
         spec = importlib.util.find_spec(target)
@@ -78,6 +110,28 @@ def _problem(target: str | None, is_module: bool) -> str:
             raise  # a parent package was found, and fails to import something else
         spec = None
     return "" if spec is not None else f"no such module, or nothing to run in it: {target}"
+
+
+def _hand_on() -> None:
+    """Have every Python that is started from now on run startup/sitecustomize.py."""
+    ours, given = startup.__path__[0], os.environ.get("PYTHONPATH")
+    others = [folder for folder in (given.split(os.pathsep) if given else []) if folder != ours]
+    os.environ["PYTHONPATH"] = os.pathsep.join([ours, *others])
+    if os.environ.get("HF_EFCP") == "0":  # that is about what is enabled for all programs; this one was asked for
+        del os.environ["HF_EFCP"]
+
+
+def _become(command: list[str]) -> int:
+    """Put a program in this process's place: its messages, signals and status are what the caller sees."""
+    try:
+        if os.name == "posix":
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.execv(command[0], command)
+        return subprocess.run(command).returncode
+    except OSError as error:
+        print(f"error: {command[0]} cannot be run: {error.strerror}", file=sys.stderr)
+        return 126
 
 
 def _leave_process_group() -> None:
@@ -93,11 +147,6 @@ def _set_first_path(folder: str) -> None:
     # As python itself: the script's folder (or the current one) comes first, unless -P or -I forbids it.
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = folder
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

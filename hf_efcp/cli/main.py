@@ -1,4 +1,4 @@
-"""The console script `hf-efcp`: run a script with our optimizers; list, estimate and time them."""
+"""The console script `hf-efcp`: run a program with our optimizers; list, estimate and time them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .. import run
 from ..bench import command as bench
 from ..options import GroupOptions, OptionError, as_text, described, field_types
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, optim_defaults
-from . import estimate
+from . import enable, estimate
 
 _HEADER = ("option", "type", "class default", "--optim default", "meaning")
 # Options that the Trainer takes from arguments of its own.
@@ -47,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Full-matrix second-order optimizers with compressed gradient windows for Hugging Face.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("run", help="run script.py ARGS (or -m module ARGS) with our names valid for --optim")
+    commands.add_parser("run", help="run script.py ARGS, -m module ARGS or a program with our names valid for --optim")
+    enable.add_parsers(commands)
     lister = commands.add_parser("list", help="list the names that --optim takes")
     lister.add_argument("pattern", nargs="?", default="*", help='only names that match, for example "*lowrank*"')
     lister.add_argument("--options", action="store_true", help="also list what --optim_args takes for each name")

@@ -21,12 +21,13 @@ from ..distributed.zero import ZeroPieces
 from ..options import GroupOptions, OptionError, build
 from .asked import Asked, merged
 from .builder import Builder
+from .constructor import Defaults, constructor
 from .costs import Count
 from .footprint import measured
 from .loading import load, take
 from .matching import take_order_out
 from .method import Method
-from .parameters import checked_group, checked_params, signature
+from .parameters import checked_group, checked_params
 from .saving import Saving, copies, section
 from .setup import Setup
 from .traces import saved_choice
@@ -65,12 +66,12 @@ class EngineOptimizer(torch.optim.Optimizer):
         group = build(GroupOptions, {"lr": lr, "weight_decay": weight_decay}, name)
         checked = merged(self.options_type, self.measured, options, name)
         self.builder = Builder(name, self.method, checked, Asked(name, checked, options), process_group)
-        super().__init__(checked_params(params, name), {"lr": group.lr, "weight_decay": group.weight_decay})
+        super().__init__(checked_params(params, name), Defaults(lr=group.lr, weight_decay=group.weight_decay))
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        if "options_type" in vars(cls):
-            cls.__signature__ = signature(cls.options_type)  # type: ignore[attr-defined]
+        if "options_type" in vars(cls) and "__init__" not in vars(cls):
+            setattr(cls, "__init__", constructor(EngineOptimizer.__init__, cls, cls.options_type))  # noqa: B010
 
     @property
     def options(self) -> Any:

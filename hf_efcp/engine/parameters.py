@@ -99,21 +99,6 @@ def refuse_without_numbers(p: Tensor, name: str) -> None:
         )
 
 
-def signature(options_type: type) -> inspect.Signature:
-    """Give a constructor's signature with the options spelled out, for help() and editors."""
-    kinds = inspect.Parameter
-    parameters = [
-        kinds("params", kinds.POSITIONAL_OR_KEYWORD),
-        kinds("lr", kinds.POSITIONAL_OR_KEYWORD, annotation=float),
-        kinds("weight_decay", kinds.KEYWORD_ONLY, default=0.0, annotation=float),
-        kinds("process_group", kinds.KEYWORD_ONLY, default=None),
-    ]
-    defaults = options_type()
-    for name, annotation in field_types(options_type).items():
-        parameters.append(kinds(name, kinds.KEYWORD_ONLY, default=getattr(defaults, name), annotation=annotation))
-    return inspect.Signature(parameters)
-
-
 def levels_to_caller() -> int:
     """Count the frames up to the first one outside of torch and of this package, for `warnings.warn(stacklevel=...)`."""
     frame, level = inspect.currentframe(), 0

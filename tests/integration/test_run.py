@@ -137,9 +137,9 @@ def test_the_scripts_own_errors_pass_through(python, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "expected a script or -m module, got nothing"),
+        ([], "expected a script, -m module or a program, got nothing"),
         (["-m"], "expected a module after -m, got nothing"),
-        (["--optim", "x"], "expected a script or -m module, got '--optim'"),
+        (["--optim", "x"], "expected a script, -m module or a program, got '--optim'"),
         (["missing.py", "--optim", "x"], "no such script: missing.py"),
         (["."], "no such script: ."),
         (["-m", "no_such_module"], "no such module, or nothing to run in it: no_such_module"),

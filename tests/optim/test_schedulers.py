@@ -1,10 +1,12 @@
 """Learning-rate schedulers: they work on each group, and resume with the optimizer."""
 
+import copy
 import math
 
 import pytest
 import torch
 
+from hf_efcp import OptionError
 from tests.optim.helpers import (
     EVERY,
     M,
@@ -91,3 +93,19 @@ def test_a_trained_scale_survives_a_plateau_scheduler():
         train(optimizer, params, 10 + t, 11 + t)
         scheduler.step(1.0)
     assert optimizer.param_groups[0]["lr"] < 0.01 and math.isfinite(optimizer.diagnostics()["update_norm"])
+
+
+@EVERY
+def test_a_schedule_that_would_vary_the_momentum_is_told_what_to_pass(name):
+    """AdamW, the control, has betas."""
+    schedules = [
+        lambda o, **more: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=20, **more),
+        lambda o, **more: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, **more),
+    ]
+    for schedule in schedules:
+        schedule(torch.optim.AdamW(parameters(dtype=torch.float32)))
+        for optimizer in (fresh(name, parameters(dtype=torch.float32)), copy.deepcopy(fresh(name, parameters()))):
+            with pytest.raises(OptionError, match="pass cycle_momentum=False"):
+                schedule(optimizer)
+            schedule(optimizer, cycle_momentum=False)
+            assert "lr" in optimizer.defaults and "betas" not in optimizer.defaults
