@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import kernels
 from ..cli.common import build
+from ..core.deferred import NUMBERS, SIZES, WAITS
 from ..engine.phases import heard_by
 from ..kernels.devices import pretending
 from .contenders import Workload
@@ -42,13 +43,8 @@ Launched = Callable[..., object]
 
 # Operations without work on the device, though no schema calls their results views.
 _IDLE = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "_unsafe_view"}
-# They give the host a number of the device.
-_NUMBERS = {"_local_scalar_dense", "equal"}
-# They give a tensor a size that depends on numbers; so does an index that is a mask.
-_SIZES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
+# They give a tensor a size that depends on numbers where an index is a mask.
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
-# They wait for the device, to see whether they succeeded, or as their operand comes from the host.
-_WAITS = {"_linalg_eigh", "_linalg_svd", "linalg_eig", "_linalg_check_errors", "lift_fresh"}
 # Addresses begin at multiples of this, as those of torch's allocator do.
 _ALIGNMENT = 512
 
@@ -185,15 +181,15 @@ class _Counter(TorchDispatchMode):
         name, tally = function.overloadpacket.__name__, self.tallies[self._phase]
         if name == "_local_scalar_dense" and id(args[0]) in self._on_host:
             return 0
-        if name in _NUMBERS | _SIZES or (name in _INDEXING and any(map(_is_mask, args[1]))):
+        if name in NUMBERS | SIZES or (name in _INDEXING and any(map(_is_mask, args[1]))):
             tally.reads[name] += 1
-        if name in _WAITS:
+        if name in WAITS:
             tally.waits[name] += 1
-        result = 0 if name in _NUMBERS else _called(function, args, kwargs)
+        result = 0 if name in NUMBERS else _called(function, args, kwargs)
         if name == "copy_" and _does_not_block(args, kwargs):
             self._on_host[id(args[0])] = args[0]  # only what goes to the host is copied so
         tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-        if tensors and (name in _WAITS or not _is_idle(function)):
+        if tensors and (name in WAITS or not _is_idle(function)):
             tally.operations[name] += 1
             tally.bytes += sum({self.address(x): _bytes_of(x) for x in tensors}.values())
         return result

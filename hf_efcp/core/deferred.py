@@ -11,6 +11,13 @@ from torch import Tensor
 
 from ..kernels.devices import kind
 
+# Operations of torch that stop the host. They give it a number of the device;
+NUMBERS = {"_local_scalar_dense", "equal"}
+# they give a tensor a size that depends on numbers;
+SIZES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
+# they wait for the device, to see whether they succeeded, or as their operand comes from the host.
+WAITS = {"_linalg_eigh", "_linalg_svd", "linalg_eig", "_linalg_check_errors", "lift_fresh"}
+
 
 def readable(device: torch.device) -> bool:
     """Whether a flag on this device can be read without waiting."""

@@ -1,96 +1,244 @@
-"""A step as a CUDA graph: the host launches one thing instead of hundreds. An experiment, off unless HF_EFCP_CUDA_GRAPH=1.
+"""A step as a CUDA graph: the host launches one thing instead of hundreds. Off unless HF_EFCP_CUDA_GRAPH=1.
 
-A graph repeats its launches on the same memory. It is made when two steps in a row found gradients, parameters and state at the
-same addresses, and used as long as they stay there; a step that finds something elsewhere is taken as usual.
+A graph repeats its launches on the same memory. Parameters and state stay where they are, but gradients may come at other places
+in each step (`zero_grad(set_to_none=True)`), so that nothing in a graph may know where they are:
+
+- Kernels read them by tables of addresses, which belong to the graph and are written anew before each replay.
+- What operations of torch read are copies at a place of their own, made before each replay.
+
+Which is which, a trial tells: a step as usual, in which each operation of torch is looked at. A third kind, which waits for the
+device, is in no graph. The trial is the second step in a row with the same key, the graph is made in the third.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from ..core.deferred import NUMBERS, SIZES, WAITS
 from ..distributed.placement import Alone
-from ..kernels.devices import keeping
+from ..kernels.devices import kind
+from ..kernels.tables import Spans, Tables
 from .method import Group, Method
+from .phases import listener
 from .setup import RATE, Setup
 
 _log = logging.getLogger("hf_efcp")
-# Graphs that are made before it is clear that addresses do not stay.
+# Graphs that are made before it is clear that something else than gradients changes all the time.
 _MOST = 8
+# Operations that only make a view. All others, other views included, are taken for readers.
+_VIEWS = {"view", "detach", "alias"}
+# In a trial, tables of addresses still come from the host.
+_STOPS = (NUMBERS | SIZES | WAITS) - {"lift_fresh"}
+# What a graph does not depend on: the rate is read on the device.
+_FREE = "params", "param_names", "lr", "initial_lr", RATE
 
 
 class StepGraph:
     """The graph of an optimizer's steps."""
 
     def __init__(self) -> None:
-        self._graph: Any = None
         self._key: tuple | None = None
-        self._warm = 0
+        self._trial: _Trial | None = None
+        self._graph: _Graph | None = None
         self._made = 0
         self._rates: list[Tensor] = []
-        self._tables: list[Tensor] = []
+        self._rates_for: tuple | None = None
+        self._said: set[str] = set()
 
     def step(self, method: Method, setup: Setup, groups: Sequence[Group], options: Any) -> None:
-        """Take a step: by a graph where one is wanted and possible."""
-        if not self._step(method, setup, groups, options):
-            method.step(setup, groups, options)
+        """Take a step: by a graph where one is wanted and possible.
+
+        Where it is, every step reads its rate on the device: a run gives the same bits whenever its graph is made.
+        """
+        if os.environ.get("HF_EFCP_CUDA_GRAPH") != "1":
+            return method.step(setup, groups, options)
+        if (reason := _unfit(setup)) is not None:
+            self._say(reason)
+            return method.step(setup, groups, options)
+        own = self._with_rates(setup, groups)
+        if not self._step(method, setup, own, options):
+            method.step(setup, own, options)
 
     def _step(self, method: Method, setup: Setup, groups: Sequence[Group], options: Any) -> bool:
         """Take a step by a graph, or on the way to one; tell whether it was taken."""
-        if os.environ.get("HF_EFCP_CUDA_GRAPH") != "1" or self._made >= _MOST or not _possible(setup):
+        if listener() is not contextlib.nullcontext:  # a graph has no phases
             return False
-        key = _key(setup, groups)
+        gradients = _gradients(setup)
+        key = _key(setup, groups, options, gradients)
         if key != self._key:
-            self._graph, self._key, self._warm = None, key, 0
+            self._graph, self._trial, self._key = None, None, key
             return False
-        self._set_rates(setup, groups)
-        own = [{**group, RATE: rate} for group, rate in zip(groups, self._rates, strict=True)]
-        if self._graph is None and self._warm < 1:  # the kernels that read rates on the device are compiled
-            self._warm += 1
-            method.step(setup, own, options)
+        if self._trial is None:
+            self._trial = _Trial(method, setup, groups, options)
             return True
-        if self._graph is None and not self._make(method, setup, own, options):
+        if self._graph is None and not self._make(self._trial, method, setup, groups, options):
             return False
-        self._graph.replay()
-        torch.autograd.graph.increment_version([p for p in setup.params if p.grad is not None])
+        assert self._graph is not None
+        self._graph.replay(gradients)
+        torch.autograd.graph.increment_version([setup.params[i] for i in gradients])
         return True
 
-    def _set_rates(self, setup: Setup, groups: Sequence[Group]) -> None:
-        device = setup.counters.step.device
-        if len(self._rates) != len(groups) or self._graph is None:
-            self._rates = [torch.zeros((), dtype=setup.dtype, device=device) for _ in groups]
-        for rate, group in zip(self._rates, groups, strict=True):
-            rate.fill_(float(group["lr"]))
-
-    def _make(self, method: Method, setup: Setup, groups: Sequence[Group], options: Any) -> bool:
-        graph = torch.cuda.CUDAGraph()
+    def _make(self, trial: _Trial, method: Method, setup: Setup, groups: Sequence[Group], options: Any) -> bool:
+        """Make the graph; tell whether there is one now."""
+        if self._made >= _MOST:
+            self._say(f"the step has changed too often, after {_MOST} graphs no more are made")
+            return False
+        if trial.stops:
+            self._say(f"a step waits for the device, in {', '.join(sorted(trial.stops))}")
+            return False
         self._made += 1
         try:
-            self._tables = []
-            with keeping(self._tables), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                method.step(setup, groups, options)
+            self._graph = _Graph(trial, method, setup, groups, options)
         except Exception as error:  # of CUDA's libraries, of kernels: the step can be taken as usual
             self._made = _MOST
-            _log.warning("no CUDA graph of a step: %s: %s", type(error).__name__, error)
+            self._say(f"{type(error).__name__}: {error}")
             return False
-        self._graph = graph
         return True
 
+    def _with_rates(self, setup: Setup, groups: Sequence[Group]) -> list[Group]:
+        """Give the groups with their rates on the device."""
+        made_for = weakref.ref(setup), len(groups)
+        if self._rates_for != made_for:
+            self._rates = [torch.zeros((), dtype=setup.dtype, device=setup.counters.step.device) for _ in groups]
+            self._rates_for = made_for
+        for rate, group in zip(self._rates, groups, strict=True):
+            rate.fill_(float(group["lr"]))
+        return [{**group, RATE: rate} for group, rate in zip(groups, self._rates, strict=True)]
 
-def _possible(setup: Setup) -> bool:
-    """Tell whether all is on one GPU and of one process."""
+    def _say(self, reason: str) -> None:
+        """Log, once, why there is no graph."""
+        if reason not in self._said:
+            _log.warning("no CUDA graph of a step: %s", reason)
+            self._said.add(reason)
+
+
+class _Watch(TorchDispatchMode):
+    """Looks at each operation of torch inside.
+
+    Args:
+        spans: of the gradients.
+
+    Attributes:
+        read: numbers of the gradients that operations of torch read.
+        stops: names of operations that wait.
+    """
+
+    def __init__(self, spans: Spans):
+        super().__init__()
+        self.read, self.stops = set(spans.mixed), set[str]()
+        self._spans = spans
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in _STOPS:
+            self.stops.add(name)
+        if name not in _VIEWS:
+            for x in tree_leaves((args, kwargs)):
+                if isinstance(x, Tensor) and (i := self._spans.at(x.data_ptr())) is not None:
+                    self.read.add(i)
+        return function(*args, **(kwargs or {}))
+
+
+class _Trial:
+    """A step as usual, and what a graph of it has to know.
+
+    Args:
+        method, setup, groups, options: of the step.
+
+    Attributes:
+        read: numbers of the gradients that are read otherwise than by tables of addresses.
+        stops: names of operations that wait.
+        entries: of all tables.
+    """
+
+    def __init__(self, method: Method, setup: Setup, groups: Sequence[Group], options: Any):
+        spans, tables = Spans(_gradients(setup)), Tables(setup.counters.step.device)
+        with _Watch(spans) as watch, tables.used():
+            method.step(setup, groups, options)
+        elsewhere = {i for i, address in spans.starts.items() if address not in tables.addresses}
+        self.read, self.stops, self.entries = watch.read | elsewhere, watch.stops, tables.entries
+
+
+class _Graph:
+    """A graph that was made, and what it reads.
+
+    Args:
+        trial: a step like this one.
+        method, setup, groups, options: of the step.
+
+    Raises:
+        Exception: of many types; no step was taken.
+    """
+
+    def __init__(self, trial: _Trial, method: Method, setup: Setup, groups: Sequence[Group], options: Any):
+        gradients = _gradients(setup)
+        self._copies = {i: torch.empty(g.shape, dtype=g.dtype, device=g.device) for i, g in gradients.items() if i in trial.read}
+        spans = Spans({i: g for i, g in gradients.items() if i not in trial.read})
+        self._tables, self._graph = Tables(setup.counters.step.device, trial.entries), torch.cuda.CUDAGraph()
+        making = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
+        with _instead(setup.params, self._copies), _Watch(spans) as watch, self._tables.used(), making:
+            method.step(setup, groups, options)
+        followed = self._tables.follow(spans)
+        if wrong := watch.read | (spans.starts.keys() - followed):
+            raise RuntimeError(f"gradients {sorted(wrong)} are read otherwise than in the step before")
+        self._moving = list(spans.starts)
+        self._alike: dict[tuple, list[int]] = {}  # what one operation can copy
+        for i in self._copies:
+            self._alike.setdefault((gradients[i].dtype, gradients[i].is_contiguous()), []).append(i)
+
+    def replay(self, gradients: Mapping[int, Tensor]) -> None:
+        """Take the step, for gradients that may have moved."""
+        for some in self._alike.values():
+            torch._foreach_copy_([self._copies[i] for i in some], [gradients[i] for i in some])
+        self._tables.write([gradients[i].data_ptr() for i in self._moving])
+        self._graph.replay()
+
+
+def _gradients(setup: Setup) -> dict[int, Tensor]:
+    """Give the gradients that there are, by their parameters' numbers."""
+    return {i: g for i, p in enumerate(setup.params) if (g := p.grad) is not None}
+
+
+@contextlib.contextmanager
+def _instead(params: Sequence[Tensor], gradients: Mapping[int, Tensor]) -> Iterator[None]:
+    """Let these be the gradients of some parameters inside."""
+    before = [(params[i], params[i].grad) for i in gradients]
+    try:
+        for i, g in gradients.items():
+            params[i].grad = g
+        yield
+    finally:
+        for p, old in before:
+            p.grad = old
+
+
+def _unfit(setup: Setup) -> str | None:
+    """Tell why the step cannot be a graph; None: it may be."""
     devices = {p.device for p in setup.params}
-    return len(devices) == 1 and next(iter(devices)).type == "cuda" and type(setup.placement) is Alone and not setup.factors
+    if len(devices) != 1 or kind(next(iter(devices))) != "cuda":
+        return "the parameters are not all on one GPU"
+    if type(setup.placement) is not Alone or setup.factors:
+        return "several processes share the state"
+    if any(p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_neg()) for p in setup.params):
+        return "a gradient is sparse, or stands for its negative"
+    return None
 
 
-def _key(setup: Setup, groups: Sequence[Group]) -> tuple:
-    """Give everything that a graph is made for: addresses, and numbers that are no tensors."""
-    addresses = [(p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()) for p in setup.params]
-    buffers = [buffer.data_ptr() for s in setup.stacks for buffer in s.buffers.values()]
-    numbers = [[(k, v) for k, v in sorted(group.items()) if k not in ("params", "lr")] for group in groups]
-    return id(setup), tuple(addresses), tuple(buffers), repr(numbers)
+def _key(setup: Setup, groups: Sequence[Group], options: Any, gradients: Mapping[int, Tensor]) -> tuple:
+    """Give all that a graph is made for: where parameters and state are, how gradients lie, numbers that are no tensors."""
+    layouts = tuple((i, g.dtype, g.stride()) for i, g in gradients.items())
+    state = [buffer for s in setup.stacks for buffer in s.buffers.values()]
+    state += [*setup.counters.entries(0).values(), setup.last, setup.size, setup.rest]
+    places = tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in (*setup.params, *state))
+    numbers = [[(k, v) for k, v in sorted(group.items()) if k not in _FREE] for group in groups]
+    return weakref.ref(setup), options, layouts, places, repr(numbers)

@@ -1,6 +1,6 @@
 """Phases of a step, named where they are; naming them costs nothing when nobody measures.
 
-phase = LISTENER.get()
+phase = listener()
 with phase("compress"): ...
 """
 
@@ -11,6 +11,8 @@ import contextvars
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
+from ..kernels.devices import constant
+
 # What is called with a phase's name when the phase begins; the context that it returns is left when the phase ends.
 Listener = Callable[[str], AbstractContextManager[object]]
 
@@ -19,6 +21,12 @@ PHASES = ("compress", "dots", "feedback", "solve", "update")
 
 # Who hears of the phases, in this thread; by default nobody.
 LISTENER: contextvars.ContextVar[Listener] = contextvars.ContextVar("hf_efcp_phases", default=contextlib.nullcontext)
+
+
+@constant
+def listener() -> Listener:
+    """Give who hears of the phases, in this thread."""
+    return LISTENER.get()
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from .apply import apply
 from .costs import Count
 from .factor_sync import FactorSync
 from .method import Group
-from .phases import LISTENER, PHASES
-from .setup import Setup, decoupled_of, l2_of
+from .phases import PHASES, listener
+from .setup import Setup, decoupled_of, l2_of, rate_of
 from .stacks import Piece, Stack
 
 # What makes an update: (stack, a, t, options) -> u (n, rows, cols). a = e + g; t, (n, 1, 1) in the compute dtype, counts each
@@ -86,7 +86,7 @@ class TensorStack(Stack):
 
     def apply(self, u: Tensor, group: Group, options: Any) -> None:
         """Compute p <- (1 - lr*wd) p - lr u, for the tensors that have a gradient."""
-        ok, lr = self.turn.ok, float(group["lr"])
+        ok, lr = self.turn.ok, rate_of(group)
         rate: float | Tensor = lr if ok is True else lr * ok.to(self.device, self.layout.dtype)  # type: ignore[union-attr]
 
         def update(rows: slice) -> Tensor:
@@ -150,7 +150,7 @@ class Tensorwise:
 
     def step(self, setup: Setup, groups: Sequence[Group], o: Any) -> None:
         """Take a step."""
-        counters, phase = setup.counters, LISTENER.get()
+        counters, phase = setup.counters, listener()
         ok = _gate(setup)
         if ok is False:
             return counters.count(ok)

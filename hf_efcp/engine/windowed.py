@@ -22,7 +22,7 @@ from .diagnostics import of_last_step
 from .factor_sync import FactorSync
 from .formats import EntryFormat, costs_of, fp32_stays
 from .method import Group
-from .phases import LISTENER, PHASES
+from .phases import PHASES, listener
 from .setup import Setup, decoupled_of, l2_of, rate_of
 from .sizes import averaged, by_group, finite, joined, over_processes, rescaled, rest_of
 from .stacks import Piece, Stack
@@ -121,10 +121,10 @@ class WindowStack(Stack):
             if self.momentum is None:
                 return u
             v = self.momentum[:, rows]
-            kept = v[absent].clone() if absent else None
+            kept = [v[i].clone() for i in absent]  # a list as an index would wait for a GPU
             v.lerp_(u, new_part)
-            if kept is not None:
-                v[absent] = kept
+            for i, x in zip(absent, kept, strict=True):
+                v[i] = x
             return v
 
         rounding, sizes = (
@@ -157,7 +157,7 @@ class WindowStack(Stack):
         if self.residual is not None:
             self.residual.add_to(matrices, -lr * outside, factors)
         for p, matrix in zip(params, matrices, strict=True):
-            if matrix.data_ptr() != p.data_ptr():
+            if not p.is_contiguous():  # then the matrix is a copy
                 p.copy_(matrix.view(p.shape))
         # A kernel writes unseen by autograd, which has to refuse a graph from before.
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
@@ -227,7 +227,7 @@ class Windowed:
     # fmt: off
     def step(self, setup: Setup, groups: Sequence[Group], o: Any) -> None:
         """Take a step of Algorithm 1."""
-        gram, stacks, phase, dots = setup.counters, setup.stacks, LISTENER.get(), []
+        gram, stacks, phase, dots = setup.counters, setup.stacks, listener(), []
         j, l2 = gram.next_slot(), [l2_of(group, o) for group in groups]
         for f in setup.factors:
             f.stage(gram.step)                                                  # made during backward, see factor_sync.py

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .devices import kind
+from .tables import TABLES
 
 # n matrices (rows, cols) of one shape and dtype, fp32 or fp64: a list, which nobody has to copy together, or (n, rows, cols).
 Matrices = Tensor | Sequence[Tensor]
@@ -293,6 +294,8 @@ def _try(name: str, example: Tensor, *args: Any) -> Any:
     except (torch.OutOfMemoryError, MemoryError):  # of one that writes in place, a part may be done
         raise
     except Exception as error:  # the compiler's own errors are of many types
+        if (tables := TABLES.get()) is not None and tables.fixed:  # a step before was taken by the kernel: the graph is at fault
+            raise
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == _NEEDS[type]:
             _failed.update((type, operation) for operation in _MODULES)
             _log.info("%s is not installed: steps on %s run in plain torch, which is slower", _NEEDS[type], type)

@@ -1,22 +1,28 @@
-"""The kind of a device, on which the way of a step depends; pretending to another, to count what a GPU would do.
-
-And tables of addresses on a device, which have to live as long as a CUDA graph that reads them.
-"""
+"""The kind of a device, on which the way of a step depends; pretending to another, to count what a GPU would do."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-# Where kernels put the tables that they read; None: nobody wants them.
-TABLES: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("hf_efcp_tables", default=None)
+Function = TypeVar("Function", bound=Callable[..., Any])
 _PRETENDED: contextvars.ContextVar[str | None] = contextvars.ContextVar("hf_efcp_device", default=None)
 
 
+def constant(function: Function) -> Function:
+    """Mark a function whose result torch.compile shall take for a constant, as it cannot look into a context variable.
+
+    This is `torch.compiler.assume_constant_result`, which imports the compiler, whether anybody compiles or not.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
 def kind(device: torch.device) -> str:
     """Give the device's type, "cpu" or "cuda", or the one that `pretending` names."""
     return _PRETENDED.get() or device.type
@@ -30,13 +36,3 @@ def pretending(type: str) -> Iterator[None]:
         yield
     finally:
         _PRETENDED.reset(token)
-
-
-@contextlib.contextmanager
-def keeping(tables: list[Tensor]) -> Iterator[None]:
-    """Let kernels add the tables of addresses that they read to this list inside, in this thread."""
-    token = TABLES.set(tables)
-    try:
-        yield
-    finally:
-        TABLES.reset(token)

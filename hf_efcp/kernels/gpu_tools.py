@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Error, Held, Matrices, Scale, constants
-from .devices import TABLES
+from .tables import TABLES
 
 _MULTIPLIER = tl.constexpr(constants.HASH_MULTIPLIER)
 _COUNTER = tl.constexpr(constants.COUNTER_MASK)
@@ -176,18 +176,18 @@ class Addresses:
 
     Attributes:
         table: (n,) int64, on the device; valid as long as this object lives.
-        like: one of them.
+        like: one of them; in a CUDA graph one of their dtype, as they may move.
         shape: (n, rows, cols).
     """
 
     def __init__(self, matrices: Matrices, but: Container[int] = ()):
         self._held, addresses = _places(matrices)
-        self.like = self._held[0]
+        self.like, table = self._held[0], None
         self.shape = (len(matrices), *matrices[0].shape)
         left = tuple(0 if i in but else address for i, address in enumerate(addresses)) if but else addresses
-        self.table = _on_device(self.like.device, left)
-        if (kept := TABLES.get()) is not None:
-            kept.append(self.table)
+        if (tables := TABLES.get()) is not None:
+            self.like, table = tables.like(self.like), tables.table(left)
+        self.table = _on_device(self.like.device, left) if table is None else table
 
 
 def _places(matrices: Matrices) -> tuple[Sequence[Tensor], tuple[int, ...]]:
