@@ -22,6 +22,9 @@ from .linalg import row_chunks, stacked
 if TYPE_CHECKING:
     from .compressors import BlockTopK
 
+# A dense entry of fewer rows, or columns, goes to the kernels as one of low rank.
+_THIN = 8
+
 
 class Accumulated:
     """a = e + g of n tensors, (n, rows, cols) in the gradients' dtype.
@@ -197,12 +200,15 @@ class DenseEntry(Entry):
         decay: float,
         accepted: bool | Tensor,
     ) -> bool:
-        """See Entry. One row c is of rank 1: c = 1 c. On a CPU, torch is faster where e needs no rounding."""
+        """See Entry. A thin c has its shorter side as rank: c = I c or c I. On a CPU, torch is faster where e needs no rounding."""
         (c,) = self.parts
         exact = error is not None and error[0].dtype == gradients[0].dtype
-        if c.shape[1] != 1 or (exact and kind(c.device) == "cpu"):
+        shorter = min(c.shape[1:])
+        if shorter >= _THIN or (exact and kind(c.device) == "cpu"):
             return False
-        return kernels.keep(error, gradients, (c.new_ones(len(c), 1, 1), c), rounding, absent, None, scale, decay, accepted)
+        one = torch.eye(shorter, dtype=c.dtype, device=c.device).expand(len(c), -1, -1).contiguous()
+        factors = (one, c) if c.shape[1] == shorter else (c.mT.contiguous(), one)
+        return kernels.keep(error, gradients, factors, rounding, absent, None, scale, decay, accepted)
 
 
 class LowRankEntry(Entry):
