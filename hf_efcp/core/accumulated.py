@@ -221,9 +221,9 @@ class LowRankEntry(Entry):
         p, q = (part.to(a.dtype) for part in self.parts)
         return a.baddbmm_(p[..., rows].mT, q, alpha=-1)
 
-    def dense(self) -> Tensor:
-        """Form c, (n, rows, cols)."""
-        return self.parts[0].mT @ self.parts[1]
+    def dense(self, rows: slice = ALL) -> Tensor:
+        """Form rows `rows` of c, (n, rows, cols)."""
+        return self.parts[0][..., rows].mT @ self.parts[1]
 
     def keep(
         self,
