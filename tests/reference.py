@@ -25,7 +25,7 @@ def names(**traits):
 
 def compressed_names():
     """The names whose windows leave something of a gradient out."""
-    return [n for n in NAMES if info(n).compression != "dense"]
+    return [n for n in names(windowed=True) if info(n).compression != "dense"]
 
 
 def lossy_options(name):

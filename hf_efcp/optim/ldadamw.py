@@ -61,13 +61,19 @@ class LDAdamWOptions(AdamWOptions, StateOptions):
         "how the subspace follows, after the first step; power_iteration: by two products; svd: by singular vectors at each step",
         choices=("power_iteration", "svd"),
     )
+    adjust_lr_fn: str = option(
+        "original",
+        "match_rms_adamw: updates of low-rank matrices times sqrt(side / r), which gives them the size of AdamW's; original: "
+        "smaller ones",
+        choices=("original", "match_rms_adamw"),
+    )
     error_feedback: bool = option(
         True, "add to the next gradient what the subspace leaves out of this one and of the momentum; false: it is lost"
     )
 
 
 # preset="measured": with it AdamW's learning rates work.
-MEASURED: Mapping[str, Any] = MappingProxyType({"error_dtype": torch.bfloat16})
+MEASURED: Mapping[str, Any] = MappingProxyType({"error_dtype": torch.bfloat16, "adjust_lr_fn": "match_rms_adamw"})
 
 
 class Side:
@@ -134,7 +140,8 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> LowRankEntry:
     s.projector.write(p)
     s.exp_avg.write(m)
     s.exp_avg_sq.write(v)
-    return side.entry(p, adam(m, v, t, o))
+    size = (side.short / side.rank) ** 0.5 if o.adjust_lr_fn == "match_rms_adamw" else 1.0
+    return side.entry(p, size * adam(m, v, t, o))
 
 
 def next_projector(s: TensorStack, a: Accumulated, t: Tensor, side: Side, p0: Tensor, mean: Tensor, o: Any) -> Tensor:
