@@ -115,7 +115,7 @@ class Tensorwise:
 
     Args:
         rule: for matrices.
-        others: for vectors, for groups with `compress` false, and for groups of the kinds `other_kinds`.
+        others: for vectors and what is empty, for groups with `compress` false, and for groups of the kinds `other_kinds`.
         other_kinds: kinds of parameter groups ("embedding", "head", see `parameter_groups`) that `others` is for.
     """
 
@@ -126,7 +126,7 @@ class Tensorwise:
 
     def rule(self, layout: Layout, group: Group) -> Rule:
         """Choose the rule for a tensor."""
-        plain = layout.vector or not group.get("compress", True) or group.get("kind") in self.other_kinds
+        plain = layout.vector or not layout.numel or not group.get("compress", True) or group.get("kind") in self.other_kinds
         return self.others if plain else self.matrices
 
     def specs(self, layout: Layout, group: Group, options: Any, flat: Parts | None) -> tuple[Spec, ...]:
