@@ -178,7 +178,9 @@ def expected_dtypes(key, compute=torch.float32, window=None, error=None):
 
 def assert_dtypes(optimizer, **kwargs):
     seen = {key: value.dtype for entry in optimizer.state.values() for key, value in entry.items()}
-    own = {"counter": torch.int64, "step": torch.float32} if "counter" in seen else {}  # each tensor's own step is torch's
+    own = {}
+    if "counter" in seen:  # a method without a window; each tensor's own step is torch's
+        own, kwargs = {"counter": torch.int64, "step": torch.float32}, {**kwargs, "window": None}
     assert seen and seen == {key: own.get(key) or expected_dtypes(key, **kwargs) for key in seen}
     return set(seen)
 

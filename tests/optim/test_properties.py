@@ -55,7 +55,7 @@ def options(draw, name):
             "divisor": draw(st.sampled_from(["window", "filled"])),
             "window_momentum": draw(st.sampled_from([0.0, 0.8])),
         }
-    else:
+    if info(name).family == "ggt":
         found |= {"eps": draw(st.sampled_from([1e-5, 1e-2])), "beta2": draw(st.sampled_from([1.0, 0.9]))}
         found[draw(st.sampled_from(["beta1", "window_momentum"]))] = draw(st.sampled_from([0.0, 0.8]))
     return found

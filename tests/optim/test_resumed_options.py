@@ -42,7 +42,7 @@ EARLIER = {"window_size": 32, "update_rms": 0.5, "error_dtype": torch.bfloat16}
 @pytest.fixture(autouse=True)
 def earlier_defaults(monkeypatch):
     for name in NAMES:
-        monkeypatch.setattr(get_optimizer_info(name).cls, "measured", EARLIER)
+        monkeypatch.setattr(get_optimizer_info(name).cls, "measured", own_options(name, EARLIER))
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_a_checkpoint_takes_what_the_state_takes(name, shapes):
     file = io.BytesIO()
     torch.save(saved, file)
     footprint = sum(optimizer.memory_footprint().values())
-    assert footprint > 2**20
+    assert footprint > 2**19
     assert footprint <= len(file.getbuffer()) <= 1.02 * footprint
 
 
@@ -85,7 +85,7 @@ def test_loading_never_changes_a_dtype(name, dtype):
         keys = assert_dtypes(other, **kwargs, **more)
         assert differences(snapshot(optimizer, params), snapshot(other, others)) == []
     kind = {"low rank": {"window_p", "warm_start"}, "sparse": {"window_indices"}, "dense": {"window_rows"}}
-    assert kind[info(name).compression] <= keys
+    assert not info(name).windowed or kind[info(name).compression] <= keys
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
