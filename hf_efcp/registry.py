@@ -15,7 +15,7 @@ import torch
 
 from .engine.asked import merged
 from .engine.base import EngineOptimizer
-from .optim import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
+from .optim import DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
 from .options import GroupOptions, OptionError, build, field_types, unknown_name
 
 
@@ -112,6 +112,14 @@ for _info in (
     ),
     OptimizerInfo(
         "efcp_dense_ggt", DenseGGT, f"full-matrix Adagrad (GGT) on {_WHOLE}", compression="dense", paper="1806.02958", **_GGT
+    ),
+    OptimizerInfo(
+        "efcp_ldadamw",
+        LDAdamW,
+        "AdamW in a low-rank subspace that drifts, with error feedback; AdamW for embeddings, head and vectors",
+        family="ldadam",
+        windowed=False,
+        **{**_LOW_RANK, "paper": "2410.16103"},
     ),
 ):
     add_optimizer(_info)

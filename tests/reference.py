@@ -25,7 +25,7 @@ def names(**traits):
 
 def compressed_names():
     """The names whose windows leave something of a gradient out."""
-    return [n for n in NAMES if info(n).compression != "dense"]
+    return [n for n in names(windowed=True) if info(n).compression != "dense"]
 
 
 def lossy_options(name):
@@ -38,9 +38,15 @@ def exact_options(name):
     return dict(info(name).exact)
 
 
+def own_options(name, options):
+    """Those of `options` that the optimizer has: what says how a window is made means nothing to a method without one."""
+    known = info(name).options()
+    return {k: v for k, v in options.items() if info(name).windowed or k in known or k == "process_group"}
+
+
 def make(name, params, **options):
-    """The optimizer `name` with lossy compression, unless the options say otherwise."""
-    return info(name).cls(params, **{"lr": 1.0, **lossy_options(name), **options})
+    """The optimizer `name` with lossy compression, unless the options say otherwise; see `own_options`."""
+    return info(name).cls(params, **own_options(name, {"lr": 1.0, **lossy_options(name), **options}))
 
 
 def parameters(shapes=SHAPES, dtype=torch.float64, seed=0):

@@ -70,7 +70,7 @@ assert not [name for name in dir(hf_efcp) if name.startswith("EFCP")]
 p = torch.nn.Parameter(torch.ones(8, 9))
 p.grad = torch.ones(8, 9)
 for name in hf_efcp.list_optimizers():
-    hf_efcp.create_optimizer(name, [p], lr=0.1, window_size=2).step()
+    hf_efcp.create_optimizer(name, [p], lr=0.1).step()
 try:
     hf_efcp.register()
 except ImportError:

@@ -200,7 +200,7 @@ class DenseEntry(Entry):
         decay: float,
         accepted: bool | Tensor,
     ) -> bool:
-        """See Entry. A thin c has its shorter side as rank: c = I c or c I. On a CPU, torch is faster where e needs no rounding."""
+        """See Entry. A thin c has its shorter side as rank: c = I c or c I. On a CPU, torch is faster without rounding."""
         (c,) = self.parts
         exact = error is not None and error[0].dtype == gradients[0].dtype
         shorter = min(c.shape[1:])
@@ -227,9 +227,9 @@ class LowRankEntry(Entry):
         p, q = (part.to(a.dtype) for part in self.parts)
         return a.baddbmm_(p[..., rows].mT, q, alpha=-1)
 
-    def dense(self) -> Tensor:
-        """Form c, (n, rows, cols)."""
-        return self.parts[0].mT @ self.parts[1]
+    def dense(self, rows: slice = ALL) -> Tensor:
+        """Form rows `rows` of c, (n, rows, cols)."""
+        return self.parts[0][..., rows].mT @ self.parts[1]
 
     def keep(
         self,

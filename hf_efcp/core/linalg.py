@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.devices import kind
+from .deferred import readable
 
 # Bytes that one temporary of a chunked loop may take, by kind of device: on a GPU every chunk is more launches.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
@@ -163,3 +164,27 @@ def orthonormalize(a: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) 
         r = (roots[..., None] * v.mT * norms[..., None, :]).flip(-2) @ r
     # a = P R: turned by the Q factor of R, P is that of a's own QR, and low-bit factors are those of one process, up to signs.
     return (p @ torch.linalg.qr(r).Q).to(a.dtype)
+
+
+def completed(a: Tensor, noise: Callable[[], Tensor], reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Orthonormal basis of the columns of each matrix, of r columns in any case, the same on any number of processes.
+
+    Args:
+        a, reduce: as for `orthonormalize`.
+        noise: gives (n, rows, r), which takes the place of dependent columns.
+
+    Returns:
+        (n, rows, r), same dtype.
+    """
+
+    def basis(x: Tensor) -> Tensor:
+        # Not by QR: what a library completes dependent columns with is its own affair.
+        fast = kernels.orthonormal(x) if reduce is None else None
+        return orthonormalize(x, reduce or (lambda gram: gram)) if fast is None else fast
+
+    p = basis(a)
+    squares = p.square().sum(1, keepdim=True)
+    dead = (squares if reduce is None else reduce(squares)) < 0.5
+    if readable(dead.device) and not dead.any():
+        return p
+    return basis(torch.where(dead, noise().to(p.dtype), p))

@@ -108,8 +108,10 @@ class Setup:
         self._idle = 0 if self._idle < _IDLE_STEPS else self._idle
 
     def listen_anew(self) -> None:
-        """Forget what a flag said one step ago: the state is another, and whoever saved it was warned of its skips."""
+        """Forget what the host knew of the state: it is another, and whoever saved it was warned of its skips."""
         self.skips, self._warned_of = DelayedFlag(), int(self.counters.skipped)
+        for s in self.stacks:
+            s.begun = False
 
     def warn_of_idleness(self, name: str) -> None:
         """Warn, once, when several steps in a row find no gradient at all: somebody trains other parameters than these."""

@@ -78,6 +78,7 @@ class Stack:
         specs: of one parameter's state, by name.
         buffers: state name -> (n, ...).
         turn: the present step, for the cells.
+        begun: whether the host knows that all n tensors have had a gradient.
     """
 
     def __init__(self, pieces: list[Piece], group: int, specs: Iterable[Spec], total: Callable[[Tensor], Tensor] | None = None):
@@ -93,6 +94,7 @@ class Stack:
             buffer = torch.zeros(shape, dtype=spec.dtype, device=self.device)  # untouched memory, until it is written to
             self.buffers[spec.name] = buffer.fill_(spec.start) if spec.start else buffer
         self.turn = Turn(self.ids, first.origin)
+        self.begun = False
 
     def cell(self, name: str) -> Cell:
         """Make the cell of a state entry."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.accumulated import Accumulated
+from ..core.accumulated import Accumulated, LowRankEntry
 from ..core.cells import Cell, Layout, Parts, Spec, matrix_specs
 from ..core.counters import Counters
 from ..core.deferred import masked, readable
@@ -21,9 +21,9 @@ from .phases import PHASES, listener
 from .setup import Setup, decoupled_of, l2_of, rate_of
 from .stacks import Piece, Stack
 
-# What makes an update: (stack, a, t, options) -> u (n, rows, cols). a = e + g; t, (n, 1, 1) in the compute dtype, counts each
-# tensor's own gradients, this one included.
-Update = Callable[["TensorStack", Accumulated, Tensor, Any], Tensor]
+# What makes an update: (stack, a, t, options) -> u (n, rows, cols), or its factors. a = e + g; t, (n, 1, 1) in the compute dtype,
+# counts each tensor's own gradients, this one included.
+Update = Callable[["TensorStack", Accumulated, Tensor, Any], Tensor | LowRankEntry]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +33,19 @@ class Rule:
     Attributes:
         specs: (layout, options) -> the state of one tensor, beside its count of steps and its error.
         update: what makes the update; it reads and writes the stack's cells by name, `s.exp_avg.read()`.
-        lossy: whether the rule compresses, and calls `a.keep(c)`: then e is state, in the format that the options say.
+        lossy: whether the rule compresses, and calls `a.keep(c)`: then e is state, in the format that the options say. A function
+            of the options, where they decide.
         operations: (n, rows, cols, options) -> operations of a step in the compute dtype, for the roofline.
     """
 
     specs: Callable[[Layout, Any], tuple[Spec, ...]]
     update: Update
-    lossy: bool = False
+    lossy: bool | Callable[[Any], bool] = False
     operations: Callable[[int, int, int, Any], float] = lambda n, rows, cols, options: 0.0
+
+    def keeps_error(self, options: Any) -> bool:
+        """Tell whether e is state."""
+        return self.lossy(options) if callable(self.lossy) else self.lossy
 
 
 class TensorStack(Stack):
@@ -74,7 +79,15 @@ class TensorStack(Stack):
             raise AttributeError(f"no state entry {name!r}; there are {', '.join(cells)}")
         return cells[name]
 
-    def update(self, l2: float, options: Any) -> Tensor:
+    def newcomers(self, t: Tensor) -> list[int]:
+        """Give the positions of the tensors whose first gradient this is; a GPU is waited for until all have had one."""
+        if self.begun:
+            return []
+        counts = t.flatten().tolist()
+        self.begun = not readable(t.device) and min(counts) > 1
+        return [i for i, count in enumerate(counts) if count == 1 and i not in self.turn.absent]
+
+    def update(self, l2: float, options: Any) -> Tensor | LowRankEntry:
         """Make the update, and the state of the next step."""
         t = self.cells["step"].read() + 1
         self.cells["step"].write(t)
@@ -84,13 +97,14 @@ class TensorStack(Stack):
             a.gradients = [masked(ok, g, 0.0) for g in a.gradients]
         return self.rule.update(self, a, t.to(self.layout.dtype).view(-1, 1, 1), options)
 
-    def apply(self, u: Tensor, group: Group, options: Any) -> None:
+    def apply(self, u: Tensor | LowRankEntry, group: Group, options: Any) -> None:
         """Compute p <- (1 - lr*wd) p - lr u, for the tensors that have a gradient."""
         ok, lr = self.turn.ok, rate_of(group)
         rate: float | Tensor = lr if ok is True else lr * ok.to(self.device, self.layout.dtype)  # type: ignore[union-attr]
 
         def update(rows: slice) -> Tensor:
-            return u[:, rows] if ok is True else masked(ok, u[:, rows], 0.0)
+            part = u[:, rows] if isinstance(u, Tensor) else u.dense(rows)
+            return part if ok is True else masked(ok, part, 0.0)
 
         rounding = self.turn.step if options.stochastic_rounding else None
         apply(self, update, rate, decoupled_of(group, options), rounding, self.turn.absent)
@@ -101,7 +115,7 @@ class Tensorwise:
 
     Args:
         rule: for matrices.
-        others: for vectors, for groups with `compress` false, and for groups of the kinds `other_kinds`.
+        others: for vectors and what is empty, for groups with `compress` false, and for groups of the kinds `other_kinds`.
         other_kinds: kinds of parameter groups ("embedding", "head", see `parameter_groups`) that `others` is for.
     """
 
@@ -112,13 +126,13 @@ class Tensorwise:
 
     def rule(self, layout: Layout, group: Group) -> Rule:
         """Choose the rule for a tensor."""
-        plain = layout.vector or not group.get("compress", True) or group.get("kind") in self.other_kinds
+        plain = layout.vector or not layout.numel or not group.get("compress", True) or group.get("kind") in self.other_kinds
         return self.others if plain else self.matrices
 
     def specs(self, layout: Layout, group: Group, options: Any, flat: Parts | None) -> tuple[Spec, ...]:
         """See Method."""
         rule = self.rule(layout, group)
-        error = matrix_specs("error", layout, options.error_dtype, options.error_format) if rule.lossy else ()
+        error = matrix_specs("error", layout, options.error_dtype, options.error_format) if rule.keeps_error(options) else ()
         return (Spec("step", (), torch.float32), *error, *rule.specs(layout, options))
 
     def shared_specs(self, number: int, options: Any) -> tuple[Spec, ...]:

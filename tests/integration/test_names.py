@@ -83,7 +83,7 @@ def test_built_in_names_pickle_as_before():
 
 @by_name
 def test_training_arguments(name, make_args):
-    args = make_args(optim=name, optim_args="window_size=8")
+    args = make_args(optim=name, optim_args="shard=off")
     assert args.optim is OptimizerNames(name)
     replaced = dataclasses.replace(args, learning_rate=1e-3)
     assert (replaced.optim, replaced.learning_rate) == (name, 1e-3)
@@ -97,8 +97,8 @@ def test_training_arguments(name, make_args):
 def test_argument_parser(name, tmp_path):
     parser = HfArgumentParser(TrainingArguments)
     argv = ["--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none"]
-    (args,) = parser.parse_args_into_dataclasses([*argv, "--optim", name, "--optim_args", '{"window_size": 8}'])
-    assert (args.optim, args.optim_args) == (name, '{"window_size": 8}')
+    (args,) = parser.parse_args_into_dataclasses([*argv, "--optim", name, "--optim_args", '{"shard": "off"}'])
+    assert (args.optim, args.optim_args) == (name, '{"shard": "off"}')
     assert parser.parse_dict({"output_dir": str(tmp_path), "use_cpu": True, "optim": name})[0].optim == name
     (choices,) = (a.choices for a in parser._actions if a.dest == "optim")
     assert set(NAMES) < set(choices)

@@ -6,8 +6,10 @@ from transformers import Trainer
 import hf_efcp
 from hf_efcp import OptionError, optimizer_cls_and_kwargs
 from hf_efcp.registry import get_optimizer_info
+from tests.reference import names
 
 by_name = pytest.mark.parametrize("name", hf_efcp.list_optimizers())
+by_windowed_name = pytest.mark.parametrize("name", names(windowed=True))
 
 
 @by_name
@@ -21,7 +23,7 @@ def test_the_defaults_are_those_of_the_registry(name, make_args):
         assert Trainer.get_optimizer_cls_and_kwargs(args, None)[1] is not kwargs  # the Trainer pops from it
 
 
-@by_name
+@by_windowed_name
 @pytest.mark.parametrize(
     "optim_args",
     [
@@ -41,7 +43,7 @@ def test_every_form_gives_the_same_typed_options(name, optim_args, make_args):
     assert [type(v) for v in (kwargs["window_size"], kwargs["window_momentum"])] == [int, float]
 
 
-@by_name
+@by_windowed_name
 @pytest.mark.parametrize(
     ("optim_args", "message"),
     [
@@ -68,7 +70,7 @@ def test_a_bad_option_fails_when_the_arguments_are_made(name, optim_args, messag
     assert not list(tmp_path.iterdir())
 
 
-@by_name
+@by_windowed_name
 def test_options_that_repeat_an_argument_are_accepted(name, make_args):
     args = make_args(optim=name, optim_args="lr=1e-3,weight_decay=0.1", learning_rate=1e-3, weight_decay=0.1)
     assert Trainer.get_optimizer_cls_and_kwargs(args)[1]["lr"] == 1e-3
@@ -96,7 +98,7 @@ def test_the_errors_of_other_optimizers_are_untouched(make_args):
     assert not isinstance(error.value, OptionError)
 
 
-@by_name
+@by_windowed_name
 def test_the_public_fallback(name, make_args, tiny_bert):
     cls, kwargs = optimizer_cls_and_kwargs(make_args(optim=name))
     args = make_args(optim="adamw_torch")

@@ -11,7 +11,7 @@ import hf_efcp.core.coefficients
 import hf_efcp.core.compressors
 import hf_efcp.core.deferred
 import hf_efcp.engine.sizes
-from tests.optim.helpers import EVERY, M, assert_unchanged, count, gradients_at, snapshot, started, step_quietly, train
+from tests.optim.helpers import WINDOWED, M, assert_unchanged, count, gradients_at, snapshot, started, step_quietly, train
 from tests.reference import relative
 
 NAN = float("nan")
@@ -57,7 +57,7 @@ class NoReading(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"centered": True, "window_momentum": 0.8}], ids=str)
-@EVERY
+@WINDOWED
 def test_skipped_steps_leave_no_trace_and_the_others_are_the_same(name, options, deferred):
     dtype = torch.float32 if "error_dtype" in options else torch.float64
     optimizer, params = started(name, dtype=dtype, **options)
@@ -81,7 +81,7 @@ def test_skipped_steps_leave_no_trace_and_the_others_are_the_same(name, options,
     assert all(relative(p, q) < tolerance for p, q in zip(params, others, strict=True))
 
 
-@EVERY
+@WINDOWED
 def test_a_first_gradient_that_is_not_finite(name, deferred):
     deferred()
     optimizer, params = started(name, steps=0, momentum=0.5, weight_decay=0.1)

@@ -29,6 +29,8 @@ def test_thousands_of_steps(name, steps):
     # A leak grows all the time; what the allocator keeps after the tests before this one comes at once.
     assert min(resident[1] - resident[0], resident[2] - resident[1]) < LEAK * 0.4 * steps
     assert optimizer.diagnostics()["step"] == steps
+    if not info(name).windowed:
+        return
     g = window(optimizer, params)
     gram = optimizer.state[params[0]]["gram"]
     assert ((gram - g @ g.T).norm() / gram.norm()).item() < 1e-12

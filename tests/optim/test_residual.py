@@ -105,7 +105,7 @@ def test_what_has_no_meaning_is_refused():
     p = parameters(((4, 3),))
     with pytest.raises(hf_efcp.OptionError, match=r"residual='momentum'.*needs a metric"):
         hf_efcp.LowRankMFAC(p, lr=0.1, residual="momentum", rms_mode="adam", update_rms=1.0)
-    for name in names(compression="low rank"):
+    for name in names(windowed=True, compression="low rank"):
         with pytest.raises(hf_efcp.OptionError, match=r"residual='momentum'.*comm=factors"):
             info(name).cls(p, lr=0.1, residual="momentum", comm="factors")
 

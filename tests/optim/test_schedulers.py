@@ -8,7 +8,7 @@ import torch
 
 from hf_efcp import OptionError
 from tests.optim.helpers import (
-    EVERY,
+    WINDOWED,
     M,
     clones,
     differences,
@@ -64,7 +64,7 @@ def test_schedulers_work_and_resume(name, kind):
     assert differences(snapshot(optimizer, params), snapshot(other, others)) == []
 
 
-@EVERY
+@WINDOWED
 def test_a_schedule_acts_on_each_group_alone(name):
     """Two lambdas: a group whose lr is 0 stands still while the other moves; the window does not notice."""
     params, plain = parameters(dtype=torch.float64), parameters(dtype=torch.float64)
