@@ -13,7 +13,7 @@ import torch
 
 from .engine.asked import merged
 from .engine.base import EngineOptimizer
-from .optim import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
+from .optim import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
 from .options import GroupOptions, OptionError, build, field_types, unknown_name
 
 
@@ -26,7 +26,7 @@ class OptimizerInfo:
         cls: the class, a `torch.optim.Optimizer` with `options_type`, the dataclass of its options, and `measured`, its values of
             preset="measured".
         description: one line.
-        family: the preconditioner, "mfac" or "ggt".
+        family: the preconditioner, "mfac" or "ggt", or a method that is one of its own.
         compression: what is kept of a gradient, "low rank", "sparse" or "dense".
         paper: arXiv number.
         windowed: whether it keeps a window of gradients and their Gram matrix.
@@ -110,6 +110,17 @@ for _info in (
     ),
     OptimizerInfo(
         "efcp_dense_ggt", DenseGGT, f"full-matrix Adagrad (GGT) on {_WHOLE}", compression="dense", paper="1806.02958", **_GGT
+    ),
+    OptimizerInfo(
+        "efcp_microadam",
+        MicroAdam,
+        "MicroAdam: Adam's moments from the last block top-k gradients, error feedback in 4 bits",
+        family="microadam",
+        compression="sparse",
+        paper="2405.15593",
+        windowed=False,
+        lossy={"density": 0.2, "block_size": 16, "window_dtype": None, "error_format": "plain"},
+        exact={"density": 1.0, "window_dtype": None, "error_format": "plain"},
     ),
 ):
     add_optimizer(_info)

@@ -116,3 +116,21 @@ class SparseWindow(Window):
     def _read(self, tensors: slice, rows: slice) -> tuple[Tensor, Tensor]:
         """Give indices and values of some rows of some tensors."""
         return self.buffers["window_indices"][tensors, rows], self.buffers["window_values"][tensors, rows]
+
+
+def moments(
+    indices: Tensor, values: Tensor, w1: Tensor, w2: Tensor, grid: BlockTopK, rows: slice, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Give rows `rows` of sum_i w1_i c_i and of sum_i w2_i c_i^2 over a window's entries c_i, (n, rows, cols) in `dtype`.
+
+    Args:
+        indices, values: the window's buffers, (n, all rows, m, k).
+        w1, w2: (n, m) fp64.
+        grid: the blocks.
+        rows: a run of them.
+        dtype: of the arithmetic.
+    """
+    indices, values = indices[:, rows], values[:, rows].to(dtype)
+    parts = {"window_indices": indices, "window_values": values}, {"window_indices": indices, "window_values": values.square()}
+    first, second = (SparseWindow(part, dtype, grid).combine(w) for part, w in zip(parts, (w1, w2), strict=True))
+    return first, second

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.accumulated import Accumulated
-from ..core.cells import Cell, Layout, Parts, Spec, matrix_specs
+from ..core.cells import ALL, Cell, Layout, Parts, Spec, matrix_specs
 from ..core.counters import Counters
 from ..core.deferred import masked, readable
 from .apply import apply
@@ -21,9 +21,11 @@ from .phases import LISTENER, PHASES
 from .setup import Setup, decoupled_of, l2_of
 from .stacks import Piece, Stack
 
-# What makes an update: (stack, a, t, options) -> u (n, rows, cols). a = e + g; t, (n, 1, 1) in the compute dtype, counts each
-# tensor's own gradients, this one included.
-Update = Callable[["TensorStack", Accumulated, Tensor, Any], Tensor]
+# u, (n, rows, cols); or what gives some rows of it, (n, rows, cols), called once for each part of the rows: then u is never formed.
+U = Tensor | Callable[[slice], Tensor]
+# What makes an update: (stack, a, t, options) -> u. a = e + g; t, (n, 1, 1) in the compute dtype, counts each tensor's own
+# gradients, this one included.
+Update = Callable[["TensorStack", Accumulated, Tensor, Any], U]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +37,15 @@ class Rule:
         update: what makes the update; it reads and writes the stack's cells by name, `s.exp_avg.read()`.
         lossy: whether the rule compresses, and calls `a.keep(c)`: then e is state, in the format that the options say.
         operations: (n, rows, cols, options) -> operations of a step in the compute dtype, for the roofline.
+        vectors: whether the rule is for vectors too. They are whole then: FSDP2 gives a process a part of each, and the processes
+            exchange their gradients and all hold their state.
     """
 
     specs: Callable[[Layout, Any], tuple[Spec, ...]]
     update: Update
     lossy: bool = False
     operations: Callable[[int, int, int, Any], float] = lambda n, rows, cols, options: 0.0
+    vectors: bool = False
 
 
 class TensorStack(Stack):
@@ -74,23 +79,40 @@ class TensorStack(Stack):
             raise AttributeError(f"no state entry {name!r}; there are {', '.join(cells)}")
         return cells[name]
 
-    def update(self, l2: float, options: Any) -> Tensor:
+    def update(self, l2: float, options: Any) -> U:
         """Make the update, and the state of the next step."""
         t = self.cells["step"].read() + 1
         self.cells["step"].write(t)
-        a = Accumulated(self.gradients(l2), self.cells.get("error"), self.turn.absent, self.total)
+        gradients, total = self.gradients(l2), self.total
+        whole = total is not None and self.layout.vector and self.rule.vectors
+        a = Accumulated(self._whole(gradients) if whole else gradients, self.cells.get("error"), self.turn.absent, total)
         ok = self.turn.ok
         if isinstance(ok, Tensor):  # a decomposition raises for what is not finite, and whether it is nobody waits to hear
             a.gradients = [masked(ok, g, 0.0) for g in a.gradients]
-        return self.rule.update(self, a, t.to(self.layout.dtype).view(-1, 1, 1), options)
+        u = self.rule.update(self, a, t.to(self.layout.dtype).view(-1, 1, 1), options)
+        return u if not whole else (u if isinstance(u, Tensor) else u(ALL))[..., self._columns]
 
-    def apply(self, u: Tensor, group: Group, options: Any) -> None:
+    def _whole(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Make whole vectors, (n, 1, cols), of the parts that the processes have."""
+        assert self.total is not None
+        whole = torch.zeros(len(gradients), 1, self.layout.cols, dtype=self.layout.dtype, device=self.device)
+        whole[..., self._columns] = torch.stack(list(gradients))
+        return self.total(whole)
+
+    @property
+    def _columns(self) -> slice:
+        """Which part of its vectors this process has."""
+        start = self.pieces[0].origin[1]
+        return slice(start, start + self.shape[1])
+
+    def apply(self, u: U, group: Group, options: Any) -> None:
         """Compute p <- (1 - lr*wd) p - lr u, for the tensors that have a gradient."""
         ok, lr = self.turn.ok, float(group["lr"])
         rate: float | Tensor = lr if ok is True else lr * ok.to(self.device, self.layout.dtype)  # type: ignore[union-attr]
 
         def update(rows: slice) -> Tensor:
-            return u[:, rows] if ok is True else masked(ok, u[:, rows], 0.0)
+            part = u[:, rows] if isinstance(u, Tensor) else u(rows)
+            return part if ok is True else masked(ok, part, 0.0)
 
         rounding = self.turn.step if options.stochastic_rounding else None
         apply(self, update, rate, decoupled_of(group, options), rounding, self.turn.absent)
@@ -100,8 +122,8 @@ class Tensorwise:
     """A rule for matrices, and another one for everything else. A `Method`.
 
     Args:
-        rule: for matrices.
-        others: for vectors, for groups with `compress` false, and for groups of the kinds `other_kinds`.
+        rule: for matrices, and vectors if it says so.
+        others: for other vectors, for groups with `compress` false, and for groups of the kinds `other_kinds`.
         other_kinds: kinds of parameter groups ("embedding", "head", see `parameter_groups`) that `others` is for.
     """
 
@@ -112,14 +134,17 @@ class Tensorwise:
 
     def rule(self, layout: Layout, group: Group) -> Rule:
         """Choose the rule for a tensor."""
-        plain = layout.vector or not group.get("compress", True) or group.get("kind") in self.other_kinds
+        vector = layout.vector and not self.matrices.vectors
+        plain = vector or not group.get("compress", True) or group.get("kind") in self.other_kinds
         return self.others if plain else self.matrices
 
     def specs(self, layout: Layout, group: Group, options: Any, flat: Parts | None) -> tuple[Spec, ...]:
         """See Method."""
         rule = self.rule(layout, group)
         error = matrix_specs("error", layout, options.error_dtype, options.error_format) if rule.lossy else ()
-        return (Spec("step", (), torch.float32), *error, *rule.specs(layout, options))
+        specs = Spec("step", (), torch.float32), *error, *rule.specs(layout, options)
+        whole = layout.vector and rule.vectors
+        return tuple(dataclasses.replace(spec, rows=None) for spec in specs) if whole else specs
 
     def shared_specs(self, number: int, options: Any) -> tuple[Spec, ...]:
         """See Method."""

@@ -185,7 +185,7 @@ def factors(scale: Scale, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
 def reads(error: Error) -> bool:
     """Whether `Errors` knows the format."""
     known = error is None or error[0].dtype in DTYPES or error[1] is not None
-    return known and (error is None or all(x is None or x.is_contiguous() for x in error))
+    return known and (error is None or all(x is None or (x.ndim < 4 and x.is_contiguous()) for x in error))
 
 
 def fits(gradients: Matrices, error: Error, factor: Tensor) -> bool:

@@ -2,5 +2,6 @@
 
 from .ggt import DenseGGT, LowRankGGT, SparseGGT
 from .mfac import DenseMFAC, LowRankMFAC, SparseMFAC
+from .microadam import MicroAdam
 
-__all__ = ["DenseGGT", "DenseMFAC", "LowRankGGT", "LowRankMFAC", "SparseGGT", "SparseMFAC"]
+__all__ = ["DenseGGT", "DenseMFAC", "LowRankGGT", "LowRankMFAC", "MicroAdam", "SparseGGT", "SparseMFAC"]
