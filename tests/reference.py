@@ -25,7 +25,7 @@ def names(**traits):
 
 def compressed_names():
     """The names whose windows leave something of a gradient out."""
-    return [n for n in NAMES if info(n).compression != "dense"]
+    return [n for n in names(windowed=True) if info(n).compression != "dense"]
 
 
 def lossy_options(name):
@@ -38,9 +38,16 @@ def exact_options(name):
     return dict(info(name).exact)
 
 
+def known_to(name, options):
+    """Those of the options that the method has; all of them are options of some method."""
+    strangers = options.keys() - {option for n in NAMES for option in info(n).options()} - {"process_group"}
+    assert not strangers, f"no optimizer has {strangers}"
+    return {option: value for option, value in options.items() if option in {*info(name).options(), "process_group"}}
+
+
 def make(name, params, **options):
-    """The optimizer `name` with lossy compression, unless the options say otherwise."""
-    return info(name).cls(params, **{"lr": 1.0, **lossy_options(name), **options})
+    """The optimizer `name` with lossy compression, unless the options say otherwise; a method without one of them ignores it."""
+    return info(name).cls(params, **{"lr": 1.0, **lossy_options(name), **known_to(name, options)})
 
 
 def parameters(shapes=SHAPES, dtype=torch.float64, seed=0):

@@ -106,6 +106,11 @@ class Spec:
         """Bytes for the whole parameter."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def slots(self) -> int:
+        """The number of the window's slots, of which a step writes one; 1 for an entry that it writes whole."""
+        return 1 if self.slot is None else self.shape[self.slot]
+
     def divided(self, p: Tensor) -> int | None:
         """Give the dimension that goes with dimension 0 of p, by which p is divided; None: the entry is not divided.
 

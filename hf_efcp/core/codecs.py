@@ -18,6 +18,7 @@ from ..kernels.constants import (
     INT4_BITS,
     INT4_MASK,
     INT4_ZERO,
+    LARGEST_BOUND,
     LARGEST_INT4,
     LARGEST_INT8,
     LARGEST_VALUE,
@@ -133,13 +134,9 @@ class MinMaxQuantizer:
         return lo, (hi - lo) / INT4_MASK
 
 
-# No bound is larger: the distance of two is finite in fp32.
-_LARGEST_BOUND = 2.0**126
-
-
 def _bf16_below(x: Tensor) -> Tensor:
     """The largest bf16 number that is not above x, within the bounds."""
-    x = x.clamp(-_LARGEST_BOUND, _LARGEST_BOUND)
+    x = x.clamp(-LARGEST_BOUND, LARGEST_BOUND)
     single = x.float()
     single = torch.where(single > x, torch.nextafter(single, torch.full_like(single, -torch.inf)), single)
     bits = single.view(torch.int32)

@@ -21,7 +21,7 @@ from .phases import LISTENER, PHASES
 from .setup import Setup, decoupled_of, l2_of
 from .stacks import Piece, Stack
 
-# u, (n, rows, cols); or what gives some rows of it, (n, rows, cols), called once for each part of the rows: then u is never formed.
+# u, (n, rows, cols); or what gives some rows of it and is called once for each part of the rows, so that u is never formed.
 U = Tensor | Callable[[slice], Tensor]
 # What makes an update: (stack, a, t, options) -> u. a = e + g; t, (n, 1, 1) in the compute dtype, counts each tensor's own
 # gradients, this one included.
@@ -200,14 +200,15 @@ class Tensorwise:
         return figures
 
     def costs(self, setup: Setup, options: Any) -> dict[str, Count]:
-        """See Method: state is read and written once, a gradient read, and a parameter read and written."""
+        """See Method: state is read and written once, of a ring one slot written; a gradient is read, a parameter both."""
         counts = {name: Count() for name in PHASES}
         for s in setup.stacks:
             n, (rows, cols) = len(s.pieces), s.shape
-            parameter, state = n * rows * cols * s.pieces[0].param.element_size(), sum(b.nbytes for b in s.buffers.values())
+            parameter = n * rows * cols * s.pieces[0].param.element_size()
+            state = sum(s.buffers[spec.name].nbytes * (1 + 1 / spec.slots) for spec in s.specs.values())
             operations = float(s.rule.operations(n, rows, cols, options))
             fp64 = s.layout.dtype == torch.float64
-            counts["compress"] += Count(0.0 if fp64 else operations, operations if fp64 else 0.0, parameter + 2 * state)
+            counts["compress"] += Count(0.0 if fp64 else operations, operations if fp64 else 0.0, parameter + state)
             counts["update"] += Count(bytes=2 * parameter)
         return counts
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.accumulated import Accumulated
 from ..core.cells import Layout, Spec
 from ..core.compressors import BlockTopK
-from ..core.sparse_window import SparseWindow, moments
+from ..core.sparse_window import SparseWindow, adam
 from ..engine.adamw import ADAMW, AdamWOptions
 from ..engine.base import EngineOptimizer
 from ..engine.options import STATE_DTYPES, SparseOptions, StateOptions
@@ -37,8 +37,8 @@ class MicroAdamOptions(SparseOptions, AdamWOptions, StateOptions):
     window_size: int = option(10, "number m of gradients in the ring", allowed="an integer >= 1", check=positive)
     window_bias_correction: bool = option(
         False,
-        "divide the weights of the ring's gradients by their sum, so that updates have Adam's size; false: by Adam's 1 - beta^t, as "
-        "the reference does, whose updates grow to 6.5 times Adam's",
+        "divide the weights of the ring's gradients by their sum, so that updates have Adam's size; false: by Adam's "
+        "1 - beta^t, as the reference does, whose updates grow to 6.5 times Adam's",
     )
     alpha: float = option(
         0.0,
@@ -60,7 +60,9 @@ class MicroAdamOptions(SparseOptions, AdamWOptions, StateOptions):
 
 def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
     """Declare the ring: indices and values, (rows, m, k)."""
-    return SparseWindow.specs(layout, o.window_size, grid_of(layout.cols, o.density, o.block_size), o.window_dtype or layout.dtype)
+    return SparseWindow.specs(
+        layout, o.window_size, grid_of(layout.cols, o.density, o.block_size), o.window_dtype or layout.dtype
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -71,16 +73,15 @@ def grid_of(cols: int, density: float, block_size: int) -> BlockTopK:
 
 def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
     """Give what forms rows of u."""
-    grid, (i, v), count = grid_of(s.layout.cols, o.density, o.block_size), (s.window_indices, s.window_values), t.view(-1).long()
+    grid, count = grid_of(s.layout.cols, o.density, o.block_size), t.view(-1).long()
     c = grid.compress(a, s.turn.step)
     a.keep(c)  # a - c is 0 where c is not: what c loses in bf16 is not fed back, as in the reference
-    for cell, x in zip((i, v), c.parts, strict=True):
+    for cell, x in zip((s.window_indices, s.window_values), c.parts, strict=True):
         cell.put(x, (count - 1) % o.window_size)
     w1, w2 = (weights(count, o.window_size, beta, o.window_bias_correction) for beta in (o.beta1, o.beta2))
 
     def rows_of_u(rows: slice) -> Tensor:
-        m, v_hat = moments(i.buffer, v.buffer, w1, w2, grid, rows, s.layout.dtype)
-        u = m.div_(v_hat.sqrt_().add_(o.eps))
+        u = adam(s.buffers, w1, w2, o.eps, grid, rows, s.layout.dtype)
         if o.alpha:
             e = s.error.read(rows)
             u.add_(e, alpha=o.alpha)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from tests.reference import NAMES, SHAPES, compressed_names, make, parameters
+from tests.reference import NAMES, SHAPES, compressed_names, make, names, parameters
 
 M = 4  # window size: a few steps wrap around
 
@@ -99,6 +99,7 @@ def pairwise(**lists):
 
 
 EVERY = pytest.mark.parametrize("name", NAMES)
+WINDOWED = pytest.mark.parametrize("name", names(windowed=True))
 KERNELS = ["kernels", "plain torch"]
 COMPRESSED = pytest.mark.parametrize("name", compressed_names())
 SCOPES = pytest.mark.parametrize("scope", ["model", "layer"])

@@ -13,7 +13,7 @@ import torch
 import hf_efcp
 from hf_efcp.options import OptionError, parse_bytes
 from hf_efcp.registry import get_optimizer_info
-from tests.optim.helpers import EVERY, differences, gradients_at, snapshot, train
+from tests.optim.helpers import WINDOWED, differences, gradients_at, snapshot, train
 from tests.reference import info, parameters
 
 SHAPES = [(200, 64), (64, 200), (64, 64), (64,), (200,), (3, 64)]
@@ -31,7 +31,7 @@ def chosen(optimizer):
     return o.window_size, o.window_format, o.window_dtype, o.error_format, o.error_dtype
 
 
-@pytest.mark.parametrize("name", hf_efcp.list_optimizers())
+@WINDOWED
 def test_the_budget_is_kept_and_used(name):
     fits = 0
     for budget in [2**k * COUNT for k in range(0, 14)]:
@@ -58,7 +58,7 @@ def test_the_budget_is_kept_and_used(name):
 
 
 @pytest.mark.parametrize("metric", ["factored", "diagonal", "tensor"])
-@EVERY
+@WINDOWED
 def test_the_bytes_of_a_metric_count_and_are_no_choice(name, metric):
     """With so many bytes more, the choice is that without a metric; with the same number, the state keeps to them."""
     budget = 40 * COUNT * (10 if info(name).compression == "dense" else 1)
@@ -75,7 +75,7 @@ def test_the_bytes_of_a_metric_count_and_are_no_choice(name, metric):
     assert sum(held.values()) <= budget and held["metric"] == more and optimizer.options.metric == metric
 
 
-@EVERY
+@WINDOWED
 def test_a_budget_leaves_the_metric_of_the_preset(name):
     budget = 10 * COUNT * (100 if info(name).compression == "dense" else 1)
     optimizer, _ = build(name, budget, preset="measured")
@@ -125,7 +125,7 @@ def test_the_choice_is_printed_once(caplog):
     assert f"window_format={o.window_format}" in message and f"error_format={o.error_format}" in message
 
 
-@EVERY
+@WINDOWED
 def test_a_resumed_run_has_the_same_choice(name):
     optimizer, params = build(name, 40 * COUNT)
     untouched = copy.deepcopy(optimizer.state_dict())

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 import hf_efcp
 from hf_efcp.engine.choices import BUDGETED
 from hf_efcp.options import OptionError
-from tests.optim.helpers import EVERY, differences, snapshot, train
+from tests.optim.helpers import WINDOWED, differences, snapshot, train
 from tests.reference import info
 
 COUNT = 64 * 48 + 64 + 48 * 64 + 48
@@ -51,7 +51,7 @@ def gathered(saver, **options):
     return get_optimizer_state_dict(saver[1], saver[0], options=StateDictOptions(**options))
 
 
-@EVERY
+@WINDOWED
 @pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "trained"])
 @pytest.mark.filterwarnings("ignore:memory_budget=")
 def test_a_saved_choice_wins_over_a_new_one(name, steps):
@@ -73,7 +73,7 @@ def test_a_saved_choice_that_exceeds_the_budget_is_warned_of(steps):
     assert_goes_on(saver, loader)
 
 
-@EVERY
+@WINDOWED
 @pytest.mark.parametrize(("theirs", "mine"), [(LITTLE, MUCH), (MUCH, LITTLE), (LITTLE, LEAST), (LEAST, LITTLE)])
 @pytest.mark.filterwarnings("ignore:memory_budget=")
 def test_without_options_the_tensors_tell(name, theirs, mine):

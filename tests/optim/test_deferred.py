@@ -11,6 +11,7 @@ import hf_efcp.core.coefficients
 import hf_efcp.core.compressors
 import hf_efcp.core.deferred
 import hf_efcp.engine.sizes
+import hf_efcp.engine.tensorwise
 from tests.optim.helpers import EVERY, M, assert_unchanged, count, gradients_at, snapshot, started, step_quietly, train
 from tests.reference import relative
 
@@ -34,7 +35,13 @@ def deferred(monkeypatch):
     """From here on, reading a flag of the CPU counts as waiting."""
 
     def switch(on=True):
-        for module in (hf_efcp.engine.sizes, hf_efcp.core.deferred, hf_efcp.core.compressors, hf_efcp.core.coefficients):
+        for module in (
+            hf_efcp.engine.tensorwise,
+            hf_efcp.engine.sizes,
+            hf_efcp.core.deferred,
+            hf_efcp.core.compressors,
+            hf_efcp.core.coefficients,
+        ):
             monkeypatch.setattr(module, "readable", lambda device: not on)
 
     return switch

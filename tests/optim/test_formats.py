@@ -9,7 +9,7 @@ from hf_efcp.engine.stacks import Piece
 from hf_efcp.engine.windowed import WindowStack
 from hf_efcp.kernels.constants import BLOCK
 from hf_efcp.options import OptionError
-from tests.optim.helpers import EVERY, M, count, gradients_at, started
+from tests.optim.helpers import EVERY, WINDOWED, M, count, gradients_at, started
 from tests.reference import error, ggt_oracle, info, make, mfac_oracle, names, parameters, relative, row, update_of, window
 
 SMALL = {"window_format": "low_bit", "error_format": "int4"}
@@ -20,7 +20,7 @@ SHAPES = ((7,), (600,), (12, 30), (12, 30), (40, 11), (3, BLOCK + 50), (8, 3, 3,
 
 @FORMATS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@EVERY
+@WINDOWED
 def test_the_update_is_that_of_the_rows_as_stored(name, dtype, formats):
     params = parameters(SHAPES, dtype)
     family = {"damping": 1e-3} if info(name).family == "mfac" else {}
@@ -35,7 +35,7 @@ def test_the_update_is_that_of_the_rows_as_stored(name, dtype, formats):
 
 
 @FORMATS
-@EVERY
+@WINDOWED
 def test_the_error_is_what_the_row_left_out_but_for_one_unit(name, formats):
     optimizer, params = started(name, shapes=SHAPES, dtype=torch.float64, **formats)
     for t in range(20, 24):
@@ -54,7 +54,7 @@ def test_the_error_is_what_the_row_left_out_but_for_one_unit(name, formats):
                 assert (off <= 1e-14).all()
 
 
-@EVERY
+@WINDOWED
 def test_a_low_bit_row_is_close_to_the_row_that_it_stands_for(name):
     """The first row, of the same gradient: nothing has been fed back yet."""
     rows = []
@@ -86,7 +86,7 @@ def test_int8_and_int4_errors_take_their_bytes():
 
 @FORMATS
 @pytest.mark.parametrize("scope", ["model", "layer"])
-@EVERY
+@WINDOWED
 def test_estimated_bytes_are_those_that_are_held(name, scope, formats):
     optimizer = make(name, parameters(SHAPES, torch.bfloat16), window_size=M, scope=scope, momentum=0.5, **formats)
     expected = sum(optimizer.estimate_footprint().values())
@@ -104,7 +104,7 @@ def test_low_bit_windows_take_their_bytes():
     assert bytes_of("efcp_sparse_mfac", (100, 3000), density=0.01, block_size=1024) == M * 100 * (2 * (10 + 10 + 10) + 3)
 
 
-@pytest.mark.parametrize("name", names(compression="sparse"))
+@pytest.mark.parametrize("name", names(compression="sparse", windowed=True))
 def test_long_blocks_do_not_fit_into_low_bit_entries(name):
     with pytest.raises(OptionError, match="block_size=2048: at most 1024 with window_format=low_bit"):
         make(name, parameters(), window_format="low_bit", block_size=2048)
@@ -147,7 +147,7 @@ def left_of_the_loss(name, steps=150, **formats):
     return sum(losses[-20:]) / 20 / losses[0]
 
 
-@EVERY
+@WINDOWED
 def test_small_formats_train_a_toy_as_plain_ones_do(name):
     plain, small = left_of_the_loss(name), left_of_the_loss(name, **SMALL)
     assert plain < 0.5

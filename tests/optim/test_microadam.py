@@ -21,7 +21,9 @@ class Reference:
     u = m / (sqrt(v) + eps) + alpha e;  e <- (1 - alpha) e;  p <- (1 - lr wd) p - lr u
     """
 
-    def __init__(self, p, m, density, block, betas=(0.9, 0.999), alpha=0.0, corrected=False, bits=None, ring=torch.float64, lr=0.1, wd=0.1):
+    def __init__(
+        self, p, m, density, block, betas=(0.9, 0.999), alpha=0.0, corrected=False, bits=None, ring=torch.float64, lr=0.1, wd=0.1
+    ):
         self.p = p.detach().double().clone()
         self.m, self.density, self.block, self.betas, self.alpha, self.corrected = m, density, block, betas, alpha, corrected
         self.store = (lambda e: e) if bits is None else four_bits
@@ -138,7 +140,10 @@ def test_how_far_the_references_updates_outgrow_adams(window, steps, growth):
 @pytest.mark.parametrize("cols", [1, 2, 7, 255, 256, 257, 513])
 def test_the_quantizer_is_off_by_half_a_step_at_most(cols, dtype):
     generator = torch.Generator().manual_seed(cols)
-    x = torch.randn(3, 4, cols, generator=generator, dtype=torch.float64).to(dtype) * torch.tensor([1e-20, 1.0, 1e20])[:, None, None]
+    x = (
+        torch.randn(3, 4, cols, generator=generator, dtype=torch.float64).to(dtype)
+        * torch.tensor([1e-20, 1.0, 1e20])[:, None, None]
+    )
     quantizer = MinMaxQuantizer(dtype)
     codes, bounds = quantizer.encode(x)
     assert (codes.shape[1:], bounds.shape[1:]) == quantizer.shapes(4, cols)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from hf_efcp.core.cells import compute_dtype
-from tests.optim.helpers import bits, count, differences, gradients_at, shared, snapshot
+from tests.optim.helpers import WINDOWED, bits, count, differences, gradients_at, shared, snapshot
 from tests.reference import NAMES, error, ggt_oracle, info, mfac_oracle, parameters, row, update_of, window
 
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -81,7 +81,7 @@ def run(optimizer, params, start, stop, absent=()):
 absences = st.sets(st.tuples(st.integers(0, 6), st.integers(0, 4)), max_size=6)
 
 
-@EVERY
+@WINDOWED
 @examples(20)
 @given(data=st.data())
 def test_rows_and_error_are_the_sum_of_the_gradients(name, data):
@@ -115,7 +115,7 @@ def test_rows_and_error_are_the_sum_of_the_gradients(name, data):
         torch.testing.assert_close(kept, given_[i], rtol=0, atol=8 * (m + 2) * eps * largest[i])
 
 
-@EVERY
+@WINDOWED
 @examples(20)
 @given(data=st.data())
 def test_gram_matrix_is_that_of_the_stored_rows(name, data):
@@ -132,7 +132,7 @@ def test_gram_matrix_is_that_of_the_stored_rows(name, data):
             torch.testing.assert_close(optimizer.state[p]["gram"], g @ g.T, rtol=1e-12, atol=1e-13)
 
 
-@EVERY
+@WINDOWED
 @examples(20)
 @given(data=st.data())
 def test_the_update_is_the_exact_one_on_the_stored_rows(name, data):
@@ -224,7 +224,7 @@ def test_footprint_is_the_sum_of_the_bytes_of_the_state(name, data):
     assert set(optimizer.state) == set(live)
 
 
-@EVERY
+@WINDOWED
 @examples(20)
 @given(data=st.data())
 def test_update_rms_holds_for_any_model(name, data):

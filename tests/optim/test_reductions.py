@@ -34,7 +34,7 @@ def test_without_loss_it_is_the_dense_method(name):
         torch.testing.assert_close(update_of(compressed, params), update_of(dense, params), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names(windowed=True))
 def test_rows_and_error_telescope_to_the_gradients(name):
     params, generator = parameters(), torch.Generator().manual_seed(1)
     m = 40
