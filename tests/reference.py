@@ -3,7 +3,9 @@
 import torch
 
 import hf_efcp
+from hf_efcp.core.cells import matrix_shape
 from hf_efcp.core.codecs import BlockQuantizer, decode_float8
+from hf_efcp.core.compressors import BlockTopK
 from hf_efcp.registry import get_optimizer_info
 
 NAMES = hf_efcp.list_optimizers()
@@ -77,8 +79,9 @@ def row(optimizer, p, slot):
         return (state["window_p"][slot].mT @ state["window_q"][slot]).flatten()
     if "window_indices" in state:
         indices, values = state["window_indices"][:, slot].long(), state["window_values"][:, slot]
-        dense = torch.zeros(p.shape[0], p[0].numel(), dtype=torch.float64)
-        return dense.scatter(1, indices + stack_of(optimizer, p).window.grid.offsets(torch.device("cpu")), values).flatten()
+        rows, cols = matrix_shape(p)
+        grid = BlockTopK(cols, optimizer.options.density, optimizer.options.block_size)
+        return torch.zeros(rows, cols, dtype=torch.float64).scatter(1, grid.columns(indices), values).flatten()
     if "window_entries" in state:
         w = stack_of(optimizer, p).window
         indices, values = w.codec.decode(

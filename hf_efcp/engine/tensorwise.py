@@ -66,6 +66,8 @@ class TensorStack(Stack):
     ):
         super().__init__(pieces, group, specs, total)
         self.rule = rule
+        if self.layout.vector and rule.vectors:
+            self.turn.origin = 0, 0  # state is of the whole vector
         scales = {f"{spec.name}_scale" for spec in specs if spec.cols is not None}
         names = [name for name in self.buffers if name not in scales]
         if taken := [name for name in names if hasattr(self, name)]:
@@ -194,7 +196,7 @@ class Tensorwise:
         figures = {"step": float(setup.counters.step), "skipped_steps": float(setup.counters.skipped)}
         if not any(figures.values()):
             return {}
-        if setup.placement.alone:
+        if setup.placement.alone and figures["step"]:
             errors = [s.cells["error"] for s in setup.stacks if "error" in s.cells]
             figures["error_norm"] = sum(e.square() for e in errors) ** 0.5
         return figures

@@ -12,6 +12,7 @@ from tests.optim.helpers import (
     DTYPES,
     EVERY,
     SCOPES,
+    WINDOWED,
     M,
     all_finite,
     assert_unchanged,
@@ -33,7 +34,7 @@ from tests.reference import error, make, names, parameters, row, window
     ids=str,
 )
 @pytest.mark.parametrize("absent", [[0, 1], [2, 3, 6], [0, 1, 2, 3, 4, 5]], ids=str)
-@EVERY
+@WINDOWED
 def test_an_absent_gradient_is_a_zero_row_and_keeps_its_error(name, absent, options):
     optimizer, params = started(name, **options)
     slot = count(optimizer) % M
@@ -96,7 +97,7 @@ def test_error_held_through_absent_gradients_is_owed_afterwards(name):
         torch.testing.assert_close(rows + error(optimizer, p), total, rtol=1e-12, atol=1e-12)
 
 
-@EVERY
+@WINDOWED
 def test_no_gradient_at_all(name):
     optimizer, params = started(name)
     errors = [error(optimizer, p) for p in params]

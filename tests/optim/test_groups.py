@@ -7,6 +7,7 @@ import hf_efcp
 from tests.optim.helpers import (
     EVERY,
     SCOPES,
+    WINDOWED,
     M,
     all_finite,
     assert_unchanged,
@@ -70,7 +71,7 @@ def test_lr_and_weight_decay_may_change_between_steps(name):
 
 
 @pytest.mark.parametrize("options", [{}, {"scope": "layer"}, {"momentum": 0.5, "error_dtype": "bf16"}], ids=str)
-@EVERY
+@WINDOWED
 def test_adding_a_group_mid_run_keeps_the_window(name, options):
     optimizer, params = started(name, **options)
     before = snapshot(optimizer, params)
@@ -162,7 +163,7 @@ def test_step_hooks_run(name):
     assert seen == ["before", "after"]
 
 
-@EVERY
+@WINDOWED
 def test_moving_the_model_to_bf16_mid_run_keeps_the_state(name):
     optimizer, params = started(name)
     before = snapshot(optimizer, params)
@@ -184,7 +185,7 @@ def halve(params):
         p.data = p.data.float()
 
 
-@EVERY
+@WINDOWED
 def test_moving_the_model_from_fp64_to_fp32_mid_run(name):
     optimizer, params = started(name, dtype=torch.float64)
     rows = window(optimizer, params)

@@ -10,6 +10,7 @@ import hf_efcp
 from tests.optim.helpers import (
     EVERY,
     SCOPES,
+    WINDOWED,
     M,
     all_finite,
     count,
@@ -69,7 +70,7 @@ def test_everything_frozen(name):
 
 @SCOPES
 @pytest.mark.parametrize("first", [0, 2], ids=["the first", "in the middle"])
-@EVERY
+@WINDOWED
 def test_unfreezing_mid_run_keeps_window_and_gram_matrix(name, first, scope):
     params = parameters(dtype=torch.float32)
     params[first].requires_grad_(False)
@@ -94,7 +95,7 @@ def test_unfreezing_mid_run_keeps_window_and_gram_matrix(name, first, scope):
 
 
 @SCOPES
-@EVERY
+@WINDOWED
 def test_freezing_mid_run_keeps_the_others_training(name, scope):
     optimizer, params = started(name, scope=scope)
     params[1].requires_grad_(False)
@@ -210,7 +211,7 @@ def test_low_precision_parameters_are_rounded_once(name, dtype, weight_decay):
         assert differences(*state) == []
 
 
-@EVERY
+@WINDOWED
 def test_parameters_of_several_dtypes(name):
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     params = [p for i, d in enumerate(dtypes) for p in parameters([(12, 30), (6,)], d, seed=i)]

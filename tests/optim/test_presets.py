@@ -9,7 +9,7 @@ import hf_efcp
 from hf_efcp import OptionError
 from hf_efcp.registry import get_optimizer_info
 from tests.optim.helpers import EVERY
-from tests.reference import parameters
+from tests.reference import names, parameters
 
 
 def made(name, **options):
@@ -45,7 +45,7 @@ def test_optim_with_the_paper_still_divides_the_state(name):
     assert (differing(paper, made(name)), paper.shard) == ({"shard"}, "auto")
 
 
-@EVERY
+@pytest.mark.parametrize("name", names(windowed=True))
 def test_what_is_given_wins_over_the_preset(name):
     given = {"window_size": 7, "update_rms": None, "error_dtype": "float32"}
     options = made(name, preset="measured", **given)

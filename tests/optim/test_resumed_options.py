@@ -14,7 +14,7 @@ import hf_efcp
 from hf_efcp import OptionError
 from hf_efcp.registry import get_optimizer_info
 from tests.data.write_checkpoints import CASES, CONTINUED, SAVED, Alone, flat, put, read
-from tests.optim.helpers import EVERY, clones, differences, pairwise, snapshot, through_a_file, train
+from tests.optim.helpers import WINDOWED, clones, differences, pairwise, snapshot, through_a_file, train
 from tests.reference import NAMES, info, parameters, relative
 
 FOLDER = Path(__file__).parents[1] / "data" / "checkpoints_0.1"
@@ -60,7 +60,7 @@ def other_defaults(monkeypatch):
     return change
 
 
-@EVERY
+@WINDOWED
 def test_new_defaults_leave_an_old_run_as_it_was(name, other_defaults, caplog):
     saver, params = trained(name)
     changed = other_defaults(name)
@@ -131,7 +131,7 @@ def test_both_in_one_line(caplog, other_defaults):
     ]
 
 
-@EVERY
+@WINDOWED
 def test_a_state_that_goes_out_and_in_again_says_nothing(name, caplog):
     optimizer, params = trained(name, damping=0.1) if info(name).family == "mfac" else trained(name)
     before = snapshot(optimizer, params)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.optim.helpers import (
-    EVERY,
+    WINDOWED,
     M,
     clones,
     differences,
@@ -62,7 +62,7 @@ def test_schedulers_work_and_resume(name, kind):
     assert differences(snapshot(optimizer, params), snapshot(other, others)) == []
 
 
-@EVERY
+@WINDOWED
 def test_a_schedule_acts_on_each_group_alone(name):
     """Two lambdas: a group whose lr is 0 stands still while the other moves; the window does not notice."""
     params, plain = parameters(dtype=torch.float64), parameters(dtype=torch.float64)

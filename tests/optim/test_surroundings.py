@@ -11,6 +11,7 @@ import torch
 from tests.optim.helpers import (
     EVERY,
     SCOPES,
+    WINDOWED,
     M,
     assert_unchanged,
     bits,
@@ -175,7 +176,7 @@ def test_importing_and_stepping_change_no_global_setting_and_print_nothing():
 
 
 @SCOPES
-@EVERY
+@WINDOWED
 def test_diagnostics_are_plain_finite_numbers_and_change_nothing(name, scope):
     optimizer, params = started(name, steps=0, scope=scope)
     assert optimizer.diagnostics() == {}
@@ -190,7 +191,7 @@ def test_diagnostics_are_plain_finite_numbers_and_change_nothing(name, scope):
 
 
 @pytest.mark.parametrize("scope", ["model", "layer"])
-@EVERY
+@WINDOWED
 def test_diagnostics_against_the_stored_rows(name, scope):
     params = parameters()
     optimizer = make(name, params, window_size=M, scope=scope)
