@@ -20,18 +20,14 @@ from .constants import (
     COUNTER_MASK,
     HASH_MASK,
     HASH_MULTIPLIER,
-    INT4_BITS,
-    INT4_MASK,
     INT4_ZERO,
-    LARGEST_BOUND,
     LARGEST_INT4,
     LARGEST_INT8,
     LOWER_16_BITS,
-    NAN_16,
     SALT_OFFSET,
-    SIGN_16,
     UNIFORM_UNIT,
 )
+from .cpu_min_max import FINITE, pack, write_between_bounds
 from .cpu_threads import divide_work
 from .cpu_tools import (
     CONTRACTED,
@@ -40,7 +36,6 @@ from .cpu_tools import (
     Errors,
     add_error,
     array,
-    bounds,
     compiled,
     factors,
     fits,
@@ -50,9 +45,6 @@ from .cpu_tools import (
     reads,
     real,
 )
-
-# There is no NaN: maxima are vectorized.
-_FINITE = {"nnan", "nsz"}
 
 
 @compiled
@@ -106,7 +98,7 @@ def _write_compiled(e, scale, a, factor, keys, single, limit):
         return _write_bf16
     if e.dtype == types.int8:
         return _write_bytes
-    return _write_between_bounds if scale.ndim == 2 else _write_halves
+    return write_between_bounds if scale.ndim == 2 else _write_halves
 
 
 def _write_plain(e, scale, a, factor, keys, single, limit):
@@ -130,69 +122,7 @@ def _write_bytes(e, scale, a, factor, keys, single, limit):
 
 def _write_halves(e, scale, a, factor, keys, single, limit):
     _encode(scale, a, factor, keys, LARGEST_INT4, limit)
-    _pack(e, a, np.int32(INT4_ZERO))
-
-
-@compiled
-def _pack(e, a, zero):
-    """e <- the codes a[x] + zero, 0 ... 15, two to a byte."""
-    for i in range(a.size >> 1):
-        e[i] = np.uint8((np.int32(a[2 * i]) + zero) | ((np.int32(a[2 * i + 1]) + zero) << INT4_BITS))
-    if a.size % 2:
-        e[a.size >> 1] = np.uint8(np.int32(a[a.size - 1]) + zero)
-
-
-def _write_between_bounds(e, scale, a, factor, keys, single, limit):
-    for run in range(len(scale)):
-        part = a[run * BLOCK : (run + 1) * BLOCK]
-        least, largest = _ends(part)
-        if not (np.isfinite(least) and np.isfinite(largest)):
-            scale[run, 0], scale[run, 1] = np.int16(NAN_16), np.int16(NAN_16)  # noticed at the next step
-            part[:] = 0
-            continue
-        scale[run, 0] = np.int16(_bf16_below(least))
-        scale[run, 1] = np.int16(_bf16_below(-largest) ^ np.int32(SIGN_16))
-        _codes(part, *bounds(scale, run, a))
-    _pack(e, a, np.int32(0))
-
-
-@compiled(relaxed=REORDERED)
-def _ends(a):
-    """The least and the largest of a; NaN where a number is not finite."""
-    check = a.dtype.type(0)
-    for x in range(a.size):
-        check += a[x] * a.dtype.type(0)
-    least, largest = _finite_ends(a)
-    return least + check, largest + check
-
-
-@compiled(relaxed=_FINITE)
-def _finite_ends(a):
-    least, largest = a[0], a[0]
-    for x in range(a.size):
-        least, largest = min(least, a[x]), max(largest, a[x])
-    return least, largest
-
-
-@compiled(relaxed=_FINITE)
-def _codes(a, lo, unit):
-    """a <- its codes: `core.codecs.MinMaxQuantizer.encode`."""
-    zero, top, half = a.dtype.type(0), a.dtype.type(INT4_MASK), a.dtype.type(0.5)
-    by = a.dtype.type(1) if unit == 0 else unit
-    for x in range(a.size):
-        a[x] = min(max(np.floor((a[x] - lo) / by + half), zero), top)
-
-
-@compiled
-def _bf16_below(x):
-    """The bits, int32, of the largest bf16 number that is not above x: `core.codecs._bf16_below`."""
-    within = min(max(np.float64(x), -LARGEST_BOUND), LARGEST_BOUND)
-    near = np.float32(within)
-    single = np.nextafter(near, np.float32(-np.inf)) if near > within else near
-    bits = np.float32(single).view(np.int32)
-    cut = bits >> np.int32(BF16_SHIFT)  # towards zero
-    below = np.int32(cut + (single < 0 and (cut << np.int32(BF16_SHIFT)) != bits))
-    return below
+    pack(e, a, np.int32(INT4_ZERO))
 
 
 @compiled
@@ -210,7 +140,7 @@ def _encode(scale, a, factor, keys, largest_code, limit):
         a[x] = 0
 
 
-@compiled(relaxed=_FINITE)
+@compiled(relaxed=FINITE)
 def _quantize(scale, a, factor, keys, largest_code, limit):
     """`_encode` for finite numbers."""
     tiny, half, unit = np.finfo(a.dtype).tiny, np.float32(0.5), np.float32(UNIFORM_UNIT)
