@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .groups import parameter_groups
-from .optim import DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
+from .optim import DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
 from .options import OptionError
 from .registry import create_optimizer, list_optimizers, optim_defaults
 
@@ -68,6 +68,7 @@ __all__ = [
     "LDAdamW",
     "LowRankGGT",
     "LowRankMFAC",
+    "MicroAdam",
     "OptionError",
     "SparseGGT",
     "SparseMFAC",

@@ -15,7 +15,7 @@ import torch
 
 from .engine.asked import merged
 from .engine.base import EngineOptimizer
-from .optim import DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
+from .optim import DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
 from .options import GroupOptions, OptionError, build, field_types, unknown_name
 
 
@@ -28,7 +28,7 @@ class OptimizerInfo:
         cls: the class, a `torch.optim.Optimizer` with `options_type`, the dataclass of its options, and `measured`, its values of
             preset="measured".
         description: one line.
-        family: the preconditioner, "mfac" or "ggt".
+        family: the preconditioner, "mfac" or "ggt", or a method that is one of its own.
         compression: what is kept of a gradient, "low rank", "sparse" or "dense".
         paper: arXiv number.
         windowed: whether it keeps a window of gradients and their Gram matrix.
@@ -120,6 +120,17 @@ for _info in (
         family="ldadam",
         windowed=False,
         **{**_LOW_RANK, "paper": "2410.16103"},
+    ),
+    OptimizerInfo(
+        "efcp_microadam",
+        MicroAdam,
+        "MicroAdam: Adam's moments from the last block top-k gradients, error feedback in 4 bits",
+        family="microadam",
+        compression="sparse",
+        paper="2405.15593",
+        windowed=False,
+        lossy={"density": 0.2, "block_size": 16, "window_dtype": None, "error_format": "plain"},
+        exact={"density": 1.0, "window_dtype": None, "error_format": "plain"},
     ),
 ):
     add_optimizer(_info)

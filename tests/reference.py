@@ -3,7 +3,9 @@
 import torch
 
 import hf_efcp
+from hf_efcp.core.cells import matrix_shape
 from hf_efcp.core.codecs import BlockQuantizer, decode_float8
+from hf_efcp.core.compressors import BlockTopK
 from hf_efcp.registry import get_optimizer_info
 
 NAMES = hf_efcp.list_optimizers()
@@ -38,15 +40,19 @@ def exact_options(name):
     return dict(info(name).exact)
 
 
-def own_options(name, options):
-    """Those of `options` that the optimizer has: what says how a window is made means nothing to a method without one."""
-    known = info(name).options()
-    return {k: v for k, v in options.items() if info(name).windowed or k in known or k == "process_group"}
+_OF_ALL = {"process_group", "lr", "weight_decay"}
+
+
+def known_to(name, options):
+    """Those of the options that the method has; all of them are options of some method."""
+    strangers = options.keys() - {option for n in NAMES for option in info(n).options()} - _OF_ALL
+    assert not strangers, f"no optimizer has {strangers}"
+    return {option: value for option, value in options.items() if option in {*info(name).options(), *_OF_ALL}}
 
 
 def make(name, params, **options):
-    """The optimizer `name` with lossy compression, unless the options say otherwise; see `own_options`."""
-    return info(name).cls(params, **own_options(name, {"lr": 1.0, **lossy_options(name), **options}))
+    """The optimizer `name` with lossy compression, unless the options say otherwise; a method without one of them ignores it."""
+    return info(name).cls(params, **{"lr": 1.0, **lossy_options(name), **known_to(name, options)})
 
 
 def parameters(shapes=SHAPES, dtype=torch.float64, seed=0):
@@ -76,8 +82,9 @@ def row(optimizer, p, slot):
         return (state["window_p"][slot].mT @ state["window_q"][slot]).flatten()
     if "window_indices" in state:
         indices, values = state["window_indices"][:, slot].long(), state["window_values"][:, slot]
-        dense = torch.zeros(p.shape[0], p[0].numel(), dtype=torch.float64)
-        return dense.scatter(1, indices + stack_of(optimizer, p).window.grid.offsets(torch.device("cpu")), values).flatten()
+        rows, cols = matrix_shape(p)
+        grid = BlockTopK(cols, optimizer.options.density, optimizer.options.block_size)
+        return torch.zeros(rows, cols, dtype=torch.float64).scatter(1, grid.columns(indices), values).flatten()
     if "window_entries" in state:
         w = stack_of(optimizer, p).window
         indices, values = w.codec.decode(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .codecs import BlockQuantizer
+from .codecs import BlockQuantizer, MinMaxQuantizer
 from .deferred import masked
 from .linalg import row_chunks
 from .random import counted_uniform, stochastic_round
@@ -106,6 +106,11 @@ class Spec:
         """Bytes for the whole parameter."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def slots(self) -> int:
+        """The number of the window's slots, of which a step writes one; 1 for an entry that it writes whole."""
+        return 1 if self.slot is None else self.shape[self.slot]
+
     def divided(self, p: Tensor) -> int | None:
         """Give the dimension that goes with dimension 0 of p, by which p is divided; None: the entry is not divided.
 
@@ -179,6 +184,13 @@ class Cell:
         """Store x (n, rows, ...), where the step is accepted and a tensor has a gradient."""
         self._store(((part(self.buffer, rows), self._rounded(x, rows)),))
 
+    def put(self, x: Tensor, slots: Tensor) -> None:
+        """Store x (n, rows, k) in slot slots[i], (n,) int64, of tensor i's ring (n, rows, m, k), where `write` would store."""
+        place = torch.arange(len(x), device=x.device), ALL, slots
+        entries = self.buffer[place]
+        self._store(((entries, x.to(entries.dtype)),))
+        self.buffer[place] = entries
+
     def _rounded(self, x: Tensor, rows: slice) -> Tensor:
         if self.buffer.dtype != torch.bfloat16 or x.ndim != 3:
             return x.to(self.buffer.dtype)
@@ -230,18 +242,20 @@ class Cell:
 
 
 class QuantizedCell(Cell):
-    """Matrices in 8 or 4 bits with a scale for each run of a row (`BlockQuantizer`), rounded stochastically.
+    """Matrices in 8 or 4 bits: with a scale for each run of a row (`BlockQuantizer`), rounded stochastically, or with two bounds.
 
     Args:
         buffer: codes, int8 (n, rows, cols) or packed uint8 (n, rows, cols/2).
-        scale: (n, rows, runs) in `dtype`.
+        scale: (n, rows, runs) in `dtype`; or the bounds (n, rows, runs, 2) of `MinMaxQuantizer`, bf16.
         cols: length of a row.
         turn, dtype, follows: as in Cell.
     """
 
     def __init__(self, buffer: Tensor, scale: Tensor, cols: int, turn: Turn, dtype: torch.dtype, follows: bool = True):
         super().__init__(buffer, turn, dtype, follows)
-        self.quantizer = BlockQuantizer(8 if buffer.dtype == torch.int8 else 4)
+        self.quantizer: BlockQuantizer | MinMaxQuantizer = BlockQuantizer(8 if buffer.dtype == torch.int8 else 4)
+        if scale.ndim == 4:
+            self.quantizer = MinMaxQuantizer(dtype)
         self.scale, self.cols = scale, cols
         self.stored = buffer, scale
 
@@ -251,7 +265,9 @@ class QuantizedCell(Cell):
 
     def write(self, x: Tensor, rows: slice = ALL) -> None:
         """See Cell."""
-        noise = counted_uniform(self.turn.step, self.turn.ids, x.shape[1], x.shape[2], self._origin(rows))
+        noise = None
+        if self.quantizer.stochastic:
+            noise = counted_uniform(self.turn.step, self.turn.ids, x.shape[1], x.shape[2], self._origin(rows))
         codes, scale = self.quantizer.encode(x, noise)
         self._store(((self.buffer[:, rows], codes), (self.scale[:, rows], scale)))
 
@@ -268,15 +284,17 @@ def matrix_specs(name: str, layout: Layout, dtype: torch.dtype | None, format: s
         name: of the entry; scales get the name with `_scale`.
         layout: of the parameter.
         dtype: of a plain entry; None: the layout's.
-        format: "plain", "int8" or "int4".
+        format: "plain", "int8", "int4" or "minmax4".
     """
     shape = (layout.rows, layout.cols)
     if format == "plain":
         return (Spec(name, shape, dtype or layout.dtype, rows=0),)
-    bits = int(format.removeprefix("int"))
-    codes, scales = BlockQuantizer(bits).shapes(*shape)
-    code = torch.int8 if bits == 8 else torch.uint8
-    return Spec(name, codes, code, rows=0, cols=layout.cols), Spec(f"{name}_scale", scales, layout.dtype, rows=0)
+    code, scale = torch.int8 if format == "int8" else torch.uint8, layout.dtype
+    if format == "minmax4":
+        (codes, scales), scale = MinMaxQuantizer(layout.dtype).shapes(*shape), torch.bfloat16
+    else:
+        codes, scales = BlockQuantizer(int(format.removeprefix("int"))).shapes(*shape)
+    return Spec(name, codes, code, rows=0, cols=layout.cols), Spec(f"{name}_scale", scales, scale, rows=0)
 
 
 def cell(spec: Spec, buffers: Buffers, dtype: torch.dtype, turn: Turn) -> Cell:

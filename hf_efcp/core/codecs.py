@@ -1,4 +1,4 @@
-"""Low-bit storage: linear block quantization, 8-bit floats, and the kept numbers of sparse entries in 16 bits.
+"""Low-bit storage: linear block quantization, around zero or between two bounds, 8-bit floats, sparse entries in 16 bits.
 
 Tensors are (..., cols). Whatever shares a scale lies inside one run of the last dimension, so that a matrix that is divided
 by rows is stored as it is on one process. NaN and infinity come back as NaN: they are noticed before anything is written.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.constants import (
+    BF16_SHIFT,
     BLOCK,
     EXPONENT_BIAS,
     EXPONENT_SHIFT,
@@ -17,6 +18,7 @@ from ..kernels.constants import (
     INT4_BITS,
     INT4_MASK,
     INT4_ZERO,
+    LARGEST_BOUND,
     LARGEST_INT4,
     LARGEST_INT8,
     LARGEST_VALUE,
@@ -36,7 +38,12 @@ class BlockQuantizer:
     Args:
         bits: 8, one int8 for each number; or 4, two codes to a uint8: number 2i in the low half of byte i, 2i + 1 in the high
             one, each as code + 8. An odd length leaves the last high half empty.
+
+    Attributes:
+        stochastic: a state that is added to needs noise for `encode`.
     """
+
+    stochastic = True
 
     def __init__(self, bits: int):
         self.bits = bits
@@ -81,17 +88,78 @@ class BlockQuantizer:
         return blocks.mul_(scale[..., None]).flatten(-2)[..., :cols]
 
 
-def _blocks(x: Tensor) -> Tensor:
-    """(..., cols) as (..., blocks, BLOCK) or one shorter block; the last is filled up with zeros. May share memory."""
+class MinMaxQuantizer:
+    """Four bits between the least and the largest number of a run: x = lo + code * u, u = (hi - lo) / 15 (MicroAdam).
+
+    Runs are those of `BlockQuantizer`, and codes are packed as its 4-bit ones. lo is rounded down to bf16 and hi up, so that a
+    number lies between them and is off by at most u / 2. Zero has no code of its own. A run of equal numbers has code 0, and
+    is right where bf16 has the number. Bounds stay within 2^126 in magnitude.
+
+    Args:
+        dtype: of the numbers, fp32 or fp64.
+
+    Attributes:
+        stochastic: rounding is to nearest, as in the paper.
+    """
+
+    stochastic = False
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def shapes(self, *shape: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of codes, uint8, and bounds (..., runs, 2), bf16, for numbers of `shape`."""
+        codes, runs = BlockQuantizer(4).shapes(*shape)
+        return codes, (*runs, 2)
+
+    def encode(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Codes and bounds, lo and hi, of x (..., cols); code = floor((x - lo) / u + 1/2). `noise` is not used."""
+        cols = x.shape[-1]
+        lo, hi = _blocks(x, torch.inf).amin(-1), _blocks(x, -torch.inf).amax(-1)
+        finite = (lo.isfinite() & hi.isfinite())[..., None]
+        bounds = torch.stack([_bf16_below(lo), -_bf16_below(-hi)], -1)
+        first, unit = self._scales(bounds)
+        codes = (_blocks(x) - first) / torch.where(unit == 0, 1.0, unit)
+        codes = codes.flatten(-2)[..., :cols].add_(0.5).floor_().nan_to_num_(nan=0.0).clamp_(0, INT4_MASK)
+        return _pack_codes(codes), torch.where(finite, bounds, torch.nan)
+
+    def decode(self, codes: Tensor, bounds: Tensor, cols: int) -> Tensor:
+        """x (..., cols) in `dtype`."""
+        first, unit = self._scales(bounds)
+        return _blocks(_unpack_codes(codes, cols).to(self.dtype)).mul_(unit).add_(first).flatten(-2)[..., :cols]
+
+    def _scales(self, bounds: Tensor) -> tuple[Tensor, Tensor]:
+        """lo and u, (..., runs, 1)."""
+        lo, hi = bounds.to(self.dtype).split(1, -1)
+        return lo, (hi - lo) / INT4_MASK
+
+
+def _bf16_below(x: Tensor) -> Tensor:
+    """The largest bf16 number that is not above x, within the bounds."""
+    x = x.clamp(-LARGEST_BOUND, LARGEST_BOUND)
+    single = x.float()
+    single = torch.where(single > x, torch.nextafter(single, torch.full_like(single, -torch.inf)), single)
+    bits = single.view(torch.int32)
+    cut = bits & (-1 << BF16_SHIFT)  # towards zero
+    cut = torch.where((single < 0) & (cut != bits), cut + (1 << BF16_SHIFT), cut)
+    return cut.view(torch.float32).to(torch.bfloat16)
+
+
+def _blocks(x: Tensor, filling: float = 0.0) -> Tensor:
+    """(..., cols) as (..., blocks, BLOCK) or one shorter block; the last is filled up. May share memory."""
     cols = x.shape[-1]
     size = max(1, min(BLOCK, cols))
     if cols % size:
-        x = torch.nn.functional.pad(x, (0, -cols % size))
+        x = torch.nn.functional.pad(x, (0, -cols % size), value=filling)
     return x.unflatten(-1, (-1 if cols else 0, size))
 
 
 def _pack(codes: Tensor) -> Tensor:
-    codes = codes + INT4_ZERO
+    return _pack_codes(codes + INT4_ZERO)
+
+
+def _pack_codes(codes: Tensor) -> Tensor:
+    """Codes 0 ... 15, two to a byte."""
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     codes = codes.to(torch.uint8)
@@ -99,8 +167,11 @@ def _pack(codes: Tensor) -> Tensor:
 
 
 def _unpack(codes: Tensor, cols: int) -> Tensor:
-    pairs = torch.stack([codes & INT4_MASK, codes >> INT4_BITS], dim=-1)
-    return pairs.flatten(-2)[..., :cols].to(torch.int8) - INT4_ZERO
+    return _unpack_codes(codes, cols).to(torch.int8) - INT4_ZERO
+
+
+def _unpack_codes(codes: Tensor, cols: int) -> Tensor:
+    return torch.stack([codes & INT4_MASK, codes >> INT4_BITS], dim=-1).flatten(-2)[..., :cols]
 
 
 # Scaled so that the range of E4M3, 2^-9 ... 448, covers numbers up to 1.

@@ -55,7 +55,7 @@ class BlockTopK(Compressor):
 
     def __init__(self, cols: int, density: float, block_size: int):
         self.cols = cols
-        self.block = min(block_size, cols)
+        self.block = max(1, min(block_size, cols))
         self.full, self.tail = divmod(cols, self.block)
         self.kept = self._kept(self.block, density)
         self.kept_tail = self._kept(self.tail, density) if self.tail else 0

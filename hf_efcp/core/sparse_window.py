@@ -116,3 +116,24 @@ class SparseWindow(Window):
     def _read(self, tensors: slice, rows: slice) -> tuple[Tensor, Tensor]:
         """Give indices and values of some rows of some tensors."""
         return self.buffers["window_indices"][tensors, rows], self.buffers["window_values"][tensors, rows]
+
+
+def adam(buffers: Buffers, w1: Tensor, w2: Tensor, eps: float, grid: BlockTopK, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Give rows `rows` of m / (sqrt(v) + eps), m = sum_i w1_i c_i and v = sum_i w2_i c_i^2, over a window's entries c_i.
+
+    Args:
+        buffers: of the window, plain.
+        w1, w2: (n, m) fp64.
+        eps: a number > 0.
+        grid: the blocks.
+        rows: a run of them.
+        dtype: of the arithmetic, and of the result (n, rows, cols).
+    """
+    indices, values = buffers["window_indices"], buffers["window_values"]
+    fast = kernels.adam((indices, values, None), w1.to(dtype), w2.to(dtype), eps, grid.cols, grid.blocks, rows)
+    if fast is not None:
+        return fast
+    first, second = values[:, rows].to(dtype), values[:, rows].to(dtype).square()
+    windows = (SparseWindow({"window_indices": indices[:, rows], "window_values": x}, dtype, grid) for x in (first, second))
+    m, v = (window.combine(w) for window, w in zip(windows, (w1, w2), strict=True))
+    return m.div_(v.sqrt_().add_(eps))

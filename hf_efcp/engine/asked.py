@@ -49,6 +49,8 @@ def merged(options_type: type, measured: Mapping[str, Any], given: Mapping[str, 
     Raises:
         OptionError: unknown name, wrong type or value out of range, or one that would have no effect.
     """
+    if given.get("error_dtype") not in (None, "none") and "error_format" not in given:
+        given = {**given, "error_format": "plain"}  # a class whose default is another
     options = build(options_type, given, owner)
     if getattr(options, "preset", "paper") != "paper":
         left_out = decided(options_type, given) | set(BUDGETED if getattr(options, "memory_budget", None) is not None else ())

@@ -11,7 +11,7 @@ import torch
 
 from ..options import OptionError, fraction, non_negative, option, parse_bytes, positive
 
-_STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 # preset="measured" of the window methods: the metric, and updates of the size of Adam's; of those that compress: entries in bf16.
 METRIC: Mapping[str, Any] = MappingProxyType(
@@ -47,7 +47,7 @@ class StateOptions:
     error_dtype: torch.dtype | None = option(
         None,
         "dtype of the error feedback, bf16 rounded stochastically; none: fp64 for fp64 parameters, else fp32",
-        choices=_STATE_DTYPES,
+        choices=STATE_DTYPES,
     )
     error_format: str = option(
         "plain",
@@ -115,7 +115,7 @@ class WindowOptions(StateOptions):
         1e-3, "added to the metric, relative to its mean", allowed="a finite number >= 0", check=non_negative
     )
     window_dtype: torch.dtype | None = option(
-        None, "dtype of the window's numbers; none: fp64 for fp64 parameters, else fp32", choices=_STATE_DTYPES
+        None, "dtype of the window's numbers; none: fp64 for fp64 parameters, else fp32", choices=STATE_DTYPES
     )
     window_format: str = option(
         "plain",

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.accumulated import Accumulated, LowRankEntry
-from ..core.cells import Cell, Layout, Parts, Spec, matrix_specs
+from ..core.accumulated import Accumulated
+from ..core.cells import ALL, Cell, Layout, Parts, Spec, matrix_specs
 from ..core.counters import Counters
 from ..core.deferred import masked, readable
 from .apply import apply
@@ -21,9 +21,11 @@ from .phases import PHASES, listener
 from .setup import Setup, decoupled_of, l2_of, rate_of
 from .stacks import Piece, Stack
 
-# What makes an update: (stack, a, t, options) -> u (n, rows, cols), or its factors. a = e + g; t, (n, 1, 1) in the compute dtype,
-# counts each tensor's own gradients, this one included.
-Update = Callable[["TensorStack", Accumulated, Tensor, Any], Tensor | LowRankEntry]
+# u, (n, rows, cols); or what gives some rows of it and is called once for each part of the rows, so that u is never formed.
+U = Tensor | Callable[[slice], Tensor]
+# What makes an update: (stack, a, t, options) -> u. a = e + g; t, (n, 1, 1) in the compute dtype, counts each tensor's own
+# gradients, this one included.
+Update = Callable[["TensorStack", Accumulated, Tensor, Any], U]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +38,15 @@ class Rule:
         lossy: whether the rule compresses, and calls `a.keep(c)`: then e is state, in the format that the options say. A function
             of the options, where they decide.
         operations: (n, rows, cols, options) -> operations of a step in the compute dtype, for the roofline.
+        vectors: whether the rule is for vectors too. They are whole then: FSDP2 gives a process a part of each, and the processes
+            exchange their gradients and all hold their state.
     """
 
     specs: Callable[[Layout, Any], tuple[Spec, ...]]
     update: Update
     lossy: bool | Callable[[Any], bool] = False
     operations: Callable[[int, int, int, Any], float] = lambda n, rows, cols, options: 0.0
+    vectors: bool = False
 
     def keeps_error(self, options: Any) -> bool:
         """Tell whether e is state."""
@@ -66,6 +71,8 @@ class TensorStack(Stack):
     ):
         super().__init__(pieces, group, specs, total)
         self.rule = rule
+        if self.layout.vector and rule.vectors:
+            self.turn.origin = 0, 0  # state is of the whole vector
         scales = {f"{spec.name}_scale" for spec in specs if spec.cols is not None}
         names = [name for name in self.buffers if name not in scales]
         if taken := [name for name in names if hasattr(self, name)]:
@@ -87,23 +94,39 @@ class TensorStack(Stack):
         self.begun = not readable(t.device) and min(counts) > 1
         return [i for i, count in enumerate(counts) if count == 1 and i not in self.turn.absent]
 
-    def update(self, l2: float, options: Any) -> Tensor | LowRankEntry:
+    def update(self, l2: float, options: Any) -> U:
         """Make the update, and the state of the next step."""
         t = self.cells["step"].read() + 1
         self.cells["step"].write(t)
-        a = Accumulated(self.gradients(l2), self.cells.get("error"), self.turn.absent, self.total)
+        gradients, total = self.gradients(l2), self.total
+        whole = total is not None and self.layout.vector and self.rule.vectors
+        a = Accumulated(self._whole(gradients) if whole else gradients, self.cells.get("error"), self.turn.absent, total)
         ok = self.turn.ok
         if isinstance(ok, Tensor):  # a decomposition raises for what is not finite, and whether it is nobody waits to hear
             a.gradients = [masked(ok, g, 0.0) for g in a.gradients]
-        return self.rule.update(self, a, t.to(self.layout.dtype).view(-1, 1, 1), options)
+        u = self.rule.update(self, a, t.to(self.layout.dtype).view(-1, 1, 1), options)
+        return u if not whole else (u if isinstance(u, Tensor) else u(ALL))[..., self._columns]
 
-    def apply(self, u: Tensor | LowRankEntry, group: Group, options: Any) -> None:
+    def _whole(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Make whole vectors, (n, 1, cols), of the parts that the processes have."""
+        assert self.total is not None
+        whole = torch.zeros(len(gradients), 1, self.layout.cols, dtype=self.layout.dtype, device=self.device)
+        whole[..., self._columns] = torch.stack(list(gradients))
+        return self.total(whole)
+
+    @property
+    def _columns(self) -> slice:
+        """Which part of its vectors this process has."""
+        start = self.pieces[0].origin[1]
+        return slice(start, start + self.shape[1])
+
+    def apply(self, u: U, group: Group, options: Any) -> None:
         """Compute p <- (1 - lr*wd) p - lr u, for the tensors that have a gradient."""
         ok, lr = self.turn.ok, rate_of(group)
         rate: float | Tensor = lr if ok is True else lr * ok.to(self.device, self.layout.dtype)  # type: ignore[union-attr]
 
         def update(rows: slice) -> Tensor:
-            part = u[:, rows] if isinstance(u, Tensor) else u.dense(rows)
+            part = u[:, rows] if isinstance(u, Tensor) else u(rows)
             return part if ok is True else masked(ok, part, 0.0)
 
         rounding = self.turn.step if options.stochastic_rounding else None
@@ -114,8 +137,8 @@ class Tensorwise:
     """A rule for matrices, and another one for everything else. A `Method`.
 
     Args:
-        rule: for matrices.
-        others: for vectors and what is empty, for groups with `compress` false, and for groups of the kinds `other_kinds`.
+        rule: for matrices, and vectors if it says so.
+        others: for other vectors and what is empty, for groups with `compress` false, and for groups of the kinds `other_kinds`.
         other_kinds: kinds of parameter groups ("embedding", "head", see `parameter_groups`) that `others` is for.
     """
 
@@ -126,14 +149,17 @@ class Tensorwise:
 
     def rule(self, layout: Layout, group: Group) -> Rule:
         """Choose the rule for a tensor."""
-        plain = layout.vector or not layout.numel or not group.get("compress", True) or group.get("kind") in self.other_kinds
+        other = (layout.vector and not self.matrices.vectors) or not layout.numel
+        plain = other or not group.get("compress", True) or group.get("kind") in self.other_kinds
         return self.others if plain else self.matrices
 
     def specs(self, layout: Layout, group: Group, options: Any, flat: Parts | None) -> tuple[Spec, ...]:
         """See Method."""
         rule = self.rule(layout, group)
         error = matrix_specs("error", layout, options.error_dtype, options.error_format) if rule.keeps_error(options) else ()
-        return (Spec("step", (), torch.float32), *error, *rule.specs(layout, options))
+        specs = Spec("step", (), torch.float32), *error, *rule.specs(layout, options)
+        whole = layout.vector and rule.vectors
+        return tuple(dataclasses.replace(spec, rows=None) for spec in specs) if whole else specs
 
     def shared_specs(self, number: int, options: Any) -> tuple[Spec, ...]:
         """See Method."""
@@ -183,20 +209,21 @@ class Tensorwise:
         figures = {"step": float(setup.counters.step), "skipped_steps": float(setup.counters.skipped)}
         if not any(figures.values()):
             return {}
-        if setup.placement.alone:
+        if setup.placement.alone and figures["step"]:
             errors = [s.cells["error"] for s in setup.stacks if "error" in s.cells]
             figures["error_norm"] = sum(e.square() for e in errors) ** 0.5
         return figures
 
     def costs(self, setup: Setup, options: Any) -> dict[str, Count]:
-        """See Method: state is read and written once, a gradient read, and a parameter read and written."""
+        """See Method: state is read and written once, of a ring one slot written; a gradient is read, a parameter both."""
         counts = {name: Count() for name in PHASES}
         for s in setup.stacks:
             n, (rows, cols) = len(s.pieces), s.shape
-            parameter, state = n * rows * cols * s.pieces[0].param.element_size(), sum(b.nbytes for b in s.buffers.values())
+            parameter = n * rows * cols * s.pieces[0].param.element_size()
+            state = sum(s.buffers[spec.name].nbytes * (1 + 1 / spec.slots) for spec in s.specs.values())
             operations = float(s.rule.operations(n, rows, cols, options))
             fp64 = s.layout.dtype == torch.float64
-            counts["compress"] += Count(0.0 if fp64 else operations, operations if fp64 else 0.0, parameter + 2 * state)
+            counts["compress"] += Count(0.0 if fp64 else operations, operations if fp64 else 0.0, parameter + state)
             counts["update"] += Count(bytes=2 * parameter)
         return counts
 

@@ -36,6 +36,8 @@ def options_of(entries: Iterable[Known]) -> dict[str, Any]:
     shapes = {name: (shape, dtype) for name, shape, dtype in entries}
     if "gram" in shapes and shapes["gram"][0]:
         options["window_size"] = shapes["gram"][0][-1]
+    elif "window_values" in shapes:
+        options["window_size"] = shapes["window_values"][0][-2]
     if ranks := [shape[-1] for name, shape, _ in entries if name == "warm_start"]:
         options["rank"] = max(ranks)  # smaller tensors clamp it
     kinds = {"metric_rows": "factored", "metric_values": "diagonal", "metric_mean": "tensor"}  # a vector's is diagonal
@@ -45,8 +47,10 @@ def options_of(entries: Iterable[Known]) -> dict[str, Any]:
     if numbers:
         options |= _format("window", numbers[0], "low_bit")
     if left_out := {"error", "residual"} & shapes.keys():
-        dtype = shapes[left_out.pop()][1]
-        options |= _format("error", dtype, "int8" if dtype == torch.int8 else "int4")
+        name = left_out.pop()
+        dtype, (_, scale) = shapes[name][1], shapes.get(f"{name}_scale", ((), None))
+        four_bits = "minmax4" if scale == torch.bfloat16 else "int4"
+        options |= _format("error", dtype, "int8" if dtype == torch.int8 else four_bits)
     return options
 
 

@@ -43,7 +43,8 @@ Entry = tuple[Tensor, Tensor]
 # A sparse window: int16 indices and values (n, rows, m, k), and None; or (`codecs.SparseCodec`) indices and values in one int16,
 # None, and uint8 scales (n, rows, m, blocks).
 Stored = tuple[Tensor, Tensor | None, Tensor | None]
-# The error e: (n, rows, cols) and None, or codes and their scales (`codecs.BlockQuantizer`); None: there is none.
+# The error e: (n, rows, cols) and None, or codes and their scales (`codecs.BlockQuantizer`) or bounds (`MinMaxQuantizer`, on CPUs
+# only); None: there is none.
 Error = tuple[Tensor, Tensor | None] | None
 # e and n weights: weight * e of each tensor.
 Kept = tuple[Error, Tensor]
@@ -67,6 +68,7 @@ _MODULES = {
     "dots": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
     "combine": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
     "apply": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
+    "adam": {"cpu": "cpu_sparse"},
     "keep": {"cpu": "cpu_keep", "cuda": "gpu_keep"},
     "square": {"cpu": "cpu_keep", "cuda": "gpu_update"},
     "add_kept": {"cpu": "cpu_keep", "cuda": "gpu_update"},
@@ -155,6 +157,11 @@ def apply(
 ) -> bool:
     """p <- decay * p + scale * diag(x) G^T c diag(y) for a sparse window, in place: see `SparseWindow`. Whether it was done."""
     return bool(_try_sparse("apply", stored[0][0], stored, c, cols, blocks, params, scale, decay, factors))
+
+
+def adam(stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks: Blocks, rows: slice) -> Tensor | None:
+    """Rows `rows` of m / (sqrt(v) + eps), (n, rows, cols), for weights (n, m) in its dtype: see `core.sparse_window.adam`."""
+    return _try_sparse("adam", stored[0][0], stored, one, two, eps, cols, blocks, rows)
 
 
 def keep(

@@ -6,6 +6,8 @@ Plain numbers without imports: a compiled function sees each as a constant.
 # --- bf16: the upper half of an fp32 number.
 BF16_SHIFT = 16
 LOWER_16_BITS = 0xFFFF
+SIGN_16 = 0x8000
+NAN_16 = 0x7FC0
 
 # --- fp32: its exponent begins at this bit, and is stored with this added.
 EXPONENT_SHIFT = 23
@@ -19,6 +21,9 @@ LARGEST_INT4 = 7
 INT4_BITS = 4
 INT4_MASK = 15
 INT4_ZERO = 8
+
+# --- `core.codecs.MinMaxQuantizer`: no bound is larger in magnitude, so that the distance of two is finite in fp32.
+LARGEST_BOUND = 2.0**126
 
 # --- `core.codecs.SparseCodec`: 16 bits, index << VALUE_BITS | code + VALUE_ZERO, with codes -LARGEST_VALUE ... LARGEST_VALUE.
 INDEX_BITS = 10

@@ -20,7 +20,6 @@ from .constants import (
     COUNTER_MASK,
     HASH_MASK,
     HASH_MULTIPLIER,
-    INT4_BITS,
     INT4_ZERO,
     LARGEST_INT4,
     LARGEST_INT8,
@@ -28,6 +27,7 @@ from .constants import (
     SALT_OFFSET,
     UNIFORM_UNIT,
 )
+from .cpu_min_max import FINITE, pack, write_between_bounds
 from .cpu_threads import divide_work
 from .cpu_tools import (
     CONTRACTED,
@@ -45,9 +45,6 @@ from .cpu_tools import (
     reads,
     real,
 )
-
-# There is no NaN: maxima are vectorized.
-_FINITE = {"nnan", "nsz"}
 
 
 @compiled
@@ -84,7 +81,7 @@ def _write(e, scale, a, factor, keys, single, limit):
 
     Args:
         e: fp32 or fp64; the bits of bf16; or int8 or packed 4-bit codes.
-        scale: where e is codes, those of its blocks.
+        scale: where e is codes, those of its blocks; or their bounds.
         a: the row, which may be overwritten.
         factor, keys: what the numbers of `counted_bits` are the products of.
         single: room for a row of fp32.
@@ -99,7 +96,9 @@ def _write_compiled(e, scale, a, factor, keys, single, limit):
         return _write_plain
     if e.dtype == types.int16:
         return _write_bf16
-    return _write_bytes if e.dtype == types.int8 else _write_halves
+    if e.dtype == types.int8:
+        return _write_bytes
+    return write_between_bounds if scale.ndim == 2 else _write_halves
 
 
 def _write_plain(e, scale, a, factor, keys, single, limit):
@@ -123,10 +122,7 @@ def _write_bytes(e, scale, a, factor, keys, single, limit):
 
 def _write_halves(e, scale, a, factor, keys, single, limit):
     _encode(scale, a, factor, keys, LARGEST_INT4, limit)
-    for x in range(0, a.size - 1, 2):
-        e[x >> 1] = np.uint8((np.int32(a[x]) + INT4_ZERO) | ((np.int32(a[x + 1]) + INT4_ZERO) << INT4_BITS))
-    if a.size % 2:
-        e[a.size >> 1] = np.uint8(np.int32(a[a.size - 1]) + INT4_ZERO)
+    pack(e, a, np.int32(INT4_ZERO))
 
 
 @compiled
@@ -144,7 +140,7 @@ def _encode(scale, a, factor, keys, largest_code, limit):
         a[x] = 0
 
 
-@compiled(relaxed=_FINITE)
+@compiled(relaxed=FINITE)
 def _quantize(scale, a, factor, keys, largest_code, limit):
     """`_encode` for finite numbers."""
     tiny, half, unit = np.finfo(a.dtype).tiny, np.float32(0.5), np.float32(UNIFORM_UNIT)
@@ -177,6 +173,18 @@ def _subtract_product(a, p, row, q):
             a[x] -= weight * y[x]
 
 
+def _scales_of(scale, t, row, like):
+    raise NotImplementedError  # compiled code only
+
+
+@overload(_scales_of)
+def _scales_of_compiled(scale, t, row, like):
+    """The scales or bounds of a row; where there are none, something of their type."""
+    if scale.ndim == 4:
+        return lambda scale, t, row, like: scale[t, row]
+    return lambda scale, t, row, like: scale[t, row] if scale.size else like
+
+
 @compiled(relaxed=REORDERED)
 def _keep(
     lo, hi, error, scale, limit, absent, gradients, left, right, one, two, starts, cols, decay, step, salts, row_0, col_0, like
@@ -199,8 +207,7 @@ def _keep(
                 a[starts[i] + np.int64(index[i])] -= real(value[i])
         else:
             _subtract_product(a, one[t], row, two[t])
-        to = scale[t, row] if scale.size else like
-        _write(error[t, row], to, a, _row_key(key, row_0 + row), keys, single, limit)
+        _write(error[t, row], _scales_of(scale, t, row, like), a, _row_key(key, row_0 + row), keys, single, limit)
 
 
 def keep(

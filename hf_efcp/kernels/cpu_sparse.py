@@ -9,7 +9,7 @@ from torch import Tensor
 from . import Blocks, Entry, Matrices, Scale, Stored
 from .constants import EXPONENT_SHIFT, LOWER_16_BITS, VALUE_BITS, VALUE_MASK, VALUE_ZERO
 from .cpu_threads import PARTS, divide_work
-from .cpu_tools import Addresses, array, compiled, factors, kept_places, matrix_row, real
+from .cpu_tools import CONTRACTED, Addresses, array, compiled, factors, kept_places, matrix_row, real
 from .cpu_top_k import flagged
 
 # Up to this many new numbers in a row, each is compared with all of the window; else they are marked in a row of flags.
@@ -158,6 +158,37 @@ def _update(lo, hi, start, shift, indices, values, scales, c, columns, blocks_of
             u[x] = 0
 
 
+@compiled(relaxed=CONTRACTED)
+def _adam(lo, hi, start, indices, values, one, two, eps, columns, cols, out):
+    """Rows of m / (sqrt(v) + eps), m the sum of one_i c_i and v of two_i c_i^2."""
+    rows, length = out.shape[1], indices.shape[2]
+    dense, squares = np.zeros(cols + 2 * _ROOM, out.dtype), np.zeros(cols + 2 * _ROOM, out.dtype)
+    m, v, columns = dense[_ROOM : _ROOM + cols], squares[_ROOM : _ROOM + cols], _tiled(columns, length)
+    first, second = np.empty(length, out.dtype), np.empty(length, out.dtype)
+    by_one, by_two, places = np.empty(length, out.dtype), np.empty(length, out.dtype), np.empty(length, np.int32)
+    kept = length // one.shape[1]
+    for task in range(lo, hi):
+        t, row = task // rows, task % rows
+        if task == lo or row == 0:
+            for j in range(length):
+                by_one[j], by_two[j] = one[t, j // kept], two[t, j // kept]
+        index, value, u = indices[t, start + row], values[t, start + row], out[t, row]
+        for j in range(length):  # in loops of their own, these are vectorized
+            x = out.dtype.type(real(value[j]))
+            first[j], second[j] = by_one[j] * x, by_two[j] * (x * x)
+        for j in range(length):
+            places[j] = columns[j] + _index(index[j], np.int32(0))
+        for j in range(length):
+            place = np.uint32(places[j])
+            dense[place] += first[j]
+            squares[place] += second[j]
+        for x in range(cols):
+            u[x] = m[x] / (np.sqrt(v[x]) + eps)
+        for x in range(cols):
+            m[x] = 0
+            v[x] = 0
+
+
 @compiled
 def _tiled(columns, length):
     tiled = np.empty(length, np.int32)
@@ -205,6 +236,18 @@ def apply(
         return False
     _update_rows(stored, c, blocks, 0, params, scale, decay, sizes)
     return True
+
+
+def adam(stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks: Blocks, rows: slice) -> Tensor:
+    """Rows `rows` of m / (sqrt(v) + eps) for a plain window and weights (n, m) in fp32 or fp64, the dtype of the result."""
+    n, all_rows, _, _ = stored[0].shape
+    start, stop, _ = rows.indices(all_rows)
+    out = torch.empty(n, stop - start, cols, dtype=one.dtype)
+    _, indices, values, _ = _window(stored)
+    weights = array(one), array(two), array(out).dtype.type(eps)
+    columns = _places(cols, blocks)[0]
+    divide_work(_adam, n * (stop - start), indices.shape[2] + cols, start, indices, values, *weights, columns, cols, array(out))
+    return out
 
 
 def _update_rows(

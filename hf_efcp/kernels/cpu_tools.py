@@ -79,14 +79,45 @@ def _code(codes, x):
 def _code_compiled(codes, x):
     """Code x of a row of `core.codecs.BlockQuantizer`, in 8 or 4 bits."""
     if codes.dtype == types.uint8:
-        return _code_of_half
+        return lambda codes, x: np.float32(_half(codes, x) - INT4_ZERO)
     return lambda codes, x: np.float32(codes[x])
 
 
-def _code_of_half(codes, x):
+@compiled
+def _half(codes, x):
+    """Number x of a row of 4-bit codes, 0 ... 15."""
     one = np.uint64(1)
     half = codes[x >> one] >> np.uint8(np.uint8(INT4_BITS) * np.uint8(x & one))
-    return np.float32(np.int32(half & INT4_MASK) - INT4_ZERO)
+    return np.int32(half & INT4_MASK)
+
+
+def _add_run(a, g, codes, at, scales, run, by):
+    raise NotImplementedError  # compiled code only
+
+
+@overload(_add_run)
+def _add_run_compiled(a, g, codes, at, scales, run, by):
+    """a <- g + by * e for the numbers from `at` on, which lie in one run; scales as `core.codecs` has them."""
+    return _add_between_bounds if scales.ndim == 2 else _add_scaled
+
+
+def _add_scaled(a, g, codes, at, scales, run, by):
+    size = by * scales[run]
+    for x in range(a.size):
+        a[x] = g[x] + _code(codes, at + np.uint64(x)) * size
+
+
+def _add_between_bounds(a, g, codes, at, scales, run, by):
+    lo, unit = bounds(scales, run, a)
+    for x in range(a.size):
+        a[x] = g[x] + by * (a.dtype.type(_half(codes, at + np.uint64(x))) * unit + lo)
+
+
+@compiled
+def bounds(scales, run, like):
+    """lo and u = (hi - lo) / 15 of a run of `core.codecs.MinMaxQuantizer`, from the bits of its bounds (runs, 2)."""
+    lo, hi = like.dtype.type(real(scales[run, 0])), like.dtype.type(real(scales[run, 1]))
+    return lo, (hi - lo) / like.dtype.type(INT4_MASK)
 
 
 @compiled
@@ -107,10 +138,8 @@ def add_error(a, g, error, scale, t, row, start, decay=1.0):
         codes, scales, first = error[t, row], scale[t, row], 0
         while first < a.size:
             block = (start + first) // BLOCK
-            stop, size = min((block + 1) * BLOCK - start, a.size), by * scales[block]
-            part, g_part, at = a[first:stop], g[first:stop], np.uint64(start + first)
-            for x in range(part.size):
-                part[x] = g_part[x] + _code(codes, at + np.uint64(x)) * size
+            stop = min((block + 1) * BLOCK - start, a.size)
+            _add_run(a[first:stop], g[first:stop], codes, np.uint64(start + first), scales, block, by)
             first = stop
 
 
@@ -159,7 +188,8 @@ class Errors:
     """The error e for compiled functions.
 
     Args:
-        error: e, (n, rows, cols) in fp32, fp64 or bf16, and None; or its codes and scales (`BlockQuantizer`); or None.
+        error: e, (n, rows, cols) in fp32, fp64 or bf16, and None; or its codes and scales (`BlockQuantizer`) or bounds
+            (`MinMaxQuantizer`); or None.
         dtype: of the gradients.
 
     Attributes:
@@ -173,7 +203,7 @@ class Errors:
         self.arrays = array(stored), array(scale)
         range_ = torch.finfo(dtype)
         largest = LARGEST_INT8 if stored.dtype == torch.int8 else LARGEST_INT4
-        self.limit = self.arrays[1].dtype.type(range_.max / largest * (1 - 2 * range_.eps))
+        self.limit = array(torch.empty(0, dtype=dtype)).dtype.type(range_.max / largest * (1 - 2 * range_.eps))
 
 
 def factors(scale: Scale, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:

@@ -254,8 +254,8 @@ def factors(scale: Scale, like: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 
 def reads(error: Error) -> bool:
-    """Whether kernels know the format, and e lies in memory as they expect."""
-    return error is None or all(x is None or x.is_contiguous() for x in error)
+    """Whether kernels know the format, which is not that of `MinMaxQuantizer`, and e lies in memory as they expect."""
+    return error is None or all(x is None or (x.ndim < 4 and x.is_contiguous()) for x in error)
 
 
 def tiling(shape: tuple[int, int, int], numbers: int, widest: int | None = None) -> tuple[tuple[int], int, int]:

@@ -3,5 +3,6 @@
 from .ggt import DenseGGT, LowRankGGT, SparseGGT
 from .ldadamw import LDAdamW
 from .mfac import DenseMFAC, LowRankMFAC, SparseMFAC
+from .microadam import MicroAdam
 
-__all__ = ["DenseGGT", "DenseMFAC", "LDAdamW", "LowRankGGT", "LowRankMFAC", "SparseGGT", "SparseMFAC"]
+__all__ = ["DenseGGT", "DenseMFAC", "LDAdamW", "LowRankGGT", "LowRankMFAC", "MicroAdam", "SparseGGT", "SparseMFAC"]

@@ -28,7 +28,7 @@ from ..core.random import counted_noise
 from ..engine.adamw import ADAMW, AdamWOptions, adam
 from ..engine.base import EngineOptimizer
 from ..engine.options import StateOptions
-from ..engine.tensorwise import Rule, TensorStack, Tensorwise
+from ..engine.tensorwise import Rule, TensorStack, Tensorwise, U
 from ..options import fraction, option, positive
 
 # A singular value this much smaller than the first is made of rounding errors.
@@ -124,7 +124,7 @@ def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
     )
 
 
-def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> LowRankEntry:
+def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
     """Give u as factors; the equations are above."""
     side, k = Side(s.layout, o, a.total), o.beta1 / (1 - o.beta1)
     p0, m0, v0 = s.projector.read(), s.exp_avg.read(), s.exp_avg_sq.read()
@@ -141,7 +141,7 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> LowRankEntry:
     s.exp_avg.write(m)
     s.exp_avg_sq.write(v)
     size = (side.short / side.rank) ** 0.5 if o.adjust_lr_fn == "match_rms_adamw" else 1.0
-    return side.entry(p, size * adam(m, v, t, o))
+    return side.entry(p, size * adam(m, v, t, o)).dense
 
 
 def next_projector(s: TensorStack, a: Accumulated, t: Tensor, side: Side, p0: Tensor, mean: Tensor, o: Any) -> Tensor:

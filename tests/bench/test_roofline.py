@@ -49,6 +49,15 @@ def test_counts_are_those_worked_out_by_hand(name, optim_args):
     }
 
 
+def test_the_counts_of_microadam():
+    """64 x 48 and 48 numbers, density 0.25, blocks of 16, m = 10: k = 12. Of each row: 24 bytes of codes, 4 of bounds."""
+    counts = started("efcp_microadam", "density=0.25,block_size=16,window_size=10")[0].costs()
+    state = 65 * (2 * (24 + 4) + 12 * 11 * (2 + 2)) + 2 * 2 * 4
+    assert counts["compress"].bytes == pytest.approx(3120 * 4 + state)
+    assert counts["compress"].fp32 == 13 * 3120 + 65 * 5 * 10 * 12
+    assert counts["update"].bytes == 2 * 3120 * 4
+
+
 def test_counts_follow_the_options():
     def total(optim_args, name="efcp_lowrank_mfac", dtype=torch.float32):
         counts = started(name, with_common(optim_args), dtype=dtype)[0].costs()

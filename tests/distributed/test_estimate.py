@@ -6,14 +6,14 @@ from torch import nn
 
 import hf_efcp
 from tests.distributed.processes import run
-from tests.reference import NAMES, lossy_options, own_options
+from tests.reference import NAMES, known_to, lossy_options
 
 VARIANTS = [{}, {"scope": "layer", "momentum": 0.5}, {"error_dtype": "bf16", "window_dtype": "bf16"}]
 
 
 def optimizer(name, group=None, **options):
     model = nn.Sequential(nn.Embedding(400, 16), *(nn.Linear(16, 16) for _ in range(3)), nn.Linear(16, 48))
-    given = own_options(name, {"lr": 0.1, "window_size": 6, **lossy_options(name), **options})
+    given = known_to(name, {"lr": 0.1, "window_size": 6, **lossy_options(name), **options})
     return hf_efcp.create_optimizer(name, model, process_group=group, **given)
 
 

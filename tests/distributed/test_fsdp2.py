@@ -13,7 +13,7 @@ from hf_efcp import OptionError
 from tests.distributed.fsdp2 import BF16, HSDP, Parameters, divided, flat, full, gradients, runs_models, train
 from tests.distributed.processes import run
 from tests.distributed.test_sharding import VARIANTS, build
-from tests.reference import NAMES, info, own_options, relative
+from tests.reference import NAMES, info, known_to, relative
 
 
 def train_everything(rank, dtype, layout, variants):
@@ -99,7 +99,7 @@ def model_and_optimizer(name, rank_of_window=4, **options):
     options |= {"low rank": {"rank": rank_of_window}, "sparse": {"density": 0.01}}.get(info(name).compression, {})
     if dist.is_initialized():
         model = fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    return model, hf_efcp.create_optimizer(name, model, **own_options(name, {"lr": 0.1, "window_size": 32, **options}))
+    return model, hf_efcp.create_optimizer(name, model, **known_to(name, {"lr": 0.1, "window_size": 32, **options}))
 
 
 def replicated(optimizer):

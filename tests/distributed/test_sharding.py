@@ -9,7 +9,7 @@ from torch import nn
 
 import hf_efcp
 from tests.distributed.processes import run
-from tests.reference import NAMES, info, make, own_options, relative
+from tests.reference import NAMES, info, known_to, make, relative
 
 STEPS = 24  # four windows long
 # The first is larger than all others together: it is divided by rows.
@@ -100,7 +100,7 @@ def footprints(rank):
     for name in NAMES:
         model = nn.Sequential(nn.Embedding(3000, 64), *(nn.Linear(64, 64) for _ in range(12)), nn.Linear(64, 256))
         options = {"low rank": {"rank": 4}, "sparse": {"density": 0.01}}.get(info(name).compression, {})
-        options = own_options(name, {"lr": 0.1, "window_size": 32, **options})
+        options = known_to(name, {"lr": 0.1, "window_size": 32, **options})
         optimizer = hf_efcp.create_optimizer(name, model, process_group=dist.group.WORLD, **options)
         found[name] = optimizer.memory_footprint(), optimizer.sharding_plan()
         found[name, "alone"] = hf_efcp.create_optimizer(name, model, **options).memory_footprint()

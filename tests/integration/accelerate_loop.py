@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 import hf_efcp
 from tests.optim.helpers import M, snapshot
-from tests.reference import NAMES, lossy_options, own_options
+from tests.reference import NAMES, known_to, lossy_options
 
 by_name = pytest.mark.parametrize("name", NAMES)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -27,7 +27,7 @@ def new_accelerator(**given):
 def make(name, model, **options):
     """As under --optim, but for a window and rows so small that every format compresses and wraps around."""
     defaults = {"lr": 5e-3, "window_size": M, "update_rms": 0.5, "error_dtype": "bf16", **lossy_options(name)}
-    return hf_efcp.create_optimizer(name, model, **own_options(name, {**defaults, **options}))
+    return hf_efcp.create_optimizer(name, model, **known_to(name, {**defaults, **options}))
 
 
 def small_model(seed=0, dtype=torch.float32):

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_efcp
 from tests.optim.helpers import same
-from tests.reference import NAMES, info, own_options
+from tests.reference import NAMES, info, known_to
 
 by_name = pytest.mark.parametrize("name", NAMES)
 # Options that compress matrices as thin as 4 x 32, and wrap around after 4 steps.
@@ -29,7 +29,7 @@ STATE_DTYPES = {
 
 
 def options(name, **more):
-    return own_options(name, {**SMALL, **LOSSY[info(name).compression], **more})
+    return known_to(name, {**SMALL, **LOSSY[info(name).compression], **more})
 
 
 def make(name, params, lr=5e-3, **more):

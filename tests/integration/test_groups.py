@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Trainer
 import hf_efcp
 from hf_efcp import OptionError, parameter_groups
 from hf_efcp.groups import canonical_name, parse_targets
-from tests.reference import info, own_options
+from tests.reference import info, known_to
 
 by_name = pytest.mark.parametrize("name", hf_efcp.list_optimizers())
 
@@ -214,7 +214,7 @@ def test_bad_targets(targets, message):
 def test_targets_decide_what_the_trainer_compresses(name, make_args, tiny_bert, token_data):
     def footprint(targets):
         rank = {"rank": 1} if info(name).compression == "low rank" else {}
-        args = make_args(optim=name, optim_args=json.dumps(own_options(name, {"window_size": 4, **rank})), max_steps=2)
+        args = make_args(optim=name, optim_args=json.dumps(known_to(name, {"window_size": 4, **rank})), max_steps=2)
         args.optim_target_modules = targets
         trainer = Trainer(tiny_bert, args, train_dataset=token_data)
         trainer.train()

@@ -52,6 +52,9 @@ def shared(optimizer, name):
 
 
 def count(optimizer, name="step"):
+    """Of all tensors; without a window `step` is each tensor's own, and `counter` that of all."""
+    if name == "step" and any("counter" in entry for entry in optimizer.state.values()):
+        name = "counter"
     return int(shared(optimizer, name)) if optimizer.state else 0
 
 
@@ -178,10 +181,9 @@ def expected_dtypes(key, compute=torch.float32, window=None, error=None):
 
 def assert_dtypes(optimizer, **kwargs):
     seen = {key: value.dtype for entry in optimizer.state.values() for key, value in entry.items()}
-    own = {}
-    if "counter" in seen:  # a method without a window; each tensor's own step is torch's
-        own, kwargs = {"counter": torch.int64, "step": torch.float32}, {**kwargs, "window": None}
-    assert seen and seen == {key: own.get(key) or expected_dtypes(key, **kwargs) for key in seen}
+    # Without a window each tensor counts its steps, as in torch, and `counter` those of all.
+    counts = {"step": torch.float32, "counter": torch.int64} if "counter" in seen else {}
+    assert seen and seen == {key: counts.get(key) or expected_dtypes(key, **kwargs) for key in seen}
     return set(seen)
 
 

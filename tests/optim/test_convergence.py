@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.datasets import load_breast_cancer, load_digits
 
-from tests.reference import NAMES, info, names, own_options
+from tests.reference import NAMES, info, known_to, names
 
 SMALL = {"low rank": {"rank": 1}, "sparse": {"density": 0.4, "block_size": 5}, "dense": {}}
 
@@ -14,8 +14,8 @@ SMALL = {"low rank": {"rank": 1}, "sparse": {"density": 0.4, "block_size": 5}, "
 def build(name, params, lr, **options):
     """With lossy compression; M-FAC's damping is relative, so that one setting fits all scales."""
     family = {"damping": 1e-3, "damping_mode": "relative"} if info(name).family == "mfac" else {"eps": 1e-8}
-    given = {"update_rms": 1.0, **family, **SMALL[info(name).compression], **options}
-    return info(name).cls(params, lr, **own_options(name, given))
+    options = {"update_rms": 1.0, "window_bias_correction": True, **family, **SMALL[info(name).compression], **options}
+    return info(name).cls(params, lr, **known_to(name, options))
 
 
 def minimise(optimizer, loss, steps):

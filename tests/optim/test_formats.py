@@ -86,7 +86,7 @@ def test_int8_and_int4_errors_take_their_bytes():
 
 @FORMATS
 @pytest.mark.parametrize("scope", ["model", "layer"])
-@EVERY
+@WINDOWED
 def test_estimated_bytes_are_those_that_are_held(name, scope, formats):
     optimizer = make(name, parameters(SHAPES, torch.bfloat16), window_size=M, scope=scope, momentum=0.5, **formats)
     expected = sum(optimizer.estimate_footprint().values())
@@ -104,7 +104,7 @@ def test_low_bit_windows_take_their_bytes():
     assert bytes_of("efcp_sparse_mfac", (100, 3000), density=0.01, block_size=1024) == M * 100 * (2 * (10 + 10 + 10) + 3)
 
 
-@pytest.mark.parametrize("name", names(compression="sparse"))
+@pytest.mark.parametrize("name", names(compression="sparse", windowed=True))
 def test_long_blocks_do_not_fit_into_low_bit_entries(name):
     with pytest.raises(OptionError, match="block_size=2048: at most 1024 with window_format=low_bit"):
         make(name, parameters(), window_format="low_bit", block_size=2048)

@@ -212,7 +212,7 @@ def test_low_precision_parameters_are_rounded_once(name, dtype, weight_decay):
         assert differences(*state) == []
 
 
-@EVERY
+@WINDOWED
 def test_parameters_of_several_dtypes(name):
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     params = [p for i, d in enumerate(dtypes) for p in parameters([(12, 30), (6,)], d, seed=i)]

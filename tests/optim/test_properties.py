@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from hf_efcp.core.cells import compute_dtype
 from tests.optim.helpers import bits, count, differences, gradients_at, shared, snapshot
-from tests.reference import NAMES, error, ggt_oracle, info, mfac_oracle, names, own_options, parameters, row, update_of, window
+from tests.reference import NAMES, error, ggt_oracle, info, known_to, mfac_oracle, names, parameters, row, update_of, window
 
 EVERY = pytest.mark.parametrize("name", NAMES)
 WINDOWED = pytest.mark.parametrize("name", names(windowed=True))
@@ -55,7 +55,7 @@ def options(draw, name):
             "divisor": draw(st.sampled_from(["window", "filled"])),
             "window_momentum": draw(st.sampled_from([0.0, 0.8])),
         }
-    if info(name).family == "ggt":
+    elif info(name).family == "ggt":
         found |= {"eps": draw(st.sampled_from([1e-5, 1e-2])), "beta2": draw(st.sampled_from([1.0, 0.9]))}
         found[draw(st.sampled_from(["beta1", "window_momentum"]))] = draw(st.sampled_from([0.0, 0.8]))
     return found
@@ -66,7 +66,7 @@ def model(shapes, dtypes):
 
 
 def make(name, params, **options):
-    return info(name).cls(params, **own_options(name, {"lr": 0.01, **options}))
+    return info(name).cls(params, **{"lr": 0.01, **known_to(name, options)})
 
 
 def run(optimizer, params, start, stop, absent=()):

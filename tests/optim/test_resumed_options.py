@@ -14,8 +14,8 @@ import hf_efcp
 from hf_efcp import OptionError
 from hf_efcp.registry import get_optimizer_info
 from tests.data.write_checkpoints import CASES, CONTINUED, SAVED, Alone, flat, put, read
-from tests.optim.helpers import EVERY, WINDOWED, clones, differences, pairwise, snapshot, through_a_file, train
-from tests.reference import NAMES, info, own_options, parameters, relative
+from tests.optim.helpers import WINDOWED, clones, differences, pairwise, snapshot, through_a_file, train
+from tests.reference import NAMES, info, known_to, parameters, relative
 
 FOLDER = Path(__file__).parents[1] / "data" / "checkpoints_0.1"
 NAME = "efcp_lowrank_mfac"
@@ -26,7 +26,7 @@ def started_from(name=NAME, params=None, **options):
     """An optimizer with the --optim defaults."""
     params = parameters(dtype=torch.float32) if params is None else params
     options = hf_efcp.optim_defaults(name, **options)
-    return hf_efcp.create_optimizer(name, params, lr=0.01, **own_options(name, options)), params
+    return hf_efcp.create_optimizer(name, params, lr=0.01, **known_to(name, options)), params
 
 
 def trained(name=NAME, steps=5, **options):
@@ -42,7 +42,7 @@ EARLIER = {"window_size": 32, "update_rms": 0.5, "error_dtype": torch.bfloat16}
 @pytest.fixture(autouse=True)
 def earlier_defaults(monkeypatch):
     for name in NAMES:
-        monkeypatch.setattr(get_optimizer_info(name).cls, "measured", own_options(name, EARLIER))
+        monkeypatch.setattr(get_optimizer_info(name).cls, "measured", known_to(name, EARLIER))
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_both_in_one_line(caplog, other_defaults):
     ]
 
 
-@EVERY
+@WINDOWED
 def test_a_state_that_goes_out_and_in_again_says_nothing(name, caplog):
     optimizer, params = trained(name, damping=0.1) if info(name).family == "mfac" else trained(name)
     before = snapshot(optimizer, params)

@@ -8,6 +8,7 @@ import torch
 
 from hf_efcp import OptionError
 from tests.optim.helpers import (
+    EVERY,
     WINDOWED,
     M,
     clones,

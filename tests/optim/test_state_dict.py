@@ -25,7 +25,7 @@ from tests.optim.helpers import (
     through_a_file,
     train,
 )
-from tests.reference import info, own_options, parameters
+from tests.reference import info, known_to, parameters
 
 
 def leaves(value):
@@ -60,7 +60,9 @@ def test_a_checkpoint_takes_what_the_state_takes(name, shapes):
     """No tensor drags a larger storage along; a few per cent of file format at most."""
     params = parameters(shapes, torch.float32)
     options = {"low rank": {"rank": 8}, "sparse": {"density": 0.05}, "dense": {}}[info(name).compression]
-    optimizer = hf_efcp.create_optimizer(name, params, lr=0.01, **own_options(name, {"window_size": 16, **options}))
+    optimizer = hf_efcp.create_optimizer(
+        name, params, lr=0.01, **known_to(name, {"window_size": 16, "error_dtype": "fp32", **options})
+    )
     train(optimizer, params, 0, 1)
     saved = optimizer.state_dict()
     tensors = [t for entry in saved["state"].values() for t in entry.values()]
