@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
+import itertools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..distributed.fsdp2 import is_sharded, problem
+from ..distributed.placement import Placement
 from ..options import OptionError, ParamGroupOptions, build, field_types
 
 
-def checked_group(group: Any, others: Sequence[dict[str, Any]], options_type: type, name: str) -> dict[str, Any]:
+def checked_group(group: Any, options_type: type, name: str) -> dict[str, Any]:
     """Check a parameter group, and give it with typed values.
 
     Args:
         group: as the user gives it.
-        others: the groups so far.
         options_type: the optimizer's options, none of which a group may set.
         name: of the optimizer's class.
 
@@ -38,12 +41,24 @@ def checked_group(group: Any, others: Sequence[dict[str, Any]], options_type: ty
     checked = build(ParamGroupOptions, given, name)
     params = group["params"]
     if not isinstance(params, Tensor | set):  # torch refuses a set, with a good message
-        params = list({id(_tensor(entry)): entry for entry in params}.values())  # tied weights once
+        params = list(params)
+        once = {id(_tensor(entry)): entry for entry in params}
+        if len(once) < len(params):
+            warnings.warn(
+                f"{name}: a parameter group with duplicate parameters; each is counted once", stacklevel=levels_to_caller()
+            )
+        params = list(once.values())
         for p in map(_tensor, params):
             if isinstance(p, Tensor) and p.requires_grad:  # what is no tensor is torch's to refuse
                 refuse_parameter(p, name)
-        params = _named_alike(params, others)
     return {**group, **{k: getattr(checked, k) for k in given}, "params": params}
+
+
+def check_rate(groups: list[dict[str, Any]], name: str) -> None:
+    """Raise OptionError, and drop the last group, where neither it nor the optimizer was given a learning rate."""
+    if groups[-1]["lr"] is None:
+        del groups[-1]
+        raise OptionError(f"lr: a value is needed, {name} has none, and neither has its parameter group {len(groups)}")
 
 
 def refuse_parameter(p: Tensor, name: str) -> None:
@@ -60,12 +75,31 @@ def refuse_parameter(p: Tensor, name: str) -> None:
         raise OptionError(f"{name}: {trouble}")
 
 
+def agree(name: str, options: Any, placement: Placement, trained: Sequence[Sequence[Tensor]]) -> None:
+    """Raise OptionError on every process where one has another class, other options or other parameters.
+
+    Args:
+        name, options: of the optimizer.
+        placement: whose processes have to agree.
+        trained: the parameters of each group.
+    """
+    mine = [f"class {name}"]
+    mine += [f"{option}={value!r}" for option, value in dataclasses.asdict(options).items()]
+    for i, params in enumerate(trained):
+        mine += [f"group {i}: a parameter {tuple(p.shape)} {p.dtype}" for p in params]
+    everybody = placement.gather(mine)
+    for rank, theirs in enumerate(everybody):
+        for a, b in itertools.zip_longest(everybody[0], theirs, fillvalue="no more parameters"):
+            if a != b:
+                raise OptionError(f"the processes do not train the same: rank 0 has {a}, rank {rank} has {b}")
+
+
 def signature(options_type: type) -> inspect.Signature:
     """Give a constructor's signature with the options spelled out, for help() and editors."""
     kinds = inspect.Parameter
     parameters = [
         kinds("params", kinds.POSITIONAL_OR_KEYWORD),
-        kinds("lr", kinds.POSITIONAL_OR_KEYWORD, annotation=float),
+        kinds("lr", kinds.POSITIONAL_OR_KEYWORD, default=None, annotation=float | None),
         kinds("weight_decay", kinds.KEYWORD_ONLY, default=0.0, annotation=float),
         kinds("process_group", kinds.KEYWORD_ONLY, default=None),
     ]
@@ -81,16 +115,6 @@ def levels_to_caller() -> int:
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "hf_efcp"):
         frame, level = frame.f_back, level + 1
     return level
-
-
-def _named_alike(params: list[Any], others: Sequence[dict[str, Any]]) -> list[Any]:
-    """Give `params` as (name, tensor) pairs or as tensors, as the groups so far: torch refuses a mixture."""
-    if not others or not params:
-        return params
-    if "param_names" not in others[0]:
-        return [_tensor(entry) for entry in params]
-    number = len(others)
-    return [e if isinstance(e, tuple) else (f"group{number}.{i}", e) for i, e in enumerate(params)]
 
 
 def _tensor(entry: Any) -> Any:
