@@ -25,6 +25,9 @@ class Counters:
         if ok is not False:
             self.step += ok
 
+    def release(self) -> None:
+        """Let go of what takes memory."""
+
     def entries(self, number: int) -> dict[str, Tensor]:
         """Give what the state of parameter `number` may hold of the counters: name -> tensor, in their memory."""
         return {"counter": self.step, "skipped": self.skipped}

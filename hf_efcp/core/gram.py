@@ -8,6 +8,9 @@ from torch import Tensor
 from .counters import Counters
 from .deferred import masked
 
+# By how much dots of equal entries may differ, relative to the norms, where products are in fp32.
+_ROUNDING = 1e-5
+
 
 class GramMatrix(Counters):
     """K and the position in the ring, for `groups` independent windows (1: the whole model; or one per tensor).
@@ -24,6 +27,10 @@ class GramMatrix(Counters):
     def __init__(self, groups: int, window_size: int, device: torch.device):
         super().__init__(device)
         self.matrix = torch.zeros(groups, window_size, window_size, dtype=torch.float64, device=device)
+
+    def release(self) -> None:
+        """See Counters."""
+        self.matrix = self.matrix.new_zeros(0, 0, 0)
 
     def entries(self, number: int) -> dict[str, Tensor]:
         """See Counters."""
@@ -68,6 +75,17 @@ class GramMatrix(Counters):
         self.matrix.index_copy_(2, j, k_j[:, :, None])
         self.count(accepted)
         return self.matrix
+
+    def agrees(self, slot: int, row: Tensor) -> bool:
+        """Tell whether a row of K, (groups, m), is the one that is held, but for rounding."""
+        norms = self.matrix.diagonal(dim1=-2, dim2=-1).sqrt()
+        bound = _ROUNDING * norms * torch.maximum(norms[:, slot], row[:, slot].sqrt())[:, None]
+        return bool(((row - self.matrix[:, slot]).abs() <= bound).all())
+
+    def put(self, slot: int, row: Tensor) -> None:
+        """Put the dots of an entry, (groups, m), into a row and column."""
+        self.matrix[:, slot] = row
+        self.matrix[:, :, slot] = row
 
     def ages(self, j: Tensor) -> Tensor:
         """Count how many steps ago each slot was written, (m,) int64; slots never written have the ages still to come.

@@ -53,6 +53,11 @@ class SparseWindow(Window):
         indices, values = entry.parts
         self.staged = SparseEntry(indices, values.to(self.buffers["window_values"].dtype), self.grid)
 
+    def stored(self, slot: int) -> Entry:
+        """See Window."""
+        indices, values = self._read(ALL, ALL)
+        return SparseEntry(indices[:, :, slot].contiguous(), values[:, :, slot].contiguous(), self.grid)
+
     def apply(
         self, c: Tensor, params: Sequence[Tensor], scale: float | Tensor, decay: float | Tensor, factors: kernels.Scale = None
     ) -> bool:

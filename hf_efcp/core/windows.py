@@ -45,6 +45,10 @@ class Window:
         """Take the new entry, rounded as the window stores it."""
         raise NotImplementedError
 
+    def stored(self, slot: int) -> Entry:
+        """Give the entry in a slot, as it was staged."""
+        raise NotImplementedError
+
     def dots(self, j: Tensor) -> Tensor:
         """Give the inner products of the staged entry with every entry, (n, m) fp64; slot j counts as the staged one itself."""
         dots = self._dots_with_window()
@@ -121,6 +125,10 @@ class DenseWindow(Window):
         """See Window."""
         self.staged = DenseEntry(entry.parts[0].to(self.buffers["window_rows"].dtype))
 
+    def stored(self, slot: int) -> Entry:
+        """See Window."""
+        return DenseEntry(self._slots(slice(slot, slot + 1))[:, 0].contiguous())
+
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
         """See Window."""
         n, m, all_rows, cols = self.buffers["window_rows"].shape
@@ -173,6 +181,11 @@ class LowRankWindow(Window):
         """See Window."""
         p, q = entry.parts
         self.staged = LowRankEntry(p.to(self.buffers["window_p"].dtype), q.to(self.buffers["window_q"].dtype))
+
+    def stored(self, slot: int) -> Entry:
+        """See Window."""
+        p, q = self._factors(slice(slot, slot + 1))
+        return LowRankEntry(p[:, 0].contiguous(), q[:, 0].contiguous())
 
     def dots(self, j: Tensor) -> Tensor:
         """See Window."""

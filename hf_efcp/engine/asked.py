@@ -20,6 +20,7 @@ from ..distributed.placement import Placement
 from ..options import OptionError, as_text, build, decided
 from .choices import BUDGETED, candidates, choose, described, free_options, shown
 from .options import LOW_RANK
+from .parameters import levels_to_caller
 from .traces import Known, as_given, options_of, scopes_of, widened
 
 _log = logging.getLogger("hf_efcp")
@@ -135,7 +136,8 @@ class Asked:
             if not self.budgeted and not new_parameters:
                 raise self.too_large(size, options)
             reason = "with the new parameters" if new_parameters else f"with {described(options)}, as it was saved,"
-            warnings.warn(f"memory_budget={shown(self.size)}: {reason} the state takes {shown(size)}", stacklevel=2)
+            message = f"memory_budget={shown(self.size)}: {reason} the state takes {shown(size)}"
+            warnings.warn(message, stacklevel=levels_to_caller())
         return options
 
     def choice(self, options: Any, bytes_with: Callable[[Any], int], fixed: Iterable[str] = ()) -> tuple[Any, int]:

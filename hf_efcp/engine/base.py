@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,22 +14,20 @@ import torch
 from torch import Tensor
 
 from ..core.linalg import ieee_matmul
-from ..distributed.ddp import size_of
 from ..distributed.fsdp2 import FSDP2Mesh, is_sharded
 from ..distributed.placement import Alone
-from ..distributed.plan import describe
 from ..distributed.zero import ZeroPieces
 from ..options import GroupOptions, OptionError, build
 from .asked import Asked, merged
 from .builder import Builder
 from .constructor import Defaults, constructor
 from .costs import Count
-from .footprint import measured
+from .entries import unstacked
+from .footprint import measured, plan_of
 from .loading import load, take
-from .matching import take_order_out
 from .method import Method
-from .parameters import checked_group, checked_params
-from .saving import Saving, copies, section
+from .parameters import check_rate, checked_group, checked_params
+from .saving import Saving, complete
 from .setup import Setup
 from .traces import saved_choice
 
@@ -42,7 +41,7 @@ class EngineOptimizer(torch.optim.Optimizer):
     Args:
         params: tensors, parameter groups, or (name, tensor) pairs. Groups may set `lr`, `weight_decay`, and `compress`
             (false: the group's tensors are not compressed).
-        lr: learning rate.
+        lr: learning rate; None: every group has its own.
         weight_decay: decoupled, p <- (1 - lr*wd) p.
         process_group: torch.distributed's; its processes, which hold the same parameters and gradients, share the state. None:
             `shard` decides.
@@ -61,12 +60,15 @@ class EngineOptimizer(torch.optim.Optimizer):
     measured: ClassVar[Mapping[str, Any]] = {}
     shard_folder: str | Path | None = None
 
-    def __init__(self, params: Any, lr: float, *, weight_decay: float = 0.0, process_group: Any = None, **options: Any):
+    def __init__(
+        self, params: Any, lr: float | None = None, *, weight_decay: float = 0.0, process_group: Any = None, **options: Any
+    ):
         name = type(self).__name__
-        group = build(GroupOptions, {"lr": lr, "weight_decay": weight_decay}, name)
+        group = build(GroupOptions, {"weight_decay": weight_decay} | ({} if lr is None else {"lr": lr}), name)
         checked = merged(self.options_type, self.measured, options, name)
         self.builder = Builder(name, self.method, checked, Asked(name, checked, options), process_group)
-        super().__init__(checked_params(params, name), Defaults(lr=group.lr, weight_decay=group.weight_decay))
+        rate = None if lr is None else group.lr
+        super().__init__(checked_params(params, name), Defaults(lr=rate, weight_decay=group.weight_decay))
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -99,6 +101,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         if setup.params and setup.has_work():
             with ieee_matmul(setup.counters.step.device):
                 self.builder.graph.step(self.method, setup, self.param_groups, self.builder.options)
+            setup.note()
             setup.warn_of_skips(self.builder.name)
         elif not setup.has_gradients():
             setup.warn_of_idleness(self.builder.name)
@@ -114,10 +117,11 @@ class EngineOptimizer(torch.optim.Optimizer):
         """Add a group; its tensors join the run with fresh state.
 
         Raises:
-            OptionError: a bad lr or weight_decay, an option of the whole optimizer, or a parameter of a kind that cannot be
-                optimized (complex; a flat FSDP1 shard; a DTensor that is not divided by rows).
+            OptionError: no lr, a bad one or a bad weight_decay, an option of the whole optimizer, or a parameter of a kind that
+                cannot be optimized (complex; a flat FSDP1 shard; a DTensor that is not divided by rows).
         """
-        super().add_param_group(checked_group(param_group, self.param_groups, self.options_type, type(self).__name__))
+        super().add_param_group(checked_group(param_group, self.options_type, type(self).__name__))
+        check_rate(self.param_groups, type(self).__name__)
         self.builder.takes_tensors |= any(type(p) is Tensor for p in self.param_groups[-1]["params"])
 
     def take_flat_pieces(self, coordinates: int, parts: Sequence[slice] | None = None) -> None:
@@ -164,17 +168,14 @@ class EngineOptimizer(torch.optim.Optimizer):
         Tensors are copies, or DTensors where parameters are (FSDP2). A state that is divided otherwise is left out, see
         `save_shards`: processes do not meet here, since Trainer calls this on the first one only.
         """
-        saved = super().state_dict()
-        saved["efcp"] = section(self.builder.name, self.options) | {"numbered": take_order_out(saved["param_groups"])}
-        params, with_window, saving = _params(self), getattr(self.options, "save_window", True), self._saving()
-        if saving is None:  # nothing is built of the state yet
-            specs = self.builder.specs(self.param_groups, self.state, self.options)
-            saved["state"] = {i: copies(self.state[params[i]], specs.get(params[i], {}), with_window) for i in saved["state"]}
-        elif saving.placement.apart:
-            saved["state"] = {}
-            saved["efcp"]["sharded"] = saving.stub(id(self), params)
-        else:
-            saved["state"] = {i: saving.outer(params[i], with_window) for i in saved["state"]}
+        with _hooks(self) as (before, after):
+            for hook in before:
+                hook(self)
+            self.builder.settle(self.state)
+            saved = super().state_dict()
+            complete(saved, self.builder, self.param_groups, self.state, id(self))
+            for hook in after:
+                saved = saved if (changed := hook(self, saved)) is None else changed
         return saved
 
     @torch.no_grad()
@@ -187,7 +188,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        saving = self._saving()
+        saving = Saving.of(self.builder, self.state)
         own_stub = saving.stub(id(self), _params(self)) if saving is not None and saving.placement.apart else None
         if load(state_dict, self.builder, self.param_groups, self.state, self.shard_folder, own_stub):
             self.shard_folder = None
@@ -197,10 +198,9 @@ class EngineOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: tensors are copied out of the stacks, which are built again from them."""
         setup, builder = self.builder.setup, self.builder
-        copies = {p: {k: t.clone() if isinstance(t, Tensor) else t for k, t in entry.items()} for p, entry in self.state.items()}
         copied = builder.copied if setup is None or setup.placement.follows else (setup.owners, setup.placement.shards)
         made = {"made": (builder.options, copy.copy(builder.asked), copied)}
-        return {**super().__getstate__(), "state": collections.defaultdict(dict, copies), **made}
+        return {**super().__getstate__(), "state": unstacked(self.state, builder.names), **made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See torch.optim.Optimizer. A copy has no process group: that belongs to the process."""
@@ -209,14 +209,21 @@ class EngineOptimizer(torch.optim.Optimizer):
         self.builder = Builder(type(self).__name__, self.method, options, asked)
         self.builder.takes_tensors, self.builder.copied = True, copied
 
+    @torch.no_grad()
+    def to(self, device: torch.device | str) -> EngineOptimizer:
+        """Move the state to a device, free it where it was, and give the optimizer; the next step brings the state back."""
+        self.builder.move(self.state, torch.device(device))
+        return self
+
     def save_shards(self, folder: str | Path) -> None:
         """Write this process's part of a state that is saved apart; to be called on every process.
 
         A state that is not divided, or one of DTensors (FSDP2), is in `state_dict`: nothing is written. Else `state_dict()` is a
         stub, and `load_state_dict(stub)` reads the folder that `shard_folder` names, on any number of processes.
         """
-        saving = self._saving()
+        saving = Saving.of(self.builder, self.state)
         if saving is not None and saving.placement.apart:
+            self.builder.settle(self.state)
             saving.save_folder(Path(folder), getattr(self.options, "save_window", True))
 
     def choose_as(self, saved: Mapping[str, Any] | str | Path) -> None:
@@ -242,8 +249,9 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def memory_footprint(self) -> dict[str, int]:
         """Count the bytes of state by kind, on the tensors that are held (allocated now if no step was taken yet)."""
-        setup = self.setup()
-        return measured([self.state[p] for p in setup.params], [setup.specs[p] for p in setup.params])
+        there = self.builder.setup
+        setup = there if there is not None and there.released else self.setup()
+        return measured([self.state.get(p, {}) for p in setup.params], [setup.specs[p] for p in setup.params])
 
     def estimate_footprint(self, processes: int = 1, fsdp: bool = False) -> dict[str, int]:
         """Tell what `memory_footprint` of a fresh optimizer will measure, from its parameters' shapes: nothing is allocated.
@@ -263,7 +271,8 @@ class EngineOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
         """Give figures of the last accepted step, by name (docs/using.md); nothing before the first step."""
-        return {} if self.builder.setup is None else self.method.diagnostics(self.builder.setup)
+        there = self.builder.setup
+        return {} if there is None else self.method.diagnostics(self.setup() if there.released else there)
 
     def costs(self) -> dict[str, Count]:
         """Count what a step must do at least, by phase: operations, and bytes that must move (docs/benchmarks/roofline.md)."""
@@ -271,18 +280,21 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def sharding_plan(self) -> str:
         """Describe who holds how many bytes of state, and which tensors are divided by rows; to be called on every process."""
-        setup = self.setup()
-        placement = setup.placement
-        if placement.shards == 1 and not placement.follows:
-            return "not sharded"
-        names = {p: n for g in self.param_groups for p, n in zip(g["params"], g.get("param_names", []), strict=False)}
-        labels = [names.get(p, f"parameter {i}") for i, p in enumerate(setup.params)]
-        sizes = [size_of(p, setup.specs[p], 1 if placement.follows else 2) for p in setup.params]
-        loads, divided = describe(labels, [setup.owners[p] for p in setup.params], sizes, placement.shards)
-        return loads + ("\nevery tensor divided by rows, as the parameters are" if placement.follows else divided)
+        return plan_of(self.setup(), self.param_groups)
 
-    def _saving(self) -> Saving | None:
-        return None if self.builder.setup is None else Saving(self.builder.setup, self.state)
+
+@contextlib.contextmanager
+def _hooks(optimizer: torch.optim.Optimizer) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Give the hooks before and after `state_dict`, which torch does not call meanwhile: its dict is not whole yet."""
+    names = "_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks"
+    hooks = [getattr(optimizer, name) for name in names]
+    for name in names:
+        setattr(optimizer, name, collections.OrderedDict())
+    try:
+        yield list(hooks[0].values()), list(hooks[1].values())
+    finally:
+        for name, there in zip(names, hooks, strict=True):
+            setattr(optimizer, name, there)
 
 
 def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:

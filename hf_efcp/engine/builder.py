@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,17 +20,19 @@ from ..distributed.plan import Owners
 from ..distributed.zero import ZeroPieces
 from ..options import OptionError
 from .asked import Asked, say
+from .entries import State, Watch, adopt, fill, foreign, keep_only, move, own
 from .factor_sync import FactorSync
 from .footprint import estimated
 from .graph import StepGraph
 from .method import Group, Method
-from .parameters import counted, refuse_parameter, refuse_without_numbers
+from .parameters import agree, counted, refuse_parameter, refuse_without_numbers
 from .setup import Setup
 from .stacks import batches_of
 
-State = MutableMapping[Any, Any]
 # Index of a group, and those of its parameters that have state.
 Trained = list[tuple[int, list[Tensor]]]
+# Of a matrix and of a vector.
+_EXAMPLES = Layout(64, 64, torch.float32), Layout(1, 64, torch.float32, vector=True)
 
 
 class Builder:
@@ -49,6 +52,7 @@ class Builder:
         graph: of a step, on a GPU.
         takes_tensors: whether tensors that are no nn.Parameter may be among the parameters.
         copied: owners of the state, and number of processes, where the optimizer is a copy.
+        thawed: parameters that are frozen, and have state in a checkpoint that is being loaded.
     """
 
     def __init__(self, name: str, method: Method, options: Any, asked: Asked, process_group: Any = None):
@@ -68,6 +72,7 @@ class Builder:
     def forget(self) -> None:
         """Forget what is built: the next `prepare` builds it from the state."""
         self.setup: Setup | None = None
+        self.thawed: set[Tensor] = set()
         self.copied: tuple[dict[Tensor, Owners], int] = {}, 1
 
     def prepare(self, groups: Sequence[Group], state: State, stepping: bool = False) -> Setup:
@@ -78,13 +83,53 @@ class Builder:
             state: the optimizer's, which becomes views of what is built.
             stepping: whether a step follows: then the log says what was chosen.
         """
-        trained = trained_of(groups, state)
+        trained = self.trained(groups, state)
         key = [(i, id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
         if self.setup is None or key != self.setup.key:
             self.setup = self._build(groups, trained, key, state)
+        else:
+            self._take(self.setup, state)
         if stepping and self.setup is not self._remarked:
             self._remark(self.setup)
         return self.setup
+
+    def settle(self, state: State) -> None:
+        """Take over what others have put into the state, for whoever reads it; a state that is kept elsewhere stays there."""
+        if self.setup is not None and self.setup.released:
+            fill(state, self.setup)
+        elif self.setup is not None:
+            self._take(self.setup, state)
+
+    def move(self, state: State, device: torch.device) -> None:
+        """See EngineOptimizer.to."""
+        if self.setup is None:
+            return
+        if all(p.device == device for p in self.setup.params):
+            self._take(self.setup, state)
+        else:
+            move(state, self.setup, device)
+
+    def _take(self, setup: Setup, state: State) -> None:
+        """Take over what others have put into the state."""
+        if setup.released or setup.watch is None or not setup.watch.holds(state):
+            if setup.released:
+                setup.renew()
+            self._adopt(setup, state, built=False)
+        elif setup.watch.written(setup):
+            self.method.mend(setup, self.options)
+            setup.listen_anew()
+            setup.watch.note(setup)
+
+    def _adopt(self, setup: Setup, state: State, built: bool) -> None:
+        """Make the setup's buffers the state, with what the state has."""
+        first, second = ({spec.name for spec in self.method.shared_specs(i, self.options)} for i in (0, 1))
+        setup.watch = None
+        if adopt(state, setup, first - second, built):
+            self.method.mend(setup, self.options)
+        elif not built:
+            setup.started, setup.last = False, None
+        setup.listen_anew()
+        setup.watch = Watch(state, setup, partial(_release, weakref.ref(self), weakref.ref(setup)))
 
     def _remark(self, setup: Setup) -> None:
         """Log what the method has chosen by shapes and devices; each line once."""
@@ -93,6 +138,28 @@ class Builder:
                 say(f"{self.name}: {line}")
                 self._said.add(line)
         self._remarked = setup
+
+    @property
+    def names(self) -> set[str]:
+        """The names of the method's entries under the present options."""
+        specs = [self.method.shared_specs(number, self.options) for number in (0, 1)]
+        specs += [self.method.specs(layout, {}, self.options, None) for layout in _EXAMPLES]
+        known = () if self.setup is None else self.setup.specs.values()
+        return {spec.name for some in specs for spec in some}.union(*known)
+
+    def trained(self, groups: Sequence[Group], state: State) -> Trained:
+        """Give the index of each group and its parameters with state, in the order in which parameters are numbered.
+
+        A parameter that is frozen later keeps its entries, which K counts. One that has a gradient is trained, frozen or not.
+        """
+        known = self.copied[0] if self.setup is None else self.setup.owners  # perhaps without entries on this process
+
+        def counts(p: Tensor) -> bool:
+            if p.requires_grad or p.grad is not None:
+                return True
+            return p in state and (p in known or p in self.thawed or bool(own(state[p], self.names)))
+
+        return [(i, [p for p in groups[i]["params"] if counts(p)]) for i in counted(groups)]
 
     def keep_state_together(self) -> bool:
         """Let every process hold the whole state from now on (shard="off", no process_group); tell whether that is a change."""
@@ -105,7 +172,7 @@ class Builder:
         self.asked.chosen = True
         if options != self.options:
             self.options = options
-            state.clear()
+            keep_only(foreign, state, self.names)
             self.forget()
 
     def specs(self, groups: Sequence[Group], state: State, options: Any, processes: int = 1) -> dict[Tensor, Specs]:
@@ -113,7 +180,7 @@ class Builder:
         specs: dict[Tensor, Specs] = {}
         flat = None if self.pieces is None else self.pieces.parts
         known: dict[Any, tuple[Spec, ...]] = {}
-        for index, params in trained_of(groups, state):
+        for index, params in self.trained(groups, state):
             for p in params:
                 key = index, Layout.of(p)
                 if key not in known:
@@ -125,7 +192,7 @@ class Builder:
     def estimate(self, groups: Sequence[Group], state: State, processes: int, fsdp: bool) -> dict[str, int]:
         """Count the bytes by kind that a fresh optimizer will hold; see EngineOptimizer.estimate_footprint."""
         options, asked = self.options, self.asked
-        params = [p for _, params in trained_of(groups, state) for p in params]
+        params = [p for _, params in self.trained(groups, state) for p in params]
         if asked.budgeted and not asked.chosen:
             fixed = self._not_budgeted(params, fsdp)
             options, _ = asked.choice(options, self._bytes_with(groups, state, processes, fsdp), fixed)
@@ -156,24 +223,25 @@ class Builder:
                 "process's part only (a copy has no process_group): use save_shards, state_dict and load_state_dict"
             )
         if placement.apart or placement.follows:
-            self._agree(placement, trained)
+            agree(self.name, self.options, placement, trained)
         bytes_with = self._bytes_with(groups, state, placement.shards, placement.follows)
         fixed = self._not_budgeted(params, placement.follows)
-        self.options = self.asked.keep(self.options, bytes_with, placement, fixed, any(state.values()))
+        self.options = self.asked.keep(self.options, bytes_with, placement, fixed, any(map(own, state.values())))
         specs = self.specs(groups, state, self.options)
         _named(self.options, lambda: placement.check(specs))
         owners, numbers = placement.owners(specs, known), {p: i for i, p in enumerate(params)}
-        stacks = [
-            self.method.make_stack(pieces, index, groups[index], self.options, placement.parts, self.sync, total)
-            for pieces, index, total in batches_of(trained, numbers, owners, placement)
-        ]
+        method, options, sync = self.method, self.options, self.sync  # not self, which would be a cycle
         device = params[0].device if params else torch.device("cpu")
-        counters = self.method.make_counters(len(params), self.options, device)
-        factors = self.sync.stacks(trained, specs, self.options)
-        setup = Setup(key, params, placement, owners, specs, stacks, factors, counters)
-        first, second = ({spec.name for spec in self.method.shared_specs(i, self.options)} for i in (0, 1))
-        adopt(state, setup, first - second)
-        setup.listen_anew()
+
+        def make() -> tuple[list[Any], list[Any], Any]:
+            stacks = [
+                method.make_stack(pieces, index, groups[index], options, placement.parts, sync, total)
+                for pieces, index, total in batches_of(trained, numbers, owners, placement)
+            ]
+            return stacks, sync.stacks(trained, specs, options), method.make_counters(len(params), options, device)
+
+        setup = Setup(key, params, placement, owners, specs, make)
+        self._adopt(setup, state, built=True)
         if old is not None:
             setup.started = old.started
             setup.last = old.last if getattr(self.options, "scope", "model") == "model" else None  # else numbered by tensor
@@ -202,18 +270,6 @@ class Builder:
             return DDPShards(self.process_group)
         return self.sync.replicas or Alone()
 
-    def _agree(self, placement: Placement, trained: Trained) -> None:
-        """Raise on every process where one has another class, other options or other parameters."""
-        mine = [f"class {self.name}"]
-        mine += [f"{name}={value!r}" for name, value in dataclasses.asdict(self.options).items()]
-        for i, params in trained:
-            mine += [f"group {i}: a parameter {tuple(p.shape)} {p.dtype}" for p in params]
-        everybody = placement.gather(mine)
-        for rank, theirs in enumerate(everybody):
-            for a, b in itertools.zip_longest(everybody[0], theirs, fillvalue="no more parameters"):
-                if a != b:
-                    raise OptionError(f"the processes do not train the same: rank 0 has {a}, rank {rank} has {b}")
-
     def _bytes_with(self, groups: Sequence[Group], state: State, shards: int, follows: bool) -> Callable[[Any], int]:
         def bytes_with(options: Any) -> int:
             return sum(estimated(self.specs(groups, state, options, shards), shards, follows).values())
@@ -226,42 +282,13 @@ class Builder:
         return codes if self.sync.wanted or (follows and any(p.ndim == 1 for p in params)) else []
 
 
-def trained_of(groups: Sequence[Group], state: State) -> Trained:
-    """Give the index of each group and its parameters with state, in the order in which parameters are numbered.
-
-    A parameter that is frozen later keeps its entries, which K counts. One that has a gradient is trained, frozen or not.
-    """
-    return [(i, [p for p in groups[i]["params"] if p.requires_grad or p in state or p.grad is not None]) for i in counted(groups)]
-
-
-def adopt(state: State, setup: Setup, of_all: set[str]) -> None:
-    """Make the setup's buffers the state, with what the state knows of the parameters.
-
-    Args:
-        state: of the optimizer.
-        setup: for the present parameters.
-        of_all: names of the entries that the first parameter holds for all of them.
-
-    Raises:
-        OptionError: a parameter has changed, and its state does not fit any more. The state then is as it was.
-    """
-    params, views = setup.params, setup.views()
-    old = {p: dict(state[p]) for p in params if p in state}
-    holder = next((entry for entry in old.values() if of_all & entry.keys()), None)
-    if holder is not None:  # the first parameter may be another one now
-        moved = {name: holder.pop(name) for name in sorted(of_all & holder.keys())}
-        old[params[0]] = old.get(params[0], {}) | moved
-    for p, entry in old.items():
-        kept = {name: value for name, value in entry.items() if name in views[p]}
-        if len(kept) < len(entry) or any(value.shape != views[p][name].shape for name, value in kept.items()):
-            raise OptionError(
-                f"a parameter is now {tuple(p.shape)} {p.dtype}, and its state of {sorted(entry)} does not fit it any more: "
-                "make a new optimizer"
-            )
-        for name, value in kept.items():
-            views[p][name].copy_(value)
-    state.clear()
-    state.update(views)
+def _release(builder: weakref.ref[Builder], setup: weakref.ref[Setup]) -> None:
+    """Let go of the memory of a setup whose entries are not in the state any more."""
+    maker, made = builder(), setup()
+    if maker is not None and made is not None:
+        made.release()
+        maker.sync.release()
+        maker.graph = StepGraph()
 
 
 def _named(options: Any, check: Callable[[], None]) -> None:

@@ -157,6 +157,10 @@ class FactorSync:
                 f"comm='factors': DDP has {self.replicas.size} processes, and {placement.size} share the optimizer's state"
             )
 
+    def release(self) -> None:
+        """Let go of the stacks of factors."""
+        self._places.clear()
+
     def held(self, specs: Sequence[Spec], processes: int = 1) -> tuple[Spec, ...]:
         """Say of a parameter's state who holds it: with factors, errors, warm starts and metrics are on every process."""
         factors = self.replicas is not None or (self.wanted and processes > 1)

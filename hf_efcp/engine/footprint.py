@@ -1,14 +1,19 @@
-"""Bytes of state: counted on what is held, or from specs before anything is allocated."""
+"""Bytes of state: counted on what is held, or from specs before anything is allocated; and who holds them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..distributed.ddp import plan
+from ..distributed.ddp import plan, size_of
 from ..distributed.placement import Specs
-from ..distributed.plan import Owners
+from ..distributed.plan import Owners, describe
+
+if TYPE_CHECKING:
+    from .method import Group
+    from .setup import Setup
 
 
 def measured(entries: Iterable[Mapping[str, Tensor]], specs: Iterable[Specs]) -> dict[str, int]:
@@ -37,6 +42,18 @@ def estimated(specs: Mapping[Tensor, Specs], processes: int = 1, fsdp: bool = Fa
         owners, ranks = plan(specs, processes, {}), processes
     loads = [_bytes_on(specs, owners, rank) for rank in range(ranks)]
     return max(loads, key=lambda kinds: sum(kinds.values()))
+
+
+def plan_of(setup: Setup, groups: Sequence[Group]) -> str:
+    """Describe who holds how many bytes of state, and which tensors are divided by rows."""
+    placement = setup.placement
+    if placement.shards == 1 and not placement.follows:
+        return "not sharded"
+    names = {p: n for g in groups for p, n in zip(g["params"], g.get("param_names", []), strict=False)}
+    labels = [names.get(p, f"parameter {i}") for i, p in enumerate(setup.params)]
+    sizes = [size_of(p, setup.specs[p], 1 if placement.follows else 2) for p in setup.params]
+    loads, divided = describe(labels, [setup.owners[p] for p in setup.params], sizes, placement.shards)
+    return loads + ("\nevery tensor divided by rows, as the parameters are" if placement.follows else divided)
 
 
 def _bytes_on(specs: Mapping[Tensor, Specs], owners: Mapping[Tensor, Owners], rank: int) -> dict[str, int]:

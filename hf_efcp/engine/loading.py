@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core.cells import Spec
 from ..options import GroupOptions, OptionError, build
 from .asked import say
-from .builder import Builder, State
+from .builder import Builder
+from .entries import State, is_own, keep_only, own
 from .matching import check_numbers, label, matched
 from .parameters import ORDER, levels_to_caller
 from .saving import SHARD_FOLDER, Saving, check_container, check_keys, check_origin
@@ -44,13 +46,14 @@ def load(
         OptionError: not a checkpoint, or one of another optimizer, of other options or of other parameters. Nothing has changed.
     """
     check_container(state_dict)
-    before = builder.options, builder.asked.chosen, builder.setup, builder.copied, dict(state)
+    before = builder.options, builder.asked.chosen, builder.setup, builder.copied
+    held = {key: dict(entry) if isinstance(entry, Mapping) else entry for key, entry in state.items()}
     try:
         return _load(state_dict, builder, groups, state, folder, own_stub)
     except OptionError:
-        builder.options, builder.asked.chosen, builder.setup, builder.copied = before[:4]
+        builder.options, builder.asked.chosen, builder.setup, builder.copied = before
         state.clear()
-        state.update(before[4])
+        state.update(held)
         raise
 
 
@@ -113,13 +116,14 @@ def _load(
     line = None
     if section is None:
         line = take_told(builder, groups, state, list(entries_of(saved)))
-    elif saved or "sharded" in section:  # else no step was taken, and a budget may not have chosen
+    elif any(map(own, saved.values())) or "sharded" in section:  # else no step was taken, and a budget may not have chosen
         line = take_named(builder, state, section["options"])
     taken = matched(saved_groups, groups)
     values = _group_values(taken)
     params = [p for g in groups for p in g["params"]]
     index = [i for g in taken for i in g["params"]]
-    entries = {p: saved[i] for i, p in zip(index, params, strict=True) if i in saved}
+    positions = dict(zip(index, params, strict=True))
+    entries, others = _divided({positions.get(key, key): entry for key, entry in saved.items()}, set(params), builder)
     stub = (section or {}).get("sharded")
     if section is not None:
         with_window = section["options"].get("save_window", True)
@@ -138,7 +142,7 @@ def _load(
         else:
             check_numbers(saved_groups, (section or {}).get("numbered", range(len(taken))), taken, groups)
             trained = [p for i, p in zip(index, params, strict=True) if i in stub.get("trained", [])]
-            _thaw(trained, state)
+            _thaw(trained, builder, state)
             saving = Saving(builder.prepare(groups, state), state)
             saving.load_folder(Path(folder), with_window, stub.get("errors", 0))
             _warn_without_window(saving, with_window, builder.name)
@@ -149,6 +153,9 @@ def _load(
     else:  # a fresh optimizer's
         state.clear()
         builder.forget()
+    keep_only(own, state, builder.names)
+    for key, entry in others.items():
+        state[key] = {**state.get(key, {}), **entry} if isinstance(key, Tensor) else entry
     if builder.setup is not None:
         builder.setup.last = None
         builder.setup.listen_anew()
@@ -176,7 +183,7 @@ def _load_entries(
     named: bool,
 ) -> None:
     try:
-        _thaw(entries, state)
+        _thaw(entries, builder, state)
         saving = Saving(builder.prepare(groups, state), state)
         saving.check([(label(i, groups), p) for i, p in enumerate(params)], entries, with_window)
         saving.load(entries)
@@ -199,6 +206,35 @@ def _warn_without_window(saving: Saving, with_window: bool, name: str) -> None:
     )
 
 
-def _thaw(trained: Iterable[Tensor], state: State) -> None:
+def _thaw(trained: Iterable[Tensor], builder: Builder, state: State) -> None:
     """Let parameters that were frozen after they had been trained count as trained: they have state too."""
-    state.update({p: {} for p in trained if p not in state and not p.requires_grad})
+    builder.thawed = {p for p in trained if not p.requires_grad}
+    for p in builder.thawed:
+        state.setdefault(p, {})
+
+
+def _divided(saved: Mapping[Any, Any], params: Container[Any], builder: Builder) -> tuple[dict[Tensor, Any], dict[Any, Any]]:
+    """Divide a saved state into entries of ours, by parameter, and what wrappers keep there, on the parameters' devices."""
+    entries, others = {}, {}
+    for key, entry in saved.items():
+        if key not in params:
+            if not isinstance(key, int):
+                others[key] = entry
+        elif not isinstance(entry, Mapping):
+            entries[key] = entry
+        else:
+            known = {name for name in entry if is_own(name, builder.names)}
+            if known or not entry:
+                entries[key] = {name: entry[name] for name in known}
+            if len(known) < len(entry):
+                others[key] = {name: _on(value, key.device) for name, value in entry.items() if name not in known}
+    return entries, others
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """Put the tensors of a wrapper's entry on a device, as torch does; their dtypes stay."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) is dict:
+        return {key: _on(part, device) for key, part in value.items()}
+    return type(value)(_on(part, device) for part in value) if type(value) in (list, tuple) else value

@@ -55,6 +55,10 @@ class Method(Protocol):
         """Take a step: everything changes, or nothing but the count of refused steps."""
         ...
 
+    def mend(self, setup: Setup, options: Any) -> None:
+        """Make what is computed from the state fit it, after others have written to it."""
+        ...
+
     def remarks(self, setup: Setup, options: Any, given: Container[str]) -> list[str]:
         """Say what the method has chosen by shapes and devices, in lines for the log; `given`: options that the user gave."""
         ...

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
+import itertools
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.fsdp2 import is_sharded, problem
+from ..distributed.placement import Placement
 from ..options import OTHER_NAMES, OptionError, ParamGroupOptions, build, field_types
 
 # Key of a parameter group: its place in the order in which parameters are numbered, if that is not the order of the groups.
@@ -37,12 +41,11 @@ def checked_params(params: Any, name: str) -> Any:
     return params
 
 
-def checked_group(group: Any, others: Sequence[dict[str, Any]], options_type: type, name: str) -> dict[str, Any]:
+def checked_group(group: Any, options_type: type, name: str) -> dict[str, Any]:
     """Check a parameter group, and give it with typed values.
 
     Args:
         group: as the user gives it.
-        others: the groups so far.
         options_type: the optimizer's options, none of which a group may set.
         name: of the optimizer's class.
 
@@ -61,12 +64,24 @@ def checked_group(group: Any, others: Sequence[dict[str, Any]], options_type: ty
     checked = build(ParamGroupOptions, given, name)
     params = checked_params(group["params"], name)
     if not isinstance(params, Tensor | set):  # torch refuses a set, with a good message
-        params = list({id(_tensor(entry)): entry for entry in params}.values())  # tied weights once
+        params = list(params)
+        once = {id(_tensor(entry)): entry for entry in params}
+        if len(once) < len(params):
+            warnings.warn(
+                f"{name}: a parameter group with duplicate parameters; each is counted once", stacklevel=levels_to_caller()
+            )
+        params = list(once.values())
         for p in map(_tensor, params):
             if isinstance(p, Tensor) and p.requires_grad:  # what is no tensor is torch's to refuse
                 refuse_parameter(p, name)
-        params = _named_alike(params, others)
     return {**group, **{k: getattr(checked, k) for k in given}, "params": params}
+
+
+def check_rate(groups: list[dict[str, Any]], name: str) -> None:
+    """Raise OptionError, and drop the last group, where neither it nor the optimizer was given a learning rate."""
+    if groups[-1]["lr"] is None:
+        del groups[-1]
+        raise OptionError(f"lr: a value is needed, {name} has none, and neither has its parameter group {len(groups)}")
 
 
 def refuse_parameter(p: Tensor, name: str) -> None:
@@ -99,6 +114,25 @@ def refuse_without_numbers(p: Tensor, name: str) -> None:
         )
 
 
+def agree(name: str, options: Any, placement: Placement, trained: Iterable[tuple[int, Sequence[Tensor]]]) -> None:
+    """Raise OptionError on every process where one has another class, other options or other parameters.
+
+    Args:
+        name, options: of the optimizer.
+        placement: whose processes have to agree.
+        trained: index of each group, and its parameters.
+    """
+    mine = [f"class {name}"]
+    mine += [f"{option}={value!r}" for option, value in dataclasses.asdict(options).items()]
+    for i, params in trained:
+        mine += [f"group {i}: a parameter {tuple(p.shape)} {p.dtype}" for p in params]
+    everybody = placement.gather(mine)
+    for rank, theirs in enumerate(everybody):
+        for a, b in itertools.zip_longest(everybody[0], theirs, fillvalue="no more parameters"):
+            if a != b:
+                raise OptionError(f"the processes do not train the same: rank 0 has {a}, rank {rank} has {b}")
+
+
 def levels_to_caller() -> int:
     """Count the frames up to the first one outside of torch and of this package, for `warnings.warn(stacklevel=...)`."""
     frame, level = inspect.currentframe(), 0
@@ -128,16 +162,6 @@ def _meant(key: str, valid: Iterable[str], options: Iterable[str]) -> str | None
     # max_momentum and base_momentum are a schedule's.
     near = difflib.get_close_matches(str(key).lower(), options, n=1, cutoff=0.75)
     return near[0] if near and not str(key).endswith(f"_{near[0]}") and not str(key).startswith(f"{near[0]}_") else None
-
-
-def _named_alike(params: list[Any], others: Sequence[dict[str, Any]]) -> list[Any]:
-    """Give `params` as (name, tensor) pairs or as tensors, as the groups so far: torch refuses a mixture."""
-    if not others or not params:
-        return params
-    if "param_names" not in others[0]:
-        return [_tensor(entry) for entry in params]
-    number = len(others)
-    return [e if isinstance(e, tuple) else (f"group{number}.{i}", e) for i, e in enumerate(params)]
 
 
 def _tensor(entry: Any) -> Any:

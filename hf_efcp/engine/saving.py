@@ -18,10 +18,15 @@ from torch import Tensor
 from ..core.cells import Spec
 from ..distributed.placement import Specs
 from ..options import OptionError
+from .entries import State as OptimizerState
+from .entries import foreign, keep_only, own
+from .matching import take_order_out
 from .setup import Setup
 
 if TYPE_CHECKING:
     from ..distributed.folder import Part
+    from .builder import Builder
+    from .method import Group
 
 FORMAT = 1
 # Name of the folder of the shards in a checkpoint of Trainer or Accelerate.
@@ -43,10 +48,20 @@ class Saving:
         self.setup, self.placement = setup, setup.placement
         self.state = state
 
-    def outer(self, p: Tensor, with_window: bool) -> dict[str, Any]:
-        """Copy the state of p for `state_dict`, without the window where `with_window` is false; DTensors where p is one."""
+    @classmethod
+    def of(cls, builder: Builder, state: Mapping[Tensor, State]) -> Saving | None:
+        """Give the state of an optimizer; None: nothing is built of it yet."""
+        return None if builder.setup is None else cls(builder.setup, state)
+
+    def outer(self, p: Any, with_window: bool) -> Any:
+        """Copy the state of p for `state_dict`, without the window where `with_window` is false; DTensors where p is one.
+
+        What is not ours is given as it is.
+        """
         specs = self.setup.specs.get(p, {})
         entry = copies(self.state[p], specs, with_window)
+        if not specs:
+            return entry
         return {name: self.placement.outer(t, specs[name], p) if name in specs else t for name, t in entry.items()}
 
     def stub(self, optimizer_id: int, params: Sequence[Tensor]) -> dict[str, Any]:
@@ -60,7 +75,7 @@ class Saving:
             `origin`: from which process, optimizer and step it is; `trained`: positions of the parameters with state;
             `errors`: of how many processes it has errors, with comm="factors".
         """
-        trained = [i for i, p in enumerate(params) if p in self.state]
+        trained = [i for i, p in enumerate(params) if p in self.setup.specs]
         origin = f"{os.getpid()}/{optimizer_id}/{int(self.setup.counters.step)}"
         stub: dict[str, Any] = {"processes": self.placement.size, "origin": origin, "trained": trained}
         return {**stub, "errors": self.placement.size} if self._has_own_errors else stub
@@ -101,7 +116,9 @@ class Saving:
         """
         for label, p in params:
             specs = self.setup.specs.get(p, {}).values()
-            _check_entry(label, {s.name: s for s in specs if with_window or not s.window}, entries.get(p, {}))
+            entry = entries.get(p, {})
+            ours = own(entry, self.setup.specs.get(p, {})) if isinstance(entry, Mapping) else entry
+            _check_entry(label, {s.name: s for s in specs if with_window or not s.window}, ours)
 
     def load(self, entries: Mapping[Tensor, State]) -> None:
         """Copy what this process holds of the entries, which have been checked, into the state."""
@@ -112,10 +129,10 @@ class Saving:
 
     def start_without_window(self) -> None:
         """Empty the window after a load without one; and the residuals' running means, which count steps as the window does."""
-        for p, entry in self.state.items():
-            for name, spec in self.setup.specs[p].items():
-                if (spec.window or spec.kind == "residual") and name in entry:
-                    entry[name].zero_()
+        for p, specs in self.setup.specs.items():
+            for name, spec in specs.items():
+                if (spec.window or spec.kind == "residual") and name in self.state[p]:
+                    self.state[p][name].zero_()
 
     @property
     def _has_own_errors(self) -> bool:
@@ -181,8 +198,35 @@ class Saving:
         return means
 
 
-def copies(entry: State, specs: Specs, with_window: bool) -> dict[str, Any]:
+def complete(saved: dict[str, Any], builder: Builder, groups: Sequence[Group], state: OptimizerState, number: int) -> None:
+    """Complete what torch's `state_dict` gives: copies in place of the entries, and class and options.
+
+    Args:
+        saved: as torch gives it, changed in place.
+        builder: of the optimizer.
+        groups: its parameter groups.
+        state: its state.
+        number: tells the optimizers of a process apart.
+    """
+    saved["efcp"] = section(builder.name, builder.options) | {"numbered": take_order_out(saved["param_groups"])}
+    with_window, saving = getattr(builder.options, "save_window", True), Saving.of(builder, state)
+    keys = dict(zip(saved["state"], state, strict=True))
+    if saving is None:
+        specs = builder.specs(groups, state, builder.options)
+        saved["state"] = {i: copies(state[key], specs.get(key, {}), with_window) for i, key in keys.items()}
+    elif saving.placement.apart:
+        kept = dict(state)
+        keep_only(foreign, kept, builder.names)
+        saved["state"] = {i: kept[key] for i, key in keys.items() if key in kept}
+        saved["efcp"]["sharded"] = saving.stub(number, [p for g in groups for p in g["params"]])
+    else:
+        saved["state"] = {i: saving.outer(key, with_window) for i, key in keys.items()}
+
+
+def copies(entry: Any, specs: Specs, with_window: bool) -> Any:
     """Copy an entry's tensors, since a view would drag its stack along; those of the window where `with_window`."""
+    if not isinstance(entry, Mapping):  # not ours
+        return entry
     kept = {name: t for name, t in entry.items() if name not in specs or with_window or not specs[name].window}
     return {name: t.clone() if name in specs else t for name, t in kept.items()}
 

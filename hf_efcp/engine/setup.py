@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..distributed.fsdp2 import local_gradient
 from ..distributed.placement import Placement, Specs
 from ..distributed.plan import Owners
 from ..options import OptionError
+from .entries import Watch
 from .parameters import levels_to_caller
 
 # Name of the learning rate in groups, as a number on the device: a CUDA graph reads it there.
@@ -35,8 +36,12 @@ class Setup:
         placement: which processes train together, and what this one holds.
         owners: who holds which rows of each parameter's state.
         specs: the state of each parameter as one process has it, with what it holds for all of them.
+        make: makes stacks, factors and counters.
         stacks, factors: batches of the parameters; those whose factors are made during backward (comm="factors").
         counters: of steps; a window method's Gram matrix.
+        names: of the entries that this process holds for each parameter.
+        watch: of the entries as they were handed out; None: they are not in the state yet.
+        released: whether stacks and factors are gone, because the state is elsewhere.
         last: coefficients of the last accepted step, for diagnostics.
         size: the sum of S_i^2 over the coordinates that had a gradient in the last step; without a metric, their number.
         rest: |S u|^2 of the update's part outside of the window.
@@ -49,9 +54,7 @@ class Setup:
     placement: Placement
     owners: dict[Tensor, Owners]
     specs: dict[Tensor, Specs]
-    stacks: Sequence[Any]
-    factors: Sequence[Any]
-    counters: Any
+    make: Callable[[], tuple[Sequence[Any], Sequence[Any], Any]]
     last: Tensor | None = None
     size: Tensor | float = 0.0
     rest: Tensor | float = 0.0
@@ -59,8 +62,26 @@ class Setup:
 
     def __post_init__(self) -> None:
         self._idle = 0
+        self.watch: Watch | None = None
+        self.renew()
+        self.names = {p: tuple(entry) for p, entry in self.views().items()}
         self.dtype = torch.float64 if {compute_dtype(p) for p in self.params} == {torch.float64} else torch.float32
         self.listen_anew()
+
+    def renew(self) -> None:
+        """Make stacks, factors and counters."""
+        self.stacks, self.factors, self.counters = self.make()
+        self.released = False
+
+    def release(self) -> None:
+        """Let go of the state's memory."""
+        self.stacks, self.factors, self.released = (), (), True
+        self.counters.release()
+
+    def note(self) -> None:
+        """Take the state for known: only this package has written to it."""
+        if self.watch is not None:
+            self.watch.note(self)
 
     def coordinates(self) -> int:
         """Count d, the coordinates of all tensors that have a gradient in this step, on all processes."""

@@ -180,6 +180,9 @@ class Tensorwise:
         layout = Layout.of(pieces[0].param)
         return TensorStack(pieces, index, self.specs(layout, group, options, flat), self.rule(layout, group), total)
 
+    def mend(self, setup: Setup, options: Any) -> None:
+        """See Method: nothing is computed from the state."""
+
     def remarks(self, setup: Setup, options: Any, given: Container[str]) -> list[str]:
         """See Method."""
         return []

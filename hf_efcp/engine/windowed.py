@@ -15,6 +15,7 @@ from ..core.cells import Layout, Parts, Spec, matrix_shape
 from ..core.compressors import Identity
 from ..core.deferred import masked
 from ..core.gram import GramMatrix
+from ..core.linalg import ieee_matmul
 from ..kernels.devices import kind
 from .apply import Rest, apply
 from .costs import Count
@@ -252,6 +253,35 @@ class Windowed:
                 s.apply(_coefficients_of(c, s, o.scope), _coefficients_of(rest.weight, s, o.scope), groups[s.group], o)
         setup.finish(c, ok, size, (rest.weight.square() * rest.square).sum())
     # fmt: on
+
+    def mend(self, setup: Setup, options: Any) -> None:
+        """See Method: without its K or its step a window is empty; and K is that of the entries, where one process has them."""
+        gram, windows = setup.counters, [s for s in setup.stacks if s.pieces]
+        started = bool(gram.step > 0)
+        gone = ~gram.matrix.flatten(1).any(1) if started else torch.ones_like(gram.matrix[:, 0, 0], dtype=torch.bool)
+        if bool(gone.any()):
+            gram.matrix[gone] = 0
+            for s in windows:
+                empty = _coefficients_of(gone, s, options.scope)
+                for spec in s.specs.values():
+                    if spec.window or (spec.kind == "residual" and not started):  # a running mean counts steps as the window does
+                        s.buffers[spec.name][empty] = 0
+        if started and setup.placement.alone:
+            filled = int(gram.filled)
+            newest = (int(gram.step) - 1) % gram.window_size
+            if not gram.agrees(newest, self._row(setup, newest, options)):
+                for slot in range(filled):
+                    gram.put(slot, self._row(setup, slot, options))
+
+    def _row(self, setup: Setup, slot: int, options: Any) -> Tensor:
+        """Form a row of K, (groups, m) fp64, from the entries as they are stored."""
+        gram, dots = setup.counters, []
+        with ieee_matmul(gram.step.device):
+            for s in setup.stacks:
+                s.window.staged = s.window.stored(slot)
+                dots.append(s.window.dots(torch.tensor([slot], device=s.device)))
+                s.window.release()
+        return _new_row(setup.stacks, dots, gram, options.scope)
 
     def remarks(self, setup: Setup, options: Any, given: Container[str]) -> list[str]:
         """See Method: the rank of small matrices, if they are more than a classification head; a product that stays in fp32."""

@@ -246,9 +246,12 @@ def test_groups_of_a_plain_optimizer_can_be_left_whole():
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_group_without_names_joins_one_with_names(named):
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, hf_efcp.LowRankMFAC])
+def test_groups_have_names_all_or_none(cls, named):
     model, new = nn.Linear(4, 4), nn.Parameter(torch.ones(3, 3))
-    optimizer = hf_efcp.LowRankMFAC(model.named_parameters() if named else model.parameters(), lr=0.1)
-    optimizer.add_param_group({"params": [new if named else ("new", new)]})
+    optimizer = cls(model.named_parameters() if named else model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="groups should be with/without names"):
+        optimizer.add_param_group({"params": [new if named else ("new", new)]})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [("new", new) if named else new]})
     assert optimizer.param_groups[1]["params"] == [new]
-    assert optimizer.param_groups[1].get("param_names") == (["group1.0"] if named else None)

@@ -1,0 +1,242 @@
+"""`optimizer.state` is what it says: its entries own the memory, and what somebody puts in their place counts.
+
+A setup's stacks and counters have buffers, and the entries are views of them. The setup knows the entries by a `Watch`: a step
+and `state_dict` compare them with those that are there. One that was replaced, moved, zeroed or removed is taken over by
+`adopt`. The watch holds the entries weakly: where most of them are gone, because somebody keeps the state elsewhere for a while,
+the setup lets go of its buffers too, and fills new ones from the state at the next step.
+
+What is not ours, of wrappers such as Lookahead, schedule-free or TRAC, stays as it is: any value under any other name or key.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Container, Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..distributed.fsdp2 import is_sharded, local
+from ..options import OptionError
+
+if TYPE_CHECKING:
+    from .setup import Setup
+
+State = MutableMapping[Any, Any]
+
+# Names that entries of state may have under some options, and whole families of them; a method's others are in its specs.
+_NAMES = frozenset(("error", "error_scale", "residual", "residual_scale", "momentum", "momentum_scale", "warm_start"))
+_NAMES |= {"gram", "step", "skipped", "exp_avg", "exp_avg_sq"}
+_FAMILIES = ("window_", "metric_")
+
+
+def is_own(name: Any, known: Container[Any] = ()) -> bool:
+    """Tell whether an entry is of a kind of ours, under the present options or under others; `known`: names in the specs."""
+    return isinstance(name, str) and (name in known or name in _NAMES or name.startswith(_FAMILIES))
+
+
+def own(entry: Any, known: Container[Any] = ()) -> dict[str, Any]:
+    """Give what is ours of what the state has under a key."""
+    return {name: value for name, value in entry.items() if is_own(name, known)} if isinstance(entry, Mapping) else {}
+
+
+def foreign(entry: Any, known: Container[Any] = ()) -> Any:
+    """Give what is not ours of what the state has under a key; all of it, where it is no dict."""
+    return {name: value for name, value in entry.items() if not is_own(name, known)} if isinstance(entry, Mapping) else entry
+
+
+def keep_only(part: Callable[[Any, Container[Any]], Any], state: State, known: Container[Any] = ()) -> None:
+    """Drop from a state all but `own` or all but `foreign` entries."""
+    kept = {key: part(entry, known) for key, entry in state.items() if isinstance(key, Tensor)}
+    kept = {key: entry for key, entry in kept.items() if not (isinstance(entry, dict) and not entry)}
+    others = {} if part is own else {key: entry for key, entry in state.items() if not isinstance(key, Tensor)}
+    state.clear()
+    state.update({**kept, **others})
+
+
+class Watch:
+    """The entries as they were handed out, to compare with those that are there.
+
+    Args:
+        state: of the optimizer; the entries are in it.
+        setup: whose buffers they are views of.
+        gone: is called once, when more than half of the entries' bytes are held by nobody any more.
+    """
+
+    def __init__(self, state: State, setup: Setup, gone: Callable[[], None]):
+        self._names = [_getter(names) for names in setup.names.values()]
+        entries = self._entries(state)
+        self._ids, self._places = list(map(id, entries)), list(map(Tensor.data_ptr, entries))
+        self._left, self._gone = sum(t.nbytes for t in entries) // 2, gone
+        me = weakref.ref(self)
+        self._known = [weakref.ref(t, partial(_tell, me, t.nbytes)) for t in entries]
+        self.note(setup)
+
+    def lose(self, size: int) -> None:
+        """Count the bytes of an entry that nobody holds any more."""
+        before, self._left = self._left, self._left - size
+        if before >= 0 > self._left:
+            self._gone()
+
+    def holds(self, state: State) -> bool:
+        """Tell whether every entry is the one that was handed out, with its memory where it was."""
+        try:
+            entries = self._entries(state)
+            # An id may be that of a younger object only where an entry is gone, and then its memory is elsewhere.
+            return list(map(id, entries)) == self._ids and list(map(Tensor.data_ptr, entries)) == self._places
+        except (KeyError, TypeError):  # one is missing, or something else is in its place
+            return False
+
+    def _entries(self, state: State) -> list[Tensor]:
+        """Give the entries. Parameters come first, in their order, and no key is looked up: hashing a tensor takes a while."""
+        return [t for names, entry in zip(self._names, state.values(), strict=False) for t in names(entry)]
+
+    def note(self, setup: Setup) -> None:
+        """Take the entries' numbers for known: only this package has written them."""
+        self._versions = _versions(setup)
+
+    def written(self, setup: Setup) -> bool:
+        """Tell whether somebody may have written into an entry since."""
+        return self._versions != _versions(setup)
+
+
+def _getter(names: Sequence[str]) -> Callable[[Any], Sequence[Tensor]]:
+    if not names:  # of a parameter whose state is on other processes
+        return lambda entry: ()
+    return operator.itemgetter(*names) if len(names) > 1 else operator.itemgetter(*names, *names)
+
+
+def _tell(watch: weakref.ref[Watch], size: int, _: Any) -> None:
+    if (there := watch()) is not None:
+        there.lose(size)
+
+
+def _versions(setup: Setup) -> list[int]:
+    buffers = [t for s in setup.stacks for t in s.buffers.values()]  # others are written during backward
+    return [t._version for t in (*buffers, *setup.counters.entries(0).values())]
+
+
+def _buffers(setup: Setup) -> list[Tensor]:
+    stacks = (*setup.stacks, *setup.factors)
+    return [*(t for s in stacks for t in s.buffers.values()), *setup.counters.entries(0).values()]
+
+
+def adopt(state: State, setup: Setup, of_all: set[str], built: bool) -> bool:
+    """Make the setup's buffers the state, with what the state has; entries that are missing start anew.
+
+    Args:
+        state: of the optimizer.
+        setup: for the present parameters.
+        of_all: names of the entries that the first parameter holds for all of them.
+        built: whether the setup has just been built, perhaps for parameters that have changed.
+
+    Returns:
+        Whether the state had anything of ours.
+
+    Raises:
+        OptionError: an entry is none of these parameters. The state then is as it was.
+    """
+    params, views = setup.params, setup.views()
+    names = {name for entry in views.values() for name in entry}
+    old = {p: own(state[p], names) for p in params if p in state}
+    holder = next((entry for entry in old.values() if of_all & entry.keys()), None)
+    if holder is not None:  # the first parameter may be another one now
+        moved = {name: holder.pop(name) for name in sorted(of_all & holder.keys())}
+        old[params[0]] = old.get(params[0], {}) | moved
+    for number, p in enumerate(params):
+        if not isinstance(state.get(p, {}), MutableMapping):
+            raise OptionError(f"optimizer.state of parameter {number} is of type {type(state[p]).__name__}, not a dict")
+        for name, value in old.get(p, {}).items():
+            if problem := _problem(value, views[p].get(name)):
+                raise OptionError(_changed(p, old[p]) if built else f"optimizer.state of parameter {number}: {name} {problem}")
+    inside = set() if built else {t.untyped_storage().data_ptr() for t in _buffers(setup)}
+    for p, entry in old.items():
+        for name, value in entry.items():
+            entry[name] = value = local(value) if is_sharded(value) else value
+            if _same(value, views[p][name]):
+                views[p][name] = value
+            elif value.untyped_storage().data_ptr() in inside:  # two that were exchanged
+                entry[name] = value.clone()
+    for p in params:
+        for name, view in views[p].items():
+            value = old.get(p, {}).get(name)
+            if value is None and not built:
+                view.fill_(setup.specs[p][name].start)
+            elif value is not None and value is not view:
+                view.copy_(value)
+    _put(state, views, names)
+    return any(old.values())
+
+
+def fill(state: State, setup: Setup) -> None:
+    """Put what is missing into the state of a setup that has let go of its buffers."""
+    for number, p in enumerate(setup.params):
+        entry = state.setdefault(p, {})
+        for name in setup.names[p]:
+            spec = setup.specs[p][name]
+            shape = spec.part(p, setup.owners[p].get(setup.placement.rank))
+            if name not in entry:
+                entry[name] = torch.full(shape, spec.start, dtype=spec.dtype, device=p.device)
+            elif problem := _problem(entry[name], torch.empty(shape, dtype=spec.dtype, device="meta")):
+                raise OptionError(f"optimizer.state of parameter {number}: {name} {problem}")
+
+
+def unstacked(state: State, known: Container[Any]) -> defaultdict[Any, Any]:
+    """Give a state whose entries of ours are copies, as a view would drag its stack along."""
+    copied: defaultdict[Any, Any] = defaultdict(dict)
+    for key, entry in state.items():
+        mine = (
+            {name: t.clone() for name, t in own(entry, known).items() if isinstance(t, Tensor)} if isinstance(key, Tensor) else {}
+        )
+        copied[key] = {**entry, **mine} if mine else entry
+    return copied
+
+
+def move(state: State, setup: Setup, device: torch.device) -> None:
+    """Put copies of a setup's entries on another device into the state."""
+    for p, names in setup.names.items():
+        for name in names:
+            if name in state.get(p, {}):
+                state[p][name] = state[p][name].to(device)
+
+
+def _put(state: State, views: Mapping[Tensor, dict[str, Tensor]], names: set[str]) -> None:
+    """Put the views into the state; its dicts stay the same objects, and what is not ours stays in them."""
+    entries = {p: state.get(p, {}) for p in views}
+    for p, entry in entries.items():
+        others = foreign(entry, names)
+        entry.clear()
+        entry.update({**views[p], **others})
+        state.pop(p, None)
+    keep_only(foreign, state, names)
+    others = dict(state)
+    state.clear()
+    state.update({**entries, **others})
+
+
+def _problem(value: Any, view: Tensor | None) -> str | None:
+    """Say why a value cannot be an entry; None: it can."""
+    if view is None:
+        return "is unexpected under the present options"
+    if not isinstance(value, Tensor):
+        return f"is of type {type(value).__name__}, not a tensor"
+    there = local(value)
+    alike = there.dtype == view.dtype or (there.is_floating_point() and view.is_floating_point())
+    if there.shape != view.shape or not alike:
+        return f"is {tuple(there.shape)} {there.dtype}, and has to be {tuple(view.shape)} {view.dtype}"
+    return None
+
+
+def _changed(p: Tensor, entry: Mapping[str, Any]) -> str:
+    return (
+        f"a parameter is now {tuple(p.shape)} {p.dtype}, and its state of {sorted(entry)} does not fit it any more: "
+        "make a new optimizer"
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.stride(), a.dtype, a.device) == (b.data_ptr(), b.stride(), b.dtype, b.device)
