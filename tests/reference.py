@@ -50,6 +50,11 @@ def known_to(name, options):
     return {option: value for option, value in options.items() if option in {*info(name).options(), *_OF_ALL}}
 
 
+def args_known_to(name, optim_args):
+    """The same for --optim_args as text."""
+    return ",".join(pair for pair in optim_args.split(",") if pair and known_to(name, {pair.partition("=")[0]: None}))
+
+
 def make(name, params, **options):
     """The optimizer `name` with lossy compression, unless the options say otherwise; a method without one of them ignores it."""
     return info(name).cls(params, **{"lr": 1.0, **lossy_options(name), **known_to(name, options)})

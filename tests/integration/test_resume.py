@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 import hf_efcp
 from hf_efcp.registry import get_optimizer_info
 from tests.optim.helpers import count, differences, snapshot
-from tests.reference import known_to
+from tests.reference import args_known_to
 
 NAMES = hf_efcp.list_optimizers()
 few_names = pytest.mark.parametrize("name", ["efcp_lowrank_mfac", "efcp_sparse_ggt"])
@@ -32,7 +32,7 @@ def make_trainer(make_args, tiny_bert, token_data, tmp_path):
         arguments = {
             "output_dir": str(tmp_path / folder),
             "optim": name,
-            "optim_args": ",".join(f"{k}={v}" for k, v in known_to(name, {"window_size": 4, "momentum": 0.5}).items()),
+            "optim_args": args_known_to(name, "window_size=4,momentum=0.5"),
             "learning_rate": 3e-3,
             "weight_decay": 0.01,
             "max_steps": STEPS,

@@ -7,16 +7,21 @@ from transformers import Trainer
 
 import hf_efcp
 from hf_efcp.registry import get_optimizer_info
+from tests.reference import args_known_to, info
 
 by_name = pytest.mark.parametrize("name", hf_efcp.list_optimizers())
 
 
 @by_name
 def test_training_lowers_the_loss(name, make_args, tiny_bert, token_data):
+    options = args_known_to(name, "window_size=8,momentum=1e-3")
+    if info(name).compression == "sparse" and not info(name).windowed:
+        options += ",density=0.1"  # a coordinate moves only where it is kept: not once in 40 steps
+
     def run(learning_rate):
         args = make_args(
             optim=name,
-            optim_args="window_size=8,momentum=1e-3",
+            optim_args=options,
             learning_rate=learning_rate,
             weight_decay=0.01,
             max_steps=40,
@@ -38,7 +43,8 @@ def test_training_lowers_the_loss(name, make_args, tiny_bert, token_data):
 
     optimizer = trainer.optimizer.optimizer
     assert type(optimizer) is get_optimizer_info(name).cls
-    assert (optimizer.options.window_size, optimizer.options.momentum) == (8, 1e-3)
+    assert getattr(optimizer.options, "window_size", 8) == 8
+    assert getattr(optimizer.options, "momentum", 1e-3) == 1e-3
     decay = {(group["kind"], group["weight_decay"]) for group in optimizer.param_groups}
     assert decay == {("embedding", 0.01), ("matrix", 0.01), ("vector", 0.0)}
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
