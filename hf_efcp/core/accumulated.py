@@ -197,10 +197,12 @@ class DenseEntry(Entry):
         decay: float,
         accepted: bool | Tensor,
     ) -> bool:
-        """See Entry. One row c is of rank 1: c = 1 c. On a CPU, torch is faster where e needs no rounding."""
+        """See Entry. On a CPU, one row c is of rank 1: c = 1 c, and torch is faster where e needs no rounding."""
         (c,) = self.parts
+        if kind(c.device) != "cpu":
+            return kernels.keep(error, gradients, (c,), rounding, absent, None, scale, decay, accepted)
         exact = error is not None and error[0].dtype == gradients[0].dtype
-        if c.shape[1] != 1 or (exact and kind(c.device) == "cpu"):
+        if c.shape[1] != 1 or exact:
             return False
         return kernels.keep(error, gradients, (c.new_ones(len(c), 1, 1), c), rounding, absent, None, scale, decay, accepted)
 
