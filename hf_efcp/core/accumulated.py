@@ -22,7 +22,7 @@ from .linalg import row_chunks, stacked
 if TYPE_CHECKING:
     from .compressors import BlockTopK
 
-# A dense entry of fewer rows, or columns, goes to the kernels as one of low rank.
+# A dense entry of fewer rows, or columns, goes to the CPU kernels as one of low rank.
 _THIN = 8
 
 
@@ -200,11 +200,13 @@ class DenseEntry(Entry):
         decay: float,
         accepted: bool | Tensor,
     ) -> bool:
-        """See Entry. A thin c has its shorter side as rank: c = I c or c I. On a CPU, torch is faster without rounding."""
+        """See Entry. On a CPU, a thin c has its shorter side as rank, c = I c or c I; without rounding torch is faster."""
         (c,) = self.parts
+        if kind(c.device) != "cpu":
+            return kernels.keep(error, gradients, (c,), rounding, absent, None, scale, decay, accepted)
         exact = error is not None and error[0].dtype == gradients[0].dtype
         shorter = min(c.shape[1:])
-        if shorter >= _THIN or (exact and kind(c.device) == "cpu"):
+        if shorter >= _THIN or exact:
             return False
         one = torch.eye(shorter, dtype=c.dtype, device=c.device).expand(len(c), -1, -1).contiguous()
         factors = (one, c) if c.shape[1] == shorter else (c.mT.contiguous(), one)

@@ -14,6 +14,7 @@ from ..kernels.constants import (
     BLOCK,
     EXPONENT_BIAS,
     EXPONENT_SHIFT,
+    FLOAT8_SCALE,
     INDEX_BITS,
     INT4_BITS,
     INT4_MASK,
@@ -23,6 +24,7 @@ from ..kernels.constants import (
     LARGEST_INT8,
     LARGEST_VALUE,
     LOWER_16_BITS,
+    NOT_FINITE,
     VALUE_BITS,
     VALUE_MASK,
     VALUE_ZERO,
@@ -174,26 +176,18 @@ def _unpack_codes(codes: Tensor, cols: int) -> Tensor:
     return torch.stack([codes & INT4_MASK, codes >> INT4_BITS], dim=-1).flatten(-2)[..., :cols]
 
 
-# Scaled so that the range of E4M3, 2^-9 ... 448, covers numbers up to 1.
-_FLOAT8_SCALE = 256.0
-
-
 def encode_float8(x: Tensor) -> Tensor:
     """x with |x| <= 1 as E4M3 (4 bits of exponent, 3 of mantissa), without a scale, in uint8.
 
     Down to 6e-5 a number is off by at most 1/16 of itself; below, by at most 4e-6. For orthonormal columns: nothing has to
     be known of the rest of a column, which may be on another process.
     """
-    return (x * _FLOAT8_SCALE).to(torch.float8_e4m3fn).view(torch.uint8)
+    return (x * FLOAT8_SCALE).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def decode_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """What `encode_float8` stored, exactly, in `dtype`."""
-    return codes.view(torch.float8_e4m3fn).to(dtype).mul_(1 / _FLOAT8_SCALE)
-
-
-# The scale of a block that holds a number that is not finite: all bits of the exponent.
-_NOT_FINITE = 255
+    return codes.view(torch.float8_e4m3fn).to(dtype).mul_(1 / FLOAT8_SCALE)
 
 
 class SparseCodec:
@@ -226,7 +220,7 @@ class SparseCodec:
         mantissa, exponent = torch.frexp(largest / LARGEST_VALUE)
         exponent = (exponent - (mantissa == 0.5).int()).clamp(1 - EXPONENT_BIAS, EXPONENT_BIAS)
         scales = torch.where(largest == 0, 0, exponent + EXPONENT_BIAS)
-        scales = torch.where(largest.isfinite(), scales, _NOT_FINITE).to(torch.uint8)
+        scales = torch.where(largest.isfinite(), scales, NOT_FINITE).to(torch.uint8)
         codes = (values / self._powers(scales, values.dtype)).round_().nan_to_num_(nan=0.0)
         codes = codes.clamp_(-LARGEST_VALUE, LARGEST_VALUE).int()
         return ((indices.int() << VALUE_BITS) | (codes + VALUE_ZERO)).to(torch.int16), scales

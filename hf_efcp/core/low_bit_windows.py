@@ -22,7 +22,7 @@ from .codecs import BlockQuantizer, SparseCodec, decode_float8, encode_float8
 from .compressors import BlockTopK
 from .linalg import chunks, room_bytes
 from .sparse_window import SparseWindow
-from .windows import DenseWindow, LowRankWindow, Window
+from .windows import DenseWindow, LowRankWindow, Weights, Window
 
 _INT8 = BlockQuantizer(8)
 
@@ -61,12 +61,28 @@ class LowBitDenseWindow(_Coded, DenseWindow):
     def stage(self, entry: Entry) -> None:
         """See Window. The entry, a copy of a = e + g, becomes the entry as stored."""
         (a,) = entry.parts
+        fast = kernels.encode(a, in_place=True)
+        if fast is not None:
+            self._codes, self.staged = fast[:2], DenseEntry(a)
+            return
         n, rows, cols = a.shape
         codes, scale = _INT8.zeros(n, rows, cols, scale_dtype=a.dtype, device=a.device)
         for part in chunks(rows, n * cols * 24, room_bytes(a.device)):
             codes[:, part], scale[:, part] = _INT8.encode(a[:, part])
             a[:, part] = _INT8.decode(codes[:, part], scale[:, part], cols)
         self._codes, self.staged = (codes, scale), DenseEntry(a)
+
+    def dots(self, j: Tensor) -> Tensor:
+        """See Window."""
+        codes, scale = self.buffers.values()
+        fast = kernels.dense_dots(codes, scale, self._parts[0], j)
+        return super().dots(j) if fast is None else fast
+
+    def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
+        """See Window."""
+        codes, scale = self.buffers.values()
+        fast = kernels.dense_combine(codes, scale, c.to(self.compute_dtype), rows or slice(0, codes.shape[2]))
+        return super().combine(c, rows) if fast is None else fast
 
     def _slots(self, slots: slice, rows: slice = ALL) -> Tensor:
         codes, scale = (buffer[:, slots, rows] for buffer in self.buffers.values())
@@ -94,12 +110,24 @@ class LowBitLowRankWindow(_Coded, LowRankWindow):
 
     def stage(self, entry: Entry) -> None:
         """See Window."""
-        p, (q, scale) = encode_float8(entry.parts[0]), _INT8.encode(entry.parts[1])
-        self._codes, self.staged = (p, q, scale), LowRankEntry(*self._decode(p, q, scale))
+        fast_p, fast_q = kernels.encode(entry.parts[0], float8=True), kernels.encode(entry.parts[1])
+        if fast_p is not None and fast_q is not None:
+            (p, _, left), (q, scale, right) = fast_p, fast_q
+        else:
+            p, (q, scale) = encode_float8(entry.parts[0]), _INT8.encode(entry.parts[1])
+            left, right = self._decode(p, q, scale)
+        self._codes, self.staged = (p, q, scale), LowRankEntry(left, right)
 
     def _factors(self, slots: slice, rows: slice = ALL) -> tuple[Tensor, Tensor]:
         p, q, scale = (buffer[:, slots] for buffer in self.buffers.values())
         return self._decode(p[..., rows], q, scale)
+
+    def _weighted(self, slots: slice, rows: slice, weights: Weights, sizes: Weights) -> tuple[Tensor, Tensor]:
+        p, q, scale = (buffer[:, slots] for buffer in self.buffers.values())
+        dtypes = self.compute_dtype, self.update_dtype
+        left = kernels.decode(p[..., rows], None, dtypes, weights[0], sizes[0])
+        right = None if left is None else kernels.decode(q, scale, dtypes, weights[1], sizes[1])
+        return super()._weighted(slots, rows, weights, sizes) if left is None or right is None else (left, right)
 
     def _decode(self, p: Tensor, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return decode_float8(p, self.compute_dtype), _INT8.decode(q, scale, q.shape[-1])
@@ -135,9 +163,12 @@ class LowBitSparseWindow(_Coded, SparseWindow):
 
     def stage(self, entry: Entry) -> None:
         """See Window."""
-        entries, scales = self.codec.encode(*entry.parts)
-        values = self.codec.decode(entries, scales, self.compute_dtype)[1]
-        self._codes, self.staged = (entries, scales), SparseEntry(entry.parts[0], values, self.grid)
+        indices, values = entry.parts
+        fast = kernels.encode_sparse(indices, values, self.grid.blocks, self.grid.cols)
+        if fast is None:
+            entries, scales = self.codec.encode(indices, values)
+            fast = entries, scales, self.codec.decode(entries, scales, self.compute_dtype)[1]
+        self._codes, self.staged = fast[:2], SparseEntry(indices, fast[2], self.grid)
 
     def _stored(self) -> kernels.Stored:
         return self.buffers["window_entries"], None, self.buffers["window_scale"]

@@ -19,6 +19,9 @@ from .cells import ALL, Buffers, Layout, Spec
 from .deferred import masked
 from .linalg import add_scaled_, chunk_bytes, chunks, inner, room_bytes
 
+# For P and Q each: what scales them, None: nothing.
+Weights = tuple[Tensor | None, Tensor | None]
+
 
 class Window:
     """What the formats share: staging and the ring.
@@ -189,9 +192,7 @@ class LowRankWindow(Window):
 
     def dots(self, j: Tensor) -> Tensor:
         """See Window."""
-        p, q = self._parts
-        window = self.buffers["window_p"], self.buffers["window_q"]
-        fast = kernels.factor_dots(window, (p, q), j) if p.dtype == window[0].dtype else None
+        fast = kernels.factor_dots(tuple(self.buffers.values()), self._parts, j)
         return super().dots(j) if fast is None else fast
 
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
@@ -263,14 +264,16 @@ class LowRankWindow(Window):
         """Give X (n, slots r, rows) and Y (n, slots r, cols) whose X^T Y make up rows `part` of u: some slots at a time."""
         rows, cols = part.stop - part.start, self.buffers["window_q"].shape[3]
         c, ends = c.to(self.compute_dtype), self.update_dtype
-        x, y = (None, None) if factors is None else (factors[0][:, part], factors[1])
+        sizes: Weights = (None, None) if factors is None else (factors[0][:, part], factors[1])
         for slots in self._slots_at_once(rows, cols):
-            left, right = self._factors(slots, part)
-            if rows <= cols:
-                left, right = self._scaled(left, c[:, slots], x), self._scaled(right, None, y)
-            else:
-                left, right = self._scaled(left, None, x), self._scaled(right, c[:, slots], y)
+            weights = (c[:, slots], None) if rows <= cols else (None, c[:, slots])
+            left, right = self._weighted(slots, part, weights, sizes)
             yield left.to(ends).flatten(1, 2), right.to(ends).flatten(1, 2)
+
+    def _weighted(self, slots: slice, rows: slice, weights: Weights, sizes: Weights) -> tuple[Tensor, Tensor]:
+        """Give P, of some rows of the matrix, and Q, each times c_i and diag(sizes): see `_scaled`."""
+        p, q = self._factors(slots, rows)
+        return self._scaled(p, weights[0], sizes[0]), self._scaled(q, weights[1], sizes[1])
 
     def _scaled(self, factor: Tensor, c: Tensor | None, sizes: Tensor | None) -> Tensor:
         """Give c_i * factor_i diag(sizes); rounded to bf16 where the product is in bf16 and a kernel can."""

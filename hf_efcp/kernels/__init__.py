@@ -38,8 +38,9 @@ class Held(list[Tensor]):
 
 # Length of a block, numbers kept in each, numbers kept in a shorter last one (0: there is none).
 Blocks = tuple[int, int, int]
-# A new entry. Sparse: int16 indices in the block and values, (n, rows, k). Low rank: p (n, r, rows) and q (n, r, cols).
-Entry = tuple[Tensor, Tensor]
+# A new entry. Sparse: int16 indices in the block and values, (n, rows, k). Low rank: p (n, r, rows) and q (n, r, cols). Where it
+# says so, dense: c (n, rows, cols).
+Entry = tuple[Tensor, ...]
 # A sparse window: int16 indices and values (n, rows, m, k), and None; or (`codecs.SparseCodec`) indices and values in one int16,
 # None, and uint8 scales (n, rows, m, blocks).
 Stored = tuple[Tensor, Tensor | None, Tensor | None]
@@ -81,6 +82,11 @@ _MODULES = {
     "factor_dots": {"cuda": "gpu_windows"},
     "store": {"cuda": "gpu_windows"},
     "scaled": {"cpu": "cpu_low_rank", "cuda": "gpu_windows"},
+    "decode": {"cuda": "gpu_windows"},
+    "encode": {"cuda": "gpu_codes"},
+    "encode_sparse": {"cuda": "gpu_codes"},
+    "dense_dots": {"cuda": "gpu_codes"},
+    "dense_combine": {"cuda": "gpu_codes"},
 }
 _NEEDS = {"cpu": "numba", "cuda": "triton"}
 # A piece of a whole model (DeepSpeed) is one longer row. The sparse kernels divide their work by rows.
@@ -127,7 +133,7 @@ def remember(state: Tensor, new: Tensor, alive: Tensor, accepted: bool | Tensor)
     return bool(_try("remember", new, state, new, alive, accepted))
 
 
-def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> Entry | None:
+def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> tuple[Tensor, Tensor] | None:
     """The largest magnitudes of every block of e + g: see `BlockTopK`."""
     return _try_sparse("top_k", gradients[0], gradients, error, blocks, scale)
 
@@ -180,7 +186,7 @@ def keep(
     Args:
         error: e.
         gradients: g.
-        entry: c: sparse where `blocks` are given, else low rank, c = p^T q.
+        entry: c: sparse where `blocks` are given, else low rank, c = p^T q; on a GPU perhaps dense.
         rounding: what the random numbers of stochastic rounding are counted by.
         absent: tensors whose error stays as it is.
         blocks: of a sparse entry.
@@ -237,11 +243,34 @@ def factor_dots(window: Entry, entry: Entry, j: Tensor) -> Tensor | None:
     """Inner products of a low-rank entry with a window's, (n, m) fp64; slot j, (1,) int64, counts as the entry itself.
 
     Args:
-        window: P (n, m, r, rows) and Q (n, m, r, cols).
-        entry: p (n, r, rows) and q (n, r, cols), in the same dtypes.
+        window: P (n, m, r, rows) and Q (n, m, r, cols); or codes of them, see `LowBitLowRankWindow`, and Q's scales.
+        entry: p (n, r, rows) and q (n, r, cols), in the same dtypes or, where the window is codes, in that of the scales.
         j: on the device.
     """
     return _try("factor_dots", entry[0], window, entry, j)
+
+
+def dense_dots(codes: Tensor, scales: Tensor, entry: Tensor, j: Tensor) -> Tensor | None:
+    """The same for entries in int8, see `LowBitDenseWindow`, and a new one (n, rows, cols) in the dtype of the scales."""
+    return _try("dense_dots", entry, codes, scales, entry, j)
+
+
+def dense_combine(codes: Tensor, scales: Tensor, c: Tensor, rows: slice) -> Tensor | None:
+    """Rows `rows` of G^T c for entries in int8 and c (n, m) in the dtype of the scales, (n, rows, cols)."""
+    return _try("dense_combine", codes, codes, scales, c, rows)
+
+
+def encode(x: Tensor, float8: bool = False, in_place: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Codes of x (..., cols), rounded to nearest, int8 and their scales; or uint8 and no scales where `float8`: `core.codecs`.
+
+    And the numbers that they stand for, like x; `in_place`: in place of x.
+    """
+    return _try("encode", x, x, float8, in_place)
+
+
+def encode_sparse(indices: Tensor, values: Tensor, blocks: Blocks, cols: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A sparse entry in 16 bits, its scales, and the values that it stands for: see `core.codecs.SparseCodec`."""
+    return _try("encode_sparse", values, indices, values, blocks, cols)
 
 
 def store(buffer: Tensor, entry: Tensor, dim: int, j: Tensor, accepted: bool | Tensor) -> bool:
@@ -252,6 +281,13 @@ def store(buffer: Tensor, entry: Tensor, dim: int, j: Tensor, accepted: bool | T
 def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None = None) -> Tensor | None:
     """c_i * factor_i diag(sizes) in bf16, for factors (n, m, r, length), c (n, m) and sizes (n, length): see `LowRankWindow`."""
     return _try("scaled", factor, factor, c, sizes)
+
+
+def decode(
+    codes: Tensor, scales: Tensor | None, out: tuple[torch.dtype, torch.dtype], c: Tensor | None, sizes: Tensor | None
+) -> Tensor | None:
+    """`scaled` for codes (n, m, r, length) of `encode`, and scales of int8; `out`: dtypes of the arithmetic and of the result."""
+    return _try("decode", codes, codes, scales, out, c, sizes)
 
 
 def add(

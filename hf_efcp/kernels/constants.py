@@ -24,6 +24,8 @@ INT4_ZERO = 8
 
 # --- `core.codecs.MinMaxQuantizer`: no bound is larger in magnitude, so that the distance of two is finite in fp32.
 LARGEST_BOUND = 2.0**126
+# --- `core.codecs.encode_float8`: a number times this is stored, so that the range of E4M3, 2^-9 ... 448, covers numbers up to 1.
+FLOAT8_SCALE = 256.0
 
 # --- `core.codecs.SparseCodec`: 16 bits, index << VALUE_BITS | code + VALUE_ZERO, with codes -LARGEST_VALUE ... LARGEST_VALUE.
 INDEX_BITS = 10
@@ -31,6 +33,8 @@ VALUE_BITS = 6
 VALUE_MASK = 63
 VALUE_ZERO = 32
 LARGEST_VALUE = 31
+# The scale of a block that holds a number that is not finite: all bits of the exponent.
+NOT_FINITE = 255
 
 # --- `core.random`: a hash of 32 bits, in 64-bit arithmetic.
 HASH_MULTIPLIER = 0x045D9F3B

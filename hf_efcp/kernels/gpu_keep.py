@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import Blocks, Entry, Error, Matrices, Rounding, Scale
 from .constants import BLOCK, LARGEST_INT4, LARGEST_INT8
+from .gpu_codes import quantized
 from .gpu_tools import (
     INT4,
     INT4_ZERO,
@@ -76,28 +77,6 @@ def _without_low_rank(a, p, q, t, row, col, down, across, rows, cols, RANK: tl.c
     return a
 
 
-@triton.jit
-def _divide(a, b):
-    """a / b for tensors, rounded to nearest as in torch: the operator is less exact in fp32."""
-    return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
-
-
-@triton.jit
-def _quantized(a, mask, random, LARGEST: tl.constexpr, LIMIT: tl.constexpr, TINY: tl.constexpr):
-    """Codes, int32, and scales (ROWS, 1) of a tile whose rows are runs: `core.codecs.BlockQuantizer.encode`."""
-    size = tl.where(mask, tl.abs(a), 0.0)  # outside, a kept number may have been subtracted
-    # A NaN would be lost among maxima.
-    largest = tl.max(tl.where(size < float("inf"), size, float("inf")), 1)[:, None]
-    finite = largest < float("inf")
-    scale = _divide(largest, tl.full(largest.shape, LARGEST, largest.dtype))
-    scale = tl.where(scale > LIMIT, LIMIT, scale)
-    scale = tl.where(scale < TINY, 0.0, scale)
-    code = tl.floor(_divide(a, tl.where(scale == 0, 1.0, scale)) + random)
-    code = tl.where(finite, code, 0.0)
-    code = tl.minimum(tl.maximum(code, -LARGEST), LARGEST)
-    return code.to(tl.int32), tl.where(finite, scale, float("nan"))
-
-
 @triton.jit(do_not_specialize=["row_0", "col_0"])
 def _keep(
     table, like, error, scales, left, right, one, two, accepted, step, salts, rows, cols, row_0, col_0,
@@ -106,7 +85,10 @@ def _keep(
     SPARSE: tl.constexpr, IN_ONE: tl.constexpr, LARGEST: tl.constexpr, LIMIT: tl.constexpr, TINY: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A program a tile. `one` and `two` are indices and values where SPARSE, at most MANY a block; else p and q, of rank MANY."""
+    """A program a tile. `one` and `two` are indices and values where SPARSE, at most MANY a block; else p and q, of rank MANY.
+
+    Of rank 0, both are c itself.
+    """
     t, row, first = tile(rows, cols, ROWS, COLS)
     col = first + tl.arange(0, COLS)[None, :]
     many = tl.where(tl.load(table + t) == 0, 0, rows)  # an absent tensor has no rows
@@ -120,6 +102,8 @@ def _keep(
         a = _without_sparse(
             a, one, two, t, row, col, first, inside, rows, cols, per_row, block, kept, kept_tail, MANY, IN_ONE
         )  # fmt: skip
+    elif MANY == 0:
+        a -= tl.load(one + (t * rows + row) * cols + col, mask=mask, other=0.0).to(a.dtype)
     else:
         a = _without_low_rank(a, one, two, t, row, col, down, across, rows, cols, MANY)
 
@@ -128,7 +112,7 @@ def _keep(
         key = tensor_key(step, salts + t)
         by_row, by_col = row_factors(key, row + row_0), col_factors(key, col.to(tl.int64) + col_0)
     if LARGEST != 0:
-        code, scale = _quantized(a, mask, noise(by_row, by_col), LARGEST, LIMIT, TINY)
+        code, scale = quantized(a, mask, noise(by_row, by_col), LARGEST, LIMIT, TINY, False)
         # Codes and scales are not written by the threads that read them.
         tl.debug_barrier()
         tl.store(scales + number * tl.cdiv(cols, RUN) + first // RUN, scale, mask=down)
@@ -161,7 +145,8 @@ def keep(
     Args:
         error: e, as `Errors` takes it.
         gradients: g, n matrices (rows, cols) in fp32 or fp64.
-        entry: int16 indices and values (n, rows, k), at most 64 in a block; or p (n, r, rows) and q (n, r, cols), r at most 64.
+        entry: int16 indices and values (n, rows, k), at most 64 in a block; or p (n, r, rows) and q (n, r, cols), r at most 64;
+            or c (n, rows, cols) alone.
         rounding: the step, () int64; a salt of each tensor, (n,) int64; their origin: as `core.random.counted_bits` takes them.
         absent: tensors whose error stays as it is.
         blocks: of a sparse entry.
@@ -172,7 +157,7 @@ def keep(
     Returns:
         Whether it was done.
     """
-    many = max(blocks[1:]) if blocks else entry[0].shape[1]
+    many = max(blocks[1:]) if blocks else entry[0].shape[1] if len(entry) > 1 else 0
     dtype = gradients[0].dtype
     if error is None or not reads(error) or dtype not in (torch.float32, torch.float64):
         return False
@@ -182,7 +167,7 @@ def keep(
         return True
     g = Addresses(gradients, absent)
     e, (x, y, scaled), (step, salts, origin) = Errors(error, g.like), factors(scale, g.like), rounding
-    one, two = (part.contiguous() for part in entry)
+    one, two = entry[0].contiguous(), entry[-1].contiguous()
     _, rows, cols = g.shape
     block, kept, kept_tail = blocks or (cols, 0, 0)
     widest, in_one = _widest(cols, block, e.format != PLAIN)

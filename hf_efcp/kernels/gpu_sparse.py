@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Blocks, Entry, Error, Matrices, Scale, Stored
+from .gpu_codes import unpacked
 from .gpu_tools import Addresses, Errors, accumulated_tile, cdiv, divided, factors, on, power_of_2, reads
 from .gpu_update import add
 
@@ -53,9 +54,9 @@ def _top_k(
 
 @triton.jit
 def _dots(
-    indices, values, new_indices, new_values, j, out, rows, m, per_row, kept, kept_tail, full, parts,
+    indices, values, scales, new_indices, new_values, j, out, rows, m, per_row, kept, kept_tail, full, parts,
     sections, each, groups, blocks,
-    OWN: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    CODED: tl.constexpr, OWN: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """A program for some slots, some rows and some blocks of a tensor: out (n, parts, sections, m).
 
@@ -79,7 +80,14 @@ def _dots(
             mask = (slot[:, None] < m) & (within[None, :] < here)
             stored = new * m + slot[:, None] * per_row + begin + within[None, :]
             index = tl.load(indices + stored, mask=mask, other=-1)
-            value = tl.load(values + stored, mask=mask, other=0.0)
+            if CODED:
+                scale = tl.load(
+                    scales + ((t * rows + row).to(tl.int64) * m + slot[:, None]) * blocks + number, mask=mask, other=0
+                )
+                index, value = unpacked(index, scale, new_values)
+                index = tl.where(mask, index, -1)
+            else:
+                value = tl.load(values + stored, mask=mask, other=0.0)
             met = tl.zeros([SLOTS, SIZE], dtype=value.dtype)
             for e in range(KEPT):
                 wanted = tl.load(new_indices + new + begin + e, mask=e < here, other=-2)
@@ -93,8 +101,8 @@ def _dots(
 
 @triton.jit
 def _combine(
-    indices, values, c, out, rows, window_rows, start, cols, per_row, block, kept, kept_tail, full, blocks,
-    M: tl.constexpr, SIZE: tl.constexpr,
+    indices, values, scales, c, out, rows, window_rows, start, cols, per_row, block, kept, kept_tail, full, blocks,
+    CODED: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """A program of one warp for a block of a row, which adds slot after slot to the zeros in `out`.
 
@@ -107,9 +115,14 @@ def _combine(
     width = tl.minimum(block, cols - number * block)
     window = (t * window_rows + start + row) * M * per_row + number * kept + within
     u = out + place * cols + number * block
+    scale_at = (t * window_rows + start + row) * M * blocks + number
     for i in range(M):
         index = tl.load(indices + window + i * per_row, mask=mask, other=-1).to(tl.int32)
-        value = tl.load(values + window + i * per_row, mask=mask, other=0.0)
+        if CODED:
+            index, value = unpacked(index, tl.load(scales + scale_at + i * blocks), out)
+            index = tl.where(mask, index, -1)
+        else:
+            value = tl.load(values + window + i * per_row, mask=mask, other=0.0)
         weight = tl.load(c + t * M + i)
         inside = (index >= 0) & (index < width)  # a damaged checkpoint must not reach beyond the row
         tl.store(u + index, tl.load(u + index, mask=inside) + weight * value.to(weight.dtype), mask=inside)
@@ -138,11 +151,9 @@ def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None
 
 
 def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | None = None) -> Tensor | None:
-    """As in cpu_sparse.py, and slot j, (1,) int64 on the device, counts as the entry itself; None for a window in 16 bits."""
-    indices, values, scales = stored
-    if values is None or scales is not None:
-        return None
-    n, rows, m, per_row = values.shape
+    """As in cpu_sparse.py, and slot j, (1,) int64 on the device, counts as the entry itself."""
+    indices, values, scales = _arrays(stored)
+    n, rows, m, per_row = indices.shape
     block, kept, kept_tail = blocks
     if max(kept, kept_tail) > _PAIRS:
         return None
@@ -150,31 +161,30 @@ def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | No
     slots = min(_SLOTS, power_of_2(m))
     groups = cdiv(m, slots)
     sections, each = divided(many, 1, n * parts * groups)
-    out = torch.empty(n, parts * sections, m, dtype=torch.float64, device=values.device)
-    with on(values):
+    out = torch.empty(n, parts * sections, m, dtype=torch.float64, device=indices.device)
+    with on(indices):
         _dots[(n * parts * sections * groups,)](
-            indices, values, *(x.contiguous() for x in entry), indices if j is None else j, out, rows, m, per_row,
+            indices, values, scales, *(x.contiguous() for x in entry), indices if j is None else j, out, rows, m, per_row,
             kept, kept_tail, cols // block, parts, sections, each, groups, many,
-            OWN=j is not None, KEPT=max(kept, kept_tail), SIZE=power_of_2(max(kept, kept_tail)), ROWS=min(_ROWS, rows),
-            SLOTS=slots,
+            CODED=stored[2] is not None, OWN=j is not None, KEPT=max(kept, kept_tail), SIZE=power_of_2(max(kept, kept_tail)),
+            ROWS=min(_ROWS, rows), SLOTS=slots,
         )  # fmt: skip
     return out.sum(1)
 
 
 def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor | None:
-    """As in cpu_sparse.py; None for a window in 16 bits."""
-    indices, values, scales = stored
-    if values is None or scales is not None:
-        return None
-    n, window_rows, m, per_row = values.shape
+    """As in cpu_sparse.py."""
+    indices, values, scales = _arrays(stored)
+    n, window_rows, m, per_row = indices.shape
     block, kept, kept_tail = blocks
     many = rows.stop - rows.start
     out = torch.zeros(n, many, cols, dtype=c.dtype, device=c.device)
     across = cdiv(cols, block)
-    with on(values):
+    with on(indices):
         _combine[(n * many * across,)](
-            indices, values, c.contiguous(), out, many, window_rows, rows.start, cols, per_row, block, kept, kept_tail,
-            cols // block, across, M=m, SIZE=power_of_2(max(kept, kept_tail)), num_warps=1, num_stages=1,
+            indices, values, scales, c.contiguous(), out, many, window_rows, rows.start, cols, per_row, block, kept, kept_tail,
+            cols // block, across,
+            CODED=stored[2] is not None, M=m, SIZE=power_of_2(max(kept, kept_tail)), num_warps=1, num_stages=1,
         )  # fmt: skip
     return out
 
@@ -199,3 +209,9 @@ def apply(
         if u is None or not add(params[some], u, scale, decay, None, part):
             return False
     return True
+
+
+def _arrays(stored: Stored) -> tuple[Tensor, Tensor, Tensor]:
+    """The window's tensors; the first one stands for what is not there."""
+    first, values, scales = stored
+    return first, first if values is None else values, first if scales is None else scales

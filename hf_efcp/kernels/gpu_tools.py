@@ -28,9 +28,11 @@ _UNIFORM = tl.constexpr(constants.UNIFORM_UNIT)
 RUN = tl.constexpr(constants.BLOCK)
 INT4_ZERO = tl.constexpr(constants.INT4_ZERO)
 
-# Formats of the error, as kernels know them: there is none; plain numbers; codes in 8 and in 4 bits.
-NONE, PLAIN, INT8, INT4 = 0, 1, 8, 4
-_INT8, _INT4 = tl.constexpr(INT8), tl.constexpr(INT4)
+# Formats of numbers, as kernels know them: there are none; plain ones; codes in 8 and in 4 bits, with scales; E4M3 without.
+NONE, PLAIN, INT8, INT4, FLOAT8 = 0, 1, 8, 4, 3
+_INT8, _INT4, _FLOAT8 = tl.constexpr(INT8), tl.constexpr(INT4), tl.constexpr(FLOAT8)
+# A number in E4M3 is an integer below 2^18 times the least one, which is 2^-9, here divided by the codec's scale.
+_FLOAT8_UNIT = tl.constexpr(2.0**-9 / constants.FLOAT8_SCALE)
 # How many tables of addresses are kept: a step needs about three for each stack, and most steps need those of the one before.
 _TABLES = 4096
 # Programs that keep a large GPU busy, and the fewest blocks of a sum that are worth a program.
@@ -92,6 +94,29 @@ def to_bf16(x, rows, cols):
 
 
 @triton.jit
+def from_float8(code, like):
+    """What codes of `core.codecs.encode_float8`, int32, stand for, by integers: Triton's own 8-bit floats need a newer GPU."""
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    size = tl.where(exponent == 0, mantissa, (mantissa | 8) << tl.maximum(exponent - 1, 0))
+    x = size.to(like.dtype.element_ty) * _FLOAT8_UNIT
+    x = tl.where((code & 127) == 127, float("nan"), x)
+    return tl.where(code > 127, -x, x)
+
+
+@triton.jit
+def stored(numbers, scales, place, run, mask, like, FORMAT: tl.constexpr):
+    """Numbers at `place` of a buffer, in a format but INT4, in the type that `like` points to; their scales are at `run`."""
+    code = tl.load(numbers + place, mask=mask, other=0)
+    if FORMAT == _INT8:
+        x = code.to(like.dtype.element_ty) * tl.load(scales + run, mask=mask, other=0.0)
+    elif FORMAT == _FLOAT8:
+        x = from_float8(code.to(tl.int32), like)
+    else:
+        x = code.to(like.dtype.element_ty)
+    return x
+
+
+@triton.jit
 def error_tile(error, scales, t, row, col, mask, rows, cols, like, FORMAT: tl.constexpr):
     """Numbers of e at (row, col) of tensor t, in the type that `like` points to.
 
@@ -101,15 +126,13 @@ def error_tile(error, scales, t, row, col, mask, rows, cols, like, FORMAT: tl.co
         mask: which of them are inside.
     """
     where = t * rows + row
-    if FORMAT == _INT8:
-        code = tl.load(error + where * cols + col, mask=mask, other=0).to(like.dtype.element_ty)
-        e = code * tl.load(scales + where * tl.cdiv(cols, RUN) + col // RUN, mask=mask, other=0.0)
-    elif FORMAT == _INT4:
+    run = where * tl.cdiv(cols, RUN) + col // RUN
+    if FORMAT == _INT4:
         pair = tl.load(error + where * tl.cdiv(cols, 2) + col // 2, mask=mask, other=0).to(tl.int32)
         code = (((pair >> (4 * (col % 2))) & 15) - INT4_ZERO).to(like.dtype.element_ty)
-        e = code * tl.load(scales + where * tl.cdiv(cols, RUN) + col // RUN, mask=mask, other=0.0)
+        e = code * tl.load(scales + run, mask=mask, other=0.0)
     else:
-        e = tl.load(error + where * cols + col, mask=mask, other=0.0).to(like.dtype.element_ty)
+        e = stored(error, scales, where * cols + col, run, mask, like, FORMAT)
     return e
 
 

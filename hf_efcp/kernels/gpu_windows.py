@@ -13,12 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Entry, constants
-from .gpu_tools import (
-    cdiv,
-    divided,
-    on,
-    power_of_2,
-)
+from .gpu_tools import FLOAT8, INT8, PLAIN, RUN, cdiv, divided, on, power_of_2, stored
 
 # Rows of b, and the rank of factors, for which a tile of sums fits in registers.
 _SKINNY = 16
@@ -61,14 +56,18 @@ def _inner(
 
 
 @triton.jit
-def _factor_gram(factors, entry, place, t, own, rank, length, R: tl.constexpr, BLOCK: tl.constexpr):
+def _factor_gram(
+    factors, scales, entry, place, t, own, rank, length, FORMAT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Inner products of the columns of a factor, or of the `own` ones of the entry, with the entry's: (R, R)."""
     k = tl.arange(0, R).to(tl.int64)
     left, right, within = k[:, None, None], k[None, :, None], tl.arange(0, BLOCK)[None, None, :]
     total = tl.zeros([R, R, BLOCK], dtype=tl.float64)
     for start in range(0, length, BLOCK):
         col = start + within
-        x = tl.load(factors + (place * rank + left) * length + col, mask=(left < rank - own) & (col < length), other=0.0)
+        column = place * rank + left
+        run, inside = column * tl.cdiv(length, RUN) + col // RUN, (left < rank - own) & (col < length)
+        x = stored(factors, scales, column * length + col, run, inside, entry, FORMAT)
         x += tl.load(entry + (t * rank + left) * length + col, mask=(left < own) & (col < length), other=0.0)
         y = tl.load(entry + (t * rank + right) * length + col, mask=(right < rank) & (col < length), other=0.0)
         total += x.to(tl.float64) * y.to(tl.float64)
@@ -77,14 +76,15 @@ def _factor_gram(factors, entry, place, t, own, rank, length, R: tl.constexpr, B
 
 @triton.jit
 def _factor_dots(
-    window_p, window_q, p, q, j, out, m, rank, rows, cols, R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    window_p, window_q, scales, p, q, j, out, m, rank, rows, cols,
+    FORMAT_P: tl.constexpr, FORMAT_Q: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A program a slot."""
     place = tl.program_id(0).to(tl.int64)
     t = place // m
     own = tl.where(place % m == tl.load(j), rank, 0)
-    gram = _factor_gram(window_p, p, place, t, own, rank, rows, R, ROWS)
-    gram *= _factor_gram(window_q, q, place, t, own, rank, cols, R, COLS)
+    gram = _factor_gram(window_p, scales, p, place, t, own, rank, rows, FORMAT_P, R, ROWS)
+    gram *= _factor_gram(window_q, scales, q, place, t, own, rank, cols, FORMAT_Q, R, COLS)
     tl.store(out + place, tl.sum(tl.sum(gram, 1), 0))
 
 
@@ -103,10 +103,10 @@ def _store(buffer, entry, j, accepted, outer, m, length, MASKED: tl.constexpr, R
 
 @triton.jit
 def _scaled(
-    factor, c, sizes, out, many, m, rank, length, stride_t, stride_slot, stride_row,
-    WEIGHTED: tl.constexpr, SIZED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    factor, scales, c, sizes, compute, out, many, m, rank, length, stride_t, stride_slot, stride_row,
+    FORMAT: tl.constexpr, WEIGHTED: tl.constexpr, SIZED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program for some rows of all factors, or for a block of a row."""
+    """A program for some rows of all factors, or for a block of a row; `compute` points to the dtype of the arithmetic."""
     blocks = tl.cdiv(length, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -114,14 +114,17 @@ def _scaled(
     slot = row // rank
     t = slot // m
     at = t * stride_t + slot % m * stride_slot + row % rank * stride_row
-    x = tl.load(factor + at + col, mask=mask, other=0.0).to(tl.float32)
+    x = stored(factor, scales, at + col, at // length * tl.cdiv(length, RUN) + col // RUN, mask, compute, FORMAT)
     if WEIGHTED:
         x *= tl.load(c + slot, mask=row < many, other=0.0)
     if SIZED:
         x *= tl.load(sizes + t * length + col, mask=mask, other=0.0)
-    bits = x.to(tl.int32, bitcast=True)
-    bits = tl.where(x == x, bits + (_HALF + ((bits >> _SHIFT) & 1)), bits)  # Triton's interpreter would cut
-    tl.store(out + row * length + col, (bits & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16), mask=mask)
+    if out.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + (_HALF + ((bits >> _SHIFT) & 1)), bits)  # Triton's interpreter would cut
+        tl.store(out + row * length + col, (bits & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16), mask=mask)
+    else:
+        tl.store(out + row * length + col, x, mask=mask)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor | None:
@@ -151,18 +154,21 @@ def factor_dots(window: Entry, entry: Entry, j: Tensor) -> Tensor | None:
     """Form inner products of a low-rank entry with a window's in fp64, (n, m); None for a rank above 16.
 
     Args:
-        window: P (n, m, r, rows) and Q (n, m, r, cols).
-        entry: p (n, r, rows) and q (n, r, cols), in the same dtypes.
+        window: P (n, m, r, rows) and Q (n, m, r, cols); or codes of them, E4M3 and int8, and Q's scales (n, m, r, runs).
+        entry: p (n, r, rows) and q (n, r, cols), in the same dtypes or, where the window is codes, in that of the scales.
         j: the slot that counts as the entry itself, (1,) int64 on the device.
     """
     n, m, rank, rows = window[0].shape
-    if rank > _SKINNY or [x.dtype for x in window] != [x.dtype for x in entry]:
+    coded = len(window) > 2
+    dtypes = [window[2].dtype] * 2 if coded else [x.dtype for x in window]
+    if rank > _SKINNY or dtypes != [x.dtype for x in entry]:
         return None
     cols, padded = window[1].shape[3], power_of_2(rank)
     out = torch.empty(n, m, dtype=torch.float64, device=j.device)
     with on(out):
         _factor_dots[(n * m,)](
-            *(x.contiguous() for x in (*window, *entry)), j, out, m, rank, rows, cols,
+            *(x.contiguous() for x in (window[0], window[1], window[-1], *entry)), j, out, m, rank, rows, cols,
+            FORMAT_P=FLOAT8 if coded else PLAIN, FORMAT_Q=INT8 if coded else PLAIN,
             R=padded, ROWS=_block(rows, padded**2), COLS=_block(cols, padded**2), num_warps=_WARPS,
         )  # fmt: skip
     return out
@@ -204,15 +210,46 @@ def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None = None) -> Ten
     """
     if factor.dtype not in (torch.float32, torch.bfloat16) or any(x is not None and x.dtype != torch.float32 for x in (c, sizes)):
         return None
-    n, m, rank, length = factor.shape
     factor = factor if factor.stride(3) == 1 else factor.contiguous()
-    out = torch.empty(factor.shape, dtype=torch.bfloat16, device=factor.device)
+    return _launch_scaled(factor, None, (torch.float32, torch.bfloat16), c, sizes)
+
+
+def decode(
+    codes: Tensor, scales: Tensor | None, out: tuple[torch.dtype, torch.dtype], c: Tensor | None, sizes: Tensor | None
+) -> Tensor | None:
+    """Do the same for codes; the result is as `out` says.
+
+    Args:
+        codes: (n, m, r, L), E4M3 in uint8, or int8. The last dimension has to be contiguous, for int8 also the last but one.
+        scales: (n, m, r, runs) of int8, at the same strides.
+        out: dtypes of the arithmetic, also of scales, c and sizes, fp32 or fp64; and of the result: the same or, of fp32, bf16.
+        c, sizes: as in `scaled`.
+    """
+    compute, rounded = out
+    if rounded not in (compute, torch.bfloat16) or any(x is not None and x.dtype != compute for x in (scales, c, sizes)):
+        return None
+    length = codes.shape[3]
+    if codes.stride(3) != 1 or (rounded != compute and compute != torch.float32):
+        return None
+    runs = cdiv(length, constants.BLOCK)
+    if scales is not None and any(s * length != t * runs for s, t in zip(scales.stride()[:3], codes.stride()[:3], strict=True)):
+        return None
+    return _launch_scaled(codes, scales, out, c, sizes)
+
+
+def _launch_scaled(
+    factor: Tensor, scales: Tensor | None, dtypes: tuple[torch.dtype, torch.dtype], c: Tensor | None, sizes: Tensor | None
+) -> Tensor:
+    n, m, rank, length = factor.shape
+    compute = torch.empty(1, dtype=dtypes[0], device=factor.device)
+    out = torch.empty(factor.shape, dtype=dtypes[1], device=factor.device)
     many = n * m * rank
     rows, block = _moved(many, length)
     with on(factor):
         _scaled[(cdiv(many, rows) * cdiv(length, block),)](
-            factor, factor if c is None else c.contiguous(), factor if sizes is None else sizes.contiguous(), out,
-            many, m, rank, length, *factor.stride()[:3],
+            factor, factor if scales is None else scales, factor if c is None else c.contiguous(),
+            factor if sizes is None else sizes.contiguous(), compute, out, many, m, rank, length, *factor.stride()[:3],
+            FORMAT=PLAIN if factor.is_floating_point() else FLOAT8 if scales is None else INT8,
             WEIGHTED=c is not None, SIZED=sizes is not None, ROWS=rows, BLOCK=block,
         )  # fmt: skip
     return out

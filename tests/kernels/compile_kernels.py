@@ -43,6 +43,8 @@ CASES = (
     ("float32", 0.0, "error_format=int4,metric=none,momentum=0.9,residual=feedback"),
     ("bfloat16", 0.01, "stochastic_rounding=true,error_format=int8,window_format=low_bit"),
     ("float64", 0.0, "preset=paper,window_size=4"),
+    ("float32", 0.0, "preset=paper,window_format=low_bit,error_format=int8"),
+    ("float64", 0.0, "preset=paper,window_format=low_bit,window_size=4"),
 )
 
 

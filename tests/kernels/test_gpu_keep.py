@@ -1,4 +1,4 @@
-"""Triton's keep, in its interpreter, against plain torch: every format of the error, both kinds of entry."""
+"""Triton's keep, in its interpreter, against plain torch: every format of the error, every kind of entry."""
 
 import importlib
 import os
@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from hf_efcp.core.accumulated import Accumulated, LowRankEntry, SparseEntry
+from hf_efcp.core.accumulated import Accumulated, DenseEntry, LowRankEntry, SparseEntry
 from hf_efcp.core.compressors import BlockTopK
 from tests.kernels.helpers import coded_error, needs_tiles_of_one_number, plain_error
 from tests.reference import relative
@@ -108,6 +108,20 @@ def test_a_low_rank_entry_is_kept_back_as_by_torch(
     changed = accepted is True or bool(accepted)
     mine, theirs = both(gpu_keep, monkeypatch, format, g, entry, scale, decay, absent, accepted, changed)
     check(mine, theirs, exact=not changed)
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize(("scaled", "decay", "absent", "accepted"), CASES)
+@pytest.mark.parametrize(("n", "rows", "cols"), [(2, 1, 600), (2, 9, 301)])
+def test_a_dense_entry_is_kept_back_as_by_torch(gpu_keep, monkeypatch, n, rows, cols, format, scaled, decay, absent, accepted):
+    if rows == 1 and "int" in format and accepted is not True:
+        needs_tiles_of_one_number()
+    dtype = torch.float64 if format == "fp64" else torch.float32
+    g, scale = operands(n, rows, cols, dtype, scaled)
+    entry = DenseEntry(random(n, rows, cols, dtype=torch.bfloat16 if scaled else dtype, seed=6) / 4)
+    changed = accepted is True or bool(accepted)
+    mine, theirs = both(gpu_keep, monkeypatch, format, g, entry, scale, decay, absent, accepted, changed)
+    check(mine, theirs, exact=(scaled, decay) == PLAIN[:2] or not changed)
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
