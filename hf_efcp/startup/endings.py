@@ -31,7 +31,12 @@ def hook(original):
     """Give an excepthook that ends with `status_of` the error, and calls the original where there is none."""
 
     def excepthook(kind, error, traceback):
-        status = status_of(error)
+        # torch.distributed, whose hook calls this one, reads what goes to sys.stderr, and would drop it at SystemExit.
+        seen, sys.stderr = sys.stderr, sys.__stderr__
+        try:
+            status = status_of(error)
+        finally:
+            sys.stderr = seen
         if status is None:
             original(kind, error, traceback)
         else:

@@ -30,4 +30,4 @@ class Data(LightningDataModule):
 
 
 if __name__ == "__main__":
-    LightningCLI(Model, Data, seed_everything_default=0)
+    LightningCLI(Model, Data, seed_everything_default=0, save_config_callback=None)  # it refuses to write into a folder twice

@@ -29,6 +29,8 @@ if [ ! -e "$venv/installed" ]; then
         "$venv/bin/python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$other') is None)" || continue
         "$venv/bin/python" -c "import $other" 2> /dev/null || "$venv/bin/pip" uninstall -q -y "$other"
     done
+    # LLaMA-Factory imports it and, for text, uses nothing of it.
+    "$venv/bin/python" -c "import torchaudio" 2> /dev/null || touch "$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/torchaudio.py"
     touch "$venv/installed"
 fi
 "$venv/bin/pip" list 2> /dev/null | grep -i -E "^(torch|transformers|accelerate|trl|llamafactory|axolotl|ms.swift|lightning|jsonargparse) "

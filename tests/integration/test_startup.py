@@ -106,6 +106,18 @@ def test_a_bad_option_in_a_child_is_one_line(child, inside):
     assert done.stderr.startswith("error: unknown option 'rnk'") and done.stderr.count("\n") == 1
 
 
+def test_a_bad_option_is_told_where_torch_distributed_reads_stderr(tmp_path, inside):
+    code = """
+from torch import distributed
+from hf_efcp import LowRankMFAC
+distributed.init_process_group("gloo", init_method="file://{}", rank=0, world_size=1)
+LowRankMFAC([], 1.0, rnk=3)
+"""
+    done = inside("-c", code.format(tmp_path / "store"), path=[CHECKOUT])
+    assert done.returncode == 2
+    assert "error: unknown option 'rnk'" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_signal_reaches_the_program(tmp_path):
     code = "import time; print('ready', flush=True); time.sleep(60)"
     argv = [sys.executable, "-m", "hf_efcp.run", "python", "-c", code]
