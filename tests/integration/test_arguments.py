@@ -113,7 +113,7 @@ MISTAKES = [
     ({"optim_args": "rank=four"}, "rank='four': expected an integer"),
     ({"optim_args": "rank=0"}, "rank=0: must be an integer >= 1"),
     ({"optim_args": "rank"}, "'rank' is not of the form name=value .example"),
-    ({"optim_args": "rank=4;window_size=8"}, "rank='4;window_size=8': expected an integer"),
+    ({"optim_args": "rank=4;window_size=8"}, "with commas between them: rank=4,window_size=8"),
     ({"optim_args": "rank=4,rank=8"}, "'rank' is given twice"),
     ({"optim_args": '{"rank": 4'}, "not valid JSON"),
     ({"optim_args": "damping=-1"}, "damping=-1.0: must be a finite number > 0"),
