@@ -44,8 +44,7 @@ Entry = tuple[Tensor, ...]
 # A sparse window: int16 indices and values (n, rows, m, k), and None; or (`codecs.SparseCodec`) indices and values in one int16,
 # None, and uint8 scales (n, rows, m, blocks).
 Stored = tuple[Tensor, Tensor | None, Tensor | None]
-# The error e: (n, rows, cols) and None, or codes and their scales (`codecs.BlockQuantizer`) or bounds (`MinMaxQuantizer`, on CPUs
-# only); None: there is none.
+# The error e: (n, rows, cols) and None, or codes and scales (`codecs.BlockQuantizer`) or, on CPUs, bounds (`MinMaxQuantizer`).
 Error = tuple[Tensor, Tensor | None] | None
 # e and n weights: weight * e of each tensor.
 Kept = tuple[Error, Tensor]

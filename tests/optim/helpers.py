@@ -176,7 +176,7 @@ def expected_dtypes(key, compute=torch.float32, window=None, error=None):
         "error": error or compute,
         "momentum": compute,
         "warm_start": compute,
-    }.get(key, window or compute)
+    }.get(key, (window or compute) if key.startswith("window_") else compute)
 
 
 def assert_dtypes(optimizer, **kwargs):
