@@ -43,7 +43,7 @@ def llamafactory(output, options, resume):
 
 def swift(output, options, resume):
     """ms-swift."""
-    own = {"model": "model", "model_type": "llama3", "template": "dummy", "use_hf": "true", "dataset": "data/train.jsonl"}
+    own = {"model": "model", "model_type": "llama", "template": "dummy", "use_hf": "true", "dataset": "data/train.jsonl"}
     own |= {"tuner_type": "full", "torch_dtype": "float32", "output_dir": output, "optim_args": options, "add_version": "false"}
     own |= {"split_dataset_ratio": 0, "load_from_cache_file": "false", "gradient_checkpointing": "false"}
     return ["swift", "sft", *dashed(TRAINING | own | ({"resume_from_checkpoint": resume} if resume else {}))]
