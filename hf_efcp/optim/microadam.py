@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -125,5 +124,4 @@ class MicroAdam(EngineOptimizer):
     """
 
     options_type = MicroAdamOptions
-    measured = MappingProxyType({"window_bias_correction": True})
     method = Tensorwise(Rule(specs, update, lossy=True, operations=operations, vectors=True), ADAMW)
