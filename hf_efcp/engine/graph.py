@@ -39,8 +39,8 @@ _MOST = 8
 _VIEWS = {"view", "detach", "alias"}
 # In a trial, tables of addresses still come from the host.
 _STOPS = (NUMBERS | SIZES | WAITS) - {"lift_fresh"}
-# What a graph does not depend on: the rate is read on the device.
-_FREE = "params", "param_names", "lr", "initial_lr", RATE
+# What a step reads of a group, beside the rate, which is on the device.
+_READ = "weight_decay", "compress", "kind"
 
 
 class StepGraph:
@@ -62,7 +62,7 @@ class StepGraph:
         """
         if os.environ.get("HF_EFCP_CUDA_GRAPH") != "1":
             return method.step(setup, groups, options)
-        if (reason := _unfit(setup)) is not None:
+        if (reason := _unfit(method, setup)) is not None:
             self._say(reason)
             return method.step(setup, groups, options)
         own = self._with_rates(setup, groups)
@@ -97,11 +97,15 @@ class StepGraph:
             self._say(f"a step waits for the device, in {', '.join(sorted(trial.stops))}")
             return False
         self._made += 1
+        device = setup.counters.step.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         try:
             self._graph = _Graph(trial, method, setup, groups, options)
         except Exception as error:  # of CUDA's libraries, of kernels: the step can be taken as usual
             self._made = _MOST
-            self._say(f"{type(error).__name__}: {error}")
+            self._say(f"{type(error).__name__}: {error}. What the attempt took of the GPU's memory may not come back")
+            if stream is not None:
+                torch.cuda.set_stream(stream)  # where a capture ends in an error, torch leaves its own stream current
             return False
         return True
 
@@ -222,8 +226,10 @@ def _instead(params: Sequence[Tensor], gradients: Mapping[int, Tensor]) -> Itera
             p.grad = old
 
 
-def _unfit(setup: Setup) -> str | None:
+def _unfit(method: Method, setup: Setup) -> str | None:
     """Tell why the step cannot be a graph; None: it may be."""
+    if not method.capturable:
+        return "only window methods take their steps by a graph"
     devices = {p.device for p in setup.params}
     if len(devices) != 1 or kind(next(iter(devices))) != "cuda":
         return "the parameters are not all on one GPU"
@@ -240,5 +246,5 @@ def _key(setup: Setup, groups: Sequence[Group], options: Any, gradients: Mapping
     state = [buffer for s in setup.stacks for buffer in s.buffers.values()]
     state += [*setup.counters.entries(0).values(), setup.last, setup.size, setup.rest]
     places = tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in (*setup.params, *state))
-    numbers = [[(k, v) for k, v in sorted(group.items()) if k not in _FREE] for group in groups]
-    return weakref.ref(setup), options, layouts, places, repr(numbers)
+    numbers = tuple(tuple(group.get(key) for key in _READ) for group in groups)
+    return weakref.ref(setup), options, layouts, places, numbers

@@ -26,6 +26,11 @@ class Method(Protocol):
         """Whether the method works on flat pieces of the parameters (DeepSpeed's ZeRO-1 and 2), which have no matrices."""
         ...
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a step may be a CUDA graph: all that it does between two waits for the device follows from its arguments."""
+        ...
+
     def specs(self, layout: Layout, group: Group, options: Any, flat: Parts | None) -> tuple[Spec, ...]:
         """Declare the state of a parameter; `flat`: their parts, where it is a flat piece of several, else None."""
         ...

@@ -143,6 +143,7 @@ class Tensorwise:
     """
 
     takes_flat_pieces = False  # the rule would have no matrix
+    capturable = False  # a rule may ask the host: `newcomers`
 
     def __init__(self, rule: Rule, others: Rule, other_kinds: Container[str] = ()):
         self.matrices, self.others, self.other_kinds = rule, others, other_kinds

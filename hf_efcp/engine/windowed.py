@@ -185,6 +185,7 @@ class Windowed:
     ):
         self.entries, self.phi, self.solve, self.outside = entries, phi, solve, outside
         self.takes_flat_pieces = entries.takes_flat_pieces
+        self.capturable = True
 
     def format(self, layout: Layout, group: Group, options: Any, flat: Parts | None) -> EntryFormat:
         """Choose the format of a tensor's entries."""

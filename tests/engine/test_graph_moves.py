@@ -77,6 +77,15 @@ def test_gradients_move(name, options, dtype, monkeypatch):
     assert replays == [STEPS - 3]
 
 
+@pytest.mark.parametrize("name", names(windowed=False))
+def test_only_window_methods_are_captured(name, monkeypatch, caplog):
+    """A rule may ask the host which tensors begin: a graph would not ask again."""
+    caplog.set_level(logging.WARNING, "hf_efcp")
+    replays, _ = both(monkeypatch, name=name)
+    assert replays == []
+    assert "only window methods" in caplog.text
+
+
 def test_matrices_are_read_by_tables_and_not_copied(monkeypatch):
     _, _, optimizer = run(monkeypatch, True, **METRIC)
     graph = optimizer.builder.graph._graph
