@@ -18,10 +18,8 @@ from .. import startup
 from ..options import OptionError
 
 FILE = "hf_efcp_names.pth"
-_LINE = (
-    "import os; _ = {file!a}; os.environ.get('HF_EFCP') == '0' or not os.path.exists(_) or "
-    "exec(compile(open(_).read(), _, 'exec'), {{'__name__': 'hf_efcp_names', '__file__': _}})\n"
-)
+_RUN = "with open(_) as f: exec(compile(f.read(), _, 'exec'), {'__name__': 'hf_efcp_names', '__file__': _})"
+_LINE = "import os; _ = {file!a}; os.environ.get('HF_EFCP') == '0' or not os.path.exists(_) or exec({run!r})\n"
 
 
 def add_parsers(commands: Any) -> None:
@@ -77,7 +75,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _line() -> str:
-    return _LINE.format(file=str(Path(startup.__path__[0], "names.py").resolve()))
+    return _LINE.format(file=str(Path(startup.__path__[0], "names.py").resolve()), run=_RUN)
 
 
 def _files() -> list[Path]:

@@ -75,6 +75,7 @@ class Builder:
         self.thawed: set[Tensor] = set()
         self.copied: tuple[dict[Tensor, Owners], int] = {}, 1
 
+    @torch.no_grad()
     def prepare(self, groups: Sequence[Group], state: State, stepping: bool = False) -> Setup:
         """Give the setup of the current parameters, built at the first step and again when the parameters changed.
 
@@ -84,7 +85,8 @@ class Builder:
             stepping: whether a step follows: then the log says what was chosen.
         """
         trained = self.trained(groups, state)
-        key = [(i, id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
+        kinds = [(group.get("compress"), group.get("kind")) for group in groups]
+        key = [(i, kinds[i], id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
         if self.setup is None or key != self.setup.key:
             self.setup = self._build(groups, trained, key, state)
         else:
@@ -93,6 +95,7 @@ class Builder:
             self._remark(self.setup)
         return self.setup
 
+    @torch.no_grad()
     def settle(self, state: State) -> None:
         """Take over what others have put into the state, for whoever reads it; a state that is kept elsewhere stays there."""
         if self.setup is not None and self.setup.released:

@@ -88,7 +88,7 @@ class Watch:
             entries = self._entries(state)
             # An id may be that of a younger object only where an entry is gone, and then its memory is elsewhere.
             return list(map(id, entries)) == self._ids and list(map(Tensor.data_ptr, entries)) == self._places
-        except (KeyError, TypeError):  # one is missing, or something else is in its place
+        except (KeyError, TypeError, IndexError):  # one is missing, or something else is in its place
             return False
 
     def _entries(self, state: State) -> list[Tensor]:

@@ -17,7 +17,7 @@ from ..options import GroupOptions, OptionError, build
 from .asked import say
 from .builder import Builder
 from .entries import State, is_own, keep_only, own
-from .matching import check_numbers, label, matched
+from .matching import check_numbers, labels, matched
 from .parameters import ORDER, levels_to_caller
 from .saving import SHARD_FOLDER, Saving, check_container, check_keys, check_origin
 from .traces import Known, entries_of
@@ -185,7 +185,7 @@ def _load_entries(
     try:
         _thaw(entries, builder, state)
         saving = Saving(builder.prepare(groups, state), state)
-        saving.check([(label(i, groups), p) for i, p in enumerate(params)], entries, with_window)
+        saving.check(list(zip(labels(groups), params, strict=True)), entries, with_window)
         saving.load(entries)
     except OptionError as error:
         if named or not builder.asked.budgeted:
@@ -215,7 +215,7 @@ def _thaw(trained: Iterable[Tensor], builder: Builder, state: State) -> None:
 
 def _divided(saved: Mapping[Any, Any], params: Container[Any], builder: Builder) -> tuple[dict[Tensor, Any], dict[Any, Any]]:
     """Divide a saved state into entries of ours, by parameter, and what wrappers keep there, on the parameters' devices."""
-    entries, others = {}, {}
+    entries, others, names = {}, {}, builder.names
     for key, entry in saved.items():
         if key not in params:
             if not isinstance(key, int):
@@ -223,7 +223,7 @@ def _divided(saved: Mapping[Any, Any], params: Container[Any], builder: Builder)
         elif not isinstance(entry, Mapping):
             entries[key] = entry
         else:
-            known = {name for name in entry if is_own(name, builder.names)}
+            known = {name for name in entry if is_own(name, names)}
             if known or not entry:
                 entries[key] = {name: entry[name] for name in known}
             if len(known) < len(entry):

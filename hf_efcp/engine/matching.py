@@ -19,7 +19,8 @@ Group = Mapping[str, Any]
 def matched(saved: Sequence[Group], groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Give the groups of a checkpoint in the order of an optimizer's, with `params` in the order of theirs.
 
-    So groups that stand in another order load; and so did those of parameter_groups, before group 0 was one that decays.
+    So groups may stand in another order, if parameters are numbered as there (ORDER): those of parameter_groups did, before
+    group 0 was one that decays.
 
     Args:
         saved: of the checkpoint; `params` are keys of its state.
@@ -36,7 +37,8 @@ def matched(saved: Sequence[Group], groups: Sequence[Group]) -> list[dict[str, A
         return [dict(group) for group in saved]
     mine, theirs = [name for names in here for name in names], [name for names in there for name in names]
     if set(mine) != set(theirs):
-        if sizes[0] != sizes[1]:
+        moved = any(a != b and b in set(theirs) for a, b in zip(theirs, mine, strict=False))  # by position it is another's
+        if moved or sizes[0] != sizes[1]:
             refuse_others(theirs, mine, f" (groups of {sizes[0]} tensors, here of {sizes[1]})")
         pairs = [f"{b} (there {a})" for a, b in zip(theirs, mine, strict=True) if a != b]
         say(f"checkpoint: parameters have other names there, and are taken by their position: {_listed(pairs)}")
@@ -64,7 +66,8 @@ def refuse_others(there: Collection[str], here: Collection[str], more: str = "")
         here: names of the optimizer's.
         more: what else to say of them.
     """
-    new, missing = [n for n in here if n not in set(there)], [n for n in there if n not in set(here)]
+    known, own = set(there), set(here)
+    new, missing = [n for n in here if n not in known], [n for n in there if n not in own]
     if not new and not missing:
         return
     parts = [f"trained here and not there: {_listed(new)}"] if new else []
@@ -84,10 +87,12 @@ def names_of(groups: Sequence[Group]) -> list[list[str]] | None:
     return names if len(set(every)) == len(every) else None
 
 
-def label(number: int, groups: Sequence[Group]) -> str:
-    """Call the parameter at a position among all groups by number, and by name where it has one."""
-    names = [name for own in names_of(groups) or [] for name in own]
-    return f"parameter {number} ({names[number]})" if names else f"parameter {number}"
+def labels(groups: Sequence[Group]) -> list[str]:
+    """Call the parameters of all groups by their positions, and by name where they have one."""
+    names = names_of(groups)
+    if names is None:
+        return [f"parameter {i}" for i in range(sum(len(g["params"]) for g in groups))]
+    return [f"parameter {i} ({name})" for i, name in enumerate(name for own in names for name in own)]
 
 
 def take_order_out(groups: Sequence[MutableMapping[str, Any]]) -> list[int]:

@@ -46,9 +46,11 @@ def hook(original):
 
 
 def _status_of_a_python(error: BaseException) -> int | None:
-    """Give the status of the Python whose failure the error tells; None: it tells another, or that one's stderr was caught."""
+    """Give the status of the Python whose failure the error tells; None: it tells another, or that one's output was caught."""
     subprocess = sys.modules.get("subprocess")  # who has raised it has imported it
-    if subprocess is None or not isinstance(error, subprocess.CalledProcessError) or error.stderr is not None:
+    if subprocess is None or not isinstance(error, subprocess.CalledProcessError):
+        return None
+    if error.stderr is not None or error.output is not None:
         return None
     import os
     import shutil

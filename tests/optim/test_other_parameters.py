@@ -51,6 +51,18 @@ def test_names_are_given(name, there, here, message):
     assert differences(before, snapshot(optimizer, params)) == []
 
 
+@BY_NAME
+def test_as_many_others_that_overlap_are_not_taken_by_position(name):
+    """Layers 0 to 2 were trained, 1 to 3 are now: layer 1 must not get the state of layer 0."""
+    layers = [(f"layer {i}", nn.Parameter(torch.ones(6, 9))) for i in range(4)]
+    first, last = (make(name, pairs, lr=0.01, window_size=4) for pairs in (layers[:3], layers[1:]))
+    for _, p in layers:
+        p.grad = torch.ones_like(p)
+    first.step()
+    with pytest.raises(OptionError, match="trained here and not there: layer 3; trained there and not here: layer 0 "):
+        last.load_state_dict(first.state_dict())
+
+
 def test_many_names_are_cut_off():
     layers = [(f"layer {i}", nn.Parameter(torch.ones(3))) for i in range(9)]
     one, all_ = (make(NAMES[0], pairs, window_size=4) for pairs in (layers[:1], layers))
