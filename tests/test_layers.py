@@ -26,6 +26,7 @@ COMPILERS = {
     "kernels/cpu_keep.py": ("numba", "numpy"),
     "kernels/cpu_low_rank.py": ("numpy",),
     "kernels/cpu_metric.py": ("numpy",),
+    "kernels/cpu_min_max.py": ("numpy",),
 }
 COMPILERS |= {f"kernels/{file.name}": ("triton",) for file in (PACKAGE / "kernels").glob("gpu_*.py")}
 

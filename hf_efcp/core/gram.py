@@ -34,7 +34,10 @@ class GramMatrix(Counters):
 
     def entries(self, number: int) -> dict[str, Tensor]:
         """See Counters."""
-        return {"gram": self.matrix[min(number, len(self.matrix) - 1)], "step": self.step, "skipped": self.skipped}
+        own = (
+            {"gram": self.matrix[min(number, len(self.matrix) - 1)]} if len(self.matrix) else {}
+        )  # scope="layer" without tensors
+        return {**own, "step": self.step, "skipped": self.skipped}
 
     @property
     def window_size(self) -> int:

@@ -260,6 +260,9 @@ class Windowed:
         gram, windows = setup.counters, [s for s in setup.stacks if s.pieces]
         started = bool(gram.step > 0)
         gone = ~gram.matrix.flatten(1).any(1) if started else torch.ones_like(gram.matrix[:, 0, 0], dtype=torch.bool)
+        filled = int(gram.filled)
+        if started and bool(gone.any()):  # a K of entries that are zero is zero, too: a tensor's that had no gradient yet
+            gone &= torch.stack([self._row(setup, slot, options)[:, slot] for slot in range(filled)]).any(0)
         if bool(gone.any()):
             gram.matrix[gone] = 0
             for s in windows:
@@ -268,7 +271,6 @@ class Windowed:
                     if spec.window or (spec.kind == "residual" and not started):  # a running mean counts steps as the window does
                         s.buffers[spec.name][empty] = 0
         if started and setup.placement.alone:
-            filled = int(gram.filled)
             newest = (int(gram.step) - 1) % gram.window_size
             if not gram.agrees(newest, self._row(setup, newest, options)):
                 for slot in range(filled):

@@ -13,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_efcp.bench import launches
+from hf_efcp.core import deferred
 from hf_efcp.distributed.ddp import Replicas
 from hf_efcp.kernels.devices import pretending
 from tests.cli.helpers import module
@@ -118,7 +119,7 @@ def waits_of_backwards(rank, options):
         model(batch(step, rank, 2)).backward()
         optimizer.step()
     assert all(names["mm"] + names["bmm"] for names in found)
-    return [sum(names[n] for n in launches._WAITS | launches._NUMBERS | launches._SIZES) for names in found]
+    return [sum(names[n] for n in deferred.WAITS | deferred.NUMBERS | deferred.SIZES) for names in found]
 
 
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2]], ids=str)

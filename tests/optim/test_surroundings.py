@@ -162,7 +162,8 @@ assert not {"triton", "numba", "wandb"} & (set(sys.modules) - loaded)
 p = torch.nn.Parameter(torch.ones(20, 30))
 p.grad = torch.ones(20, 30)
 for name in hf_efcp.list_optimizers():
-    hf_efcp.create_optimizer(name, [p], lr=0.1, window_size=2).step()
+    small = {"window_size": 2} if "window_size" in hf_efcp.registry.get_optimizer_info(name).options() else {}
+    hf_efcp.create_optimizer(name, [p], lr=0.1, **small).step()
 assert settings() == before
 """
 
