@@ -22,6 +22,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import hf_efcp
+from hf_efcp.registry import get_optimizer_info
 from tests.data.write_checkpoints import CONTINUED, SAVED, flat, noise, write
 
 USUAL = {"lr": 0.1, "window_size": 4}
@@ -46,6 +47,12 @@ class Model(nn.Module):
         return self.head
 
 
+def given(name, options):
+    """The options of a case; of USUAL those that the method has."""
+    usual = {option: value for option, value in USUAL.items() if option in get_optimizer_info(name).options()}
+    return hf_efcp.optim_defaults(name, **usual, **options)
+
+
 class Grouped:
     """An optimizer with the groups of a model."""
 
@@ -56,7 +63,7 @@ class Grouped:
         self.model = self.placed(model)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         groups = hf_efcp.parameter_groups(self.model, weight_decay=0.1)
-        self.optimizer = hf_efcp.create_optimizer(name, groups, **hf_efcp.optim_defaults(name, **USUAL, **options), **more)
+        self.optimizer = hf_efcp.create_optimizer(name, groups, **given(name, options), **more)
 
     def placed(self, model):
         return model

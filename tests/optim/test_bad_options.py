@@ -12,7 +12,7 @@ from hf_efcp import OptionError
 from hf_efcp.registry import get_optimizer_info, parse_optim_args
 from tests.optim.bad_inputs import ANY, Bad, one, table
 from tests.optim.helpers import M, started
-from tests.reference import NAMES, make
+from tests.reference import NAMES, known_to, make
 
 # Options -----------------------------------------------------------------------------------------------------------------
 
@@ -260,6 +260,8 @@ def test_good_inputs_warn_about_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in NAMES:
-            optimizer, _ = started(name, lr="1e-3", window_size="4", update_rms="0.1", weight_decay=0)
+            expected = known_to(name, {"window_size": M, "rank": 3, "update_rms": 0.1})
+            optimizer, _ = started(name, lr="1e-3", weight_decay=0, **{option: str(value) for option, value in expected.items()})
             optimizer.load_state_dict(optimizer.state_dict())
-            assert optimizer.param_groups[0]["lr"] == 1e-3 and optimizer.options.window_size == M
+            assert optimizer.param_groups[0]["lr"] == 1e-3
+            assert {option: getattr(optimizer.options, option) for option in expected} == expected

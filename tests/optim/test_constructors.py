@@ -12,12 +12,18 @@ import torch
 from hf_efcp import OptionError, create_optimizer
 from hf_efcp.options import GroupOptions, field_types
 from hf_efcp.registry import all_optimizers
+from tests.reference import known_to
 
 INFOS = pytest.mark.parametrize("info", all_optimizers(), ids=lambda info: info.name)
 
 
 def weights():
     return [torch.nn.Parameter(torch.ones(4, 5))]
+
+
+def size_of(info):
+    """The option that says how much the method keeps."""
+    return "window_size" if "window_size" in info.options() else "rank"
 
 
 @INFOS
@@ -30,7 +36,8 @@ def test_the_constructor_spells_out_every_option(info):
         assert signature.parameters[name].default == getattr(defaults, name)
         read = typing.get_args(signature.parameters[name].annotation) or (signature.parameters[name].annotation,)
         assert set(typing.get_args(kind) or (kind,)) <= set(read)
-    assert typing.get_type_hints(info.cls.__init__)["lr"] is float
+    assert typing.get_type_hints(info.cls.__init__)["lr"] == float | None
+    assert signature.parameters["lr"].default is None, "each group has its own"
     assert (info.cls.__init__.__module__, info.cls.__init__.__qualname__) == (
         info.cls.__module__,
         f"{info.cls.__name__}.__init__",
@@ -39,26 +46,30 @@ def test_the_constructor_spells_out_every_option(info):
 
 @INFOS
 def test_a_constructor_of_ones_own(info):
+    option = size_of(info)
+
     class Smaller(info.cls):
         def __init__(self, params, size=3):
-            super().__init__(params, 0.1, window_size=size)
+            super().__init__(params, 0.1, **{option: size})
 
     assert list(inspect.signature(Smaller).parameters) == ["params", "size"]
     optimizer = Smaller(weights(), 2)
-    assert optimizer.options.window_size == 2
-    assert copy.deepcopy(info.cls(weights(), 0.1, window_size=4)).options.window_size == 4
-    assert pickle.loads(pickle.dumps(info.cls(weights(), 0.1, window_size=4))).options.window_size == 4
+    assert getattr(optimizer.options, option) == 2
+    optimizer = info.cls(weights(), 0.1, **{option: 4})
+    assert getattr(copy.deepcopy(optimizer).options, option) == 4
+    assert getattr(pickle.loads(pickle.dumps(optimizer)).options, option) == 4
 
 
 @INFOS
 def test_a_program_that_fills_in_all_defaults_leaves_the_preset_in_force(info, caplog):
     """LightningCLI passes every argument, and nobody can tell its user's from the defaults."""
     defaults = {n: p.default for n, p in inspect.signature(info.cls).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    given = {**defaults, "preset": "measured", "window_momentum": 0.5}
+    momentum = {"window_momentum" if info.windowed else "beta1": 0.5}
+    given = {**defaults, "preset": "measured", **momentum}
     filled = info.cls(weights(), 0.1, **given)
     assert "all options are given" in caplog.text
-    assert filled.options == info.cls(weights(), 0.1, preset="measured", window_momentum=0.5).options
-    assert filled.builder.asked.given == {"preset", "window_momentum"}
+    assert filled.options == info.cls(weights(), 0.1, preset="measured", **momentum).options
+    assert filled.builder.asked.given == {"preset", *momentum}
     caplog.clear()
     assert info.cls(weights(), 0.1, **defaults).options == info.cls(weights(), 0.1).options
     assert not caplog.text
@@ -67,7 +78,10 @@ def test_a_program_that_fills_in_all_defaults_leaves_the_preset_in_force(info, c
 @INFOS
 def test_options_of_one_optimizer_make_another(info):
     """Not a program's defaults: a value that the class has by default, given under a preset that has another, is kept."""
-    options = info.cls(weights(), 0.1, preset="measured", window_size=info.cls.options_type().window_size).options
+    option = "adjust_lr_fn" if "adjust_lr_fn" in info.cls.measured else "window_size"
+    kept = getattr(info.cls.options_type(), option)
+    options = info.cls(weights(), 0.1, preset="measured", **{option: kept}).options
+    assert getattr(options, option) == kept
     again = dataclasses.asdict(options)
     assert info.cls(weights(), 0.1, weight_decay=0.0, **again).options == options
     assert create_optimizer(info.name, weights(), lr=0.1, weight_decay=0.0, **again).options == options
@@ -75,8 +89,8 @@ def test_options_of_one_optimizer_make_another(info):
 
 @INFOS
 def test_the_parameters_may_come_first(info):
-    optimizer = create_optimizer(weights(), name=info.name, lr=0.1, window_size=4)  # torchtune's way
-    assert type(optimizer) is info.cls and optimizer.options.window_size == 4
+    optimizer = create_optimizer(weights(), name=info.name, lr=0.1, **{size_of(info): 4})  # torchtune's way
+    assert type(optimizer) is info.cls and getattr(optimizer.options, size_of(info)) == 4
     assert type(create_optimizer(name=info.name, model_or_params=torch.nn.Linear(2, 3), lr=0.1)) is info.cls
     with pytest.raises(OptionError, match="unknown optimizer 'efcp_x'"):
         create_optimizer(weights(), name="efcp_x", lr=0.1)
@@ -90,12 +104,14 @@ def test_a_command_line_made_of_the_constructor(info):
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(torch.optim.Optimizer, "optimizer", skip={"params"}, instantiate=False)
-    argv = [f"--optimizer=hf_efcp.{info.cls.__name__}", "--optimizer.lr=0.1", "--optimizer.window_size=4"]
-    argv += ["--optimizer.error_dtype=bfloat16", "--optimizer.memory_budget=1MiB", "--optimizer.preset=measured"]
+    asked = {size_of(info): 4, "error_dtype": "bfloat16", **known_to(info.name, {"memory_budget": "1MiB"}), "preset": "measured"}
+    argv = [f"--optimizer=hf_efcp.{info.cls.__name__}", "--optimizer.lr=0.1"]
+    argv += [f"--optimizer.{option}={value}" for option, value in asked.items()]
     given = parser.parse_args(argv).optimizer.init_args
     assert {f.name for t in (GroupOptions, info.cls.options_type) for f in dataclasses.fields(t)} <= set(vars(given))
     optimizer = info.cls(weights(), **given)
-    assert (optimizer.options.error_dtype, optimizer.options.memory_budget) == (torch.bfloat16, 2**20)
-    assert optimizer.builder.asked.given == {"window_size", "error_dtype", "memory_budget", "preset"}
+    expected = {size_of(info): 4, "error_dtype": torch.bfloat16, **known_to(info.name, {"memory_budget": 2**20})}
+    assert {option: getattr(optimizer.options, option) for option in expected} == expected
+    assert optimizer.builder.asked.given == asked.keys()
     with pytest.raises(jsonargparse.ArgumentError, match="windw_size"):
         parser.parse_args([*argv, "--optimizer.windw_size=4"])

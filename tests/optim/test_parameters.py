@@ -26,6 +26,7 @@ from tests.optim.helpers import (
 from tests.reference import (
     NAMES,
     info,
+    known_to,
     make,
     parameters,
     row,
@@ -128,10 +129,11 @@ def test_tied_parameters_count_once():
     for name in NAMES:
         model = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20, bias=False))
         model[1].weight = model[0].weight
-        lone = hf_efcp.create_optimizer(name, model, lr=0.1, window_size=M)
-        twice = hf_efcp.create_optimizer(name, [model[0].weight, model[1].weight], lr=0.1, window_size=M)
+        given = {"lr": 0.1, **known_to(name, {"window_size": M})}
+        lone = hf_efcp.create_optimizer(name, model, **given)
+        twice = hf_efcp.create_optimizer(name, [model[0].weight, model[1].weight], **given)
         named = [("a", model[0].weight), ("b", model[1].weight)]
-        thrice = hf_efcp.create_optimizer(name, named, lr=0.1, window_size=M)
+        thrice = hf_efcp.create_optimizer(name, named, **given)
         assert lone.memory_footprint() == twice.memory_footprint() == thrice.memory_footprint()
         runs = []
         for optimizer in (lone, twice, thrice):
