@@ -23,11 +23,13 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """TrainingArguments and Accelerator leave precision and more in ACCELERATE_... and singletons, for the next test to find."""
+def fresh_environment():
+    """What is left for the next test to find: by TrainingArguments and Accelerator precision and more, in ACCELERATE_... and
+    singletons; by `hf_efcp.run` the path of what it starts.
+    """
 
     def ours():
-        return {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+        return {k: v for k, v in os.environ.items() if k.startswith("ACCELERATE_") or k in ("PYTHONPATH", "HF_EFCP")}
 
     before = ours()
     yield

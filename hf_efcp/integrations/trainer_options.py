@@ -84,7 +84,8 @@ def check_name(args: TrainingArguments) -> None:
         raise OptionError(f"optim={ours.cls.__name__}: give the name of that class, optim={ours.name!r}")
     name = name_of(args)
     known = name in list_optimizers() or name in {member.value for member in OptimizerNames}
-    if not known and (name.startswith(FIELD) or difflib.get_close_matches(name.lower(), list_optimizers(), cutoff=0.75)):
+    alike = name.startswith(FIELD) or f"{FIELD}{name.lower()}" in list_optimizers()
+    if not known and (alike or difflib.get_close_matches(name.lower(), list_optimizers(), cutoff=0.75)):
         get_optimizer_info(name)
 
 

@@ -3,10 +3,17 @@
 import torch
 
 from hf_efcp.bench.contenders import Workload
+from hf_efcp.engine.phases import PHASES
 from tests.cli.helpers import module, optimizer_of
+from tests.reference import info
 
 CPU = torch.device("cpu")
 LIST = {"a.weight": (64, 48), "a.bias": (48,)}
+
+
+def phases_of(name):
+    """The phases of a step that take time: without a window there are no products of entries and no coefficients."""
+    return PHASES if info(name).windowed else ("compress", "update")
 
 
 def workload(shapes=LIST, dtype=torch.float32):

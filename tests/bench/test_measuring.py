@@ -8,11 +8,12 @@ import torch
 import hf_efcp
 from hf_efcp.bench import measuring
 from hf_efcp.engine.phases import PHASES
-from tests.bench.helpers import CPU, started, workload
-from tests.reference import NAMES, stack_of, window
+from tests.bench.helpers import CPU, phases_of, started, workload
+from tests.optim.helpers import differences, snapshot
+from tests.reference import NAMES, args_known_to, names, stack_of, window
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names(windowed=True))
 def test_a_filled_window_is_one_that_steps_could_have_made(name):
     """Full, no two rows alike, K's diagonal true, and a step on it is taken without the way out for dependent rows."""
     shapes_ = {"a.weight": (64, 48), "b.weight": (50, 60), "a.bias": (48,)}
@@ -31,6 +32,14 @@ def test_a_filled_window_is_one_that_steps_could_have_made(name):
         optimizer.step()
     assert optimizer.diagnostics()["skipped_steps"] == 0
     assert optimizer.diagnostics()["kappa"] < 10
+
+
+@pytest.mark.parametrize("name", names(windowed=False))
+def test_without_a_window_there_is_nothing_to_fill(name):
+    optimizer, work = started(name)
+    before = snapshot(optimizer, work.params)
+    measuring.fill(optimizer)
+    assert differences(before, snapshot(optimizer, work.params)) == []
 
 
 def test_phases_add_up_to_the_step_and_are_told_apart(monkeypatch):
@@ -56,10 +65,10 @@ def test_phases_add_up_to_the_step_and_are_told_apart(monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_names_every_phase(name):
-    optimizer, _ = started(name, "window_size=4")
+    optimizer, _ = started(name, args_known_to(name, "window_size=4"))
     with measuring.phases(CPU) as times:
         optimizer.step()
-    assert tuple(times) == PHASES and min(times.values()) > 0
+    assert tuple(times) == PHASES and {phase for phase in times if times[phase] > 0} == set(phases_of(name))
 
 
 def test_on_a_gpu_a_phase_lasts_from_event_to_event(monkeypatch):

@@ -14,7 +14,7 @@ by_name = pytest.mark.parametrize("name", NAMES)
 # Options that compress matrices as thin as 4 x 32, and wrap around after 4 steps.
 SMALL = {"window_size": 4, "update_rms": 0.5, "error_dtype": "bf16"}
 LOSSY = {"low rank": {"rank": 1}, "sparse": {"density": 0.1, "block_size": 32}, "dense": {}}
-STATE_DTYPES = {
+_STATE_DTYPES = {
     "window_p": torch.float32,
     "window_q": torch.float32,
     "window_indices": torch.int16,
@@ -26,6 +26,23 @@ STATE_DTYPES = {
     "step": torch.int64,
     "skipped": torch.int64,
 }
+# Without a window: `step` is each tensor's own, and the ring's numbers are in the method's own default.
+_WITHOUT_WINDOW = {
+    "projector": torch.float32,
+    "exp_avg": torch.float32,
+    "exp_avg_sq": torch.float32,
+    "window_indices": torch.int16,
+    "window_values": torch.bfloat16,
+    "error": torch.bfloat16,
+    "step": torch.float32,
+    "counter": torch.int64,
+    "skipped": torch.int64,
+}
+
+
+def state_dtypes(name):
+    """State entry -> dtype, as `options` have them."""
+    return _STATE_DTYPES if info(name).windowed else _WITHOUT_WINDOW
 
 
 def options(name, **more):

@@ -19,6 +19,7 @@ from transformers import (
 
 import hf_efcp
 from hf_efcp import EFCPCallback, EFCPTrainer, EFCPTrainerMixin, EFCPTrainingArguments
+from tests.reference import info, known_to
 
 by_name = pytest.mark.parametrize("name", hf_efcp.list_optimizers())
 
@@ -46,12 +47,14 @@ def make(tmp_path):
 @by_name
 def test_diagnostics_are_in_the_history_and_reach_every_reporter(name, make, tiny_bert, token_data):
     reporter = Recorder()
-    trainer = EFCPTrainer(tiny_bert, make(optim=name), train_dataset=token_data, callbacks=[reporter])
+    figure = "efcp_kappa" if info(name).windowed else "efcp_error_norm"
+    args = make(optim=name, efcp_window_size=known_to(name, {"window_size": 4}).get("window_size"))
+    trainer = EFCPTrainer(tiny_bert, args, train_dataset=token_data, callbacks=[reporter])
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["efcp_step"] for entry in history] == [2, 4]
-    assert all(entry["efcp_kappa"] > 0 and entry["efcp_skipped_steps"] == 0 for entry in history)
-    assert [log["efcp_kappa"] for log in reporter.logs if "loss" in log] == [entry["efcp_kappa"] for entry in history]
+    assert all(entry[figure] > 0 and entry["efcp_skipped_steps"] == 0 for entry in history)
+    assert [log[figure] for log in reporter.logs if "loss" in log] == [entry[figure] for entry in history]
     # The summary at the end is no training log.
     assert not any(key.startswith("efcp_") for key in trainer.state.log_history[-1])
 

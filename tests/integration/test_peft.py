@@ -11,7 +11,6 @@ from transformers import Trainer
 
 from tests.integration.peft_runs import (
     LOSSY,
-    STATE_DTYPES,
     adapters,
     by_name,
     copies,
@@ -20,12 +19,13 @@ from tests.integration.peft_runs import (
     make,
     moved,
     options,
+    state_dtypes,
     tiny_llama,
     train,
     with_lora,
 )
 from tests.optim.helpers import all_finite, differences, snapshot
-from tests.reference import info
+from tests.reference import info, known_to
 
 # Training -----------------------------------------------------------------------------------------------------------------
 
@@ -41,10 +41,12 @@ def test_bf16_llama_keeps_every_dtype_through_prepare_save_and_load(name, tmp_pa
 
     def check_dtypes(optimizer):
         found = {(key, value.dtype) for entry in optimizer.state.values() for key, value in entry.items()}
-        assert {key for key, _ in found} >= {"gram", "step", *expected[info(name).compression]}
-        assert found <= set(STATE_DTYPES.items())
+        assert {key for key, _ in found} >= {"gram" if windowed else "counter", "step", *expected[info(name).compression]}
+        assert found <= set(state_dtypes(name).items())
 
-    expected = {"low rank": {"window_p", "error"}, "sparse": {"window_indices", "error"}, "dense": {"window_rows"}}
+    windowed = info(name).windowed
+    low_rank = {"window_p" if windowed else "projector", "error"}
+    expected = {"low rank": low_rank, "sparse": {"window_indices", "error"}, "dense": {"window_rows"}}
     accelerator, model, optimizer = prepared()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     before = loss_of(model)
@@ -108,7 +110,7 @@ def test_trainer_trains_adapters_and_modules_to_save(name, make_args, tiny_bert,
     model = with_lora(tiny_bert, task_type="SEQ_CLS", modules_to_save=["classifier"])
     args = make_args(
         optim=name,
-        optim_args={"window_size": 8, **LOSSY[info(name).compression]},
+        optim_args=known_to(name, {"window_size": 8, **LOSSY[info(name).compression]}),
         learning_rate=2e-2,
         weight_decay=0.01,
         max_steps=40,
@@ -183,4 +185,4 @@ def test_adapters_on_a_quantized_base_under_autocast(name, adapter, base):
     saved = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(saved)
     assert {p.dtype for p in params.values()} == {adapter}
-    assert {(k, v.dtype) for entry in optimizer.state.values() for k, v in entry.items()} <= set(STATE_DTYPES.items())
+    assert {(k, v.dtype) for entry in optimizer.state.values() for k, v in entry.items()} <= set(state_dtypes(name).items())

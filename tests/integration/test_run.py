@@ -191,9 +191,10 @@ def test_list_options(name, capsys):
     fields = {f.name: f for t in (GroupOptions, info.cls.options_type) for f in dataclasses.fields(t)}
     for option, row in rows.items():
         assert fields[option].metadata["help"] in row
-    window = rows["window_size"].split()
-    measured = info.cls.measured.get("window_size", fields["window_size"].default)
-    assert window[:4] == ["window_size", "int", str(fields["window_size"].default), str(measured)]
+    size = "window_size" if "window_size" in info.options() else "rank"
+    measured = info.cls.measured.get(size, fields[size].default)
+    assert rows[size].split()[:4] == [size, "int", str(fields[size].default), str(measured)]
     assert rows["preset"].split()[1:4] == ["str", "paper", "measured"] and rows["shard"].split()[1:4] == ["str", "off", "auto"]
-    assert "float or none" in rows["update_rms"]
+    assert "dtype or none" in rows["error_dtype"]
+    assert ("update_rms" in rows) == info.windowed and "float or none" in rows.get("update_rms", "float or none")
     assert "--learning_rate" in rows["lr"]

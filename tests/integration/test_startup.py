@@ -27,8 +27,12 @@ SILENT = "import json, sys; print([n for n in ('torch', 'transformers', 'acceler
 IN_A_CHILD = "import subprocess, sys\nsubprocess.run([sys.executable, *sys.argv[1:]], check=True)\n"
 
 
+# Needs no torch, so that nothing may be imported for it; what it parses for us is of a trigger's module.
+PARSER = "transformers.hf_argparser"
+
+
 def test_the_hook_waits_for_all_that_is_changed_in_transformers_and_accelerate():
-    assert set(TRIGGERS) == {patch.module for patch in _PATCHES}
+    assert {*TRIGGERS, PARSER} == {patch.module for patch in _PATCHES} and PARSER not in TRIGGERS
 
 
 # hf-efcp run ----------------------------------------------------------------------------------------------------------------
@@ -66,6 +70,18 @@ def test_what_a_script_starts_finds_the_folder_first(child, run, monkeypatch, ca
     for _ in range(2):  # the second time it is there already
         assert run([child, "-c", code]) == 0
         assert capfd.readouterr().out == f"None {STARTUP}{os.pathsep}elsewhere\n"
+
+
+def test_the_parser_is_changed_though_it_was_imported_before(inside):
+    code = f"""
+from {PARSER} import HfArgumentParser
+import sys
+assert "torch" not in sys.modules and "hf_efcp" not in sys.modules
+from transformers.training_args import TrainingArguments
+HfArgumentParser(TrainingArguments).parse_dict({{"output_dir": "o", "optim": {list_optimizers()[0]!r}, "window_size": 4}})
+"""
+    done = inside("-c", code)
+    assert done.returncode == 2 and "window_size: " in done.stderr and "give --optim_args window_size=VALUE" in done.stderr
 
 
 def test_where_nobody_trains_nothing_is_imported(inside):
