@@ -210,7 +210,7 @@ def test_a_package_that_is_gone_or_broken_harms_nothing(environment, tmp_path):
     names.write_text((STARTUP / "names.py").read_text())
     (folder / "hf_efcp/__init__.py").write_text("import no_such_module\n")
     site_packages = next((tmp_path / "venv/lib").glob("python*/site-packages"))
-    (site_packages / enable.FILE).write_text(enable._LINE.format(file=str(names)))
+    (site_packages / enable.FILE).write_text(enable._LINE.format(file=str(names), run=enable._RUN))
     code = "import sys; import transformers.training_args; print('goes on')"
     broken = environment("-c", code)
     assert broken.stdout == "goes on\n"
