@@ -11,6 +11,11 @@ if not torch.cuda.is_available():  # Triton reads this when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with what takes longest, since at the end one worker would wait for it."""
+    items.sort(key=lambda item: "test_every_kernel_compiles" not in item.nodeid)
+
+
 def pytest_collection_finish():
     """Exempt the millions of objects of the imports from the garbage collections that every Trainer and Accelerator asks for."""
     gc.collect()
