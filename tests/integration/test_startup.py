@@ -10,6 +10,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import transformers
 
 import hf_efcp
 from hf_efcp import list_optimizers
@@ -72,11 +73,12 @@ def test_what_a_script_starts_finds_the_folder_first(child, run, monkeypatch, ca
         assert capfd.readouterr().out == f"None {STARTUP}{os.pathsep}elsewhere\n"
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="there the parser's import ends after ours: its own message stays")
 def test_the_parser_is_changed_though_it_was_imported_before(inside):
     code = f"""
 from {PARSER} import HfArgumentParser
 import sys
-assert "hf_efcp" not in sys.modules or "torch" in sys.modules  # transformers 4 imports it all with the parser
+assert "torch" not in sys.modules and "hf_efcp" not in sys.modules
 from transformers.training_args import TrainingArguments
 HfArgumentParser(TrainingArguments).parse_dict({{"output_dir": "o", "optim": {list_optimizers()[0]!r}, "window_size": 4}})
 """
