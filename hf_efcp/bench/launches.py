@@ -30,10 +30,10 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import kernels
 from ..cli.common import build
 from ..core.deferred import NUMBERS, SIZES, WAITS
 from ..engine.phases import heard_by
+from ..kernels import calls
 from ..kernels.devices import pretending
 from .contenders import Workload
 from .measuring import PHASES
@@ -141,7 +141,7 @@ def count(
             for _ in range(steps):
                 counter.tallies = {phase: Tally() for phase in PHASES}
                 optimizer.step()
-        missing = sorted(operation for type, operation in kernels._failed if type == "cuda")
+        missing = sorted(operation for type, operation in calls.FAILED if type == "cuda")
     return Counted(counter.tallies, missing)
 
 
@@ -270,7 +270,7 @@ def _bytes_of(x: Tensor) -> int:
 def _without_launches(counter: _Counter) -> Iterator[None]:
     """Let `counter` hear of Triton launches inside, in place of a GPU; what failed inside is forgotten afterwards."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_replaced(kernels, "_failed", set()))
+        stack.enter_context(_replaced(calls, "FAILED", set()))
         stack.enter_context(_replaced(FakeTensor, "data_ptr", lambda x: counter.address(x)))
         if has_triton():
             from triton.runtime.interpreter import InterpretedFunction

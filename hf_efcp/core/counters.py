@@ -18,6 +18,12 @@ class Counters:
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
+    def begin(self) -> None:
+        """Begin a step, which `undo` can take back."""
+
+    def undo(self) -> None:
+        """Be as before a step that has ended before it wrote anything else."""
+
     def count(self, ok: bool | Tensor = True) -> None:
         """Count a step, as refused where it is not accepted."""
         if ok is not True:

@@ -27,6 +27,19 @@ class GramMatrix(Counters):
     def __init__(self, groups: int, window_size: int, device: torch.device):
         super().__init__(device)
         self.matrix = torch.zeros(groups, window_size, window_size, dtype=torch.float64, device=device)
+        self._before: tuple[Tensor, ...] = ()
+
+    def begin(self) -> None:
+        """See Counters."""
+        self._before = ()
+
+    def undo(self) -> None:
+        """See Counters."""
+        if self._before:
+            j, row, step, skipped = self._before
+            self._put(j, row)
+            self.step.copy_(step)
+            self.skipped.copy_(skipped)
 
     def release(self) -> None:
         """See Counters."""
@@ -72,12 +85,15 @@ class GramMatrix(Counters):
             k_j: (groups, m) fp64.
             accepted: True, or a 0-D bool tensor on the device.
         """
-        if accepted is not True:
-            k_j = masked(accepted, k_j, self.matrix.index_select(1, j).squeeze(1))
-        self.matrix.index_copy_(1, j, k_j[:, None, :])
-        self.matrix.index_copy_(2, j, k_j[:, :, None])
+        row = self.matrix.index_select(1, j).squeeze(1)
+        self._before = j, row, self.step.clone(), self.skipped.clone()
+        self._put(j, masked(accepted, k_j, row))
         self.count(accepted)
         return self.matrix
+
+    def _put(self, j: Tensor, row: Tensor) -> None:
+        self.matrix.index_copy_(1, j, row[:, None, :])
+        self.matrix.index_copy_(2, j, row[:, :, None])
 
     def agrees(self, slot: int, row: Tensor) -> bool:
         """Tell whether a row of K, (groups, m), is the one that is held, but for rounding."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,28 +55,51 @@ def stacked(matrices: kernels.Matrices, rows: slice = slice(None)) -> Tensor:
     return matrices[0][None, rows] if len(matrices) == 1 else torch.stack([x[rows] for x in matrices])
 
 
+class _Precision:
+    """torch's precision of fp32 products, a setting of the process: full while any thread needs it, then as it was before."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._restore = threading.Lock(), 0, contextlib.ExitStack()
+
+    def take(self) -> None:
+        """Ask for full precision."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._raise()
+
+    def give_back(self) -> None:
+        """Need it no longer."""
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._restore.close()
+
+    def _raise(self) -> None:
+        # torch >= 2.9 keeps the setting twice, and refuses to be asked by the old name while the two disagree.
+        known: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+        backends = [b for b in known if _has_new_name(b)]
+        for b in backends:
+            self._restore.callback(setattr, b, "fp32_precision", b.fp32_precision)
+        with contextlib.suppress(RuntimeError):
+            self._restore.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
+        for b in backends:
+            b.fp32_precision = "ieee"
+
+
+_PRECISION = _Precision()
+
+
 @contextlib.contextmanager
 def ieee_matmul(device: torch.device) -> Iterator[None]:
     """fp32 matrix products in full fp32 inside (no TF32, no bf16, no autocast), whatever the user chose outside."""
-    # torch >= 2.9 keeps the setting twice, and refuses to be asked by the old name while the two disagree.
-    known: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    backends = [b for b in known if _has_new_name(b)]
-    before = [b.fp32_precision for b in backends]
-    try:
-        before_by_old_name: str | None = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        before_by_old_name = None
-    torch.set_float32_matmul_precision("highest")
-    for b in backends:
-        b.fp32_precision = "ieee"
+    _PRECISION.take()
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if before_by_old_name is not None:
-            torch.set_float32_matmul_precision(before_by_old_name)
-        for b, value in zip(backends, before, strict=True):
-            b.fp32_precision = value
+        _PRECISION.give_back()
 
 
 def _has_new_name(backend: object) -> bool:

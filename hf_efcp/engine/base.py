@@ -17,9 +17,9 @@ from ..core.linalg import ieee_matmul
 from ..distributed.fsdp2 import FSDP2Mesh, is_sharded
 from ..distributed.placement import Alone
 from ..distributed.zero import ZeroPieces
-from ..options import GroupOptions, OptionError, build
+from ..options import GroupOptions, build
 from .asked import Asked, merged
-from .builder import Builder
+from .builder import Builder, check_budget
 from .constructor import Defaults, constructor
 from .costs import Count
 from .entries import unstacked
@@ -28,7 +28,7 @@ from .loading import load, take
 from .method import Method
 from .parameters import check_rate, checked_group, checked_params
 from .saving import Saving, complete
-from .setup import Setup
+from .setup import Setup, check_numbers
 from .traces import saved_choice
 
 
@@ -67,8 +67,8 @@ class EngineOptimizer(torch.optim.Optimizer):
         group = build(GroupOptions, {"weight_decay": weight_decay} | ({} if lr is None else {"lr": lr}), name)
         checked = merged(self.options_type, self.measured, options, name)
         self.builder = Builder(name, self.method, checked, Asked(name, checked, options), process_group)
-        rate = None if lr is None else group.lr
-        super().__init__(checked_params(params, name), Defaults(lr=rate, weight_decay=group.weight_decay))
+        super().__init__(checked_params(params, name), Defaults(lr=lr and group.lr, weight_decay=group.weight_decay))
+        check_budget(self.builder, self.param_groups, self.state)
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -92,14 +92,18 @@ class EngineOptimizer(torch.optim.Optimizer):
 
         Returns:
             The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a step before raised half-way (out of memory, Ctrl-C): `load_state_dict` mends that.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_numbers(self.param_groups, self.builder.name)
         setup = self.builder.prepare(self.param_groups, self.state, stepping=True)
         if setup.params and setup.has_work():
-            with ieee_matmul(setup.counters.step.device):
+            with ieee_matmul(setup.counters.step.device), self.builder.torn.watch(setup):
                 self.builder.graph.step(self.method, setup, self.param_groups, self.builder.options)
             setup.note()
             setup.warn_of_skips(self.builder.name)
@@ -149,9 +153,7 @@ class EngineOptimizer(torch.optim.Optimizer):
                 of a run without the hook.
         """
         sync = self.builder.sync
-        if not sync.wanted:
-            has = f"comm={self.options.comm!r}" if hasattr(self.options, "comm") else "no option comm"
-            raise OptionError(f"register_comm_hook is for comm='factors', and this {type(self).__name__} has {has}")
+        sync.check_wanted(self.options, type(self).__name__)
 
         # No annotations: torch compares them with its types, and here they would be text.
         @torch.no_grad()
@@ -192,15 +194,14 @@ class EngineOptimizer(torch.optim.Optimizer):
         own_stub = saving.stub(id(self), _params(self)) if saving is not None and saving.placement.apart else None
         if load(state_dict, self.builder, self.param_groups, self.state, self.shard_folder, own_stub):
             self.shard_folder = None
+        self.builder.torn.mended()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: tensors are copied out of the stacks, which are built again from them."""
-        setup, builder = self.builder.setup, self.builder
-        copied = builder.copied if setup is None or setup.placement.follows else (setup.owners, setup.placement.shards)
-        made = {"made": (builder.options, copy.copy(builder.asked), copied)}
-        return {**super().__getstate__(), "state": unstacked(self.state, builder.names), **made}
+        made, state = _made(self.builder), unstacked(self.state, self.builder.names)
+        return {**super().__getstate__(), "state": state, "made": made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See torch.optim.Optimizer. A copy has no process group: that belongs to the process."""
@@ -299,6 +300,14 @@ def _hooks(optimizer: torch.optim.Optimizer) -> Iterator[tuple[list[Any], list[A
 
 def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for g in optimizer.param_groups for p in g["params"]]
+
+
+def _made(builder: Builder) -> tuple[Any, Asked, tuple[dict[Tensor, Any], int]]:
+    """Give what a copy needs to know: options, those that were asked for, and who owns the state on how many processes."""
+    builder.torn.refuse()
+    setup = builder.setup
+    copied = builder.copied if setup is None or setup.placement.follows else (setup.owners, setup.placement.shards)
+    return builder.options, copy.copy(builder.asked), copied
 
 
 def _made_by_0_1(state: dict[str, Any]) -> tuple[Any, Asked, tuple[dict[Tensor, Any], int]]:

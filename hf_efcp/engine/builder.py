@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -22,12 +23,13 @@ from ..options import OptionError
 from .asked import Asked, say
 from .entries import State, Watch, adopt, fill, foreign, keep_only, move, own
 from .factor_sync import FactorSync
-from .footprint import estimated
+from .footprint import check_room, estimated
 from .graph import StepGraph
 from .method import Group, Method
 from .parameters import agree, counted, refuse_parameter, refuse_without_numbers
 from .setup import Setup
 from .stacks import batches_of
+from .torn import Torn
 
 # Index of a group, and those of its parameters that have state.
 Trained = list[tuple[int, list[Tensor]]]
@@ -53,6 +55,7 @@ class Builder:
         takes_tensors: whether tensors that are no nn.Parameter may be among the parameters.
         copied: owners of the state, and number of processes, where the optimizer is a copy.
         thawed: parameters that are frozen, and have state in a checkpoint that is being loaded.
+        torn: whether a step has ended half-way.
     """
 
     def __init__(self, name: str, method: Method, options: Any, asked: Asked, process_group: Any = None):
@@ -65,6 +68,7 @@ class Builder:
         self.sync = FactorSync(options)
         self.takes_tensors = False
         self.graph = StepGraph()
+        self.torn = Torn(name)
         self._remarked: Setup | None = None
         self._said: set[str] = set()
         self.forget()
@@ -84,6 +88,8 @@ class Builder:
             state: the optimizer's, which becomes views of what is built.
             stepping: whether a step follows: then the log says what was chosen.
         """
+        if stepping:
+            self.torn.refuse()
         trained = self.trained(groups, state)
         kinds = [(group.get("compress"), group.get("kind")) for group in groups]
         key = [(i, kinds[i], id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
@@ -98,6 +104,7 @@ class Builder:
     @torch.no_grad()
     def settle(self, state: State) -> None:
         """Take over what others have put into the state, for whoever reads it; a state that is kept elsewhere stays there."""
+        self.torn.refuse()
         if self.setup is not None and self.setup.released:
             fill(state, self.setup)
         elif self.setup is not None:
@@ -197,7 +204,7 @@ class Builder:
         options, asked = self.options, self.asked
         params = [p for _, params in self.trained(groups, state) for p in params]
         if asked.budgeted and not asked.chosen:
-            fixed = self._not_budgeted(params, fsdp)
+            fixed = _not_budgeted(self.sync, params, fsdp)
             options, _ = asked.choice(options, self._bytes_with(groups, state, processes, fsdp), fixed)
         specs = self.specs(groups, state, options, processes)
         if fsdp:
@@ -228,11 +235,12 @@ class Builder:
         if placement.apart or placement.follows:
             agree(self.name, self.options, placement, trained)
         bytes_with = self._bytes_with(groups, state, placement.shards, placement.follows)
-        fixed = self._not_budgeted(params, placement.follows)
+        fixed = _not_budgeted(self.sync, params, placement.follows)
         self.options = self.asked.keep(self.options, bytes_with, placement, fixed, any(map(own, state.values())))
         specs = self.specs(groups, state, self.options)
         _named(self.options, lambda: placement.check(specs))
         owners, numbers = placement.owners(specs, known), {p: i for i, p in enumerate(params)}
+        check_room(specs, owners, placement.rank, self.options)
         method, options, sync = self.method, self.options, self.sync  # not self, which would be a cycle
         device = params[0].device if params else torch.device("cpu")
 
@@ -279,10 +287,26 @@ class Builder:
 
         return bytes_with
 
-    def _not_budgeted(self, params: Iterable[Tensor], follows: bool) -> list[str]:
-        """Name what is not left to the budget: no codes for factors' errors, nor where FSDP2 cuts vectors inside a run."""
-        codes = ["window_format", "error_format"]
-        return codes if self.sync.wanted or (follows and any(p.ndim == 1 for p in params)) else []
+
+def check_budget(builder: Builder, groups: Sequence[Group], state: State) -> None:
+    """Raise OptionError where nothing keeps the budget, on as many processes as there will be, divided as they like."""
+    if builder.asked.size is None:
+        return
+    here = dist.is_available() and dist.is_initialized()
+    processes = dist.get_world_size() if here else int(os.environ.get("WORLD_SIZE", "1"))
+    errors = []
+    for fsdp in (False, True):
+        try:
+            builder.estimate(groups, state, processes if fsdp or builder.options.shard == "auto" else 1, fsdp)
+            return
+        except OptionError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _not_budgeted(sync: FactorSync, params: Iterable[Tensor], follows: bool) -> list[str]:
+    """Name what is not left to the budget: no codes for factors' errors, nor where FSDP2 cuts vectors inside a run."""
+    return ["window_format", "error_format"] if sync.wanted or (follows and any(p.ndim == 1 for p in params)) else []
 
 
 def _release(builder: weakref.ref[Builder], setup: weakref.ref[Setup]) -> None:

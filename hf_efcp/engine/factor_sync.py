@@ -135,6 +135,12 @@ class FactorSync:
         model.register_comm_hook(None, hook)
         self.replicas = Replicas(model.process_group)
 
+    def check_wanted(self, options: Any, name: str) -> None:
+        """Raise OptionError where the hook is registered with an optimizer of class `name` that does not want it."""
+        if not self.wanted:
+            has = f"comm={options.comm!r}" if hasattr(options, "comm") else "no option comm"
+            raise OptionError(f"register_comm_hook is for comm='factors', and this {name} has {has}")
+
     def check(self, params: Sequence[Tensor], placement: Placement, options: Any) -> None:
         """Raise OptionError where factors are asked for and cannot be made: no hook, or sharded parameters."""
         self._places = {}  # of the stacks that are about to be built

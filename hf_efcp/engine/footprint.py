@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..distributed.ddp import plan, size_of
 from ..distributed.placement import Specs
 from ..distributed.plan import Owners, describe
+from ..kernels.devices import kind
+from ..options import OptionError
+from .choices import shown
 
 if TYPE_CHECKING:
     from .method import Group
@@ -42,6 +47,30 @@ def estimated(specs: Mapping[Tensor, Specs], processes: int = 1, fsdp: bool = Fa
         owners, ranks = plan(specs, processes, {}), processes
     loads = [_bytes_on(specs, owners, rank) for rank in range(ranks)]
     return max(loads, key=lambda kinds: sum(kinds.values()))
+
+
+def check_room(specs: Mapping[Tensor, Specs], owners: Mapping[Tensor, Owners], rank: int, options: Any) -> None:
+    """Raise OptionError where the state that a process holds is larger than all of its device's memory."""
+    devices = {p.device for p in specs}
+    if len(devices) != 1 or kind(device := devices.pop()) != device.type or (room := _memory(device)) is None:
+        return
+    size = sum(_bytes_on(specs, owners, rank).values())
+    if size > room:
+        names = [name for name in ("window_size", "rank", "density") if hasattr(options, name)]
+        values = ", ".join(f"{name}={getattr(options, name)}" for name in names)
+        raise OptionError(
+            f"{values}: the state would take {shown(size)}, and {device} has {shown(room)} in all: take less, or let "
+            "memory_budget choose"
+        )
+
+
+def _memory(device: torch.device) -> int | None:
+    """Give the bytes of all memory of a device, in use or not; None: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def plan_of(setup: Setup, groups: Sequence[Group]) -> str:

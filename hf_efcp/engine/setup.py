@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from .parameters import levels_to_caller
 # Name of the learning rate in groups, as a number on the device: a CUDA graph reads it there.
 RATE = "rate on the device"
 
+# A schedule may end so far below 0.
+_ROUNDING = 1e-12
 # So many steps without any gradient are no accident.
 _IDLE_STEPS = 3
 
@@ -46,6 +49,7 @@ class Setup:
         size: the sum of S_i^2 over the coordinates that had a gradient in the last step; without a metric, their number.
         rest: |S u|^2 of the update's part outside of the window.
         started: whether a step was taken.
+        writing: whether a step has begun to change state and parameters, and has not ended.
         skips: the number of refused steps, as far as the host knows.
     """
 
@@ -59,6 +63,7 @@ class Setup:
     size: Tensor | float = 0.0
     rest: Tensor | float = 0.0
     started: bool = False
+    writing: bool = False
 
     def __post_init__(self) -> None:
         self._idle = 0
@@ -125,7 +130,7 @@ class Setup:
         self.last, self.size, self.rest = (
             _remembered(old, new, ok) for old, new in ((self.last, last), (self.size, size), (self.rest, rest))
         )
-        self.started = True
+        self.started, self.writing = True, False
         self._idle = 0 if self._idle < _IDLE_STEPS else self._idle
 
     def listen_anew(self) -> None:
@@ -166,6 +171,14 @@ def _remembered(old: Any, new: Any, ok: bool | Tensor) -> Any:
         return new
     kept = masked(ok, new, old)
     return old.copy_(kept) if isinstance(old, Tensor) and old.shape == kept.shape and old.device == kept.device else kept
+
+
+def check_numbers(groups: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Raise OptionError for a learning rate or weight decay that would destroy the parameters."""
+    for i, group in enumerate(groups):
+        for key in ("lr", "weight_decay"):
+            if not -_ROUNDING <= (x := _number(group, key)) < math.inf:
+                raise OptionError(f"{name}: {key}={x} in parameter group {i}: expected a finite number >= 0")
 
 
 def rate_of(group: Mapping[str, Any]) -> float | Tensor:

@@ -198,6 +198,7 @@ class Tensorwise:
         ok = _gate(setup)
         if ok is False:
             return counters.count(ok)
+        setup.writing = True
         for s in setup.stacks:
             s.open(counters.step)
             s.turn.ok = ok

@@ -230,26 +230,30 @@ class Windowed:
     def step(self, setup: Setup, groups: Sequence[Group], o: Any) -> None:
         """Take a step of Algorithm 1."""
         gram, stacks, phase, dots = setup.counters, setup.stacks, listener(), []
-        j, l2 = gram.next_slot(), [l2_of(group, o) for group in groups]
+        j, t, l2 = gram.next_slot(), gram.step.clone(), [l2_of(group, o) for group in groups]
         for f in setup.factors:
-            f.stage(gram.step)                                                  # made during backward, see factor_sync.py
+            f.stage(t)                                                          # made during backward, see factor_sync.py
         for s in stacks:
             with phase("compress"):
-                s.stage(gram.step, l2[s.group])                                 # a = e + S^-1 g;  c_j = C(a), as it is stored
+                s.stage(t, l2[s.group])                                         # a = e + S^-1 g;  c_j = C(a), as it is stored
             with phase("dots"):
                 dots.append(s.dots(j))                                          # <c_j, c_i> for all i
         k_j, size = over_processes(setup, _new_row(stacks, dots, gram, o.scope), o)  # and the sum of S^2
         ok = finite(k_j, size)                                                 # on a GPU a flag, which masks what follows
         if ok is False:
             return gram.count(ok)
+        with phase("solve"):
+            w = averaged(gram.update(j, k_j, ok), gram, j, o)
+            c = self.phi(o, gram, j, w, setup.dtype)                            # c = phi(K) w; so far K alone is new
+        setup.writing = True
         for s in (*stacks, *setup.factors):
             with phase("feedback"):
                 s.commit(j, l2[s.group], ok)                                    # e <- a - c_j;  slot j of G <- c_j;  D
         with phase("solve"):
-            w = averaged(gram.update(j, k_j, ok), gram, j, o)
-            rest = rest_of(setup, self.outside, o)                                         # of gradients, outside of the window
-            c, rest = rescaled(self.phi(o, gram, j, w, setup.dtype), rest, w, gram, size, o, setup.dtype, ok)  # c = phi(K) w
+            rest = rest_of(setup, self.outside, o)                              # of gradients, outside of the window
+            c, rest = rescaled(c, rest, w, gram, size, o, setup.dtype, ok)      # update_rms
         for s in stacks:
+            s.turn.step = gram.step
             with phase("update"):                                               # u = S^-1 G^T c;  p <- (1 - lr wd) p - lr u
                 s.apply(_coefficients_of(c, s, o.scope), _coefficients_of(rest.weight, s, o.scope), groups[s.group], o)
         setup.finish(c, ok, size, (rest.weight.square() * rest.square).sum())

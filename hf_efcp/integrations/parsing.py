@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
+import difflib
 import functools
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from ..options import OptionError, unknown_name
@@ -20,7 +23,8 @@ def named(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def parse(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return original(self, *args, **kwargs)
+            with _one_line_for_optim(self):
+                return original(self, *args, **kwargs)
         except ValueError as error:
             fields = {field.name for kind in self.dataclass_types for field in dataclasses.fields(kind)}
             given = next((value for value in (*args, *kwargs.values()) if value is not None), sys.argv)
@@ -30,6 +34,28 @@ def named(original: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return parse
+
+
+@contextlib.contextmanager
+def _one_line_for_optim(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Let a name that --optim does not have end the program in one line with the nearest one, not in 126 lines of usage."""
+
+    def error(message: str) -> Any:
+        unknown = re.match(r"argument --optim: invalid choice: '([^']*)'", message)
+        if unknown is None:
+            return type(parser).error(parser, message)
+        choices = next((action.choices for action in parser._actions if action.dest == "optim"), None) or ()
+        valid = [str(getattr(choice, "value", choice)) for choice in choices]
+        near = difflib.get_close_matches(unknown[1], valid, n=1)
+        ours = ", ".join(name for name in valid if name.startswith(FIELD))
+        meant = f"did you mean {near[0]}? " if near else ""
+        parser.exit(2, f"error: --optim {unknown[1]}: no such name: {meant}hf_efcp has {ours}; transformers' own: --help\n")
+
+    parser.error = error  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del parser.error
 
 
 def refuse_unknown(names: Collection[str], fields: Collection[str]) -> None:

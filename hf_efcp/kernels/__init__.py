@@ -10,17 +10,13 @@ Words: a window holds m entries c_1 ... c_m. An entry is sparse (the kept number
 
 from __future__ import annotations
 
-import importlib
-import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .devices import kind
-from .tables import TABLES
+from .calls import attempt as _try
 
 # n matrices (rows, cols) of one shape and dtype, fp32 or fp64: a list, which nobody has to copy together, or (n, rows, cols).
 Matrices = Tensor | Sequence[Tensor]
@@ -54,44 +50,8 @@ Scale = tuple[Tensor, Tensor] | None
 # see `core.random.counted_bits`.
 Rounding = tuple[Tensor, Tensor, tuple[int, int]]
 
-_log = logging.getLogger("hf_efcp")
-_loaded: dict[str, Any] = {}
-# Operation -> device type -> module.
-_MODULES = {
-    "squares": {"cpu": "cpu_metric", "cuda": "gpu_metric"},
-    "measure": {"cpu": "cpu_metric", "cuda": "gpu_metric"},
-    "measure_vectors": {"cuda": "gpu_state"},
-    "remember_factored": {"cuda": "gpu_state"},
-    "remember_diagonal": {"cuda": "gpu_state"},
-    "remember": {"cuda": "gpu_state"},
-    "top_k": {"cpu": "cpu_top_k", "cuda": "gpu_sparse"},
-    "dots": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
-    "combine": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
-    "apply": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
-    "adam": {"cpu": "cpu_sparse"},
-    "keep": {"cpu": "cpu_keep", "cuda": "gpu_keep"},
-    "square": {"cpu": "cpu_keep", "cuda": "gpu_update"},
-    "add_kept": {"cpu": "cpu_keep", "cuda": "gpu_update"},
-    "add": {"cpu": "cpu_low_rank", "cuda": "gpu_update"},
-    "start": {"cuda": "gpu_basis"},
-    "times": {"cpu": "cpu_low_rank", "cuda": "gpu_low_rank"},
-    "orthonormal": {"cuda": "gpu_basis"},
-    "transposed_times": {"cpu": "cpu_low_rank", "cuda": "gpu_low_rank"},
-    "inner": {"cpu": "cpu_low_rank", "cuda": "gpu_windows"},
-    "factor_dots": {"cuda": "gpu_windows"},
-    "store": {"cuda": "gpu_windows"},
-    "scaled": {"cpu": "cpu_low_rank", "cuda": "gpu_windows"},
-    "decode": {"cuda": "gpu_windows"},
-    "encode": {"cuda": "gpu_codes"},
-    "encode_sparse": {"cuda": "gpu_codes"},
-    "dense_dots": {"cuda": "gpu_codes"},
-    "dense_combine": {"cuda": "gpu_codes"},
-}
-_NEEDS = {"cpu": "numba", "cuda": "triton"}
 # A piece of a whole model (DeepSpeed) is one longer row. The sparse kernels divide their work by rows.
 _LONGEST_ROW = 2**20
-# (device type, operation) of kernels that failed: each is given up alone.
-_failed: set[tuple[str, str]] = set()
 
 
 def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
@@ -319,32 +279,3 @@ def add(
 def _try_sparse(name: str, example: Tensor, *args: Any) -> Any:
     """`_try`, and None for one long row."""
     return None if len(example) == 1 and example.numel() > _LONGEST_ROW else _try(name, example, *args)
-
-
-def _try(name: str, example: Tensor, *args: Any) -> Any:
-    """The operation by the device of `example`; None where there is nothing to do, or no kernel."""
-    type = kind(example.device)
-    if not example.numel():  # a shard without rows
-        return None
-    if type not in _MODULES[name] or (type, name) in _failed or os.environ.get("HF_EFCP_KERNELS", "1") == "0":
-        return None
-    try:
-        module = _MODULES[name][type]
-        if module not in _loaded:
-            _loaded[module] = importlib.import_module(f".{module}", __name__)
-        return getattr(_loaded[module], name)(*args)
-    except (torch.OutOfMemoryError, MemoryError):  # of one that writes in place, a part may be done
-        raise
-    except Exception as error:  # the compiler's own errors are of many types
-        if (tables := TABLES.get()) is not None and tables.fixed:  # a step before was taken by the kernel: the graph is at fault
-            raise
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == _NEEDS[type]:
-            _failed.update((type, operation) for operation in _MODULES)
-            _log.info("%s is not installed: steps on %s run in plain torch, which is slower", _NEEDS[type], type)
-        else:
-            _failed.add((type, name))
-            message = f"{error.__class__.__name__}: {error}"
-            _log.warning(
-                "no %s kernel for `%s`: this part of a step on %s runs in plain torch: %s", _NEEDS[type], name, type, message
-            )
-        return None

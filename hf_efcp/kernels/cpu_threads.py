@@ -7,16 +7,20 @@ depend on the number of threads.
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import functools
 import itertools
 import os
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+
+from .devices import WRITTEN
 
 # Into how many parts a sum over rows is cut, whatever the number of threads.
 PARTS = 16
@@ -32,6 +36,7 @@ def divide_work(function: Callable[..., object], total: int, numbers: int, *args
     threads = min(torch.get_num_threads(), turns)
     turns = min(turns, _TURNS * threads) if threads > 1 else 1
     todo = collections.deque(itertools.pairwise([total * i // turns for i in range(turns + 1)]))
+    done = []
 
     def work_off() -> None:
         while True:
@@ -40,18 +45,17 @@ def divide_work(function: Callable[..., object], total: int, numbers: int, *args
             except IndexError:
                 return
             function(lo, hi, *args)
+            done.append(lo)
 
-    if threads == 1:
-        work_off()
-    elif _gomp_parallel is not None and os.getpid() == _HOME:
-        _in_team(work_off)
-    else:
-        others = [_pool(os.getpid()).submit(work_off) for _ in range(threads - 1)]
-        try:
+    try:
+        if threads == 1:
             work_off()
-        finally:
-            for other in others:
-                other.result()
+        elif _gomp_parallel is not None and os.getpid() == _HOME:
+            _in_team(work_off)
+        else:
+            _in_pool(work_off, threads)
+    finally:
+        WRITTEN.turns += len(done)
 
 
 # torch's own threads, where it has GNU's OpenMP: after each of torch's loops they look for work, at full speed, for some
@@ -73,6 +77,37 @@ def _in_team(work: Callable[[], None]) -> None:
             raised.append(error)
 
     _gomp_parallel(_CALLBACK(guarded), None, ctypes.c_uint(torch.get_num_threads()), ctypes.c_uint(0))
+    if raised:
+        raise raised[0]
+
+
+def _in_pool(work: Callable[[], None], threads: int) -> None:
+    """work() in this thread, and in others as far as the system gives some."""
+    there, active, closed, raised = threading.Condition(), 0, False, []
+
+    def guarded() -> None:
+        nonlocal active
+        with there:
+            if closed:  # what could not be started at once may be taken up by another thread, later
+                return
+            active += 1
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+        with there:
+            active -= 1
+            there.notify()
+
+    try:
+        with contextlib.suppress(RuntimeError):  # no more threads: this one does the work
+            for _ in range(threads - 1):
+                _pool(os.getpid()).submit(guarded)
+        work()
+    finally:
+        with there:
+            closed = True
+            there.wait_for(lambda: not active)
     if raised:
         raise raised[0]
 

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class _Written(threading.local):
+    """What kernels that this thread called on a CPU have done, for whoever may repeat it otherwise.
+
+    Attributes:
+        turns: parts of their work that are done.
+    """
+
+    turns = 0
+
+
+WRITTEN = _Written()
 _PRETENDED: contextvars.ContextVar[str | None] = contextvars.ContextVar("hf_efcp_device", default=None)
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_efcp import kernels
 from hf_efcp.bench import launches
 from hf_efcp.bench.measuring import PHASES
 from hf_efcp.cli.common import chosen
 from hf_efcp.cli.shapes import load
 from hf_efcp.engine import sizes
+from hf_efcp.kernels import calls
 from tests.cli.helpers import assert_one_line_of_error, module, write_shapes, written
 from tests.reference import make, names, parameters, set_gradients
 
@@ -138,9 +138,9 @@ def test_a_flag_that_the_host_reads_is_found(monkeypatch):
 
 def test_nothing_is_left_behind(monkeypatch):
     name, model = names(compression="sparse")[0], module(SMALL)
-    before = set(kernels._failed), {n: p.device for n, p in model.named_parameters()}
+    before = set(calls.FAILED), {n: p.device for n, p in model.named_parameters()}
     counted(name, model=model, steps=1)
-    assert (kernels._failed, {n: p.device for n, p in model.named_parameters()}) == before
+    assert (calls.FAILED, {n: p.device for n, p in model.named_parameters()}) == before
     monkeypatch.setenv("HF_EFCP_KERNELS", "0")  # saves their compilation
     params = parameters(dtype=torch.float32)
     optimizer = make(name, params)
@@ -163,7 +163,7 @@ def test_the_command_prints_and_writes_the_phases(tmp_path, capsys):
 
 def test_without_triton_the_command_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(kernels, "_loaded", {})
+    monkeypatch.setattr(calls, "_loaded", {})
     for loaded in [name for name in sys.modules if name.startswith("hf_efcp.kernels.gpu_")]:
         monkeypatch.delitem(sys.modules, loaded)
     name = names(compression="sparse")[0]

@@ -104,11 +104,11 @@ def graphs(monkeypatch, wanted=True):
 
     monkeypatch.setenv("HF_EFCP_CUDA_GRAPH", "1")
     monkeypatch.setattr("hf_efcp.engine.graph._MOST", 8 if wanted else 0)
-    monkeypatch.setattr("hf_efcp.kernels._failed", set())
+    monkeypatch.setattr("hf_efcp.kernels.calls.FAILED", set())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
     monkeypatch.setattr(torch.cuda, "graph", recorded)
     with pretending("cuda"):
         yield made
-    from hf_efcp import kernels
+    from hf_efcp.kernels import calls
 
-    assert not kernels._failed
+    assert not calls.FAILED

@@ -145,3 +145,18 @@ def test_a_run_that_is_resumed_with_other_parameters(name, make_args, tiny_bert,
     message = r"trained here and not there: .*bert\.embeddings\.word.*trained there and not here: classifier\.bias"
     with pytest.raises(OptionError, match=message):
         trainer(max_steps=2).train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-1")
+
+
+@pytest.mark.parametrize(("given", "meant"), [(f"{FIRST}x", FIRST), ("adamw_tor", "adamw_torch"), ("?", None)])
+def test_an_unknown_optimizer_ends_a_script_in_one_line(given, meant, tmp_path, capsys):
+    """transformers' own answer has 126 lines of usage; other arguments keep it."""
+    parser = HfArgumentParser(TrainingArguments)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--optim", given])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1
+    assert said.startswith(f"error: --optim {given}: no such name: ") and all(name in said for name in NAMES)
+    assert (f"did you mean {meant}?" in said) if meant else ("did you mean" not in said)
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--lr_scheduler_type", "nix"])
+    assert "invalid choice: 'nix'" in capsys.readouterr().err

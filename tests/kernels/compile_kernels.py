@@ -25,6 +25,7 @@ from hf_efcp import kernels
 from hf_efcp.bench.launches import count
 from hf_efcp.cli.common import chosen, dtype_of
 from hf_efcp.cli.shapes import module
+from hf_efcp.kernels import calls
 from hf_efcp.registry import all_optimizers
 
 # Bytes of registers that a thread may have to keep in memory.
@@ -131,7 +132,7 @@ def kernels_in(files):
 
 def is_there(operation):
     """Whether the module of an operation's Triton kernel exists."""
-    name = f"{kernels.__name__}.{kernels._MODULES[operation]['cuda']}"
+    name = f"{kernels.__name__}.{calls.MODULES[operation]['cuda']}"
     return importlib.util.find_spec(name) is not None
 
 

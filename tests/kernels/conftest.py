@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from hf_efcp import kernels
+from hf_efcp.kernels import calls
 
 NEEDS = {"cpu": "numba", "gpu": "triton"}
 OPERATIONS = ("top_k", "dots", "combine", "apply", "keep")
@@ -14,19 +14,19 @@ def module(request, monkeypatch):
     pytest.importorskip(NEEDS[request.param])
     if request.param == "gpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("test_cuda.py is for GPUs")
-    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(calls, "FAILED", set())
     used = []
     for operation in OPERATIONS:
-        modules = kernels._MODULES[operation]
+        modules = calls.MODULES[operation]
         if request.param == "gpu":
             modules = {"cpu": modules["cuda"]} if "cuda" in modules else {}
-            monkeypatch.setitem(kernels._MODULES, operation, modules)
+            monkeypatch.setitem(calls.MODULES, operation, modules)
         for module in modules.values():
             if module.startswith(request.param):
                 loaded = importlib.import_module(f"hf_efcp.kernels.{module}")
                 monkeypatch.setattr(loaded, operation, _counting(getattr(loaded, operation), used))
     yield used
-    assert not kernels._failed
+    assert not calls.FAILED
 
 
 def _counting(function, used):

@@ -15,7 +15,7 @@ from hf_efcp.core.cells import Layout
 from hf_efcp.core.codecs import BlockQuantizer, SparseCodec, decode_float8, encode_float8
 from hf_efcp.core.compressors import BlockTopK
 from hf_efcp.core.low_bit_windows import LowBitDenseWindow, LowBitLowRankWindow, LowBitSparseWindow
-from hf_efcp.kernels import gpu_codes, gpu_windows
+from hf_efcp.kernels import calls, gpu_codes, gpu_windows
 from hf_efcp.kernels.devices import pretending
 from tests.kernels.helpers import allocated
 from tests.reference import relative
@@ -100,7 +100,7 @@ def test_sparse_entries_are_those_of_the_codec(cols, block, kept, tail, dtype):
 def fast(monkeypatch):
     """Let the windows go the way of a GPU; give the names of the kernels that ran."""
     used, attempt = [], kernels._try
-    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(calls, "FAILED", set())
 
     def noted(name, *args):
         result = attempt(name, *args)
@@ -110,7 +110,7 @@ def fast(monkeypatch):
     monkeypatch.setattr(kernels, "_try", noted)
     with pretending("cuda"):
         yield used
-    assert not kernels._failed
+    assert not calls.FAILED
 
 
 def dense(n, m, rows, cols, dtype, update):

@@ -8,6 +8,7 @@ from hf_efcp.core.accumulated import Accumulated, LowRankEntry
 from hf_efcp.core.cells import Layout
 from hf_efcp.core.linalg import inner
 from hf_efcp.core.windows import LowRankWindow
+from hf_efcp.kernels import calls
 from tests.kernels.helpers import allocated, coded_error, plain_error
 from tests.reference import parameters, relative, set_gradients
 
@@ -19,9 +20,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 
 @pytest.fixture(autouse=True)
 def none_failed(monkeypatch):
-    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(calls, "FAILED", set())
     yield
-    assert not kernels._failed
+    assert not calls.FAILED
 
 
 def random(*shape, dtype=torch.float32, seed=0):

@@ -10,6 +10,7 @@ from hf_efcp.core.compressors import BlockTopK
 from hf_efcp.core.metric import scaled_
 from hf_efcp.core.moments import measured, squares
 from hf_efcp.core.windows import LowRankWindow
+from hf_efcp.kernels import calls
 from tests.kernels.helpers import allocated, coded_error, plain_error
 from tests.kernels.test_low_rank import DTYPES, SHAPES, random, staged
 from tests.kernels.test_sparse import EVERY_DTYPE, EVERY_FORMAT, EVERY_SHAPE, compressed, window_of
@@ -24,9 +25,9 @@ ERRORS = pytest.mark.parametrize("error", FORMATS, ids=str)
 
 @pytest.fixture(autouse=True)
 def none_failed(monkeypatch):
-    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(calls, "FAILED", set())
     yield
-    assert not kernels._failed
+    assert not calls.FAILED
 
 
 def scale_of(n, rows, cols, dtype):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from hf_efcp import kernels
 from hf_efcp.core.accumulated import Accumulated
 from hf_efcp.core.cells import Cell, Layout, Turn
 from hf_efcp.core.compressors import BlockTopK
 from hf_efcp.core.sparse_window import SparseWindow
+from hf_efcp.kernels import calls
 from tests.reference import NAMES, make, names, relative, update_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -31,7 +31,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(("n", "rows", "cols", "block", "density"), SHAPES)
 def test_sparse_kernels_are_torch(monkeypatch, n, rows, cols, block, density, dtype, m):
-    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(calls, "FAILED", set())
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     generator = torch.Generator("cuda").manual_seed(0)
     step = torch.tensor(0, device="cuda")
@@ -65,7 +65,7 @@ def test_sparse_kernels_are_torch(monkeypatch, n, rows, cols, block, density, dt
     mine, theirs = window.combine(c), plain(window.combine, c)
     assert relative(mine, theirs) < (1e-14 if compute == torch.float64 else 1e-6)
     assert torch.equal(mine, window.combine(c))
-    assert not kernels._failed
+    assert not calls.FAILED
 
 
 WHOLE = [(3000, 768), (768, 768), (768, 768), (768, 768), (768, 3072), (3072, 768), (2, 768), (768,), (768,), (3072,), (2,)]
@@ -88,7 +88,7 @@ OPTIONS = [
 def test_steps_on_a_models_shapes_are_those_of_torch(name, options, dtype, monkeypatch):
     if name in names(compression="sparse") and dtype == torch.bfloat16:
         pytest.skip("gradients have equal magnitudes: which of them is kept is open")
-    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(calls, "FAILED", set())
     updates = []
     for off in ("1", "0"):
         monkeypatch.setenv("HF_EFCP_KERNELS", "1" if off == "0" else "0")
@@ -102,4 +102,4 @@ def test_steps_on_a_models_shapes_are_those_of_torch(name, options, dtype, monke
     few = "int" in str(options) or "bf16" in str(options) or dtype == torch.bfloat16
     for mine, theirs in zip(updates[6:], updates[:6], strict=True):
         assert relative(mine, theirs) < (5e-2 if few else 1e-3)
-    assert not kernels._failed
+    assert not calls.FAILED

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_efcp import SparseGGT, SparseMFAC, kernels
+from hf_efcp import SparseGGT, SparseMFAC
 from hf_efcp.core.accumulated import Accumulated
 from hf_efcp.core.cells import Layout
 from hf_efcp.core.compressors import BlockTopK
 from hf_efcp.core.low_bit_windows import LowBitSparseWindow
 from hf_efcp.core.sparse_window import SparseWindow
+from hf_efcp.kernels import calls
 from tests.kernels.helpers import allocated, coded_error, plain_error
 from tests.reference import parameters, relative, set_gradients, update_of
 
@@ -39,7 +40,7 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, to
 
 
 def on_gpu_kernels():
-    return kernels._MODULES["dots"]["cpu"] == "gpu_sparse"
+    return calls.MODULES["dots"]["cpu"] == "gpu_sparse"
 
 
 def compressed(grid, gradients, error=None):
@@ -280,8 +281,8 @@ def test_a_kernel_that_fails_is_given_up_with_one_line(module, monkeypatch, capl
     assert [r.getMessage() for r in caplog.records] == [
         "no numba kernel for `top_k`: this part of a step on cpu runs in plain torch: ValueError: no such instruction"
     ]
-    assert kernels._failed == {("cpu", "top_k")} and "top_k" not in module
-    kernels._failed.clear()
+    assert {("cpu", "top_k")} == calls.FAILED and "top_k" not in module
+    calls.FAILED.clear()
 
 
 def test_a_shard_without_rows_is_no_failure(module):
@@ -292,4 +293,4 @@ def test_a_shard_without_rows_is_no_failure(module):
     window.stage(compressed(grid, torch.zeros(2, 0, 40)))
     assert window.dots(torch.tensor([1])).shape == (2, 3)
     assert window.combine(torch.ones(2, 3)).shape == (2, 0, 40)
-    assert not kernels._failed
+    assert not calls.FAILED

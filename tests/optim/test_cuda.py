@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_efcp import kernels
+from hf_efcp.kernels import calls
 from tests.reference import NAMES, make, names, parameters, relative, set_gradients, update_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -28,9 +28,9 @@ OPTIONS = [{}, {"scope": "layer"}, {"weight_decay": 0.1}, BF16, LOW_BIT, {"momen
 
 @pytest.fixture(autouse=True)
 def no_kernel_fails(monkeypatch):
-    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(calls, "FAILED", set())
     yield
-    assert not kernels._failed
+    assert not calls.FAILED
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_efcp import MicroAdam, kernels
+from hf_efcp import MicroAdam
 from hf_efcp.core.codecs import MinMaxQuantizer
+from hf_efcp.kernels import calls
 from tests.reference import parameters, relative
 
 EXACT = {"error_format": "plain", "window_dtype": None}
@@ -80,7 +81,7 @@ SHAPES = ((12, 30), (12, 30), (7,), (8, 3, 3, 3), (2, 300), (41, 11), (1,))
 def test_three_windows_are_those_of_the_dense_method(bits, corrected, alpha, on, monkeypatch):
     """Also with four bits and a ring in bf16: rounding is to nearest, so that nothing is left to chance."""
     monkeypatch.setenv("HF_EFCP_KERNELS", on)
-    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(calls, "FAILED", set())
     params = parameters(SHAPES)
     stored = EXACT if bits is None else {}
     options = {"window_size": 5, "density": 0.1, "block_size": 16, "window_bias_correction": corrected, "alpha": alpha, **stored}
@@ -99,7 +100,7 @@ def test_three_windows_are_those_of_the_dense_method(bits, corrected, alpha, on,
     for p, reference in zip(params, references, strict=True):
         assert relative(p.detach().flatten(), reference.p.flatten()) < 1e-10
         assert optimizer.state[p]["step"] == reference.t
-    assert not kernels._failed or not importlib.util.find_spec("numba")
+    assert not calls.FAILED or not importlib.util.find_spec("numba")
 
 
 def gradients(params, step):
