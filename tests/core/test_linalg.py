@@ -1,5 +1,7 @@
 """Exact inner products, precision guards, counted noise."""
 
+import threading
+
 import pytest
 import torch
 
@@ -69,3 +71,22 @@ def test_a_basis_from_the_gram_matrix_is_that_of_qr_up_to_signs():
     a = torch.randn(2, 50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     a[1] *= torch.tensor([1, 1e-6, 1e5, 1e-3], dtype=torch.float64)
     torch.testing.assert_close(orthonormalize(a, lambda t: t).abs(), orthonormalize(a).abs(), rtol=0, atol=1e-13)
+
+
+def test_full_precision_lasts_as_long_as_any_thread_needs_it():
+    before, cpu = torch.get_float32_matmul_precision(), torch.device("cpu")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        first, second = ieee_matmul(cpu), ieee_matmul(cpu)
+        first.__enter__()
+        other = threading.Thread(target=second.__enter__)
+        other.start()
+        other.join()
+        first.__exit__(None, None, None)  # the one who came first goes first, while the other still computes
+        assert torch.get_float32_matmul_precision() == "highest"
+        other = threading.Thread(target=second.__exit__, args=(None, None, None))
+        other.start()
+        other.join()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
