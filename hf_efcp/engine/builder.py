@@ -85,8 +85,8 @@ class Builder:
             stepping: whether a step follows: then the log says what was chosen.
         """
         trained = self.trained(groups, state)
-        kinds = [(group.get("compress"), group.get("kind")) for group in groups]
-        key = [(i, kinds[i], id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
+        treatments = _treatments(groups)
+        key = [(i, treatments[i], id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
         if self.setup is None or key != self.setup.key:
             self.setup = self._build(groups, trained, key, state)
         else:
@@ -234,14 +234,14 @@ class Builder:
         _named(self.options, lambda: placement.check(specs))
         owners, numbers = placement.owners(specs, known), {p: i for i, p in enumerate(params)}
         method, options, sync = self.method, self.options, self.sync  # not self, which would be a cycle
-        device = params[0].device if params else torch.device("cpu")
+        device, treatments = params[0].device if params else torch.device("cpu"), _treatments(groups)
 
         def make() -> tuple[list[Any], list[Any], Any]:
             stacks = [
-                method.make_stack(pieces, index, groups[index], options, placement.parts, sync, total)
-                for pieces, index, total in batches_of(trained, numbers, owners, placement)
+                method.make_stack(pieces, groups[pieces[0].group], options, placement.parts, sync, total)
+                for pieces, total in batches_of(trained, treatments, numbers, owners, placement)
             ]
-            return stacks, sync.stacks(trained, specs, options), method.make_counters(len(params), options, device)
+            return stacks, sync.stacks(trained, treatments, specs, options), method.make_counters(len(params), options, device)
 
         setup = Setup(key, params, placement, owners, specs, make)
         self._adopt(setup, state, built=True)
@@ -283,6 +283,11 @@ class Builder:
         """Name what is not left to the budget: no codes for factors' errors, nor where FSDP2 cuts vectors inside a run."""
         codes = ["window_format", "error_format"]
         return codes if self.sync.wanted or (follows and any(p.ndim == 1 for p in params)) else []
+
+
+def _treatments(groups: Sequence[Group]) -> list[tuple[Any, Any]]:
+    """Give what decides in each group on how its tensors are compressed."""
+    return [(group.get("compress"), group.get("kind")) for group in groups]
 
 
 def _release(builder: weakref.ref[Builder], setup: weakref.ref[Setup]) -> None:

@@ -183,6 +183,11 @@ def decoupled_of(group: Mapping[str, Any], options: Any) -> float:
     return 0.0 if l2_of(group, options) else _number(group, "weight_decay")
 
 
+def shrink_of(group: Mapping[str, Any], options: Any) -> float | Tensor:
+    """Give lr*wd, by which p gets smaller."""
+    return rate_of(group) * decoupled_of(group, options)
+
+
 def _number(group: Mapping[str, Any], key: str) -> float:
     """Read a number of a group, which users may have changed since it was checked."""
     try:
