@@ -21,6 +21,14 @@ _ROOM = 2**16
 
 
 @compiled
+def _row(cols, like):
+    """A row of zeros with room around it, which only damaged indices reach: it is not written, since that takes long."""
+    row = np.empty(cols + 2 * _ROOM, like.dtype)
+    row[_ROOM : _ROOM + cols] = 0
+    return row
+
+
+@compiled
 def _index(stored, shift):
     """The index of a kept number: int16, or the upper 10 bits of one in 16 bits (`SparseCodec`)."""
     return (np.int32(stored) & np.int32(LOWER_16_BITS)) >> shift
@@ -67,7 +75,8 @@ def _dots(lo, hi, parts, shift, indices, values, scales, new_indices, new_values
     """
     rows, length = indices.shape[1:]
     kept, (m, blocks) = new_values.shape[2], scales.shape[2:]
-    dense, marks = np.zeros(cols + 2 * _ROOM, new_values.dtype), np.zeros(cols + 2 * _ROOM, np.uint8)
+    dense, marks = _row(cols, new_values), np.empty(cols + 2 * _ROOM, np.uint8)
+    marks[_ROOM : _ROOM + cols] = 0
     columns, slots = _tiled(columns, length), np.empty(length, np.int32)
     for j in range(length):
         slots[j] = j // kept
@@ -137,7 +146,7 @@ def _update(lo, hi, start, shift, indices, values, scales, c, columns, blocks_of
     `params`; u = G^T c where left and right are empty.
     """
     length = indices.shape[2]
-    dense, columns = np.zeros(cols + 2 * _ROOM, c.dtype), _tiled(columns, length)
+    dense, columns = _row(cols, c), _tiled(columns, length)
     weights, products, places = np.empty(length, c.dtype), np.empty(length, c.dtype), np.empty(length, np.int32)
     u = dense[_ROOM : _ROOM + cols]
     for task in range(lo, hi):
@@ -162,7 +171,7 @@ def _update(lo, hi, start, shift, indices, values, scales, c, columns, blocks_of
 def _adam(lo, hi, start, indices, values, one, two, eps, columns, cols, out):
     """Rows of m / (sqrt(v) + eps), m the sum of one_i c_i and v of two_i c_i^2."""
     rows, length = out.shape[1], indices.shape[2]
-    dense, squares = np.zeros(cols + 2 * _ROOM, out.dtype), np.zeros(cols + 2 * _ROOM, out.dtype)
+    dense, squares = _row(cols, out), _row(cols, out)
     m, v, columns = dense[_ROOM : _ROOM + cols], squares[_ROOM : _ROOM + cols], _tiled(columns, length)
     first, second = np.empty(length, out.dtype), np.empty(length, out.dtype)
     by_one, by_two, places = np.empty(length, out.dtype), np.empty(length, out.dtype), np.empty(length, np.int32)
