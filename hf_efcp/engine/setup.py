@@ -38,6 +38,7 @@ class Setup:
         specs: the state of each parameter as one process has it, with what it holds for all of them.
         make: makes stacks, factors and counters.
         stacks, factors: batches of the parameters; those whose factors are made during backward (comm="factors").
+        together: of stacks that are taken together (together.py); None: not known yet.
         counters: of steps; a window method's Gram matrix.
         names: of the entries that this process holds for each parameter.
         watch: of the entries as they were handed out; None: they are not in the state yet.
@@ -71,11 +72,12 @@ class Setup:
     def renew(self) -> None:
         """Make stacks, factors and counters."""
         self.stacks, self.factors, self.counters = self.make()
+        self.together: list[Any] | None = None
         self.released = False
 
     def release(self) -> None:
         """Let go of the state's memory."""
-        self.stacks, self.factors, self.released = (), (), True
+        self.stacks, self.factors, self.together, self.released = (), (), None, True
         self.counters.release()
 
     def note(self) -> None:

@@ -27,6 +27,7 @@ from .phases import PHASES, listener
 from .setup import Setup, l2_of
 from .sizes import averaged, by_group, finite, joined, over_processes, rescaled, rest_of
 from .stacks import Floats, Number, Piece, Stack, times
+from .together import stacks_of
 
 # A share of all parameters that is worth a line in the log.
 _MANY = 0.05
@@ -243,7 +244,7 @@ class Windowed:
     # fmt: off
     def step(self, setup: Setup, groups: Sequence[Group], o: Any) -> None:
         """Take a step of Algorithm 1."""
-        gram, stacks, phase, dots = setup.counters, setup.stacks, listener(), []
+        gram, stacks, phase, dots = setup.counters, stacks_of(setup), listener(), []
         j, l2 = gram.next_slot(), [l2_of(group, o) for group in groups].__getitem__
         for f in setup.factors:
             f.stage(gram.step)                                                  # made during backward, see factor_sync.py
@@ -252,7 +253,7 @@ class Windowed:
                 s.stage(gram.step, s.each(l2))                                  # a = e + S^-1 g;  c_j = C(a), as it is stored
             with phase("dots"):
                 dots.append(s.dots(j))                                          # <c_j, c_i> for all i
-        k_j, size = over_processes(setup, _new_row(stacks, dots, gram, o.scope), o)  # and the sum of S^2
+        k_j, size = over_processes(setup, stacks, _new_row(stacks, dots, gram, o.scope), o)  # and |S|^2
         ok = finite(k_j, size)                                                 # on a GPU a flag, which masks what follows
         if ok is False:
             return gram.count(ok)
@@ -261,7 +262,7 @@ class Windowed:
                 s.commit(j, s.each(l2), ok)                                     # e <- a - c_j;  slot j of G <- c_j;  D
         with phase("solve"):
             w = averaged(gram.update(j, k_j, ok), gram, j, o)
-            rest = rest_of(setup, self.outside, o)                                         # of gradients, outside of the window
+            rest = rest_of(setup, stacks, self.outside, o)                                 # of gradients, outside of the window
             c, rest = rescaled(self.phi(o, gram, j, w, setup.dtype), rest, w, gram, size, o, setup.dtype, ok)  # c = phi(K) w
         for s in stacks:
             with phase("update"):                                               # u = S^-1 G^T c;  p <- (1 - lr wd) p - lr u
