@@ -27,6 +27,9 @@ COMPILERS = {
     "kernels/cpu_low_rank.py": ("numpy",),
     "kernels/cpu_metric.py": ("numpy",),
     "kernels/cpu_min_max.py": ("numpy",),
+    "kernels/cpu_many.py": ("numba", "numpy"),
+    "kernels/cpu_many_low_rank.py": ("numpy",),
+    "kernels/cpu_many_sparse.py": ("numpy",),
 }
 COMPILERS |= {f"kernels/{file.name}": ("triton",) for file in (PACKAGE / "kernels").glob("gpu_*.py")}
 

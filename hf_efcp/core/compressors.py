@@ -17,7 +17,7 @@ from .linalg import orthonormalize
 from .random import counted_noise
 
 # A column of Q this many rounding errors long, beside the longest, is made of nothing else.
-_DEAD = 32
+DEAD = 32
 
 
 class Compressor:
@@ -156,11 +156,11 @@ class PowerIteration(Compressor):
     def start(self, step: Tensor) -> Tensor:
         """Give the Q that this step starts from, (n, cols, r): unit columns of the last one, dead ones redrawn."""
         last, ids = self.warm_start.read(), self.warm_start.turn.ids
-        fast = kernels.start(last, step, ids, _DEAD * torch.finfo(last.dtype).eps)
+        fast = kernels.start(last, step, ids, DEAD * torch.finfo(last.dtype).eps)
         if fast is not None:
             return fast
         norms = _column_norms(last)
-        dead = norms <= _DEAD * torch.finfo(last.dtype).eps * norms.amax(dim=-1, keepdim=True)
+        dead = norms <= DEAD * torch.finfo(last.dtype).eps * norms.amax(dim=-1, keepdim=True)
         if readable(dead.device) and not dead.any():
             return unit_columns(last)
         fresh = counted_noise(step, ids, last.shape[2], last.shape[1]).mT.to(last.dtype)

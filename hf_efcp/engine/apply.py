@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import kernels
 from ..core.linalg import add_scaled_, chunk_bytes, chunks, room_bytes
 from ..core.random import stochastic_round
-from .stacks import Stack
+from .stacks import Number, Numbers, Stack
 
 # Parameters are rounded by other numbers than their error feedback.
 _PARAMETER_SALT = 2**30
@@ -35,8 +35,8 @@ class Rest:
 def apply(
     stack: Stack,
     update: Callable[[slice], Tensor],
-    lr: float | Tensor,
-    weight_decay: float,
+    lr: Number,
+    weight_decay: Numbers,
     rounding: Tensor | None,
     still: Collection[int],
     rest: Rest | None = None,
@@ -49,7 +49,7 @@ def apply(
         stack: whose parameters.
         update: rows -> u (n, rows, cols) in the compute dtype. Of a refused step on a GPU, u is zero.
         lr: learning rate; on a GPU a tensor, zero where the step is refused.
-        weight_decay: decoupled.
+        weight_decay: decoupled; a number, or one of each piece.
         rounding: 0-D int64, the number of the step, by which stochastic rounding is counted; None: to nearest.
         still: positions of the pieces that stay as they are.
         rest: what is left to do to u, which may be in any dtype then; None: nothing.
@@ -58,26 +58,26 @@ def apply(
     bytes_each = len(stack.pieces) * cols * stack.layout.dtype.itemsize
     for part in chunks(rows, bytes_each, chunk_bytes(stack.device)):
         u = update(part)
-        if not still and _add_at_once(stack, u, part, lr, weight_decay, rounding, rest):
+        if not still and not isinstance(weight_decay, list) and _add_at_once(stack, u, part, lr, weight_decay, rounding, rest):
             continue
         u = u if rest is None else rest.finish(u, part)
         for i, piece in enumerate(stack.pieces):
             if i not in still:
                 p = piece.data
-                p = p[part] if p.ndim > 1 else p
+                p, decay = p[part] if p.ndim > 1 else p, weight_decay[i] if isinstance(weight_decay, list) else weight_decay
                 if rounding is not None and p.dtype == torch.bfloat16:
                     salt, (row, col) = stack.ids[i : i + 1] + _PARAMETER_SALT, piece.origin
-                    _apply_rounded(p, u[i], lr, weight_decay, rounding, salt, (row + part.start, col))
+                    _apply_rounded(p, u[i], lr, decay, rounding, salt, (row + part.start, col))
                 else:
-                    _apply(p, u[i].view(p.shape), lr, weight_decay)
+                    _apply(p, u[i].view(p.shape), lr, decay)
 
 
 def _add_at_once(
     stack: Stack,
     u: Tensor,
     part: slice,
-    lr: float | Tensor,
-    weight_decay: float,
+    lr: Number,
+    weight_decay: Number,
     rounding: Tensor | None,
     rest: Rest | None,
 ) -> bool:
@@ -96,23 +96,23 @@ def _add_at_once(
     return True
 
 
-def _apply(p: Tensor, u: Tensor, lr: float | Tensor, weight_decay: float) -> None:
+def _apply(p: Tensor, u: Tensor, lr: Number, weight_decay: Number) -> None:
     """Compute p <- (1 - lr*wd) p - lr u, rounded to nearest."""
     if p.dtype == u.dtype:
-        if weight_decay:
+        if isinstance(weight_decay, Tensor) or weight_decay:
             p.mul_(1 - lr * weight_decay)
         add_scaled_(p, u, -lr)
         return
     p, u = (p, u) if p.ndim else (p.view(1), u.view(1))
     for part in chunks(len(p), 8 * p[:1].numel(), room_bytes(p.device)):
         new = p[part].to(u.dtype)
-        if weight_decay:
+        if isinstance(weight_decay, Tensor) or weight_decay:
             new.mul_(1 - lr * weight_decay)
         p[part] = add_scaled_(new, u[part], -lr)
 
 
 def _apply_rounded(
-    p: Tensor, u: Tensor, lr: float | Tensor, weight_decay: float, step: Tensor, salt: Tensor, origin: tuple[int, int]
+    p: Tensor, u: Tensor, lr: Number, weight_decay: Number, step: Tensor, salt: Tensor, origin: tuple[int, int]
 ) -> None:
     """Compute the same, rounded stochastically; u is (rows, cols), which begin at `origin` in the whole parameter."""
     p = p[(None,) * max(0, 2 - p.ndim)]  # rows first, as in the 2-D view

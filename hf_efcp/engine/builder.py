@@ -91,8 +91,8 @@ class Builder:
         if stepping:
             self.torn.refuse()
         trained = self.trained(groups, state)
-        kinds = [(group.get("compress"), group.get("kind")) for group in groups]
-        key = [(i, kinds[i], id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
+        treatments = _treatments(groups)
+        key = [(i, treatments[i], id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
         if self.setup is None or key != self.setup.key:
             self.setup = self._build(groups, trained, key, state)
         else:
@@ -242,14 +242,14 @@ class Builder:
         owners, numbers = placement.owners(specs, known), {p: i for i, p in enumerate(params)}
         check_room(specs, owners, placement.rank, self.options)
         method, options, sync = self.method, self.options, self.sync  # not self, which would be a cycle
-        device = params[0].device if params else torch.device("cpu")
+        device, treatments = params[0].device if params else torch.device("cpu"), _treatments(groups)
 
         def make() -> tuple[list[Any], list[Any], Any]:
             stacks = [
-                method.make_stack(pieces, index, groups[index], options, placement.parts, sync, total)
-                for pieces, index, total in batches_of(trained, numbers, owners, placement)
+                method.make_stack(pieces, groups[pieces[0].group], options, placement.parts, sync, total)
+                for pieces, total in batches_of(trained, treatments, numbers, owners, placement)
             ]
-            return stacks, sync.stacks(trained, specs, options), method.make_counters(len(params), options, device)
+            return stacks, sync.stacks(trained, treatments, specs, options), method.make_counters(len(params), options, device)
 
         setup = Setup(key, params, placement, owners, specs, make)
         self._adopt(setup, state, built=True)
@@ -307,6 +307,11 @@ def check_budget(builder: Builder, groups: Sequence[Group], state: State) -> Non
 def _not_budgeted(sync: FactorSync, params: Iterable[Tensor], follows: bool) -> list[str]:
     """Name what is not left to the budget: no codes for factors' errors, nor where FSDP2 cuts vectors inside a run."""
     return ["window_format", "error_format"] if sync.wanted or (follows and any(p.ndim == 1 for p in params)) else []
+
+
+def _treatments(groups: Sequence[Group]) -> list[tuple[Any, Any]]:
+    """Give what decides in each group on how its tensors are compressed."""
+    return [(group.get("compress"), group.get("kind")) for group in groups]
 
 
 def _release(builder: weakref.ref[Builder], setup: weakref.ref[Setup]) -> None:

@@ -16,7 +16,7 @@ from ..core.metric import scaled_
 from ..core.windows import LowRankWindow
 from ..distributed.placement import Specs
 from ..options import OptionError
-from .stacks import Piece, Stack
+from .stacks import Floats, Piece, Stack
 
 # How many entries of a gradient are kept from backward to step, to see that it is still the same.
 _SAMPLE = 16
@@ -32,8 +32,8 @@ class FactorStack(Stack):
         metric: of the matrices; None: there is none.
     """
 
-    def __init__(self, pieces: list[Piece], group: int, specs: Specs, options: Any):
-        super().__init__(pieces, group, [spec for name, spec in specs.items() if in_factors(name)])
+    def __init__(self, pieces: list[Piece], specs: Specs, options: Any):
+        super().__init__(pieces, [spec for name, spec in specs.items() if in_factors(name)])
         self.error, warm_start = self.cell("error"), self.cell("warm_start")
         self.compressor = PowerIteration(warm_start, options.power_iterations)
         n, rank = len(pieces), warm_start.buffer.shape[2]
@@ -66,7 +66,7 @@ class FactorStack(Stack):
             self._indices[bucket] = positions, torch.tensor(positions, device=self.device)
         return self._indices[bucket][1]
 
-    def operand(self, members: Mapping[int, Tensor], index: Tensor, l2: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def operand(self, members: Mapping[int, Tensor], index: Tensor, l2: Floats) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Form a = e + S^-1 (g + l2 * p) of the members, given by position -> g, and by the tensor of positions.
 
         Returns:
@@ -77,7 +77,12 @@ class FactorStack(Stack):
         self.seen |= members.keys()
         a = torch.stack([g.reshape(self.shape).to(self.layout.dtype) for g in members.values()])
         if l2:
-            torch._foreach_add_(a.unbind(), [self.pieces[i].data.reshape(self.shape) for i in members], alpha=l2)
+            matrices = [self.pieces[i].data.reshape(self.shape) for i in members]
+            if isinstance(l2, list):
+                decayed = torch._foreach_mul([x.to(self.layout.dtype) for x in matrices], [l2[i] for i in members])
+                torch._foreach_add_(a.unbind(), decayed)
+            else:
+                torch._foreach_add_(a.unbind(), matrices, alpha=l2)
         means: tuple[Tensor, ...] = ()
         if self.metric is not None:
             means = tuple(t.to(self.layout.dtype) for t in self.metric.read(list(a), index))
@@ -108,7 +113,7 @@ class FactorStack(Stack):
         self.window.stage(LowRankEntry.of(self.p, self.q))
         self.compressor.prepare(self.q)
 
-    def commit(self, j: Tensor, l2: float, ok: bool | Tensor) -> None:
+    def commit(self, j: Tensor, l2: Floats, ok: bool | Tensor) -> None:
         """Let e <- e + S^-1 g - P Q^T, Q become the next warm start, and D contain g, where the step is accepted."""
         self.turn.ok = ok
         assert self.window.staged is not None, "stage comes first"

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -185,19 +185,22 @@ class FactorSync:
         return ReadyFormat(format.layout, format.options, self._places)
 
     def stacks(
-        self, groups: Iterable[tuple[int, Sequence[Tensor]]], specs: Mapping[Tensor, Specs], options: Any
+        self,
+        groups: Iterable[tuple[int, Sequence[Tensor]]],
+        treatments: Sequence[Hashable],
+        specs: Mapping[Tensor, Specs],
+        options: Any,
     ) -> list[FactorStack]:
-        """Make the stacks of factors; none without a hook."""
+        """Make the stacks of factors; none without a hook. `treatments`: see `batches_of`."""
         if self.replicas is None:
             return []
-        numbers, stacks = {p: i for i, p in enumerate(specs)}, []
+        numbers, alike = {p: i for i, p in enumerate(specs)}, dict[tuple, list[Piece]]()
         for index, params in groups:
-            alike: dict[tuple, list[Piece]] = {}
             for p in params:
                 if "warm_start" in specs[p]:
-                    alike.setdefault((matrix_shape(p), p.dtype, p.device), []).append(Piece(p, numbers[p]))
-            for members in alike.values():
-                stacks += [FactorStack(batch, index, specs[batch[0].param], options) for batch in batches(members)]
+                    key = treatments[index], matrix_shape(p), p.dtype, p.device
+                    alike.setdefault(key, []).append(Piece(p, numbers[p], group=index))
+        stacks = [FactorStack(batch, specs[batch[0].param], options) for members in alike.values() for batch in batches(members)]
         self._places |= places_of(stacks)
         return stacks
 
@@ -226,7 +229,7 @@ class FactorSync:
                 plain.append(g)
         indices = [s.index(bucket.index(), list(gradients)) for s, gradients in members.items()]
         operands = [
-            s.operand(gradients, index, l2_of(groups[s.group], options))
+            s.operand(gradients, index, s.each(lambda group: l2_of(groups[group], options)))
             for (s, gradients), index in zip(members.items(), indices, strict=True)
         ]
         starts = [s.start[index] for s, index in zip(members, indices, strict=True)]

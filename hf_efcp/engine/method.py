@@ -42,14 +42,13 @@ class Method(Protocol):
     def make_stack(
         self,
         pieces: list[Piece],
-        index: int,
         group: Group,
         options: Any,
         flat: Parts | None,
         sync: FactorSync,
         total: Callable[[Tensor], Tensor] | None,
     ) -> Any:
-        """Allocate the state of pieces of one shape; `index`: of their group. Other arguments: see Stack."""
+        """Allocate the state of pieces of one shape; `group`: of one, which stands for those of all. Others: see Stack."""
         ...
 
     def make_counters(self, number: int, options: Any, device: torch.device) -> Any:

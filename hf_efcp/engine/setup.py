@@ -41,6 +41,7 @@ class Setup:
         specs: the state of each parameter as one process has it, with what it holds for all of them.
         make: makes stacks, factors and counters.
         stacks, factors: batches of the parameters; those whose factors are made during backward (comm="factors").
+        together: of stacks that are taken together (together.py); None: not known yet.
         counters: of steps; a window method's Gram matrix.
         names: of the entries that this process holds for each parameter.
         watch: of the entries as they were handed out; None: they are not in the state yet.
@@ -76,11 +77,12 @@ class Setup:
     def renew(self) -> None:
         """Make stacks, factors and counters."""
         self.stacks, self.factors, self.counters = self.make()
+        self.together: list[Any] | None = None
         self.released = False
 
     def release(self) -> None:
         """Let go of the state's memory."""
-        self.stacks, self.factors, self.released = (), (), True
+        self.stacks, self.factors, self.together, self.released = (), (), None, True
         self.counters.release()
 
     def note(self) -> None:
@@ -194,6 +196,11 @@ def l2_of(group: Mapping[str, Any], options: Any) -> float:
 def decoupled_of(group: Mapping[str, Any], options: Any) -> float:
     """Give the weight decay of p <- (1 - lr*wd) p."""
     return 0.0 if l2_of(group, options) else _number(group, "weight_decay")
+
+
+def shrink_of(group: Mapping[str, Any], options: Any) -> float | Tensor:
+    """Give lr*wd, by which p gets smaller."""
+    return rate_of(group) * decoupled_of(group, options)
 
 
 def _number(group: Mapping[str, Any], key: str) -> float:

@@ -17,7 +17,7 @@ from ..options import OptionError
 from .setup import Setup
 
 
-def over_processes(setup: Setup, k_j: Tensor, o: Any) -> tuple[Tensor, Tensor | float]:
+def over_processes(setup: Setup, stacks: Sequence[Any], k_j: Tensor, o: Any) -> tuple[Tensor, Tensor | float]:
     """Sum over processes, in one message: the new row of K, the sum of S_i^2, and what the metrics of divided tensors need.
 
     Returns:
@@ -25,7 +25,7 @@ def over_processes(setup: Setup, k_j: Tensor, o: Any) -> tuple[Tensor, Tensor | 
     """
     if o.metric == "none":
         return setup.placement.sum(k_j), float(setup.coordinates())
-    metrics = [s.metric for s in setup.stacks if s.metric is not None]
+    metrics = [s.metric for s in stacks if s.metric is not None]
     size = joined([metric.live_squares() for metric in metrics], k_j).sum()
     entered = joined([t.flatten() for metric in metrics for t in metric.entered], k_j)
     size = size + 0 * entered.to(setup.dtype).sum()  # NaN, to refuse the step, where the state cannot hold it
@@ -84,14 +84,14 @@ class Rest:
     mean: Tensor | float
 
 
-def rest_of(setup: Setup, outside: Callable[[Any, GramMatrix], Tensor] | None, o: Any) -> Rest:
+def rest_of(setup: Setup, all_stacks: Sequence[Any], outside: Callable[[Any, GramMatrix], Tensor] | None, o: Any) -> Rest:
     """Give what the residuals weigh in the update: phi(0) times the bias correction of their running mean."""
     gram, zeros = setup.counters, torch.zeros_like(setup.counters.matrix[:, 0, 0])
     if o.residual == "feedback":
         return Rest(zeros, zeros, 0.0)
     if outside is None:
         raise OptionError("residual='momentum': this method has no value outside of the window; allowed is feedback")
-    stacks, squares = [s for s in setup.stacks if s.residual is not None], []
+    stacks, squares = [s for s in all_stacks if s.residual is not None], []
     for s in stacks:
         squares.append(s.residual.squares())
         for i in s.turn.absent:  # what stays where it is has no part in the size of the update

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ from ..distributed.fsdp2 import is_sharded, local, local_gradient
 from ..distributed.placement import Placement
 from ..distributed.plan import Owners
 from ..kernels.devices import kind
+from .setup import decoupled_of, rate_of, shrink_of
+
+# Of a parameter group; on a GPU a rate may be a 0-D tensor.
+Number = float | Tensor
+# One that all pieces of a stack have, or one of each.
+Numbers = Number | list[Any]
+# The same for what no graph keeps on its device.
+Floats = float | list[float]
+_X = TypeVar("_X")
 
 # Bytes of a stack's parameters, by kind of device: to a GPU, a launch costs the same for one matrix and for many.
 _STACK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
@@ -28,11 +38,13 @@ class Piece:
         param: the parameter.
         number: its position among all trainable parameters.
         rows: of dimension 0; None: all.
+        group: index of its parameter group.
     """
 
     param: Tensor
     number: int
     rows: slice | None = None
+    group: int = 0
 
     def __post_init__(self) -> None:
         rows, cols = matrix_shape(self.param)
@@ -63,11 +75,10 @@ class Piece:
 
 
 class Stack:
-    """n pieces of one shape, dtype, device and parameter group, with their state.
+    """n pieces of one shape, dtype and device, with their state. Their parameter groups may have different numbers.
 
     Args:
         pieces: the n pieces.
-        group: index of their parameter group.
         specs: of one parameter's state.
         total: sums a tensor over the processes that share the matrices; None: each piece is a whole matrix.
 
@@ -78,12 +89,14 @@ class Stack:
         specs: of one parameter's state, by name.
         buffers: state name -> (n, ...).
         turn: the present step, for the cells.
+        groups: indices of the pieces' parameter groups, each once.
         begun: whether the host knows that all n tensors have had a gradient.
     """
 
-    def __init__(self, pieces: list[Piece], group: int, specs: Iterable[Spec], total: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, pieces: list[Piece], specs: Iterable[Spec], total: Callable[[Tensor], Tensor] | None = None):
         first = pieces[0]
-        self.pieces, self.group, self.total = pieces, group, total
+        self.pieces, self.total = pieces, total
+        self.groups = tuple(dict.fromkeys(piece.group for piece in pieces))
         self.layout, self.shape = Layout.of(first.param), first.shape
         self.device = first.param.device
         self.ids = torch.tensor([piece.number for piece in pieces], device=self.device)
@@ -109,12 +122,26 @@ class Stack:
         """The n parameters."""
         return [piece.param for piece in self.pieces]
 
+    def each(self, number: Callable[[int], _X]) -> _X | list[_X]:
+        """Ask for the number of each group, by its index; give the one that all have, or else those of the n pieces."""
+        of_groups = {group: number(group) for group in self.groups}
+        numbers = list(of_groups.values())
+        if len(numbers) == 1 or all(isinstance(x, float) and x == numbers[0] for x in numbers):
+            return numbers[0]
+        return [of_groups[piece.group] for piece in self.pieces]
+
+    def rates(self, groups: Sequence[Mapping[str, Any]], options: Any) -> tuple[Numbers, Numbers]:
+        """Give lr and wd of p <- (1 - lr*wd) p - lr u. Where lr differs, u is multiplied by it before: lr*wd stands for wd."""
+        lr = self.each(lambda group: rate_of(groups[group]))
+        decay = shrink_of if isinstance(lr, list) else decoupled_of
+        return lr, self.each(lambda group: decay(groups[group], options))
+
     def open(self, step: Tensor) -> None:
         """Begin a step: which tensors have a gradient, and by which number rounding is counted."""
         self.turn.step, self.turn.ok = step, True
         self.turn.absent = [i for i, piece in enumerate(self.pieces) if piece.param.grad is None]
 
-    def gradients(self, l2: float = 0.0) -> list[Tensor]:
+    def gradients(self, l2: Floats = 0.0) -> list[Tensor]:
         """Give g + l2 * p, n matrices (rows, cols) in the compute dtype; zeros where a parameter has no gradient.
 
         They may share memory with `p.grad`, which is never written to.
@@ -125,51 +152,59 @@ class Stack:
             torch._foreach_copy_(converted, [g.reshape(shape) for piece in self.pieces if (g := piece.grad) is not None])
             return kernels.Held(converted)
         gradients = kernels.Held()
-        for piece in self.pieces:
-            g = piece.grad
+        for i, piece in enumerate(self.pieces):
+            g, by = piece.grad, l2[i] if isinstance(l2, list) else l2
             if g is None:
                 gradients.append(torch.zeros(shape, dtype=dtype, device=self.device))
                 continue
             dense = g if g.shape == shape and g.dtype == dtype else g.reshape(shape).to(dtype)
-            if l2:
+            if by:
                 dense = dense.clone() if dense.data_ptr() == g.data_ptr() else dense
                 matrix = piece.data.reshape(shape)
                 for part in chunks(shape[0], 8 * shape[1], room_bytes(self.device)):
-                    dense[part].add_(matrix[part].to(dtype), alpha=l2)
+                    dense[part].add_(matrix[part].to(dtype), alpha=by)
             gradients.append(dense)
         return gradients
 
 
 def batches_of(
     groups: Iterable[tuple[int, Sequence[Tensor]]],
+    treatments: Sequence[Hashable],
     numbers: Mapping[Tensor, int],
     owners: Mapping[Tensor, Owners],
     placement: Placement,
-) -> Iterator[tuple[list[Piece], int, Callable[[Tensor], Tensor] | None]]:
-    """Group the pieces that this process holds into batches of one shape, dtype, device, parameter group and place.
+) -> Iterator[tuple[list[Piece], Callable[[Tensor], Tensor] | None]]:
+    """Group the pieces that this process holds into batches of one shape, dtype, device, treatment and place.
 
     Args:
         groups: index of each parameter group, and its parameters.
+        treatments: of each parameter group, what decides on how its tensors are compressed.
         numbers: position of each parameter among all.
         owners: who holds which rows.
         placement: of this process.
 
     Yields:
-        The pieces, the index of their group, and what sums over the processes that share their matrices.
+        The pieces, and what sums over the processes that share their matrices.
     """
     alike: dict[tuple, list[Piece]] = {}
     for index, params in groups:
         for p in params:
             if placement.rank not in owners[p]:
                 continue
-            piece = Piece(p, numbers[p], owners[p][placement.rank])
+            piece = Piece(p, numbers[p], owners[p][placement.rank], index)
             # Rows of several tensors are one batch only where every process makes the same batches: they meet in each.
             number = None if placement.follows else piece.number
             place = piece.rows and (piece.rows.start, piece.rows.stop, number)
-            alike.setdefault((index, matrix_shape(p), p.ndim < 2, p.dtype, p.device, place), []).append(piece)
-    for (index, *_, place), members in alike.items():
+            key = treatments[index], matrix_shape(p), p.ndim < 2, p.dtype, p.device, place
+            alike.setdefault(key, []).append(piece)
+    for (*_, place), members in alike.items():
         for batch in batches(members, placement.size if place else 1):
-            yield batch, index, placement.sum if place else None
+            yield batch, placement.sum if place else None
+
+
+def times(x: Tensor, numbers: list[Any]) -> Tensor:
+    """Multiply each of n tensors, (n, ...), by its number; the numbers go to a GPU with the launch."""
+    return torch.stack(torch._foreach_mul(x.unbind(), numbers))
 
 
 def batches(members: list[Piece], processes: int = 1) -> Iterator[list[Piece]]:

@@ -18,8 +18,8 @@ from .costs import Count
 from .factor_sync import FactorSync
 from .method import Group
 from .phases import PHASES, listener
-from .setup import Setup, decoupled_of, l2_of, rate_of
-from .stacks import Piece, Stack
+from .setup import Setup, l2_of
+from .stacks import Floats, Number, Piece, Stack, times
 
 # u, (n, rows, cols); or what gives some rows of it and is called once for each part of the rows, so that u is never formed.
 U = Tensor | Callable[[slice], Tensor]
@@ -57,19 +57,18 @@ class TensorStack(Stack):
     """n pieces of one shape, with their rule; the cells of their state are attributes.
 
     Args:
-        pieces, group, specs, total: as in Stack.
+        pieces, specs, total: as in Stack.
         rule: of the tensors.
     """
 
     def __init__(
         self,
         pieces: list[Piece],
-        group: int,
         specs: Sequence[Spec],
         rule: Rule,
         total: Callable[[Tensor], Tensor] | None = None,
     ):
-        super().__init__(pieces, group, specs, total)
+        super().__init__(pieces, specs, total)
         self.rule = rule
         if self.layout.vector and rule.vectors:
             self.turn.origin = 0, 0  # state is of the whole vector
@@ -94,7 +93,7 @@ class TensorStack(Stack):
         self.begun = not readable(t.device) and min(counts) > 1
         return [i for i, count in enumerate(counts) if count == 1 and i not in self.turn.absent]
 
-    def update(self, l2: float, options: Any) -> U:
+    def update(self, l2: Floats, options: Any) -> U:
         """Make the update, and the state of the next step."""
         t = self.cells["step"].read() + 1
         self.cells["step"].write(t)
@@ -120,17 +119,19 @@ class TensorStack(Stack):
         start = self.pieces[0].origin[1]
         return slice(start, start + self.shape[1])
 
-    def apply(self, u: U, group: Group, options: Any) -> None:
+    def apply(self, u: U, groups: Sequence[Group], options: Any) -> None:
         """Compute p <- (1 - lr*wd) p - lr u, for the tensors that have a gradient."""
-        ok, lr = self.turn.ok, rate_of(group)
-        rate: float | Tensor = lr if ok is True else lr * ok.to(self.device, self.layout.dtype)  # type: ignore[union-attr]
+        ok, lr, weight_decay = self.turn.ok, *self.rates(groups, options)
+        own, lr = (lr, 1.0) if isinstance(lr, list) else (None, lr)
+        rate: Number = lr if ok is True else lr * ok.to(self.device, self.layout.dtype)  # type: ignore[union-attr]
 
         def update(rows: slice) -> Tensor:
             part = u[:, rows] if isinstance(u, Tensor) else u(rows)
+            part = part if own is None else times(part, own)
             return part if ok is True else masked(ok, part, 0.0)
 
         rounding = self.turn.step if options.stochastic_rounding else None
-        apply(self, update, rate, decoupled_of(group, options), rounding, self.turn.absent)
+        apply(self, update, rate, weight_decay, rounding, self.turn.absent)
 
 
 class Tensorwise:
@@ -170,7 +171,6 @@ class Tensorwise:
     def make_stack(
         self,
         pieces: list[Piece],
-        index: int,
         group: Group,
         options: Any,
         flat: Parts | None,
@@ -179,7 +179,7 @@ class Tensorwise:
     ) -> TensorStack:
         """See Method."""
         layout = Layout.of(pieces[0].param)
-        return TensorStack(pieces, index, self.specs(layout, group, options, flat), self.rule(layout, group), total)
+        return TensorStack(pieces, self.specs(layout, group, options, flat), self.rule(layout, group), total)
 
     def mend(self, setup: Setup, options: Any) -> None:
         """See Method: nothing is computed from the state."""
@@ -194,7 +194,7 @@ class Tensorwise:
 
     def step(self, setup: Setup, groups: Sequence[Group], o: Any) -> None:
         """Take a step."""
-        counters, phase = setup.counters, listener()
+        counters, phase, l2 = setup.counters, listener(), [l2_of(group, o) for group in groups]
         ok = _gate(setup)
         if ok is False:
             return counters.count(ok)
@@ -203,9 +203,9 @@ class Tensorwise:
             s.open(counters.step)
             s.turn.ok = ok
             with phase("compress"):
-                u = s.update(l2_of(groups[s.group], o), o)
+                u = s.update(s.each(l2.__getitem__), o)
             with phase("update"):
-                s.apply(u, groups[s.group], o)
+                s.apply(u, groups, o)
         counters.count(ok)
         setup.finish()
 

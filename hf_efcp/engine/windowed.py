@@ -24,9 +24,10 @@ from .factor_sync import FactorSync
 from .formats import EntryFormat, costs_of, fp32_stays
 from .method import Group
 from .phases import PHASES, listener
-from .setup import Setup, decoupled_of, l2_of, rate_of
+from .setup import Setup, l2_of
 from .sizes import averaged, by_group, finite, joined, over_processes, rescaled, rest_of
-from .stacks import Piece, Stack
+from .stacks import Floats, Number, Piece, Stack, times
+from .together import stacks_of
 
 # A share of all parameters that is worth a line in the log.
 _MANY = 0.05
@@ -36,12 +37,12 @@ class WindowStack(Stack):
     """n pieces of one shape, with their way from the gradient to the window and from the window to the parameter.
 
     Args:
-        pieces, group, total: as in Stack.
+        pieces, total: as in Stack.
         format: of their entries.
     """
 
-    def __init__(self, pieces: list[Piece], group: int, format: EntryFormat, total: Callable[[Tensor], Tensor] | None = None):
-        super().__init__(pieces, group, format.specs(), total)
+    def __init__(self, pieces: list[Piece], format: EntryFormat, total: Callable[[Tensor], Tensor] | None = None):
+        super().__init__(pieces, format.specs(), total)
         self.format = format
         self.compressor = format.compressor(self)
         self.window = format.window(self.buffers)
@@ -50,7 +51,7 @@ class WindowStack(Stack):
         self.momentum = self.buffers.get("momentum")
         self.metric = format.metric(self)
 
-    def stage(self, step: Tensor, l2: float) -> None:
+    def stage(self, step: Tensor, l2: Floats) -> None:
         """Compute a = e + S^-1 g and c = C(a) as the window stores it; the state stays as it is.
 
         A parameter without a gradient gives an entry of zeros, and its error stays.
@@ -77,7 +78,7 @@ class WindowStack(Stack):
             self.window.release()
         return dots
 
-    def commit(self, j: Tensor, l2: float, ok: bool | Tensor) -> None:
+    def commit(self, j: Tensor, l2: Floats, ok: bool | Tensor) -> None:
         """Let e <- a - c, or r <- beta r + S^-1 g - c; write c into slot j, and let D contain g; where the step is accepted."""
         gradients = self.gradients(l2)
         if self.window.staged is None:
@@ -94,19 +95,27 @@ class WindowStack(Stack):
         if self.metric is not None:
             self.metric.commit(gradients)
 
-    def apply(self, c: Tensor, outside: Tensor, group: Group, options: Any) -> None:
+    def apply(self, c: Tensor, outside: Tensor, groups: Sequence[Group], options: Any) -> None:
         """Let u = S^-1 (G^T c + outside * r) for c (n, m) and outside (n,);  v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v.
 
         A tensor without a gradient stays where it is, and so does its v. A large tensor's u is never whole. Of a refused step,
-        u is zero; with lr and 1 - mu zero too, nothing moves.
+        u is zero; with lr and 1 - mu zero too, nothing moves. Where tensors have different rates, u is linear in c and `outside`.
         """
-        ok, lr, weight_decay, momentum = self.turn.ok, rate_of(group), decoupled_of(group, options), options.momentum
-        absent = self.turn.absent
+        ok, absent, momentum, own = self.turn.ok, self.turn.absent, options.momentum, None
+        lr, weight_decay = self.rates(groups, options)
+        if isinstance(lr, list):
+            c, outside = (c, outside) if momentum else (times(c, lr), times(outside, lr))
+            own, lr = lr if momentum else None, 1.0
+        if isinstance(weight_decay, list) and all(p.dtype == self.layout.dtype for p in self.params):
+            self._shrink([lr * x for x in weight_decay])
+            weight_decay = 0.0
         outside = outside if self.residual is None else outside.to(self.layout.dtype)
-        if len(absent) == len(self.pieces) or self._apply_at_once(c, outside, lr, weight_decay):
+        if len(absent) == len(self.pieces):
             return
-        rate: float | Tensor = lr
-        new_part: float | Tensor = 1 - momentum
+        if not isinstance(weight_decay, list) and self._apply_at_once(c, outside, lr, weight_decay):
+            return
+        rate: Number = lr
+        new_part: Number = 1 - momentum
         if isinstance(ok, Tensor):
             flag = ok.to(self.device, self.layout.dtype)
             rate, new_part = lr * flag, new_part if self.momentum is None else new_part * flag
@@ -126,19 +135,24 @@ class WindowStack(Stack):
             v.lerp_(u, new_part)
             for i, x in zip(absent, kept, strict=True):
                 v[i] = x
-            return v
+            return v if own is None else times(v, own)
 
-        rounding, sizes = (
-            self.turn.step if options.stochastic_rounding else None,
-            None if self.metric is None else self.metric.scale,
-        )
+        rounding = self.turn.step if options.stochastic_rounding else None
+        sizes = None if self.metric is None else self.metric.scale
         if kind(self.device) == "cpu" or self.momentum is not None or (self.metric is not None and sizes is None):
             apply(self, update, rate, weight_decay, rounding, absent)
             return
         rest = Rest(finished, sizes, None if self.residual is None else (self.residual.stored, outside))
         apply(self, lambda rows: self.window.product(c, rows), rate, weight_decay, rounding, absent, rest)
 
-    def _apply_at_once(self, c: Tensor, outside: Tensor, lr: float | Tensor, weight_decay: float) -> bool:
+    def _shrink(self, by: Sequence[Any]) -> None:
+        """Let p <- (1 - by_i) p for the tensors that have a gradient, where the step is accepted."""
+        live = sorted(set(range(len(self.pieces))).difference(self.turn.absent))
+        ok = 1.0 if self.turn.ok is True else torch.as_tensor(self.turn.ok).to(self.device, self.layout.dtype)
+        if live:
+            torch._foreach_mul_([self.pieces[i].data for i in live], [1 - by[i] * ok for i in live])
+
+    def _apply_at_once(self, c: Tensor, outside: Tensor, lr: Number, weight_decay: Number) -> bool:
         """Do the plain case of `apply` without forming u; tell whether the window can."""
         pieces, dtype = self.pieces, self.layout.dtype
         factors = None if self.metric is None else self.metric.scale
@@ -149,7 +163,7 @@ class WindowStack(Stack):
         # Copies where the layout is another.
         matrices = kernels.Held(p if p.shape == self.shape else p.reshape(self.shape) for p in params)
         matrices[:] = [matrix.contiguous() for matrix in matrices]
-        decay: float | Tensor = 1 - lr * weight_decay if weight_decay else 1.0
+        decay: Number = 1 - lr * weight_decay if weight_decay else 1.0
         if weight_decay and isinstance(self.turn.ok, Tensor):  # of a refused step c is 0, and p has to stay
             kept = decay if isinstance(decay, Tensor) else torch.full((), decay, dtype=dtype, device=self.device)
             decay = masked(self.turn.ok, kept, 1.0)
@@ -211,7 +225,6 @@ class Windowed:
     def make_stack(
         self,
         pieces: list[Piece],
-        index: int,
         group: Group,
         options: Any,
         flat: Parts | None,
@@ -220,7 +233,7 @@ class Windowed:
     ) -> WindowStack:
         """See Method."""
         format = self.format(Layout.of(pieces[0].param), group, options, flat)
-        return WindowStack(pieces, index, sync.in_window(format), total)
+        return WindowStack(pieces, sync.in_window(format), total)
 
     def make_counters(self, number: int, options: Any, device: torch.device) -> GramMatrix:
         """See Method."""
@@ -229,16 +242,16 @@ class Windowed:
     # fmt: off
     def step(self, setup: Setup, groups: Sequence[Group], o: Any) -> None:
         """Take a step of Algorithm 1."""
-        gram, stacks, phase, dots = setup.counters, setup.stacks, listener(), []
-        j, t, l2 = gram.next_slot(), gram.step.clone(), [l2_of(group, o) for group in groups]
+        gram, stacks, phase, dots = setup.counters, stacks_of(setup), listener(), []
+        j, t, l2 = gram.next_slot(), gram.step.clone(), [l2_of(group, o) for group in groups].__getitem__
         for f in setup.factors:
             f.stage(t)                                                          # made during backward, see factor_sync.py
         for s in stacks:
             with phase("compress"):
-                s.stage(t, l2[s.group])                                         # a = e + S^-1 g;  c_j = C(a), as it is stored
+                s.stage(t, s.each(l2))                                          # a = e + S^-1 g;  c_j = C(a), as it is stored
             with phase("dots"):
                 dots.append(s.dots(j))                                          # <c_j, c_i> for all i
-        k_j, size = over_processes(setup, _new_row(stacks, dots, gram, o.scope), o)  # and the sum of S^2
+        k_j, size = over_processes(setup, stacks, _new_row(stacks, dots, gram, o.scope), o)  # and |S|^2
         ok = finite(k_j, size)                                                 # on a GPU a flag, which masks what follows
         if ok is False:
             return gram.count(ok)
@@ -248,14 +261,14 @@ class Windowed:
         setup.writing = True
         for s in (*stacks, *setup.factors):
             with phase("feedback"):
-                s.commit(j, l2[s.group], ok)                                    # e <- a - c_j;  slot j of G <- c_j;  D
+                s.commit(j, s.each(l2), ok)                                     # e <- a - c_j;  slot j of G <- c_j;  D
         with phase("solve"):
-            rest = rest_of(setup, self.outside, o)                              # of gradients, outside of the window
+            rest = rest_of(setup, stacks, self.outside, o)                      # of gradients, outside of the window
             c, rest = rescaled(c, rest, w, gram, size, o, setup.dtype, ok)      # update_rms
         for s in stacks:
             s.turn.step = gram.step
             with phase("update"):                                               # u = S^-1 G^T c;  p <- (1 - lr wd) p - lr u
-                s.apply(_coefficients_of(c, s, o.scope), _coefficients_of(rest.weight, s, o.scope), groups[s.group], o)
+                s.apply(_coefficients_of(c, s, o.scope), _coefficients_of(rest.weight, s, o.scope), groups, o)
         setup.finish(c, ok, size, (rest.weight.square() * rest.square).sum())
     # fmt: on
 

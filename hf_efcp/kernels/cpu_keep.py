@@ -186,7 +186,7 @@ def _scales_of_compiled(scale, t, row, like):
 
 
 @compiled(relaxed=REORDERED)
-def _keep(
+def keep_rows(
     lo, hi, error, scale, limit, absent, gradients, left, right, one, two, starts, cols, decay, step, salts, row_0, col_0, like
 ):
     """e <- decay * e + g - c for some rows. `one` and `two` are p and q; or, where there are `starts`, indices and values."""
@@ -250,12 +250,13 @@ def keep(
     absent_flags = np.zeros(n, bool)
     absent_flags[list(absent)] = True
     where = *kept.arrays, kept.limit, absent_flags, g.array, *factors(scale, g.dtype)
-    divide_work(_keep, n * rows, numbers, *where, *arrays, starts, cols, by, int(step), array(salts), *origin, like)
+    divide_work(keep_rows, n * rows, numbers, *where, *arrays, starts, cols, by, int(step), array(salts), *origin, like)
     return True
 
 
 @compiled(relaxed=REORDERED)
-def _square(lo, hi, error, scale, cols, like, out):
+def square_rows(lo, hi, error, scale, cols, like, out):
+    """out[t, row] <- the sum of the squares of a row of e, in fp64."""
     rows = error.shape[1]
     e, zeros = np.empty(cols, like.dtype), np.zeros(cols, like.dtype)
     for task in range(lo, hi):
@@ -267,7 +268,8 @@ def _square(lo, hi, error, scale, cols, like, out):
 
 
 @compiled(relaxed=REORDERED)
-def _add_kept(lo, hi, error, scale, left, right, params, weights, cols):
+def add_kept_rows(lo, hi, error, scale, left, right, params, weights, cols):
+    """p <- p + weight * diag(left) e diag(right) for some rows; without factors where they are empty."""
     rows = error.shape[1]
     e, zeros = np.empty(cols, weights.dtype), np.zeros(cols, weights.dtype)
     for task in range(lo, hi):
@@ -293,7 +295,7 @@ def square(error: Error, cols: int, dtype: torch.dtype) -> Tensor | None:
         return None
     kept, (n, rows) = Errors(error, dtype), error[0].shape[:2]
     out = torch.empty(n, rows, dtype=torch.float64)
-    divide_work(_square, n * rows, cols, *kept.arrays, cols, array(torch.empty(0, dtype=dtype)), array(out))
+    divide_work(square_rows, n * rows, cols, *kept.arrays, cols, array(torch.empty(0, dtype=dtype)), array(out))
     return out.sum(1)
 
 
@@ -308,5 +310,5 @@ def add_kept(params: Matrices, error: Error, weights: Tensor, scale: Scale) -> b
     p = Addresses(params)
     n, rows, cols = p.shape
     arrays = *Errors(error, p.dtype).arrays, *factors(scale, p.dtype), p.array, array(weights), cols
-    divide_work(_add_kept, n * rows, cols, *arrays)
+    divide_work(add_kept_rows, n * rows, cols, *arrays)
     return True

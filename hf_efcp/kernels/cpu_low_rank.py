@@ -37,7 +37,7 @@ HALF_BF16 = 2 ** (BF16_SHIFT - 1) - 1
 
 
 @compiled(relaxed=REORDERED)
-def _products(x, y, start, out):
+def products(x, y, start, out):
     """out[s] += <x, y[s]> with y from the column `start` on, four at a time: x is read and converted once for them."""
     many, stop = len(out), start + x.size
     for s in range(0, many - 3, 4):
@@ -64,7 +64,7 @@ def _times(lo, hi, gradients, x, y, error, scale, q, out):
     for task in range(lo, hi):
         t, row = task // rows, task % rows
         read_row(a, room, matrix_row(gradients[t], row, cols, q), x, y, error, scale, t, row, 0)
-        _products(a, q[t], 0, out[t, row])
+        products(a, q[t], 0, out[t, row])
 
 
 @compiled(relaxed=CONTRACTED)
@@ -106,7 +106,7 @@ def _inner(lo, hi, a, b, out):
         stop = min(start + run, length)
         for task in range(lo, hi):
             t, i = task // many, task % many
-            _products(a[t, i, start:stop], b[t], start, out[t, i])
+            products(a[t, i, start:stop], b[t], start, out[t, i])
 
 
 @compiled

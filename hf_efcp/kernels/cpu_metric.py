@@ -43,8 +43,8 @@ def _root(d, x):
 
 
 @compiled(relaxed=REORDERED)
-def _columns(c, count, beta, eps, y, numbers):
-    """y, and for `_measure` of each tensor: 1 - beta^(k + 1), eps mu, the sum over columns of y^-2."""
+def measure_columns(c, count, beta, eps, y, numbers):
+    """y, and for `measure_parts` of each tensor: 1 - beta^(k + 1), eps mu, the sum over columns of y^-2."""
     d = np.empty(c.shape[1])
     for t in range(len(c)):
         mean = 0.0
@@ -63,7 +63,8 @@ def _columns(c, count, beta, eps, y, numbers):
 
 
 @compiled(relaxed=REORDERED)
-def _measure(lo, hi, parts, gradients, old, beta, numbers, new, x, roots, by_col):
+def measure_parts(lo, hi, parts, gradients, old, beta, numbers, new, x, roots, by_col):
+    """The means over rows with g in them, x, sums of x^-2, and sums of g^2 over columns, for parts of the rows of matrices."""
     rows, cols = old.shape[1], by_col.shape[2]
     for task in range(lo, hi):
         t, part = task // parts, task % parts
@@ -106,9 +107,9 @@ def measure(
         torch.empty_like(c),
     )
     roots = torch.empty(by_col.shape[:2], dtype=torch.float64)
-    _columns(array(c), array(count), beta, eps, array(y), array(numbers))
+    measure_columns(array(c), array(count), beta, eps, array(y), array(numbers))
     arrays = array(r), beta, *map(array, (numbers, new, x, roots, by_col))
-    divide_work(_measure, len(r) * parts, _numbers(g, parts), parts, g.array, *arrays)
+    divide_work(measure_parts, len(r) * parts, _numbers(g, parts), parts, g.array, *arrays)
     return new, x, y, roots.sum(1).mul_(numbers[:, 2]), by_col.sum(1)
 
 

@@ -17,7 +17,15 @@ _FEW = 16
 # Kept numbers that meet the new row's, to be read at once.
 _MET = 2**12
 # 16-bit indices cannot leave a row with so much room around it, whatever a damaged checkpoint holds.
-_ROOM = 2**16
+ROOM = 2**16
+
+
+@compiled
+def _row(cols, like):
+    """A row of zeros with room around it, which only damaged indices reach: it is not written, since that takes long."""
+    row = np.empty(cols + 2 * ROOM, like.dtype)
+    row[ROOM : ROOM + cols] = 0
+    return row
 
 
 @compiled
@@ -59,7 +67,7 @@ def _flag(index, shift, new_i, columns, marks, flags):
 
 
 @compiled
-def _dots(lo, hi, parts, shift, indices, values, scales, new_indices, new_values, columns, blocks_of, cols, out):
+def dots_parts(lo, hi, parts, shift, indices, values, scales, new_indices, new_values, columns, blocks_of, cols, out):
     """Of a row's window few numbers lie where the new row has one: these numbers are looked for by their indices, in bulk.
 
     Their values are read later, many at a time: the values are scattered over memory, and to wait for each would take longer
@@ -67,7 +75,8 @@ def _dots(lo, hi, parts, shift, indices, values, scales, new_indices, new_values
     """
     rows, length = indices.shape[1:]
     kept, (m, blocks) = new_values.shape[2], scales.shape[2:]
-    dense, marks = np.zeros(cols + 2 * _ROOM, new_values.dtype), np.zeros(cols + 2 * _ROOM, np.uint8)
+    dense, marks = _row(cols, new_values), np.empty(cols + 2 * ROOM, np.uint8)
+    marks[ROOM : ROOM + cols] = 0
     columns, slots = _tiled(columns, length), np.empty(length, np.int32)
     for j in range(length):
         slots[j] = j // kept
@@ -132,14 +141,16 @@ def _sum_row(shift, index, value, columns, weights, products, places, dense):
 
 
 @compiled
-def _update(lo, hi, start, shift, indices, values, scales, c, columns, blocks_of, left, right, params, rows, cols, factor, decay):
+def update_rows(
+    lo, hi, start, shift, indices, values, scales, c, columns, blocks_of, left, right, params, rows, cols, factor, decay
+):
     """p <- decay * p + factor * u with u = diag(left) G^T c diag(right), of `rows` rows from `start` on, for the matrices at
     `params`; u = G^T c where left and right are empty.
     """
     length = indices.shape[2]
-    dense, columns = np.zeros(cols + 2 * _ROOM, c.dtype), _tiled(columns, length)
+    dense, columns = _row(cols, c), _tiled(columns, length)
     weights, products, places = np.empty(length, c.dtype), np.empty(length, c.dtype), np.empty(length, np.int32)
-    u = dense[_ROOM : _ROOM + cols]
+    u = dense[ROOM : ROOM + cols]
     for task in range(lo, hi):
         t, row = task // rows, task % rows
         if task == lo or row == 0 or scales.size:
@@ -162,8 +173,8 @@ def _update(lo, hi, start, shift, indices, values, scales, c, columns, blocks_of
 def _adam(lo, hi, start, indices, values, one, two, eps, columns, cols, out):
     """Rows of m / (sqrt(v) + eps), m the sum of one_i c_i and v of two_i c_i^2."""
     rows, length = out.shape[1], indices.shape[2]
-    dense, squares = np.zeros(cols + 2 * _ROOM, out.dtype), np.zeros(cols + 2 * _ROOM, out.dtype)
-    m, v, columns = dense[_ROOM : _ROOM + cols], squares[_ROOM : _ROOM + cols], _tiled(columns, length)
+    dense, squares = _row(cols, out), _row(cols, out)
+    m, v, columns = dense[ROOM : ROOM + cols], squares[ROOM : ROOM + cols], _tiled(columns, length)
     first, second = np.empty(length, out.dtype), np.empty(length, out.dtype)
     by_one, by_two, places = np.empty(length, out.dtype), np.empty(length, out.dtype), np.empty(length, np.int32)
     kept = length // one.shape[1]
@@ -206,14 +217,14 @@ def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | No
     out = torch.zeros(n, parts, m, dtype=torch.float64)
     new = [array(x) for x in entry]
     arrays = *_window(stored), *new, *_places(cols, blocks), cols, array(out)
-    divide_work(_dots, n * parts, rows * m * k // parts, parts, *arrays)
+    divide_work(dots_parts, n * parts, rows * m * k // parts, parts, *arrays)
     return out.sum(1)
 
 
 def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor:
     """Rows `rows` of G^T c, (n, rows, cols) in c's dtype, fp32 or fp64; c is (n, m)."""
     u = torch.zeros(len(c), rows.stop - rows.start, cols, dtype=c.dtype)
-    _update_rows(stored, c, blocks, rows.start, u, 1.0, 0.0, None)
+    _updated(stored, c, blocks, rows.start, u, 1.0, 0.0, None)
     return u
 
 
@@ -234,7 +245,7 @@ def apply(
     """
     if isinstance(scale, Tensor) or isinstance(decay, Tensor) or not all(p.is_contiguous() for p in params):
         return False
-    _update_rows(stored, c, blocks, 0, params, scale, decay, sizes)
+    _updated(stored, c, blocks, 0, params, scale, decay, sizes)
     return True
 
 
@@ -250,7 +261,7 @@ def adam(stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks
     return out
 
 
-def _update_rows(
+def _updated(
     stored: Stored, c: Tensor, blocks: Blocks, start: int, params: Matrices, factor: float, decay: float, sizes: Scale
 ) -> None:
     p, weights = Addresses(params), array(c)
@@ -258,7 +269,7 @@ def _update_rows(
     shift, indices, values, scales = _window(stored)
     number = weights.dtype.type
     arrays = indices, values, scales, weights, *_places(cols, blocks), *factors(sizes, c.dtype), p.array
-    divide_work(_update, n * rows, indices.shape[2] + cols, start, shift, *arrays, rows, cols, number(factor), number(decay))
+    divide_work(update_rows, n * rows, indices.shape[2] + cols, start, shift, *arrays, rows, cols, number(factor), number(decay))
 
 
 def _window(stored: Stored) -> tuple[np.int32, np.ndarray, np.ndarray, np.ndarray]:
@@ -274,4 +285,4 @@ def _window(stored: Stored) -> tuple[np.int32, np.ndarray, np.ndarray, np.ndarra
 def _places(cols: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
     """`kept_places`, the columns counted in a row with room around it."""
     starts, numbers = kept_places(cols, blocks)
-    return starts + np.int32(_ROOM), numbers
+    return starts + np.int32(ROOM), numbers

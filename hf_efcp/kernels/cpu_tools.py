@@ -55,7 +55,7 @@ def _real(x):
 
 
 @intrinsic
-def _pointer(typing, address, like):
+def pointer(typing, address, like):
     """`address` as a pointer to numbers of the dtype of the array `like`."""
     pointer = types.CPointer(like.dtype)
 
@@ -68,7 +68,7 @@ def _pointer(typing, address, like):
 @compiled
 def matrix_row(address, row, cols, like):
     """Row `row` of the matrix with `cols` columns at `address`, in the dtype of `like`."""
-    return numba.carray(_pointer(address + row * cols * like.itemsize, like), (cols,))
+    return numba.carray(pointer(address + row * cols * like.itemsize, like), (cols,))
 
 
 def _code(codes, x):

@@ -104,7 +104,8 @@ def _sift(bits, where, start, size):
 
 
 @compiled
-def _top_k(lo, hi, gradients, x, y, error, scale, unsigned, block, kept, kept_tail, cols, indices, values):
+def top_k_rows(lo, hi, gradients, x, y, error, scale, unsigned, block, kept, kept_tail, cols, indices, values):
+    """Indices and values of the largest numbers in the blocks of some rows of a = e + g."""
     rows = values.shape[1]
     a, room = np.empty(block, values.dtype), np.empty(block, values.dtype)
     magnitudes, lanes = np.empty(block, unsigned.dtype), np.empty(block, unsigned.dtype)
@@ -149,5 +150,5 @@ def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None
     indices, values = torch.empty(shape, dtype=torch.int16), torch.empty(shape, dtype=g.dtype)
     unsigned = np.empty(0, np.int32 if g.dtype.itemsize == 4 else np.int64)
     arrays = g.array, *factors(scale, g.dtype), *Errors(error, g.dtype).arrays, unsigned, block, kept, kept_tail, cols
-    divide_work(_top_k, n * rows, cols, *arrays, array(indices), array(values))
+    divide_work(top_k_rows, n * rows, cols, *arrays, array(indices), array(values))
     return indices, values

@@ -3,13 +3,15 @@
 import contextlib
 import copy
 import itertools
+import sys
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_efcp.engine import together
 from hf_efcp.kernels import calls
-from tests.optim.helpers import EVERY, differences, gradients_at, snapshot, started
+from tests.optim.helpers import EVERY, compressed_names, differences, gradients_at, snapshot, started
 
 SHAPES = ((7,), (12, 30), (12, 30), (40, 11), (3, 4), ())
 FORMATS = (
@@ -41,16 +43,17 @@ class Fault(TorchDispatchMode):
 class KernelFault:
     """The same for calls of compiled functions of the CPU, raising before or after one of them has done its work."""
 
-    def __init__(self, monkeypatch, at=None, error=RuntimeError, after=False):
-        self.monkeypatch, self.at, self.error, self.after, self.count = monkeypatch, at, error, after, 0
+    def __init__(self, at=None, error=RuntimeError, after=False):
+        self.patches, self.at, self.error, self.after, self.count = pytest.MonkeyPatch(), at, error, after, 0
 
     def __enter__(self):
-        for module in {m for m in calls._loaded.values() if hasattr(m, "divide_work")}:
-            self.monkeypatch.setattr(module, "divide_work", self._wrapped(module.divide_work))
+        for name, module in [*sys.modules.items()]:
+            if name.startswith("hf_efcp.kernels.") and hasattr(module, "divide_work") and not name.endswith("cpu_threads"):
+                self.patches.setattr(module, "divide_work", self._wrapped(module.divide_work))
         return self
 
     def __exit__(self, *error):
-        self.monkeypatch.undo()
+        self.patches.undo()
 
     def _wrapped(self, divide_work):
         def wrapped(*args):
@@ -150,17 +153,29 @@ def test_at_an_operation_of_torch(name, options):
 
 @pytest.mark.parametrize("options", FORMATS, ids=["plain", "codes"])
 @EVERY
-def test_at_a_kernel(name, options, monkeypatch):
+def test_at_a_kernel(name, options):
     pytest.importorskip("numba")
+    faults_at_kernels(name, options)
+
+
+@pytest.mark.parametrize("name", compressed_names())
+def test_at_a_kernel_that_takes_many_shapes_together(name, monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(together, "_MANY", 2)
+    faults_at_kernels(name, {})
+
+
+def faults_at_kernels(name, options):
+    """Raise at calls of compiled functions, before and after their work."""
     run, errors = Run(name, options), itertools.cycle((RuntimeError, KeyboardInterrupt, ValueError))
-    with KernelFault(monkeypatch) as counted:
+    with KernelFault() as counted:
         run.optimizer.step()
     run.restore()
     found = set()
     for after in (False, True):
         for at in sorted({i * counted.count // FAULTS for i in range(min(FAULTS, counted.count))}):
             label = f"{name} {options}: kernel {at} of {counted.count}, {'after' if after else 'before'} its work"
-            found.add(run.check(KernelFault(monkeypatch, at, next(errors), after), label))
+            found.add(run.check(KernelFault(at, next(errors), after), label))
     assert found or not counted.count
 
 

@@ -177,12 +177,12 @@ def applied(p, update, step, rows=None, weight_decay=0.1):
     """The parameter after p <- SR((1 - lr wd) p - lr u), done to some of its rows only."""
     p = torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format))
     options = make("efcp_dense_mfac", [p], stochastic_rounding=True).options
-    stack = WindowStack([Piece(p, 3, rows)], 0, EntryFormat(Layout.of(p), options))
+    stack = WindowStack([Piece(p, 3, rows)], EntryFormat(Layout.of(p), options))
     stack.buffers["window_rows"][0, 0] = update
     p.grad = torch.zeros_like(p)  # without a gradient it would stay where it is
     c = torch.zeros(1, options.window_size).index_fill_(1, torch.tensor(0), 1.0)
     stack.open(torch.tensor(step))
-    stack.apply(c, torch.zeros(len(c)), {"lr": 0.01, "weight_decay": weight_decay}, options)
+    stack.apply(c, torch.zeros(len(c)), [{"lr": 0.01, "weight_decay": weight_decay}], options)
     return p.detach()
 
 
