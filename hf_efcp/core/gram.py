@@ -37,7 +37,7 @@ class GramMatrix(Counters):
         own = (
             {"gram": self.matrix[min(number, len(self.matrix) - 1)]} if len(self.matrix) else {}
         )  # scope="layer" without tensors
-        return {**own, "step": self.step, "skipped": self.skipped}
+        return {**own, "step": self.step.view(()), "skipped": self.skipped.view(())}
 
     @property
     def window_size(self) -> int:
@@ -79,16 +79,16 @@ class GramMatrix(Counters):
         self.count(accepted)
         return self.matrix
 
-    def agrees(self, slot: int, row: Tensor) -> bool:
-        """Tell whether a row of K, (groups, m), is the one that is held, but for rounding."""
+    def agrees(self, slot: int, row: Tensor) -> Tensor:
+        """Tell which rows of K, (groups, m), are those that are held, but for rounding: (groups,) bool."""
         norms = self.matrix.diagonal(dim1=-2, dim2=-1).sqrt()
         bound = _ROUNDING * norms * torch.maximum(norms[:, slot], row[:, slot].sqrt())[:, None]
-        return bool(((row - self.matrix[:, slot]).abs() <= bound).all())
+        return ((row - self.matrix[:, slot]).abs() <= bound).all(1)
 
-    def put(self, slot: int, row: Tensor) -> None:
-        """Put the dots of an entry, (groups, m), into a row and column."""
-        self.matrix[:, slot] = row
-        self.matrix[:, :, slot] = row
+    def put(self, slot: int, row: Tensor, which: Tensor) -> None:
+        """Put the dots of an entry, (groups, m), into a row and column of the matrices of the groups `which`, (groups,) bool."""
+        self.matrix[which, slot] = row[which]
+        self.matrix[which, :, slot] = row[which]
 
     def ages(self, j: Tensor) -> Tensor:
         """Count how many steps ago each slot was written, (m,) int64; slots never written have the ages still to come.

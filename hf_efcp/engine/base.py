@@ -19,7 +19,7 @@ from ..distributed.placement import Alone
 from ..distributed.zero import ZeroPieces
 from ..options import GroupOptions, OptionError, build
 from .asked import Asked, merged
-from .builder import Builder
+from .builder import Builder, Copied
 from .constructor import Defaults, constructor
 from .costs import Count
 from .entries import unstacked
@@ -197,17 +197,16 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: tensors are copied out of the stacks, which are built again from them."""
-        setup, builder = self.builder.setup, self.builder
-        copied = builder.copied if setup is None or setup.placement.follows else (setup.owners, setup.placement.shards)
-        made = {"made": (builder.options, copy.copy(builder.asked), copied)}
-        return {**super().__getstate__(), "state": unstacked(self.state, builder.names), **made}
+        builder = self.builder
+        made = {"made": (builder.options, copy.copy(builder.asked), _copied(builder))}
+        return {**super().__getstate__(), "state": unstacked(self.state, builder.ours), **made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See torch.optim.Optimizer. A copy has no process group: that belongs to the process."""
         options, asked, copied = state.pop("made", None) or _made_by_0_1(state)
         super().__setstate__(state)
         self.builder = Builder(type(self).__name__, self.method, options, asked)
-        self.builder.takes_tensors, self.builder.copied = True, copied
+        self.builder.takes_tensors, self.builder.copied = True, (*copied, None)[:3]
 
     @torch.no_grad()
     def to(self, device: torch.device | str) -> EngineOptimizer:
@@ -301,10 +300,18 @@ def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for g in optimizer.param_groups for p in g["params"]]
 
 
-def _made_by_0_1(state: dict[str, Any]) -> tuple[Any, Asked, tuple[dict[Tensor, Any], int]]:
+def _copied(builder: Builder) -> Copied:
+    """Give what a copy has to know of the state: see Builder.copied."""
+    if (setup := builder.setup) is None:
+        return builder.copied
+    owners = builder.copied[:2] if setup.placement.follows else (setup.owners, setup.placement.shards)
+    return *owners, {p: tuple(specs) for p, specs in setup.specs.items()}
+
+
+def _made_by_0_1(state: dict[str, Any]) -> tuple[Any, Asked, Copied]:
     """Give what a pickle of the first 0.1 has of options, budget and owners; take it out of `state`."""
     options, owners = state.pop("options"), state.pop("owners", None)
     asked = Asked("", options, dataclasses.asdict(options))
     asked.open = asked.budgeted = state.pop("_free")
     asked.chosen = state.pop("_chosen")
-    return options, asked, ({}, 1) if owners is None else (owners[1], owners[0])
+    return options, asked, ({}, 1, None) if owners is None else (owners[1], owners[0], None)

@@ -34,5 +34,5 @@ if [ ! -e "$venv/installed" ]; then
     touch "$venv/installed"
 fi
 "$venv/bin/pip" list 2> /dev/null | grep -i -E "^(torch|transformers|accelerate|trl|llamafactory|axolotl|ms.swift|lightning|jsonargparse) "
-export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=""
+export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES="" DO_NOT_TRACK=1 AXOLOTL_DO_NOT_TRACK=1
 exec "$venv/bin/python" tests/clients/check.py "$name"
