@@ -55,7 +55,12 @@ def axolotl(output, options, resume):
     config |= {"datasets": [{"path": "data/train.jsonl", "type": "chat_template"}], "dataset_prepared_path": f"{output}-data"}
     config |= {"output_dir": output, "max_steps": 4, "save_steps": 2, "micro_batch_size": 4, "gradient_accumulation_steps": 1}
     config |= {"sequence_len": 64, "bf16": False, "fp16": False, "tf32": False, "logging_steps": 1, "num_epochs": 1}
-    config |= {"lr_scheduler": "linear", "save_safetensors": True, "val_set_size": 0, "resume_from_checkpoint": resume and str(resume)}
+    config |= {
+        "lr_scheduler": "linear",
+        "save_safetensors": True,
+        "val_set_size": 0,
+        "resume_from_checkpoint": resume and str(resume),
+    }
     Path(f"{output}.yaml").write_text(json.dumps(config))  # JSON is YAML
     return ["axolotl", "train", f"{output}.yaml", "--launcher", "accelerate"]
 
