@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from . import startup
-from .startup.endings import status_of
+from .startup.endings import listen, status_of
 
 USAGE = """\
 usage: python -m hf_efcp.run script.py [ARGS]
@@ -114,6 +114,7 @@ def _problem(target: str | None, is_module: bool) -> str:
 
 def _hand_on() -> None:
     """Have every Python that is started from now on run startup/sitecustomize.py."""
+    listen()
     ours, given = startup.__path__[0], os.environ.get("PYTHONPATH")
     others = [folder for folder in (given.split(os.pathsep) if given else []) if folder != ours]
     os.environ["PYTHONPATH"] = os.pathsep.join([ours, *others])

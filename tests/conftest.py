@@ -34,7 +34,11 @@ def fresh_environment():
     """
 
     def ours():
-        return {k: v for k, v in os.environ.items() if k.startswith("ACCELERATE_") or k in ("PYTHONPATH", "HF_EFCP")}
+        return {
+            k: v
+            for k, v in os.environ.items()
+            if k.startswith("ACCELERATE_") or k in ("PYTHONPATH", "HF_EFCP", "HF_EFCP_STARTER")
+        }
 
     before = ours()
     yield

@@ -15,7 +15,9 @@ class Counters:
     """
 
     def __init__(self, device: torch.device):
-        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        # The state's entry, and beside it a copy which is counted along, and which nobody else can write to.
+        self._steps = torch.zeros(2, dtype=torch.int64, device=device)
+        self.step = self._steps[0]
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def begin(self) -> None:
@@ -29,11 +31,31 @@ class Counters:
         if ok is not True:
             self.skipped += ~ok if isinstance(ok, Tensor) else 1
         if ok is not False:
-            self.step += ok
+            self._steps += ok
+
+    def zeroed(self) -> bool:
+        """Tell whether somebody else has set the number of steps to zero."""
+        return bool(self.step == 0) and bool(self._steps[1] > 0)
+
+    def restore(self) -> None:
+        """Set the number of steps to what was counted."""
+        self.step.copy_(self._steps[1])
+
+    def believe(self) -> None:
+        """Take the number of steps in the state for the one that was counted."""
+        self._steps[1] = self.step
+
+    def go_on(self, before: Counters) -> None:
+        """Count on from where others have stopped."""
+        self._steps.copy_(before._steps[1])
+        self.skipped.copy_(before.skipped)
 
     def release(self) -> None:
         """Let go of what takes memory."""
 
     def entries(self, number: int) -> dict[str, Tensor]:
-        """Give what the state of parameter `number` may hold of the counters: name -> tensor, in their memory."""
-        return {"counter": self.step, "skipped": self.skipped}
+        """Give what the state of parameter `number` may hold of the counters: name -> tensor, in their memory.
+
+        They are objects of their own, so that nobody who moves one by `t.data = ...` moves the counters.
+        """
+        return {"counter": self.step.view(()), "skipped": self.skipped.view(())}

@@ -36,9 +36,9 @@ class GramMatrix(Counters):
     def undo(self) -> None:
         """See Counters."""
         if self._before:
-            j, row, step, skipped = self._before
+            j, row, steps, skipped = self._before
             self._put(j, row)
-            self.step.copy_(step)
+            self._steps.copy_(steps)
             self.skipped.copy_(skipped)
 
     def release(self) -> None:
@@ -50,7 +50,7 @@ class GramMatrix(Counters):
         own = (
             {"gram": self.matrix[min(number, len(self.matrix) - 1)]} if len(self.matrix) else {}
         )  # scope="layer" without tensors
-        return {**own, "step": self.step, "skipped": self.skipped}
+        return {**own, "step": self.step.view(()), "skipped": self.skipped.view(())}
 
     @property
     def window_size(self) -> int:
@@ -86,7 +86,7 @@ class GramMatrix(Counters):
             accepted: True, or a 0-D bool tensor on the device.
         """
         row = self.matrix.index_select(1, j).squeeze(1)
-        self._before = j, row, self.step.clone(), self.skipped.clone()
+        self._before = j, row, self._steps.clone(), self.skipped.clone()
         self._put(j, masked(accepted, k_j, row))
         self.count(accepted)
         return self.matrix
@@ -95,16 +95,16 @@ class GramMatrix(Counters):
         self.matrix.index_copy_(1, j, row[:, None, :])
         self.matrix.index_copy_(2, j, row[:, :, None])
 
-    def agrees(self, slot: int, row: Tensor) -> bool:
-        """Tell whether a row of K, (groups, m), is the one that is held, but for rounding."""
+    def agrees(self, slot: int, row: Tensor) -> Tensor:
+        """Tell which rows of K, (groups, m), are those that are held, but for rounding: (groups,) bool."""
         norms = self.matrix.diagonal(dim1=-2, dim2=-1).sqrt()
         bound = _ROUNDING * norms * torch.maximum(norms[:, slot], row[:, slot].sqrt())[:, None]
-        return bool(((row - self.matrix[:, slot]).abs() <= bound).all())
+        return ((row - self.matrix[:, slot]).abs() <= bound).all(1)
 
-    def put(self, slot: int, row: Tensor) -> None:
-        """Put the dots of an entry, (groups, m), into a row and column."""
-        self.matrix[:, slot] = row
-        self.matrix[:, :, slot] = row
+    def put(self, slot: int, row: Tensor, which: Tensor) -> None:
+        """Put the dots of an entry, (groups, m), into a row and column of the matrices of the groups `which`, (groups,) bool."""
+        self.matrix[which, slot] = row[which]
+        self.matrix[which, :, slot] = row[which]
 
     def ages(self, j: Tensor) -> Tensor:
         """Count how many steps ago each slot was written, (m,) int64; slots never written have the ages still to come.

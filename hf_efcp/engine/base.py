@@ -19,7 +19,7 @@ from ..distributed.placement import Alone
 from ..distributed.zero import ZeroPieces
 from ..options import GroupOptions, build
 from .asked import Asked, merged
-from .builder import Builder, check_budget
+from .builder import Builder, Copied, check_budget
 from .constructor import Defaults, constructor
 from .costs import Count
 from .entries import unstacked
@@ -200,7 +200,7 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: tensors are copied out of the stacks, which are built again from them."""
-        made, state = _made(self.builder), unstacked(self.state, self.builder.names)
+        made, state = _made(self.builder), unstacked(self.state, self.builder.ours)
         return {**super().__getstate__(), "state": state, "made": made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -208,7 +208,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         options, asked, copied = state.pop("made", None) or _made_by_0_1(state)
         super().__setstate__(state)
         self.builder = Builder(type(self).__name__, self.method, options, asked)
-        self.builder.takes_tensors, self.builder.copied = True, copied
+        self.builder.takes_tensors, self.builder.copied = True, (*copied, None)[:3]
 
     @torch.no_grad()
     def to(self, device: torch.device | str) -> EngineOptimizer:
@@ -302,18 +302,20 @@ def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for g in optimizer.param_groups for p in g["params"]]
 
 
-def _made(builder: Builder) -> tuple[Any, Asked, tuple[dict[Tensor, Any], int]]:
-    """Give what a copy needs to know: options, those that were asked for, and who owns the state on how many processes."""
+def _made(builder: Builder) -> tuple[Any, Asked, Copied]:
+    """Give what a copy has to know: options, those that were asked for, and of the state: see Builder.copied."""
     builder.torn.refuse()
-    setup = builder.setup
-    copied = builder.copied if setup is None or setup.placement.follows else (setup.owners, setup.placement.shards)
+    copied = builder.copied
+    if (setup := builder.setup) is not None:
+        owners = copied[:2] if setup.placement.follows else (setup.owners, setup.placement.shards)
+        copied = *owners, {p: tuple(specs) for p, specs in setup.specs.items()}
     return builder.options, copy.copy(builder.asked), copied
 
 
-def _made_by_0_1(state: dict[str, Any]) -> tuple[Any, Asked, tuple[dict[Tensor, Any], int]]:
+def _made_by_0_1(state: dict[str, Any]) -> tuple[Any, Asked, Copied]:
     """Give what a pickle of the first 0.1 has of options, budget and owners; take it out of `state`."""
     options, owners = state.pop("options"), state.pop("owners", None)
     asked = Asked("", options, dataclasses.asdict(options))
     asked.open = asked.budgeted = state.pop("_free")
     asked.chosen = state.pop("_chosen")
-    return options, asked, ({}, 1) if owners is None else (owners[1], owners[0])
+    return options, asked, ({}, 1, None) if owners is None else (owners[1], owners[0], None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..distributed.plan import Owners
 from ..distributed.zero import ZeroPieces
 from ..options import OptionError
 from .asked import Asked, say
-from .entries import State, Watch, adopt, fill, foreign, keep_only, move, own
+from .entries import Kinds, State, Watch, adopt, fill, foreign, keep_count, keep_only, move, own
 from .factor_sync import FactorSync
 from .footprint import check_room, estimated
 from .graph import StepGraph
@@ -33,6 +33,8 @@ from .torn import Torn
 
 # Index of a group, and those of its parameters that have state.
 Trained = list[tuple[int, list[Tensor]]]
+# See Builder.copied.
+Copied = tuple[dict[Tensor, Owners], int, dict[Tensor, tuple[str, ...]] | None]
 # Of a matrix and of a vector.
 _EXAMPLES = Layout(64, 64, torch.float32), Layout(1, 64, torch.float32, vector=True)
 
@@ -53,7 +55,7 @@ class Builder:
         sync: DDP's hook for comm="factors".
         graph: of a step, on a GPU.
         takes_tensors: whether tensors that are no nn.Parameter may be among the parameters.
-        copied: owners of the state, and number of processes, where the optimizer is a copy.
+        copied: owners of the state, number of processes, and names of its entries, where the optimizer is a copy; None: unknown.
         thawed: parameters that are frozen, and have state in a checkpoint that is being loaded.
         torn: whether a step has ended half-way.
     """
@@ -77,7 +79,7 @@ class Builder:
         """Forget what is built: the next `prepare` builds it from the state."""
         self.setup: Setup | None = None
         self.thawed: set[Tensor] = set()
-        self.copied: tuple[dict[Tensor, Owners], int] = {}, 1
+        self.copied: Copied = {}, 1, {}
 
     @torch.no_grad()
     def prepare(self, groups: Sequence[Group], state: State, stepping: bool = False) -> Setup:
@@ -106,7 +108,7 @@ class Builder:
         """Take over what others have put into the state, for whoever reads it; a state that is kept elsewhere stays there."""
         self.torn.refuse()
         if self.setup is not None and self.setup.released:
-            fill(state, self.setup)
+            fill(state, self.setup, of_all(self.method, self.options))
         elif self.setup is not None:
             self._take(self.setup, state)
 
@@ -114,10 +116,8 @@ class Builder:
         """See EngineOptimizer.to."""
         if self.setup is None:
             return
-        if all(p.device == device for p in self.setup.params):
-            self._take(self.setup, state)
-        else:
-            move(state, self.setup, device)
+        here = all(p.device == device for p in self.setup.params)
+        self._take(self.setup, state) if here else move(state, self.setup, device)
 
     def _take(self, setup: Setup, state: State) -> None:
         """Take over what others have put into the state."""
@@ -126,15 +126,18 @@ class Builder:
                 setup.renew()
             self._adopt(setup, state, built=False)
         elif setup.watch.written(setup):
+            keep_count(setup)
             self.method.mend(setup, self.options)
             setup.listen_anew()
             setup.watch.note(setup)
 
     def _adopt(self, setup: Setup, state: State, built: bool) -> None:
         """Make the setup's buffers the state, with what the state has."""
-        first, second = ({spec.name for spec in self.method.shared_specs(i, self.options)} for i in (0, 1))
         setup.watch = None
-        if adopt(state, setup, first - second, built):
+        if built and self.setup is not None:
+            setup.counters.go_on(self.setup.counters)
+        if adopt(state, setup, of_all(self.method, self.options), built, self.ours):
+            keep_count(setup)
             self.method.mend(setup, self.options)
         elif not built:
             setup.started, setup.last = False, None
@@ -149,13 +152,16 @@ class Builder:
                 self._said.add(line)
         self._remarked = setup
 
+    def ours(self, key: Any) -> Container[str]:
+        """Give the names of the entries of ours that the state has under a key."""
+        if self.setup is not None:
+            return self.setup.specs.get(key, ())
+        return self.kinds if (names := self.copied[2]) is None else names.get(key, ())
+
     @property
-    def names(self) -> set[str]:
-        """The names of the method's entries under the present options."""
-        specs = [self.method.shared_specs(number, self.options) for number in (0, 1)]
-        specs += [self.method.specs(layout, {}, self.options, None) for layout in _EXAMPLES]
-        known = () if self.setup is None else self.setup.specs.values()
-        return {spec.name for some in specs for spec in some}.union(*known)
+    def kinds(self) -> Kinds:
+        """All names that the method's entries may have."""
+        return Kinds(_names(self.method, self.options).union(*(() if self.setup is None else self.setup.specs.values())))
 
     def trained(self, groups: Sequence[Group], state: State) -> Trained:
         """Give the index of each group and its parameters with state, in the order in which parameters are numbered.
@@ -167,7 +173,7 @@ class Builder:
         def counts(p: Tensor) -> bool:
             if p.requires_grad or p.grad is not None:
                 return True
-            return p in state and (p in known or p in self.thawed or bool(own(state[p], self.names)))
+            return p in state and (p in known or p in self.thawed or bool(own(state[p], self.ours(p))))
 
         return [(i, [p for p in groups[i]["params"] if counts(p)]) for i in counted(groups)]
 
@@ -182,7 +188,7 @@ class Builder:
         self.asked.chosen = True
         if options != self.options:
             self.options = options
-            keep_only(foreign, state, self.names)
+            keep_only(foreign, state, self.ours)
             self.forget()
 
     def specs(self, groups: Sequence[Group], state: State, options: Any, processes: int = 1) -> dict[Tensor, Specs]:
@@ -226,7 +232,7 @@ class Builder:
             self._check_parameter(p)
         placement = self._find_placement(params)
         self.sync.check(params, placement, self.options)
-        known, shards = self.copied if old is None else (old.owners if old.placement.shards > 1 else {}, old.placement.shards)
+        known, shards = self.copied[:2] if old is None else (old.owners if old.placement.shards > 1 else {}, old.placement.shards)
         if known and not placement.follows and placement.shards != shards:
             raise OptionError(
                 f"this is a copy of an optimizer whose state was divided among {shards} processes, and holds one "
@@ -236,7 +242,9 @@ class Builder:
             agree(self.name, self.options, placement, trained)
         bytes_with = self._bytes_with(groups, state, placement.shards, placement.follows)
         fixed = _not_budgeted(self.sync, params, placement.follows)
-        self.options = self.asked.keep(self.options, bytes_with, placement, fixed, any(map(own, state.values())))
+        self.options = self.asked.keep(
+            self.options, bytes_with, placement, fixed, any(own(entry, self.ours(p)) for p, entry in state.items())
+        )
         specs = self.specs(groups, state, self.options)
         _named(self.options, lambda: placement.check(specs))
         owners, numbers = placement.owners(specs, known), {p: i for i, p in enumerate(params)}
@@ -302,6 +310,19 @@ def check_budget(builder: Builder, groups: Sequence[Group], state: State) -> Non
         except OptionError as error:
             errors.append(error)
     raise errors[0]
+
+
+def of_all(method: Method, options: Any) -> set[str]:
+    """Give the names of the entries that the first parameter holds for all of them."""
+    first, second = ({spec.name for spec in method.shared_specs(i, options)} for i in (0, 1))
+    return first - second
+
+
+def _names(method: Method, options: Any) -> set[str]:
+    """Give the names of a method's entries under its options."""
+    specs = [method.shared_specs(number, options) for number in (0, 1)]
+    specs += [method.specs(layout, {}, options, None) for layout in _EXAMPLES]
+    return {spec.name for some in specs for spec in some}
 
 
 def _not_budgeted(sync: FactorSync, params: Iterable[Tensor], follows: bool) -> list[str]:

@@ -5,7 +5,8 @@ and `state_dict` compare them with those that are there. One that was replaced, 
 `adopt`. The watch holds the entries weakly: where most of them are gone, because somebody keeps the state elsewhere for a while,
 the setup lets go of its buffers too, and fills new ones from the state at the next step.
 
-What is not ours, of wrappers such as Lookahead, schedule-free or TRAC, stays as it is: any value under any other name or key.
+What is not ours, of wrappers such as Lookahead, schedule-free or TRAC, stays as it is: any value under any other name or key,
+also under a name that an entry of ours has elsewhere, or under other options. Ours are the entries that were handed out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Container, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .setup import Setup
 
 State = MutableMapping[Any, Any]
+# Key of a state -> names of its entries that are ours.
+Ours = Callable[[Any], Container[Any]]
 
 # Names that entries of state may have under some options, and whole families of them; a method's others are in its specs.
 _NAMES = frozenset(("error", "error_scale", "residual", "residual_scale", "momentum", "momentum_scale", "warm_start"))
@@ -34,24 +37,34 @@ _NAMES |= {"gram", "step", "skipped", "exp_avg", "exp_avg_sq"}
 _FAMILIES = ("window_", "metric_")
 
 
-def is_own(name: Any, known: Container[Any] = ()) -> bool:
-    """Tell whether an entry is of a kind of ours, under the present options or under others; `known`: names in the specs."""
-    return isinstance(name, str) and (name in known or name in _NAMES or name.startswith(_FAMILIES))
+class Kinds:
+    """All names that entries of ours may have, under these options or others: for states of which nobody knows what is ours.
+
+    Args:
+        known: names in the specs.
+    """
+
+    def __init__(self, known: Container[Any] = ()):
+        self._known = known
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a name is of a kind of ours."""
+        return isinstance(name, str) and (name in self._known or name in _NAMES or name.startswith(_FAMILIES))
 
 
-def own(entry: Any, known: Container[Any] = ()) -> dict[str, Any]:
-    """Give what is ours of what the state has under a key."""
-    return {name: value for name, value in entry.items() if is_own(name, known)} if isinstance(entry, Mapping) else {}
+def own(entry: Any, names: Container[Any]) -> dict[str, Any]:
+    """Give what is ours of what the state has under a key; `names`: those that are."""
+    return {name: value for name, value in entry.items() if name in names} if isinstance(entry, Mapping) else {}
 
 
-def foreign(entry: Any, known: Container[Any] = ()) -> Any:
+def foreign(entry: Any, names: Container[Any]) -> Any:
     """Give what is not ours of what the state has under a key; all of it, where it is no dict."""
-    return {name: value for name, value in entry.items() if not is_own(name, known)} if isinstance(entry, Mapping) else entry
+    return {name: value for name, value in entry.items() if name not in names} if isinstance(entry, Mapping) else entry
 
 
-def keep_only(part: Callable[[Any, Container[Any]], Any], state: State, known: Container[Any] = ()) -> None:
+def keep_only(part: Callable[[Any, Container[Any]], Any], state: State, ours: Ours) -> None:
     """Drop from a state all but `own` or all but `foreign` entries."""
-    kept = {key: part(entry, known) for key, entry in state.items() if isinstance(key, Tensor)}
+    kept = {key: part(entry, ours(key)) for key, entry in state.items() if isinstance(key, Tensor)}
     kept = {key: entry for key, entry in kept.items() if not (isinstance(entry, dict) and not entry)}
     others = {} if part is own else {key: entry for key, entry in state.items() if not isinstance(key, Tensor)}
     state.clear()
@@ -125,14 +138,17 @@ def _buffers(setup: Setup) -> list[Tensor]:
     return [*(t for s in stacks for t in s.buffers.values()), *setup.counters.entries(0).values()]
 
 
-def adopt(state: State, setup: Setup, of_all: set[str], built: bool) -> bool:
+def adopt(state: State, setup: Setup, of_all: set[str], built: bool, ours: Ours) -> bool:
     """Make the setup's buffers the state, with what the state has; entries that are missing start anew.
+
+    What the first parameter holds for all of them starts anew with the last of them.
 
     Args:
         state: of the optimizer.
         setup: for the present parameters.
         of_all: names of the entries that the first parameter holds for all of them.
         built: whether the setup has just been built, perhaps for parameters that have changed.
+        ours: what was ours before.
 
     Returns:
         Whether the state had anything of ours.
@@ -141,8 +157,8 @@ def adopt(state: State, setup: Setup, of_all: set[str], built: bool) -> bool:
         OptionError: an entry is none of these parameters. The state then is as it was.
     """
     params, views = setup.params, setup.views()
-    names = {name for entry in views.values() for name in entry}
-    old = {p: own(state[p], names) for p in params if p in state}
+    mine = {p: {*setup.specs[p], *own(state.get(p), ours(p))} for p in params}
+    old = {p: own(state[p], mine[p]) for p in params if p in state}
     holder = next((entry for entry in old.values() if of_all & entry.keys()), None)
     if holder is not None:  # the first parameter may be another one now
         moved = {name: holder.pop(name) for name in sorted(of_all & holder.keys())}
@@ -152,7 +168,8 @@ def adopt(state: State, setup: Setup, of_all: set[str], built: bool) -> bool:
             raise OptionError(f"optimizer.state of parameter {number} is of type {type(state[p]).__name__}, not a dict")
         for name, value in old.get(p, {}).items():
             if problem := _problem(value, views[p].get(name)):
-                raise OptionError(_changed(p, old[p]) if built else f"optimizer.state of parameter {number}: {name} {problem}")
+                known = built and name in ours(p)
+                raise OptionError(_changed(p, old[p]) if known else _wrong(number, name, problem))
     inside = set() if built else {t.untyped_storage().data_ptr() for t in _buffers(setup)}
     for p, entry in old.items():
         for name, value in entry.items():
@@ -161,37 +178,47 @@ def adopt(state: State, setup: Setup, of_all: set[str], built: bool) -> bool:
                 views[p][name] = value
             elif value.untyped_storage().data_ptr() in inside:  # two that were exchanged
                 entry[name] = value.clone()
+    left = _left(old, setup)
     for p in params:
         for name, view in views[p].items():
             value = old.get(p, {}).get(name)
-            if value is None and not built:
-                view.fill_(setup.specs[p][name].start)
+            if value is None and (name in of_all or not built):
+                if not (left and name in of_all):
+                    view.fill_(setup.specs[p][name].start)
             elif value is not None and value is not view:
                 view.copy_(value)
-    _put(state, views, names)
-    return any(old.values())
+    _put(state, views, mine, ours)
+    return left
 
 
-def fill(state: State, setup: Setup) -> None:
-    """Put what is missing into the state of a setup that has let go of its buffers."""
+def keep_count(setup: Setup) -> None:
+    """Undo that the number of steps was zeroed with the first parameter's entries, as long as another entry has numbers."""
+    counters = setup.counters
+    if counters.zeroed() and any(bool(t.any()) for s in (*setup.stacks, *setup.factors) for t in s.buffers.values()):
+        counters.restore()
+
+
+def fill(state: State, setup: Setup, of_all: set[str]) -> None:
+    """Put what is missing into the state of a setup that has let go of its buffers; `of_all`: as in `adopt`."""
+    left = _left({p: own(state[p], setup.specs[p]) for p in setup.params if p in state}, setup)
+    counts = {name: t for name, t in setup.counters.entries(0).items() if left and name in of_all}
     for number, p in enumerate(setup.params):
         entry = state.setdefault(p, {})
         for name in setup.names[p]:
             spec = setup.specs[p][name]
             shape = spec.part(p, setup.owners[p].get(setup.placement.rank))
             if name not in entry:
-                entry[name] = torch.full(shape, spec.start, dtype=spec.dtype, device=p.device)
+                fresh = torch.full(shape, spec.start, dtype=spec.dtype, device=p.device)
+                entry[name] = fresh.copy_(counts[name]) if name in counts else fresh
             elif problem := _problem(entry[name], torch.empty(shape, dtype=spec.dtype, device="meta")):
-                raise OptionError(f"optimizer.state of parameter {number}: {name} {problem}")
+                raise OptionError(_wrong(number, name, problem))
 
 
-def unstacked(state: State, known: Container[Any]) -> defaultdict[Any, Any]:
+def unstacked(state: State, ours: Ours) -> defaultdict[Any, Any]:
     """Give a state whose entries of ours are copies, as a view would drag its stack along."""
     copied: defaultdict[Any, Any] = defaultdict(dict)
     for key, entry in state.items():
-        mine = (
-            {name: t.clone() for name, t in own(entry, known).items() if isinstance(t, Tensor)} if isinstance(key, Tensor) else {}
-        )
+        mine = {name: t.clone() for name, t in own(entry, ours(key)).items() if isinstance(t, Tensor)}
         copied[key] = {**entry, **mine} if mine else entry
     return copied
 
@@ -204,15 +231,20 @@ def move(state: State, setup: Setup, device: torch.device) -> None:
                 state[p][name] = state[p][name].to(device)
 
 
-def _put(state: State, views: Mapping[Tensor, dict[str, Tensor]], names: set[str]) -> None:
+def _left(entries: Mapping[Tensor, Mapping[str, Any]], setup: Setup) -> bool:
+    """Tell whether any parameter has entries of ours, perhaps on another process."""
+    return any(bool(entry) or not setup.names[p] for p, entry in entries.items())
+
+
+def _put(state: State, views: Mapping[Tensor, dict[str, Tensor]], mine: Mapping[Tensor, Collection[str]], ours: Ours) -> None:
     """Put the views into the state; its dicts stay the same objects, and what is not ours stays in them."""
     entries = {p: state.get(p, {}) for p in views}
     for p, entry in entries.items():
-        others = foreign(entry, names)
+        others = foreign(entry, mine[p])
         entry.clear()
         entry.update({**views[p], **others})
         state.pop(p, None)
-    keep_only(foreign, state, names)
+    keep_only(foreign, state, ours)
     others = dict(state)
     state.clear()
     state.update({**entries, **others})
@@ -229,6 +261,10 @@ def _problem(value: Any, view: Tensor | None) -> str | None:
     if there.shape != view.shape or not alike:
         return f"is {tuple(there.shape)} {there.dtype}, and has to be {tuple(view.shape)} {view.dtype}"
     return None
+
+
+def _wrong(number: int, name: str, problem: str) -> str:
+    return f"optimizer.state of parameter {number}: {name} {problem}; it is an entry of this optimizer's own"
 
 
 def _changed(p: Tensor, entry: Mapping[str, Any]) -> str:

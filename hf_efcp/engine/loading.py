@@ -15,9 +15,9 @@ from torch import Tensor
 from ..core.cells import Spec
 from ..options import GroupOptions, OptionError, build
 from .asked import say
-from .builder import Builder
-from .entries import State, is_own, keep_only, own
-from .matching import check_numbers, labels, matched
+from .builder import Builder, of_all
+from .entries import State, keep_only, own
+from .matching import check_numbers, give_to_first, labels, matched
 from .parameters import ORDER, levels_to_caller
 from .saving import SHARD_FOLDER, Saving, check_container, check_keys, check_origin
 from .traces import Known, entries_of
@@ -116,14 +116,17 @@ def _load(
     line = None
     if section is None:
         line = take_told(builder, groups, state, list(entries_of(saved)))
-    elif any(map(own, saved.values())) or "sharded" in section:  # else no step was taken, and a budget may not have chosen
+    elif (
+        any(own(entry, builder.kinds) for entry in saved.values()) or "sharded" in section
+    ):  # else no step was taken, and a budget may not have chosen
         line = take_named(builder, state, section["options"])
     taken = matched(saved_groups, groups)
     values = _group_values(taken)
     params = [p for g in groups for p in g["params"]]
     index = [i for g in taken for i in g["params"]]
     positions = dict(zip(index, params, strict=True))
-    entries, others = _divided({positions.get(key, key): entry for key, entry in saved.items()}, set(params), builder)
+    not_ours = {positions.get(key): names for key, names in (section or {}).get("not_ours", {}).items()}
+    entries, others = _divided({positions.get(key, key): entry for key, entry in saved.items()}, set(params), builder, not_ours)
     stub = (section or {}).get("sharded")
     if section is not None:
         with_window = section["options"].get("save_window", True)
@@ -153,7 +156,7 @@ def _load(
     else:  # a fresh optimizer's
         state.clear()
         builder.forget()
-    keep_only(own, state, builder.names)
+    keep_only(own, state, builder.ours)
     for key, entry in others.items():
         state[key] = {**state.get(key, {}), **entry} if isinstance(key, Tensor) else entry
     if builder.setup is not None:
@@ -178,13 +181,14 @@ def _load_entries(
     groups: Sequence[dict[str, Any]],
     state: State,
     params: Sequence[Tensor],
-    entries: Mapping[Tensor, Any],
+    entries: dict[Tensor, Any],
     with_window: bool,
     named: bool,
 ) -> None:
     try:
         _thaw(entries, builder, state)
         saving = Saving(builder.prepare(groups, state), state)
+        give_to_first(entries, saving.setup.params, of_all(builder.method, builder.options))
         saving.check(list(zip(labels(groups), params, strict=True)), entries, with_window)
         saving.load(entries)
     except OptionError as error:
@@ -213,9 +217,18 @@ def _thaw(trained: Iterable[Tensor], builder: Builder, state: State) -> None:
         state.setdefault(p, {})
 
 
-def _divided(saved: Mapping[Any, Any], params: Container[Any], builder: Builder) -> tuple[dict[Tensor, Any], dict[Any, Any]]:
-    """Divide a saved state into entries of ours, by parameter, and what wrappers keep there, on the parameters' devices."""
-    entries, others, names = {}, {}, builder.names
+def _divided(
+    saved: Mapping[Any, Any], params: Container[Any], builder: Builder, not_ours: Mapping[Any, Container[str]]
+) -> tuple[dict[Tensor, Any], dict[Any, Any]]:
+    """Divide a saved state into entries of ours, by parameter, and what wrappers keep there, on the parameters' devices.
+
+    Args:
+        saved: the state.
+        params: of the optimizer.
+        builder: its builder.
+        not_ours: names of our kinds that a wrapper has given, by parameter.
+    """
+    entries, others, kinds = {}, {}, builder.kinds
     for key, entry in saved.items():
         if key not in params:
             if not isinstance(key, int):
@@ -223,7 +236,7 @@ def _divided(saved: Mapping[Any, Any], params: Container[Any], builder: Builder)
         elif not isinstance(entry, Mapping):
             entries[key] = entry
         else:
-            known = {name for name in entry if is_own(name, names)}
+            known = {name for name in entry if name in kinds and name not in not_ours.get(key, ())}
             if known or not entry:
                 entries[key] = {name: entry[name] for name in known}
             if len(known) < len(entry):

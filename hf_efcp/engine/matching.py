@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..options import OptionError
 from .asked import say
 from .parameters import ORDER, canonical_name, counted
@@ -19,8 +21,7 @@ Group = Mapping[str, Any]
 def matched(saved: Sequence[Group], groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Give the groups of a checkpoint in the order of an optimizer's, with `params` in the order of theirs.
 
-    So groups may stand in another order, if parameters are numbered as there (ORDER): those of parameter_groups did, before
-    group 0 was one that decays.
+    So groups may stand in another order: those of parameter_groups did, before group 0 was one that decays.
 
     Args:
         saved: of the checkpoint; `params` are keys of its state.
@@ -116,8 +117,31 @@ def check_numbers(saved: Sequence[Group], order: Iterable[int], taken: Sequence[
         groups: the optimizer's.
     """
     there = [key for i in order for key in saved[i]["params"]]
-    if there != [key for i in counted(groups) for key in taken[i]["params"]]:
-        raise OptionError("checkpoint names its tensors by number, and has the parameters in another order: give groups as there")
+    here = [key for i in counted(groups) for key in taken[i]["params"]]
+    if there != here:
+        names = {key: name for group in saved for key, name in zip(group["params"], group.get("param_names", ()), strict=False)}
+        number, *keys = next((i, a, b) for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b)
+        one, other = (names.get(key, f"parameter {key} of the checkpoint") for key in keys)
+        raise OptionError(
+            f"checkpoint counts its tensors, and counts them in another order: number {number} is {one} there and {other} here; "
+            "give the parameter groups in the order that they had"
+        )
+
+
+def give_to_first(entries: dict[Tensor, Any], params: Sequence[Tensor], names: Collection[str]) -> None:
+    """Give the first parameter what another one holds for all of them, where groups stand in another order.
+
+    Args:
+        entries: of a checkpoint, by parameter, changed in place.
+        params: of the optimizer, in its order.
+        names: of what the first one holds for all.
+    """
+    held = [p for p, entry in entries.items() if isinstance(entry, Mapping) and any(name in entry for name in names)]
+    if params and len(held) == 1 and held[0] is not params[0] and isinstance(entries.get(params[0], {}), Mapping):
+        entry = entries[held[0]]
+        moved = {name: entry[name] for name in names if name in entry}
+        entries[held[0]] = {name: t for name, t in entry.items() if name not in names}
+        entries[params[0]] = {**entries.get(params[0], {}), **moved}
 
 
 def _listed(names: Iterable[str]) -> str:

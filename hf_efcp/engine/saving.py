@@ -19,7 +19,7 @@ from ..core.cells import Spec
 from ..distributed.placement import Specs
 from ..options import OptionError
 from .entries import State as OptimizerState
-from .entries import foreign, keep_only, own
+from .entries import foreign, keep_only
 from .matching import take_order_out
 from .setup import Setup
 
@@ -117,8 +117,7 @@ class Saving:
         for label, p in params:
             specs = self.setup.specs.get(p, {}).values()
             entry = entries.get(p, {})
-            ours = own(entry, self.setup.specs.get(p, {})) if isinstance(entry, Mapping) else entry
-            _check_entry(label, {s.name: s for s in specs if with_window or not s.window}, ours)
+            _check_entry(label, {s.name: s for s in specs if with_window or not s.window}, entry)
 
     def load(self, entries: Mapping[Tensor, State]) -> None:
         """Copy what this process holds of the entries, which have been checked, into the state."""
@@ -216,11 +215,19 @@ def complete(saved: dict[str, Any], builder: Builder, groups: Sequence[Group], s
         saved["state"] = {i: copies(state[key], specs.get(key, {}), with_window) for i, key in keys.items()}
     elif saving.placement.apart:
         kept = dict(state)
-        keep_only(foreign, kept, builder.names)
+        keep_only(foreign, kept, builder.ours)
         saved["state"] = {i: kept[key] for i, key in keys.items() if key in kept}
         saved["efcp"]["sharded"] = saving.stub(number, [p for g in groups for p in g["params"]])
     else:
         saved["state"] = {i: saving.outer(key, with_window) for i, key in keys.items()}
+    # What is not ours and has a name of our kinds could not be told from it.
+    strangers = {
+        i: [name for name in foreign(state[key], builder.ours(key)) if name in builder.kinds]
+        for i, key in keys.items()
+        if isinstance(key, Tensor)
+    }
+    if any(strangers.values()):
+        saved["efcp"]["not_ours"] = {i: names for i, names in strangers.items() if names}
 
 
 def copies(entry: Any, specs: Specs, with_window: bool) -> Any:

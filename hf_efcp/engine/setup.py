@@ -52,6 +52,8 @@ class Setup:
         started: whether a step was taken.
         writing: whether a step has begun to change state and parameters, and has not ended.
         skips: the number of refused steps, as far as the host knows.
+        doubt: whether K may not be that of this process's entries, which others may have changed.
+        heard: on how many processes there is a doubt, 0-D; None: there is one process. `doubts` tells the host.
     """
 
     key: list[Any]
@@ -69,15 +71,21 @@ class Setup:
     def __post_init__(self) -> None:
         self._idle = 0
         self.watch: Watch | None = None
+        self.counters: Any = None
+        self.heard: Tensor | None = None
+        self.doubts = DelayedFlag()  # never a new one: all processes have to hear of a doubt in the same step
         self.renew()
         self.names = {p: tuple(entry) for p, entry in self.views().items()}
         self.dtype = torch.float64 if {compute_dtype(p) for p in self.params} == {torch.float64} else torch.float32
         self.listen_anew()
 
     def renew(self) -> None:
-        """Make stacks, factors and counters."""
+        """Make stacks, factors and counters, which count on."""
+        before = self.counters
         self.stacks, self.factors, self.counters = self.make()
         self.together: list[Any] | None = None
+        if before is not None:
+            self.counters.go_on(before)
         self.released = False
 
     def release(self) -> None:
@@ -137,7 +145,8 @@ class Setup:
 
     def listen_anew(self) -> None:
         """Forget what the host knew of the state: it is another, and whoever saved it was warned of its skips."""
-        self.skips, self._warned_of = DelayedFlag(), int(self.counters.skipped)
+        self.skips, self._warned_of, self.doubt = DelayedFlag(), int(self.counters.skipped), True
+        self.counters.believe()
         for s in self.stacks:
             s.begun = False
 

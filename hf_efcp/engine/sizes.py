@@ -20,22 +20,32 @@ from .setup import Setup
 def over_processes(setup: Setup, stacks: Sequence[Any], k_j: Tensor, o: Any) -> tuple[Tensor, Tensor | float]:
     """Sum over processes, in one message: the new row of K, the sum of S_i^2, and what the metrics of divided tensors need.
 
+    Where there are several, they hear of each other's doubts, too.
+
     Returns:
         The row, (groups, m) fp64, and the sum over all coordinates that have a gradient, 0-D fp64; without a metric their number.
     """
     if o.metric == "none":
-        return setup.placement.sum(k_j), float(setup.coordinates())
+        return _summed(setup, [k_j])[0], float(setup.coordinates())
     metrics = [s.metric for s in stacks if s.metric is not None]
     size = joined([metric.live_squares() for metric in metrics], k_j).sum()
     entered = joined([t.flatten() for metric in metrics for t in metric.entered], k_j)
     size = size + 0 * entered.to(setup.dtype).sum()  # NaN, to refuse the step, where the state cannot hold it
     divided = [metric for metric in metrics if metric.divided]
-    sent = [k_j, size, *(metric.means.to(k_j.device) for metric in divided)]
-    message = setup.placement.sum(torch.cat([t.flatten() for t in sent]))
-    k_j, size, *means = (part.view(t.shape) for part, t in zip(message.split([t.numel() for t in sent]), sent, strict=True))
+    k_j, size, *means = _summed(setup, [k_j, size, *(metric.means.to(k_j.device) for metric in divided)])
     for metric, mean in zip(divided, means, strict=True):
         metric.means = mean.to(metric.means.device)
     return k_j, size
+
+
+def _summed(setup: Setup, parts: list[Tensor]) -> list[Tensor]:
+    """Sum fp64 tensors over the processes, with whether one of them has a doubt."""
+    if setup.placement.alone:
+        return parts
+    sent = [*parts, parts[0].new_tensor(float(setup.doubt))]
+    message = setup.placement.sum(torch.cat([t.flatten() for t in sent]))
+    *parts, setup.heard = (part.view(t.shape) for part, t in zip(message.split([t.numel() for t in sent]), sent, strict=True))
+    return parts
 
 
 def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -256,13 +256,15 @@ class Windowed:
         if ok is False:
             return gram.count(ok)
         with phase("solve"):
-            w = averaged(gram.update(j, k_j, ok), gram, j, o)
-            c = self.phi(o, gram, j, w, setup.dtype)                            # c = phi(K) w; so far K alone is new
+            gram.update(j, k_j, ok)
+            w, c = self._solved(setup, j, o)                                    # c = phi(K) w; so far K alone is new
         setup.writing = True
         for s in (*stacks, *setup.factors):
             with phase("feedback"):
                 s.commit(j, s.each(l2), ok)                                     # e <- a - c_j;  slot j of G <- c_j;  D
         with phase("solve"):
+            if self._settled(setup, o):                                         # K was not that of the entries, as they are now
+                w, c = self._solved(setup, j, o)
             rest = rest_of(setup, stacks, self.outside, o)                      # of gradients, outside of the window
             c, rest = rescaled(c, rest, w, gram, size, o, setup.dtype, ok)      # update_rms
         for s in stacks:
@@ -273,28 +275,42 @@ class Windowed:
     # fmt: on
 
     def mend(self, setup: Setup, options: Any) -> None:
-        """See Method: without its K or its step a window is empty; and K is that of the entries, where one process has them."""
-        gram, windows = setup.counters, [s for s in setup.stacks if s.pieces]
-        started = bool(gram.step > 0)
-        gone = ~gram.matrix.flatten(1).any(1) if started else torch.ones_like(gram.matrix[:, 0, 0], dtype=torch.bool)
-        filled = int(gram.filled)
-        if started and bool(gone.any()):  # a K of entries that are zero is zero, too: a tensor's that had no gradient yet
-            gone &= torch.stack([self._row(setup, slot, options)[:, slot] for slot in range(filled)]).any(0)
-        if bool(gone.any()):
-            gram.matrix[gone] = 0
-            for s in windows:
-                empty = _coefficients_of(gone, s, options.scope)
+        """See Method: without a step a window is empty, and K is that of the entries; on several processes from a step on."""
+        gram = setup.counters
+        if bool(gram.step == 0):
+            gram.matrix.zero_()
+            for s in setup.stacks:
                 for spec in s.specs.values():
-                    if spec.window or (spec.kind == "residual" and not started):  # a running mean counts steps as the window does
-                        s.buffers[spec.name][empty] = 0
-        if started and setup.placement.alone:
-            newest = (int(gram.step) - 1) % gram.window_size
-            if not gram.agrees(newest, self._row(setup, newest, options)):
-                for slot in range(filled):
-                    gram.put(slot, self._row(setup, slot, options))
+                    if spec.window or spec.kind == "residual":  # a running mean counts steps as the window does
+                        s.buffers[spec.name].zero_()
+        elif setup.placement.alone:
+            self._renew(setup, options, int(gram.step) - 1)
+
+    def _solved(self, setup: Setup, j: Tensor, o: Any) -> tuple[Tensor, Tensor]:
+        """Give w, the average that is preconditioned, and c = phi(K) w."""
+        w = averaged(setup.counters.matrix, setup.counters, j, o)
+        return w, self.phi(o, setup.counters, j, w, setup.dtype)
+
+    def _settled(self, setup: Setup, options: Any) -> bool:
+        """Form K anew if a process had a doubt, and tell so: on several none knows what others' entries were changed to."""
+        if setup.heard is None or not setup.doubts.exchange(setup.heard):
+            return False
+        setup.doubt = False
+        if int(setup.counters.step) > 1:  # the newest row is right
+            self._renew(setup, options, int(setup.counters.step) - 2)
+        return True
+
+    def _renew(self, setup: Setup, options: Any, step: int) -> None:
+        """Form K anew from the entries where that row of it is not theirs which a step has written."""
+        gram, total = setup.counters, setup.placement.sum
+        slot = step % gram.window_size
+        wrong = ~gram.agrees(slot, total(self._row(setup, slot, options))) | ~gram.matrix.flatten(1).any(1)
+        if bool(wrong.any()):
+            for i in range(int(gram.filled)):
+                gram.put(i, total(self._row(setup, i, options)), wrong)
 
     def _row(self, setup: Setup, slot: int, options: Any) -> Tensor:
-        """Form a row of K, (groups, m) fp64, from the entries as they are stored."""
+        """Form this process's part of a row of K, (groups, m) fp64, from the entries as they are stored."""
         gram, dots = setup.counters, []
         with ieee_matmul(gram.step.device):
             for s in setup.stacks:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Runs our optimizers in a program of somebody else, in an environment of its own: bash tests/clients/run.sh NAME
-#   NAME          trl, llamafactory, axolotl, swift or lightning
+#   NAME          trl, llamafactory, axolotl, swift, lightning, fastai or torchtune
 #   CLIENTS_VENV  where the environments are (default: .venv-clients in the repository)
 #   PYTHON        which interpreter makes them (default: python3)
 # An environment takes up to 10 GB where pip's torch comes with CUDA.
 set -eu
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-name=${1:?NAME is missing: trl, llamafactory, axolotl, swift or lightning}
+name=${1:?NAME is missing: trl, llamafactory, axolotl, swift, lightning, fastai or torchtune}
 venv=${CLIENTS_VENV:-$PWD/.venv-clients}/$name
 case $name in
 trl) packages=(trl) ;;
@@ -14,8 +14,10 @@ llamafactory) packages=(llamafactory) ;;
 axolotl) packages=(axolotl) ;;
 swift) packages=(ms-swift) ;;
 lightning) packages=(lightning "jsonargparse[signatures]") ;;
+fastai) packages=(fastai) ;;
+torchtune) packages=(torchtune "torchao==0.15.0") ;; # the last one that it can import
 *)
-    echo "error: unknown client '$name': trl, llamafactory, axolotl, swift or lightning" >&2
+    echo "error: unknown client '$name': trl, llamafactory, axolotl, swift, lightning, fastai or torchtune" >&2
     exit 2
     ;;
 esac
@@ -33,6 +35,9 @@ if [ ! -e "$venv/installed" ]; then
     "$venv/bin/python" -c "import torchaudio" 2> /dev/null || touch "$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/torchaudio.py"
     touch "$venv/installed"
 fi
-"$venv/bin/pip" list 2> /dev/null | grep -i -E "^(torch|transformers|accelerate|trl|llamafactory|axolotl|ms.swift|lightning|jsonargparse) "
-export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=""
-exec "$venv/bin/python" tests/clients/check.py "$name"
+"$venv/bin/pip" list 2> /dev/null | grep -i -E "^(torch|transformers|accelerate|trl|llamafactory|axolotl|ms.swift|lightning|jsonargparse|fastai|torchtune|torchao) "
+export PATH="$venv/bin:$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES="" DO_NOT_TRACK=1 AXOLOTL_DO_NOT_TRACK=1
+case $name in
+fastai | torchtune) exec "$venv/bin/python" tests/clients/libraries.py "$name" ;;
+*) exec "$venv/bin/python" tests/clients/check.py "$name" ;;
+esac

@@ -8,7 +8,7 @@ from tests.distributed import fsdp2, test_sharding
 from tests.distributed.processes import run
 from tests.optim.entry_runs import KINDS
 from tests.optim.helpers import same
-from tests.reference import NAMES
+from tests.reference import NAMES, names, relative
 
 OPTIONS = {"momentum": 0.5, "metric": "factored", "error_dtype": "bf16"}
 PLACEMENTS = ["DDP", "FSDP2"]
@@ -50,6 +50,43 @@ def changed(rank, placement):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_what_is_put_into_the_state_is_the_state(placement):
     assert run(2, changed, placement) == [[], []]
+
+
+def of_one_process(name, kind, which):
+    """The run of `changed_as_one` on one process."""
+    params = test_sharding.problem()
+    params = params[:-1]  # FSDP2 divides no scalar
+    optimizer = test_sharding.build(name, params, window_momentum=0.5)
+    test_sharding.train(optimizer, params, 0, 7)
+    KINDS[kind][0](optimizer.state, params[which])
+    test_sharding.train(optimizer, params, 7, 9)
+    return test_sharding.flat(params)
+
+
+def changed_as_one(rank, placement):
+    """How far a run is from that of one process, after a change that perhaps one process alone sees; and K from G G^T there."""
+    found = {}
+    for name in names(windowed=True):
+        for kind, which in (("zeros", slice(0, 1)), ("popped", slice(4, 5))):
+            if placement == "DDP":
+                params = test_sharding.problem()[:-1]
+                optimizer = test_sharding.build(name, params, process_group=dist.group.WORLD, window_momentum=0.5)
+                train = test_sharding.train
+            else:
+                params, train = list(fsdp2.divided().parameters()), fsdp2.train
+                optimizer = test_sharding.build(name, params, window_momentum=0.5)
+            train(optimizer, params, 0, 7)
+            KINDS[kind][0](optimizer.state, [p for p in params[which] if p in optimizer.state])
+            train(optimizer, params, 7, 9)
+            here = torch.cat([fsdp2.full(p).flatten() for p in params])
+            found[name, kind, str(which)] = relative(here, of_one_process(name, kind, which))
+    return found
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_change_has_the_effect_that_it_has_on_one_process(placement):
+    for found in run(2, changed_as_one, placement):
+        assert max(found.values()) < 1e-9, found
 
 
 def resumed(rank, folder):

@@ -109,6 +109,39 @@ def test_a_child_of_a_script_that_fails_has_the_last_word(end, child, run, capfd
     assert "CalledProcessError" not in capfd.readouterr().err
 
 
+NOBODY_HEARS = ["stderr=subprocess.DEVNULL", "preexec_fn=lambda: os.close(2)"]
+
+
+@pytest.mark.parametrize("how", NOBODY_HEARS)
+@pytest.mark.parametrize("under", ["hf-efcp run", "a program"])
+def test_what_nobody_heard_of_a_child_that_fails_is_told(how, under, tmp_path, inside, run, capfd, monkeypatch):
+    (tmp_path / "starts.py").write_text(
+        f"import os, subprocess, sys\nsubprocess.run([sys.executable, '-c', sys.argv[1]], check=True, {how})\n"
+    )
+
+    def told(code):
+        if under == "a program":
+            done = inside("starts.py", code)
+            return done.returncode, done.stderr
+        monkeypatch.setenv("PYTHONPATH", "")
+        return run(["starts.py", code]), capfd.readouterr().err
+
+    status, text = told("1 / 0")
+    assert status == 1 and text.endswith("ZeroDivisionError: division by zero\n") and text.count("Traceback") == 1
+    status, text = told(f"import sys; sys.path.insert(0, {str(CHECKOUT)!r}); import hf_efcp; hf_efcp.LowRankMFAC([], 1.0, rnk=3)")
+    assert status == 2 and text.startswith("error: unknown option 'rnk'") and text.count("\n") == 1
+    if how == NOBODY_HEARS[0]:
+        status, text = told("import sys; sys.exit(7)")
+        assert status == 7 and text.startswith("error: Command ") and "status 7" in text and text.count("\n") == 1
+
+
+def test_a_child_that_may_fail_unheard_is_not_told(tmp_path, inside, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "tries.py").write_text("import subprocess as s, sys; s.run([sys.executable, '-c', '1 / 0'], stderr=s.DEVNULL)")
+    done = inside("tries.py")
+    assert (done.returncode, done.stderr) == (0, "") and not list(tmp_path.glob("hf_efcp_last_words_*"))
+
+
 def test_other_errors_have_pythons_traceback(tmp_path, inside):
     for command in (["false"], [sys.executable, "-c", "1 / 0"]):  # another program; a Python whose message was caught
         (tmp_path / "fails.py").write_text(f"import subprocess\nsubprocess.run({command}, check=True, capture_output=True)\n")

@@ -76,6 +76,21 @@ def test_a_program_that_fills_in_all_defaults_leaves_the_preset_in_force(info, c
 
 
 @INFOS
+def test_a_program_that_fills_in_all_defaults_goes_on_with_the_checkpoints_options(info, caplog):
+    """Also where its user wrote a default out: docs/clients.md says so, and the log says what was taken."""
+    defaults = {n: p.default for n, p in inspect.signature(info.cls).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    there, option = weights(), size_of(info)
+    saved = info.cls(there, 0.1, **{option: 3})
+    there[0].grad = torch.ones(4, 5)
+    saved.step()
+    optimizer = info.cls(weights(), 0.1, **defaults)
+    optimizer.load_state_dict(saved.state_dict())
+    assert getattr(optimizer.options, option) == 3 and f"from the checkpoint: {option}=3" in caplog.text
+    with pytest.raises(OptionError, match=f"checkpoint was made with {option}=3"):
+        info.cls(weights(), 0.1, **{**defaults, option: 2}).load_state_dict(saved.state_dict())
+
+
+@INFOS
 def test_options_of_one_optimizer_make_another(info):
     """Not a program's defaults: a value that the class has by default, given under a preset that has another, is kept."""
     option = "adjust_lr_fn" if "adjust_lr_fn" in info.cls.measured else "window_size"

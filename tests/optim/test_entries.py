@@ -8,8 +8,8 @@ import torch
 
 from hf_efcp.options import OptionError
 from tests.optim.entry_runs import ADAMW, KINDS, OPTIONS, WHICH, WITH_CONTROL, exchange, exchange_values, start
-from tests.optim.helpers import EVERY, M, differences, fresh, gradients_at, same, snapshot, train
-from tests.reference import NAMES, compressed_names, info, window
+from tests.optim.helpers import EVERY, M, count, differences, fresh, gradients_at, same, snapshot, train
+from tests.reference import NAMES, compressed_names, info, parameters, window
 
 
 @pytest.mark.parametrize("which", WHICH)
@@ -80,6 +80,53 @@ def test_the_gram_matrix_is_that_of_the_entries(name, kind, scope):
     else:
         g = window(optimizer, params[1:2])
         torch.testing.assert_close(optimizer.state[params[1]]["gram"], g @ g.T, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "zeroed", "popped", "emptied"])
+@WITH_CONTROL
+def test_entries_of_other_parameters_stay(name, kind):
+    """Also where it is the first parameter, which holds the number of steps and K for all."""
+    optimizer, params = start(name)
+    others = [p for p in params if p is not params[0]]
+    before = [{k: t.clone() for k, t in optimizer.state[p].items()} for p in others]
+    steps = None if name == ADAMW else count(optimizer)
+    KINDS[kind][0](optimizer.state, params[:1])
+    optimizer.state_dict()
+    assert name == ADAMW or count(optimizer) == steps > 0
+    for p, entry in zip(others, before, strict=True):
+        assert entry.keys() == optimizer.state[p].keys() and all(same(t, optimizer.state[p][k]) for k, t in entry.items())
+
+
+@EVERY
+def test_entries_stay_where_the_group_of_the_first_parameter_goes(name):
+    params = parameters(dtype=torch.float32)
+    optimizer = fresh(name, [{"params": params[:1]}, {"params": params[1:]}], **OPTIONS)
+    train(optimizer, params, 0, M + 2)
+    before = [{k: t.clone() for k, t in optimizer.state[p].items()} for p in params[1:]]
+    del optimizer.param_groups[0]
+    optimizer.setup()
+    assert count(optimizer) == M + 2 and set(optimizer.state) == set(params[1:])
+    for p, entry in zip(params[1:], before, strict=True):
+        assert all(same(t, optimizer.state[p][k]) for k, t in entry.items())
+
+
+@EVERY
+def test_the_number_of_steps_outlives_a_state_that_is_elsewhere(name):
+    """Its memory is gone when the first parameter's entries are popped, and it is saved before the next step."""
+    optimizer, params = start(name)
+    KINDS["replaced by copies"][0](optimizer.state, params)
+    gc.collect()
+    optimizer.state.pop(params[0])
+    saved = optimizer.state_dict()
+    other, others = start(name, 0)
+    other.load_state_dict(saved)
+    for p, q in zip(others, params, strict=True):
+        p.data.copy_(q)
+    assert count(other) == M + 2
+    for one, those in ((optimizer, params), (other, others)):
+        train(one, those, 10, 12)
+    assert count(optimizer) == M + 4
+    assert differences(snapshot(optimizer, params), snapshot(other, others)) == []
 
 
 # What cannot be an entry ----------------------------------------------------------------------------------------------------

@@ -68,6 +68,51 @@ def test_names_of_our_kinds_are_refused_where_they_do_not_belong(name):
         start(name, 0, momentum=0.0)[0].load_state_dict(saved)
 
 
+# Of all our kinds; momentum is off, and only the first parameter has the three in the middle.
+OUR_NAMES = ["momentum", "step", "gram", "counter", "window_of_a_wrapper", "exp_avg"]
+
+
+def put_our_names(optimizer, params):
+    put, specs = {}, copy.deepcopy(optimizer).setup().specs.values()
+    for p, own in zip(params[1:], list(specs)[1:], strict=True):
+        put[p] = {name: torch.full((2,), 7.0) for name in OUR_NAMES if name not in own}
+        put[p]["residual_scale"] = 3
+        optimizer.state[p] |= put[p]
+    return put
+
+
+@pytest.mark.parametrize("steps", [0, M + 2])
+@EVERY
+def test_names_that_are_ours_elsewhere_are_a_wrappers_where_it_has_given_them(name, steps):
+    (optimizer, params), (twin, others) = (start(name, steps, momentum=0.0) for _ in range(2))
+    put = put_our_names(optimizer, params)
+
+    def kept(one, those):
+        return all(
+            type(one.state[q][k]) is type(t) for p, q in zip(params[1:], those[1:], strict=True) for k, t in put[p].items()
+        )
+
+    train(optimizer, params, 10, 12)
+    train(twin, others, 10, 12)
+    saved = through_a_file(optimizer.state_dict())
+    other, those = start(name, 0, momentum=0.0)
+    other.load_state_dict(saved)
+    for p, q in zip(those, params, strict=True):
+        p.data.copy_(q)
+    copied, theirs = copy.deepcopy((optimizer, params))
+    again, last = pickle.loads(pickle.dumps((copied, theirs)))  # a copy of a copy that took no step
+    moved = optimizer.state[params[1]]
+    moved |= {k: t.clone() for k, t in moved.items() if isinstance(t, torch.Tensor)}
+    for one, its in ((optimizer, params), (twin, others), (other, those), (copied, theirs), (again, last)):
+        train(one, its, 12, 14)
+        assert one is twin or kept(one, its)
+        assert all(same(p, q) for p, q in zip(params, its, strict=True)) if one is not optimizer else True
+    with pytest.raises(OptionError, match=r"parameter 1: .* has to be" if steps else "parameter 1"):
+        key = next(iter(twin.state[others[1]]))
+        optimizer.state[params[1]][key] = torch.ones(2, 2, 2)  # a name that is ours there
+        optimizer.state_dict()
+
+
 @EVERY
 def test_a_frozen_parameter_that_only_a_wrapper_knows_takes_no_memory(name):
     params = parameters(dtype=torch.float32)

@@ -77,6 +77,36 @@ def test_a_checkpoint_of_the_former_order_goes_on(file):
     assert relative(flat(fresh.params) - saved["before"], expected) > 3 * BOUND  # a state that is lost would be seen
 
 
+def without_order(run, file, backwards=False):
+    """The run's optimizer with the same groups, which nobody has marked with their order."""
+    name, options = CASES[file]
+    groups = [{k: v for k, v in group.items() if k != ORDER} for group in hf_efcp.parameter_groups(run.model, weight_decay=0.1)]
+    return hf_efcp.create_optimizer(name, groups[::-1] if backwards else groups, **given(name, options))
+
+
+@pytest.mark.parametrize("file", CASES)
+@pytest.mark.parametrize("marked", [True, False], ids=["marked there", "without a mark"])
+def test_groups_with_names_may_stand_in_any_order(file, marked):
+    """No group says where it stands: what the first parameter holds for all is taken from the one that has it."""
+    runs = [Grouped(*CASES[file]) for _ in range(3)]
+    if not marked:
+        for run in runs[:2]:
+            run.optimizer = without_order(run, file)
+    runs[2].optimizer = without_order(runs[2], file, backwards=True)
+    runs[0].train(0, SAVED)
+    saved, before = runs[0].optimizer.state_dict(), flat(runs[0].params)
+    for run in runs[1:]:
+        put(run.params, before)
+        run.optimizer.load_state_dict(saved)
+        run.train(SAVED, SAVED + CONTINUED)
+    one, other = (flat(run.params) - before for run in runs[1:])
+    assert relative(other, one) <= BOUND  # rounding of bf16 is counted by the parameters' numbers
+    fresh = Grouped(*CASES[file])
+    put(fresh.params, before)
+    fresh.train(SAVED, SAVED + CONTINUED)
+    assert relative(flat(fresh.params) - before, one) > 3 * BOUND
+
+
 def test_rates_go_to_the_group_with_the_names():
     run = Grouped(NAMES[0], {})
     run.train(0, 2)
