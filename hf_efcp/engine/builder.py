@@ -27,7 +27,7 @@ from .graph import StepGraph
 from .method import Group, Method
 from .parameters import agree, counted, refuse_parameter, refuse_without_numbers
 from .setup import Setup
-from .stacks import batches_of
+from .stacks import batches_of, unfilled
 
 # Index of a group, and those of its parameters that have state.
 Trained = list[tuple[int, list[Tensor]]]
@@ -85,15 +85,27 @@ class Builder:
             stepping: whether a step follows: then the log says what was chosen.
         """
         trained = self.trained(groups, state)
-        kinds = [(group.get("compress"), group.get("kind")) for group in groups]
-        key = [(i, kinds[i], id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
+        key = self._key(groups, trained)
         if self.setup is None or key != self.setup.key:
-            self.setup = self._build(groups, trained, key, state)
+            self.setup = self._build(groups, trained, key, state, state)
         else:
             self._take(self.setup, state)
         if stepping and self.setup is not self._remarked:
             self._remark(self.setup)
         return self.setup
+
+    @torch.no_grad()
+    def fresh(self, groups: Sequence[Group], state: State) -> tuple[Setup, State]:
+        """Build a setup and a state beside the present ones, for what a checkpoint has. Stacks have any numbers.
+
+        Args:
+            groups: the optimizer's parameter groups.
+            state: the optimizer's, which stays as it is.
+        """
+        new: State = {}
+        trained = self.trained(groups, state)
+        with unfilled():
+            return self._build(groups, trained, self._key(groups, trained), state, new), new
 
     @torch.no_grad()
     def settle(self, state: State) -> None:
@@ -111,6 +123,10 @@ class Builder:
             self._take(self.setup, state)
         else:
             move(state, self.setup, device)
+
+    def _key(self, groups: Sequence[Group], trained: Trained) -> list[Any]:
+        kinds = [(group.get("compress"), group.get("kind")) for group in groups]
+        return [(i, kinds[i], id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
 
     def _take(self, setup: Setup, state: State) -> None:
         """Take over what others have put into the state."""
@@ -212,12 +228,12 @@ class Builder:
             raise asked.too_large(sum(kinds.values()), options)
         return kinds
 
-    def _build(self, groups: Sequence[Group], trained: Trained, key: list[Any], state: State) -> Setup:
-        """Build the setup, with what the current state knows of the parameters; parameters keep their owners."""
+    def _build(self, groups: Sequence[Group], trained: Trained, key: list[Any], state: State, into: State) -> Setup:
+        """Build the setup, with what `into`, the state or a new one, knows of the parameters; parameters keep their owners."""
         params, old = [p for _, params in trained for p in params], self.setup
         for p in params:
             self._check_parameter(p)
-        placement = self._find_placement(params)
+        placement = self.placement(params)
         self.sync.check(params, placement, self.options)
         known, shards = self.copied if old is None else (old.owners if old.placement.shards > 1 else {}, old.placement.shards)
         if known and not placement.follows and placement.shards != shards:
@@ -229,7 +245,7 @@ class Builder:
             agree(self.name, self.options, placement, trained)
         bytes_with = self._bytes_with(groups, state, placement.shards, placement.follows)
         fixed = self._not_budgeted(params, placement.follows)
-        self.options = self.asked.keep(self.options, bytes_with, placement, fixed, any(map(own, state.values())))
+        self.options = self.asked.keep(self.options, bytes_with, placement, fixed, any(map(own, into.values())))
         specs = self.specs(groups, state, self.options)
         _named(self.options, lambda: placement.check(specs))
         owners, numbers = placement.owners(specs, known), {p: i for i, p in enumerate(params)}
@@ -244,8 +260,8 @@ class Builder:
             return stacks, sync.stacks(trained, specs, options), method.make_counters(len(params), options, device)
 
         setup = Setup(key, params, placement, owners, specs, make)
-        self._adopt(setup, state, built=True)
-        if old is not None:
+        self._adopt(setup, into, built=True)
+        if old is not None and into is state:
             setup.started = old.started
             setup.last = old.last if getattr(self.options, "scope", "model") == "model" else None  # else numbered by tensor
         return setup
@@ -259,7 +275,8 @@ class Builder:
                 "DeepSpeed does: prepare it by Accelerate or Trainer, without ZeRO in full precision; or use DDP"
             )
 
-    def _find_placement(self, params: list[Tensor]) -> Placement:
+    def placement(self, params: Sequence[Tensor]) -> Placement:
+        """Say which processes train these parameters together."""
         if any(map(is_sharded, params)):
             if self.process_group is not None:
                 raise OptionError(

@@ -102,12 +102,13 @@ class FactorSync:
     Attributes:
         replicas: the processes of the DDP whose hook is ours; None: there is no hook.
         wanted: whether comm="factors" is asked for.
+        places: parameter -> its stack of factors and position there.
     """
 
     def __init__(self, options: Any):
         self.wanted = getattr(options, "comm", "gradients") == "factors"
         self.replicas: Replicas | None = None
-        self._places: dict[Tensor, tuple[FactorStack, int]] = {}
+        self.places: dict[Tensor, tuple[FactorStack, int]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def register(self, model: DistributedDataParallel, hook: Any, params: Sequence[Tensor], fresh: bool) -> None:
@@ -137,7 +138,7 @@ class FactorSync:
 
     def check(self, params: Sequence[Tensor], placement: Placement, options: Any) -> None:
         """Raise OptionError where factors are asked for and cannot be made: no hook, or sharded parameters."""
-        self._places = {}  # of the stacks that are about to be built
+        self.places = {}  # of the stacks that are about to be built
         if not self.wanted:
             return
         if any(map(is_sharded, params)):
@@ -159,7 +160,7 @@ class FactorSync:
 
     def release(self) -> None:
         """Let go of the stacks of factors."""
-        self._places.clear()
+        self.places.clear()
 
     def held(self, specs: Sequence[Spec], processes: int = 1) -> tuple[Spec, ...]:
         """Say of a parameter's state who holds it: with factors, errors, warm starts and metrics are on every process."""
@@ -176,7 +177,7 @@ class FactorSync:
         """Give the format of the windows' stacks, without what is in stacks of all compressed matrices."""
         if self.replicas is None or not isinstance(format, LowRankFormat):
             return format
-        return ReadyFormat(format.layout, format.options, self._places)
+        return ReadyFormat(format.layout, format.options, self.places)
 
     def stacks(
         self, groups: Iterable[tuple[int, Sequence[Tensor]]], specs: Mapping[Tensor, Specs], options: Any
@@ -192,7 +193,7 @@ class FactorSync:
                     alike.setdefault((matrix_shape(p), p.dtype, p.device), []).append(Piece(p, numbers[p]))
             for members in alike.values():
                 stacks += [FactorStack(batch, index, specs[batch[0].param], options) for batch in batches(members)]
-        self._places |= places_of(stacks)
+        self.places |= places_of(stacks)
         return stacks
 
     def reduce(self, bucket: Any, setup: Setup, groups: Sequence[Mapping[str, Any]], options: Any) -> Any:
@@ -213,8 +214,8 @@ class FactorSync:
         members: dict[FactorStack, dict[int, Tensor]] = {}
         plain: list[Tensor] = []
         for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            if p in self._places:
-                s, i = self._places[p]
+            if p in self.places:
+                s, i = self.places[p]
                 members.setdefault(s, {})[i] = g
             else:
                 plain.append(g)

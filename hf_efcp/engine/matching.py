@@ -115,6 +115,9 @@ def check_numbers(saved: Sequence[Group], order: Iterable[int], taken: Sequence[
         taken: the same groups in the order of the optimizer's, see `matched`.
         groups: the optimizer's.
     """
+    order = list(order)
+    if sorted(order) != list(range(len(saved))):
+        raise OptionError(f"checkpoint is damaged: numbered has to be the numbers of its {len(saved)} groups in some order")
     there = [key for i in order for key in saved[i]["params"]]
     if there != [key for i in counted(groups) for key in taken[i]["params"]]:
         raise OptionError("checkpoint names its tensors by number, and has the parameters in another order: give groups as there")

@@ -64,6 +64,13 @@ class Method(Protocol):
         """Make what is computed from the state fit it, after others have written to it."""
         ...
 
+    def problem(self, setup: Setup, options: Any) -> str | None:
+        """Say what is wrong with a state that was read, whose entries are each as they may be; None: nothing.
+
+        It is called on all processes that hold the state.
+        """
+        ...
+
     def remarks(self, setup: Setup, options: Any, given: Container[str]) -> list[str]:
         """Say what the method has chosen by shapes and devices, in lines for the log; `given`: options that the user gave."""
         ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -18,6 +20,8 @@ from ..kernels.devices import kind
 
 # Bytes of a stack's parameters, by kind of device: to a GPU, a launch costs the same for one matrix and for many.
 _STACK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+# Whether buffers are left as the memory is.
+_unfilled = contextvars.ContextVar("unfilled", default=False)
 
 
 @dataclasses.dataclass(eq=False)
@@ -62,6 +66,16 @@ class Piece:
         return g if self._cut is None else g[self._cut]
 
 
+@contextlib.contextmanager
+def unfilled() -> Iterator[None]:
+    """Let stacks that are made meanwhile leave their buffers as the memory is: whoever makes them writes all of it."""
+    token = _unfilled.set(True)
+    try:
+        yield
+    finally:
+        _unfilled.reset(token)
+
+
 class Stack:
     """n pieces of one shape, dtype, device and parameter group, with their state.
 
@@ -91,6 +105,9 @@ class Stack:
         self.buffers: dict[str, Tensor] = {}
         for spec in self.specs.values():
             shape = (len(pieces), *spec.part(first.param, first.rows))
+            if _unfilled.get():
+                self.buffers[spec.name] = torch.empty(shape, dtype=spec.dtype, device=self.device)
+                continue
             buffer = torch.zeros(shape, dtype=spec.dtype, device=self.device)  # untouched memory, until it is written to
             self.buffers[spec.name] = buffer.fill_(spec.start) if spec.start else buffer
         self.turn = Turn(self.ids, first.origin)

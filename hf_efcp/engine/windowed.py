@@ -27,6 +27,7 @@ from .phases import PHASES, listener
 from .setup import Setup, decoupled_of, l2_of, rate_of
 from .sizes import averaged, by_group, finite, joined, over_processes, rescaled, rest_of
 from .stacks import Piece, Stack
+from .validate import gram_problem
 
 # A share of all parameters that is worth a line in the log.
 _MANY = 0.05
@@ -275,6 +276,11 @@ class Windowed:
             if not gram.agrees(newest, self._row(setup, newest, options)):
                 for slot in range(filled):
                     gram.put(slot, self._row(setup, slot, options))
+
+    def problem(self, setup: Setup, options: Any) -> str | None:
+        """See Method: K is that of the entries."""
+        window = sum(s.nbytes for specs in setup.specs.values() for s in specs.values() if s.kind == "window")
+        return gram_problem(setup.counters, lambda slot: self._row(setup, slot, options), setup.placement, window, options.verify)
 
     def _row(self, setup: Setup, slot: int, options: Any) -> Tensor:
         """Form a row of K, (groups, m) fp64, from the entries as they are stored."""
