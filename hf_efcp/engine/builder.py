@@ -85,7 +85,7 @@ class Builder:
             stepping: whether a step follows: then the log says what was chosen.
         """
         trained = self.trained(groups, state)
-        key = self._key(groups, trained)
+        key = _key(groups, trained)
         if self.setup is None or key != self.setup.key:
             self.setup = self._build(groups, trained, key, state, state)
         else:
@@ -105,7 +105,7 @@ class Builder:
         new: State = {}
         trained = self.trained(groups, state)
         with unfilled():
-            return self._build(groups, trained, self._key(groups, trained), state, new), new
+            return self._build(groups, trained, _key(groups, trained), state, new), new
 
     @torch.no_grad()
     def settle(self, state: State) -> None:
@@ -123,10 +123,6 @@ class Builder:
             self._take(self.setup, state)
         else:
             move(state, self.setup, device)
-
-    def _key(self, groups: Sequence[Group], trained: Trained) -> list[Any]:
-        kinds = [(group.get("compress"), group.get("kind")) for group in groups]
-        return [(i, kinds[i], id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
 
     def _take(self, setup: Setup, state: State) -> None:
         """Take over what others have put into the state."""
@@ -232,7 +228,7 @@ class Builder:
         """Build the setup, with what `into`, the state or a new one, knows of the parameters; parameters keep their owners."""
         params, old = [p for _, params in trained for p in params], self.setup
         for p in params:
-            self._check_parameter(p)
+            _check_parameter(p, self.name, self.takes_tensors or self.pieces is not None)
         placement = self.placement(params)
         self.sync.check(params, placement, self.options)
         known, shards = self.copied if old is None else (old.owners if old.placement.shards > 1 else {}, old.placement.shards)
@@ -266,15 +262,6 @@ class Builder:
             setup.last = old.last if getattr(self.options, "scope", "model") == "model" else None  # else numbered by tensor
         return setup
 
-    def _check_parameter(self, p: Tensor) -> None:
-        refuse_without_numbers(p, self.name)
-        refuse_parameter(p, self.name)
-        if self.pieces is None and not self.takes_tensors and type(p) is Tensor:
-            raise OptionError(
-                f"{self.name} was given parameters, and finds a plain tensor {tuple(p.shape)} in their place, as "
-                "DeepSpeed does: prepare it by Accelerate or Trainer, without ZeRO in full precision; or use DDP"
-            )
-
     def placement(self, params: Sequence[Tensor]) -> Placement:
         """Say which processes train these parameters together."""
         if any(map(is_sharded, params)):
@@ -300,6 +287,23 @@ class Builder:
         """Name what is not left to the budget: no codes for factors' errors, nor where FSDP2 cuts vectors inside a run."""
         codes = ["window_format", "error_format"]
         return codes if self.sync.wanted or (follows and any(p.ndim == 1 for p in params)) else []
+
+
+def _check_parameter(p: Tensor, name: str, tensors: bool) -> None:
+    """Raise OptionError for a parameter that cannot take a step; `tensors`: whether plain tensors can."""
+    refuse_without_numbers(p, name)
+    refuse_parameter(p, name)
+    if not tensors and type(p) is Tensor:
+        raise OptionError(
+            f"{name} was given parameters, and finds a plain tensor {tuple(p.shape)} in their place, as "
+            "DeepSpeed does: prepare it by Accelerate or Trainer, without ZeRO in full precision; or use DDP"
+        )
+
+
+def _key(groups: Sequence[Group], trained: Trained) -> list[Any]:
+    """Give what a setup is made for."""
+    kinds = [(group.get("compress"), group.get("kind")) for group in groups]
+    return [(i, kinds[i], id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
 
 
 def _release(builder: weakref.ref[Builder], setup: weakref.ref[Setup]) -> None:
