@@ -96,12 +96,7 @@ class Builder:
 
     @torch.no_grad()
     def fresh(self, groups: Sequence[Group], state: State) -> tuple[Setup, State]:
-        """Build a setup and a state beside the present ones, for what a checkpoint has. Stacks have any numbers.
-
-        Args:
-            groups: the optimizer's parameter groups.
-            state: the optimizer's, which stays as it is.
-        """
+        """Build a setup and a state beside the present ones, for what a checkpoint has. Stacks have any numbers."""
         new: State = {}
         trained = self.trained(groups, state)
         with unfilled():
