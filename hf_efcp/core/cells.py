@@ -20,6 +20,7 @@ from .codecs import BlockQuantizer, MinMaxQuantizer
 from .deferred import masked
 from .linalg import row_chunks
 from .random import counted_uniform, stochastic_round
+from .values import BOUNDS, Values, code_scales, int4
 
 ALL = slice(None)
 # Where a parameter is a flat piece of several: the place of each one's part in it, without padding.
@@ -82,6 +83,7 @@ class Spec:
             copies), or "each" process its own.
         start: the number that a fresh entry is filled with.
         cols: numbers in a row, where the entry is codes and one code is not one element.
+        values: the numbers that are allowed in it; None: those of its dtype, see `values_of`.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Spec:
     held: Literal["owner", "everywhere", "each"] = "owner"
     start: float = 0.0
     cols: int | None = None
+    values: Values | None = dataclasses.field(default=None, compare=False)
 
     @property
     def kind(self) -> str:
@@ -277,7 +280,9 @@ def part(buffer: Tensor, rows: slice) -> Tensor:
     return buffer if rows == ALL else buffer[:, rows]
 
 
-def matrix_specs(name: str, layout: Layout, dtype: torch.dtype | None, format: str = "plain") -> tuple[Spec, ...]:
+def matrix_specs(
+    name: str, layout: Layout, dtype: torch.dtype | None, format: str = "plain", values: Values | None = None
+) -> tuple[Spec, ...]:
     """Declare a matrix of state like the parameter.
 
     Args:
@@ -285,16 +290,21 @@ def matrix_specs(name: str, layout: Layout, dtype: torch.dtype | None, format: s
         layout: of the parameter.
         dtype: of a plain entry; None: the layout's.
         format: "plain", "int8", "int4" or "minmax4".
+        values: that are allowed in a plain entry, see Spec.
     """
     shape = (layout.rows, layout.cols)
     if format == "plain":
-        return (Spec(name, shape, dtype or layout.dtype, rows=0),)
-    code, scale = torch.int8 if format == "int8" else torch.uint8, layout.dtype
+        return (Spec(name, shape, dtype or layout.dtype, rows=0, values=values),)
     if format == "minmax4":
-        (codes, scales), scale = MinMaxQuantizer(layout.dtype).shapes(*shape), torch.bfloat16
-    else:
-        codes, scales = BlockQuantizer(int(format.removeprefix("int"))).shapes(*shape)
-    return Spec(name, codes, code, rows=0, cols=layout.cols), Spec(f"{name}_scale", scales, scale, rows=0)
+        codes, runs = MinMaxQuantizer(layout.dtype).shapes(*shape)
+        bounds = Spec(f"{name}_scale", runs, torch.bfloat16, rows=0, values=BOUNDS)
+        return Spec(name, codes, torch.uint8, rows=0, cols=layout.cols), bounds
+    bits = int(format.removeprefix("int"))
+    codes, runs = BlockQuantizer(bits).shapes(*shape)
+    scale = Spec(f"{name}_scale", runs, layout.dtype, rows=0, values=code_scales(bits))
+    if bits == 8:
+        return Spec(name, codes, torch.int8, rows=0, cols=layout.cols), scale
+    return Spec(name, codes, torch.uint8, rows=0, cols=layout.cols, values=int4(name, layout.cols)), scale
 
 
 def cell(spec: Spec, buffers: Buffers, dtype: torch.dtype, turn: Turn) -> Cell:

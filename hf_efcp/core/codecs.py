@@ -128,7 +128,7 @@ class MinMaxQuantizer:
     def decode(self, codes: Tensor, bounds: Tensor, cols: int) -> Tensor:
         """x (..., cols) in `dtype`."""
         first, unit = self._scales(bounds)
-        return _blocks(_unpack_codes(codes, cols).to(self.dtype)).mul_(unit).add_(first).flatten(-2)[..., :cols]
+        return _blocks(unpack_codes(codes, cols).to(self.dtype)).mul_(unit).add_(first).flatten(-2)[..., :cols]
 
     def _scales(self, bounds: Tensor) -> tuple[Tensor, Tensor]:
         """lo and u, (..., runs, 1)."""
@@ -169,10 +169,11 @@ def _pack_codes(codes: Tensor) -> Tensor:
 
 
 def _unpack(codes: Tensor, cols: int) -> Tensor:
-    return _unpack_codes(codes, cols).to(torch.int8) - INT4_ZERO
+    return unpack_codes(codes, cols).to(torch.int8) - INT4_ZERO
 
 
-def _unpack_codes(codes: Tensor, cols: int) -> Tensor:
+def unpack_codes(codes: Tensor, cols: int) -> Tensor:
+    """Codes 0 ... 15 (..., cols) of those that are packed two to a byte."""
     return torch.stack([codes & INT4_MASK, codes >> INT4_BITS], dim=-1).flatten(-2)[..., :cols]
 
 

@@ -22,6 +22,7 @@ from .codecs import BlockQuantizer, SparseCodec, decode_float8, encode_float8
 from .compressors import BlockTopK
 from .linalg import chunks, room_bytes
 from .sparse_window import SparseWindow
+from .values import FLOAT8, code_scales, sparse_codes
 from .windows import DenseWindow, LowRankWindow, Weights, Window
 
 _INT8 = BlockQuantizer(8)
@@ -55,7 +56,7 @@ class LowBitDenseWindow(_Coded, DenseWindow):
         codes, scales = _INT8.shapes(m, layout.rows, layout.cols)
         return (
             Spec("window_rows", codes, torch.int8, rows=1, window=True, slot=0),
-            Spec("window_rows_scale", scales, dtype, rows=1, window=True, slot=0),
+            Spec("window_rows_scale", scales, dtype, rows=1, window=True, slot=0, values=code_scales(8)),
         )
 
     def stage(self, entry: Entry) -> None:
@@ -103,9 +104,9 @@ class LowBitLowRankWindow(_Coded, LowRankWindow):
         """Declare the window's state; `dtype`: of the scales."""
         codes, scales = _INT8.shapes(m, rank, layout.cols)
         return (
-            Spec("window_p", (m, rank, layout.rows), torch.uint8, rows=2, window=True, slot=0),
+            Spec("window_p", (m, rank, layout.rows), torch.uint8, rows=2, window=True, slot=0, values=FLOAT8),
             Spec("window_q", codes, torch.int8, window=True, slot=0),
-            Spec("window_q_scale", scales, dtype, window=True, slot=0),
+            Spec("window_q_scale", scales, dtype, window=True, slot=0, values=code_scales(8)),
         )
 
     def stage(self, entry: Entry) -> None:
@@ -155,10 +156,11 @@ class LowBitSparseWindow(_Coded, SparseWindow):
     @staticmethod
     def specs(layout: Layout, m: int, grid: BlockTopK, dtype: torch.dtype) -> tuple[Spec, ...]:
         """Declare the window's state; `dtype` has no meaning here."""
-        blocks = codec_of(grid).blocks
+        codec = codec_of(grid)
+        codes, scales = sparse_codes(grid.blocks, grid.cols, codec, layout.dtype)
         return (
-            Spec("window_entries", (layout.rows, m, grid.per_row), torch.int16, rows=0, window=True, slot=1),
-            Spec("window_scale", (layout.rows, m, blocks), torch.uint8, rows=0, window=True, slot=1),
+            Spec("window_entries", (layout.rows, m, grid.per_row), torch.int16, rows=0, window=True, slot=1, values=codes),
+            Spec("window_scale", (layout.rows, m, codec.blocks), torch.uint8, rows=0, window=True, slot=1, values=scales),
         )
 
     def stage(self, entry: Entry) -> None:

@@ -26,6 +26,7 @@ from .cells import ALL, Cell, Layout, Spec
 from .deferred import masked
 from .linalg import row_chunks, stacked
 from .moments import divisors, inverse_root, measured, square_sums
+from .values import POSITIVE
 
 # S^-1 as two factors: x (n, rows) and y (n, cols), in the dtype of the arithmetic.
 Scale = tuple[Tensor, Tensor]
@@ -49,12 +50,12 @@ def specs(layout: Layout, metric: str) -> tuple[Spec, ...]:
     """
     kind = kind_of(layout, metric)
     shape = (len(layout.parts),) if kind == "parts" and layout.parts is not None else ()
-    count, mean = Spec("metric_count", shape, torch.int64), Spec("metric_mean", shape, layout.dtype)
+    count, mean = Spec("metric_count", shape, torch.int64), Spec("metric_mean", shape, layout.dtype, values=POSITIVE)
     if kind == "factored":
-        rows = Spec("metric_rows", (layout.rows,), layout.dtype, rows=0)
-        return rows, Spec("metric_cols", (layout.cols,), layout.dtype), count
+        rows = Spec("metric_rows", (layout.rows,), layout.dtype, rows=0, values=POSITIVE)
+        return rows, Spec("metric_cols", (layout.cols,), layout.dtype, values=POSITIVE), count
     if kind == "diagonal":
-        return Spec("metric_values", (layout.rows, layout.cols), layout.dtype, rows=0), mean, count
+        return Spec("metric_values", (layout.rows, layout.cols), layout.dtype, rows=0, values=POSITIVE), mean, count
     return (mean, count) if kind in ("tensor", "parts") else ()
 
 

@@ -12,6 +12,7 @@ from .accumulated import Entry, SparseEntry
 from .cells import ALL, Buffers, Layout, Spec
 from .compressors import BlockTopK
 from .linalg import chunk_bytes, chunks, inner
+from .values import indices
 from .windows import Window
 
 
@@ -38,7 +39,7 @@ class SparseWindow(Window):
         """Declare the window's state."""
         shape = (layout.rows, m, grid.per_row)
         return (
-            Spec("window_indices", shape, torch.int16, rows=0, window=True, slot=1),
+            Spec("window_indices", shape, torch.int16, rows=0, window=True, slot=1, values=indices(grid.blocks, grid.cols)),
             Spec("window_values", shape, dtype, rows=0, window=True, slot=1),
         )
 

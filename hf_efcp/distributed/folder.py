@@ -1,42 +1,53 @@
-"""Sharded state in a folder, by torch.distributed.checkpoint: every process writes its rows; any number of processes reads them.
+"""Sharded state in a folder: every process writes its rows; any number of processes reads them. Nothing of it is a pickle.
+
+    rank_0.safetensors, rank_1.safetensors, ...   the numbers, a file for each process
+    index.json                                    of every tensor: shape, dtype, and its parts: file, place, start, checksum
 
 The entry `NUMBER.NAME` is the state tensor NAME of parameter NUMBER, with the shape that it has on one process. The folder is
-whole once `.metadata` is there: it is written last, when every process has written its file.
+whole once the index is there: it is written last, when every process has written its file. Folders of earlier versions, which
+torch.distributed.checkpoint wrote, are read too, see dcp_metadata.py.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
-import warnings
-from collections.abc import Mapping
+import io
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from ..core.checksums import checksum
+from .dcp_metadata import METADATA, CheckpointError, Entry, Stored, checked, read_metadata, tiled
 
 # Name of an entry -> shape and dtype.
 Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
-
-class CheckpointError(ValueError):
-    """A folder that is no whole checkpoint, or one of something else."""
+INDEX = "index.json"
+_FORMAT = 1
+# As the safetensors format calls dtypes.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+_ALIGNMENT = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """A state tensor, or the part of it that this process holds, in the form that torch.distributed.checkpoint asks for.
+    """A state tensor, or the part of it that this process holds.
 
     Attributes:
         tensor: what is held.
@@ -49,163 +60,271 @@ class Part:
     dim: int | None = None
     start: int = 0
 
-    def size(self) -> torch.Size:
-        """Shape of the whole."""
-        return torch.Size(self.shape)
-
-    def _chunk(self) -> ChunkStorageMetadata:
-        offsets = [self.start if d == self.dim else 0 for d in range(self.tensor.ndim)]
-        return ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=self.tensor.shape)
-
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        chunk, properties = self._chunk(), TensorProperties.create_from_tensor(self.tensor)
-        data = TensorWriteData(chunk=chunk, properties=properties, size=self.size())
-        return [WriteItem(index=MetadataIndex(name, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()]
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where the part begins, in each dimension."""
+        return tuple(self.start if d == self.dim else 0 for d in range(len(self.shape)))
 
 
-class _SavePlanner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].tensor
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """What a folder has.
+
+    Attributes:
+        folder: where it is.
+        entries: by name.
+    """
+
+    folder: Path
+    entries: Mapping[str, Entry]
 
 
-class _LoadPlanner(DefaultLoadPlanner):
-    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
-        # The default's would look for meta tensors in it, and take a dataclass apart.
-        self.state_dict = self.original_state_dict = state_dict
-        self.metadata, self.is_coordinator = metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].tensor
+# Writing --------------------------------------------------------------------------------------------------------------------
 
 
-def save(parts: dict[str, Part], folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Write the parts; to be called by every process of `group`."""
-    (folder / ".metadata").unlink(missing_ok=True)  # an older checkpoint of that name is no longer whole
-    planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp.save(parts, checkpoint_id=folder, planner=planner, process_group=group)
-
-
-def load(
-    parts: dict[str, Part], expected: Expected, folder: Path, group: dist.ProcessGroup | None, means: dict[str, Part]
-) -> None:
-    """Read into the parts' tensors; everything is checked before anything is changed.
-
-    Args:
-        parts: what this process holds.
-        expected: shape and dtype of every entry, those that other processes hold too.
-        folder: as `save` wrote it, on any number of processes.
-        group: the processes that load together; None: this one alone.
-        means: further parts, of entries that have several copies, in one more dimension before the others: filled with the mean.
+def save(parts: dict[str, Part], folder: Path, group: dist.ProcessGroup) -> None:
+    """Write the parts; to be called by every process of `group`.
 
     Raises:
-        CheckpointError: the folder or a file in it is missing or damaged, or entries do not fit.
+        OSError: on every process, where one cannot write.
     """
-    reader, problem = dcp.FileSystemReader(folder), None
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    held = _everybodys({name: (part.offsets, part.tensor.nbytes) for name, part in parts.items()}, group, size)
+    mine = {name: parts[name] for name in _writers(held)[rank]}
+    problem, written = None, {}
     try:
-        _check(reader, expected, folder)
-    except CheckpointError as error:
-        problem = str(error)
-    _raise_together(problem, group)
-    try:
-        planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        if group is None:
-            _read_alone(parts, reader, planner)
-        else:
-            dcp.load(parts, storage_reader=reader, planner=planner, process_group=group)
-        for name, part in means.items():
-            copies = torch.empty(expected[name][0][0], *part.tensor.shape, dtype=part.tensor.dtype)
-            dim = None if part.dim is None else part.dim + 1
-            _read_alone({name: Part(copies, expected[name][0], dim, part.start)}, reader, planner)
-            part.tensor.copy_(copies.mean(0, dtype=torch.promote_types(copies.dtype, torch.float32)))
-    except dcp.CheckpointException as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (INDEX, METADATA):  # an older checkpoint of that name is no longer whole
+            (folder / name).unlink(missing_ok=True)
+        written = _write(mine, folder / f"rank_{rank}.safetensors")
+    except OSError as error:
+        problem = f"rank {rank}: {error}"
+    found = _everybodys((problem, written), group, size)
+    for problem in (theirs for theirs, _ in found if theirs is not None):
+        raise OSError(f"{folder} cannot be written: {problem}")
+    if rank == 0:
+        entries: dict[str, Any] = {}
+        for _, theirs in found:
+            for name, (shape, dtype, stored) in theirs.items():
+                entries.setdefault(name, {"shape": shape, "dtype": dtype, "parts": []})["parts"].append(stored)
+        _replace(folder / INDEX, [json.dumps({"format": _FORMAT, "entries": entries}).encode()])
+    dist.barrier(group)
 
 
-def _read_alone(parts: dict[str, Part], reader: dcp.FileSystemReader, planner: _LoadPlanner) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
-        if torch.__version__ >= "2.7":  # compared as versions
-            dcp.load(parts, storage_reader=reader, planner=planner, no_dist=True)
-        else:  # in torch 2.6 only the older function, deprecated then, can leave other processes out
-            warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
-            dcp.load_state_dict(parts, reader, no_dist=True, planner=planner)
+def _everybodys(mine: Any, group: dist.ProcessGroup, size: int) -> list[Any]:
+    everybody: list[Any] = [None] * size
+    dist.all_gather_object(everybody, mine, group=group)
+    return everybody
 
 
-def _raise_together(problem: str | None, group: dist.ProcessGroup | None) -> None:
-    """Where one process does not see the files (a disk of its own), the others do not wait for it."""
-    if group is None:
-        problems = [problem]
+def _writers(held: list[dict[str, tuple[tuple[int, ...], int]]]) -> list[list[str]]:
+    """Say which process writes which of its parts: one of those that hold the same, with the fewest bytes so far."""
+    holders: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+    for rank, parts in enumerate(held):
+        for name, (offsets, size) in parts.items():
+            holders.setdefault((name, offsets), []).append(rank)
+            sizes[name, offsets] = size
+    bytes_of, names = [0] * len(held), [[] for _ in held]  # type: tuple[list[int], list[list[str]]]
+    for (name, offsets), ranks in sorted(holders.items(), key=lambda item: len(item[1])):
+        rank = min(ranks, key=bytes_of.__getitem__)
+        bytes_of[rank] += sizes[name, offsets]
+        names[rank].append(name)
+    return names
+
+
+def _write(parts: Mapping[str, Part], file: Path) -> dict[str, Any]:
+    """Write parts to a safetensors file; give (shape and dtype of the whole, what the index says of the part) by name."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, part in parts.items():
+        t, start = part.tensor, -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = start + t.nbytes
+        header[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    begin = 8 + len(text)
+    found: dict[str, Any] = {}
+
+    def data() -> Iterator[Any]:
+        yield len(text).to_bytes(8, "little") + text
+        end = 0
+        for name, part in parts.items():
+            start, stop = header[name]["data_offsets"]
+            t = part.tensor.detach().cpu().contiguous()
+            yield bytes(start - end)
+            yield _memory(t)
+            end = stop
+            place = {"file": file.name, "at": begin + start, "bytes": t.nbytes}
+            where = {"start": list(part.offsets), "shape": list(t.shape), "checksum": checksum(t)}
+            found[name] = list(part.shape), str(t.dtype).removeprefix("torch."), {**place, **where}
+
+    _replace(file, data())
+    return found
+
+
+def _replace(file: Path, data: Iterable[Any]) -> None:
+    """Write a file under another name, and give it its own when it is on the disk."""
+    other = file.with_name(f"{file.name}.tmp")
+    with open(other, "wb") as stream:
+        for part in data:
+            stream.write(part)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(other, file)
+
+
+def _memory(t: Tensor) -> Any:
+    """Give the memory of a contiguous tensor on the CPU."""
+    return (ctypes.c_ubyte * t.nbytes).from_address(t.data_ptr()) if t.nbytes else b""
+
+
+# Reading --------------------------------------------------------------------------------------------------------------------
+
+
+def opened(folder: Path) -> Index:
+    """Read what a folder has, of this version or of earlier ones.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or a file in it is missing or too short.
+    """
+    if (folder / INDEX).is_file():
+        entries = _read_index(folder)
+    elif (folder / METADATA).is_file():
+        entries = read_metadata(folder)
     else:
-        problems = [None] * dist.get_world_size(group)
-        dist.all_gather_object(problems, problem, group=group)
-    for rank, text in enumerate(problems):
-        if text is not None:
-            raise CheckpointError(text if text == problem else f"rank {rank}: {text}")
+        reason = f"it has no {INDEX}, nor {METADATA}: the save was interrupted" if folder.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{folder} is no whole checkpoint: {reason}")
+    return Index(folder, entries)
+
+
+def _read_index(folder: Path) -> dict[str, Entry]:
+    file, dtypes = folder / INDEX, {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
+    try:
+        index = json.loads(file.read_bytes())
+        version = index["format"]
+        if type(version) is int and version > _FORMAT:
+            raise CheckpointError(f"{file} has format {version}, this version of hf_efcp reads up to {_FORMAT}: upgrade")
+        entries = {
+            name: Entry(tuple(e["shape"]), dtypes[e["dtype"]], [_stored(part) for part in e["parts"]])
+            for name, e in index["entries"].items()
+        }
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+    return checked(entries, folder, file)
+
+
+def _stored(part: Mapping[str, Any]) -> Stored:
+    return Stored(part["file"], part["at"], part["bytes"], tuple(part["start"]), tuple(part["shape"]), part["checksum"])
+
+
+def check(index: Index, expected: Expected) -> None:
+    """Raise CheckpointError where a folder has other entries than are expected, of all processes."""
+    stored = index.entries
+    missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"{index.folder} does not fit this optimizer's parameters and options"
+            + (f"; missing: {', '.join(missing[:5])}" if missing else "")
+            + (f"; unexpected: {', '.join(extra[:5])}" if extra else "")
+        )
+    for name, (shape, dtype) in expected.items():
+        entry = stored[name]
+        if (entry.shape, entry.dtype) != (shape, dtype):
+            theirs = "no tensor" if entry.dtype is None else f"{entry.shape} {entry.dtype}"
+            raise CheckpointError(f"{index.folder}: {name} is {theirs} there, {shape} {dtype} here")
+        if not tiled(entry):
+            raise CheckpointError(f"{index.folder} is damaged: {name} is not there as a whole, or twice")
+
+
+def read(index: Index, name: str, part: Part) -> Tensor:
+    """Read what a process holds of an entry; give it, on the CPU.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    return _read(index, name, part.dim, part.start, tuple(part.tensor.shape))
+
+
+def read_mean(index: Index, name: str, part: Part) -> Tensor:
+    """Read an entry that has several copies, in one more dimension before the others; give their mean, as `read`."""
+    shape = (index.entries[name].shape[0], *part.tensor.shape)
+    copies = _read(index, name, None if part.dim is None else part.dim + 1, part.start, shape)
+    return copies.mean(0, dtype=torch.promote_types(copies.dtype, torch.float32)).to(copies.dtype)
+
+
+def _read(index: Index, name: str, dim: int | None, start: int, shape: tuple[int, ...]) -> Tensor:
+    """Put a run of a tensor together from the parts that the files have; each is read and checked as a whole."""
+    entry = index.entries[name]
+    assert entry.dtype is not None
+    if len(entry.parts) == 1 and entry.parts[0].shape == shape:
+        return _part(index, name, entry.dtype, entry.parts[0])
+    whole = torch.empty(shape, dtype=entry.dtype)
+    for stored in entry.parts:
+        t, target = None, whole
+        for d in range(len(shape)):
+            first = start if d == dim else 0
+            begin, end = max(first, stored.start[d]), min(first + shape[d], stored.start[d] + stored.shape[d])
+            if begin >= end:
+                break
+            t = _part(index, name, entry.dtype, stored) if t is None else t
+            target, t = target.narrow(d, begin - first, end - begin), t.narrow(d, begin - stored.start[d], end - begin)
+        else:
+            target.copy_(_part(index, name, entry.dtype, stored) if t is None else t)
+    return whole
+
+
+def _part(index: Index, name: str, dtype: torch.dtype, stored: Stored) -> Tensor:
+    """Read a part of a tensor, as a file has it."""
+    file = index.folder / stored.file
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(stored.at)
+            t = _pickled(stream, stored) if stored.checksum is None else _plain(stream, dtype, stored)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    if t is None or (tuple(t.shape), t.dtype) != (stored.shape, dtype) or t.layout != torch.strided or t.device.type != "cpu":
+        raise CheckpointError(f"{file} is damaged: {name} in it cannot be read")
+    if stored.checksum is not None and checksum(t) != stored.checksum:
+        raise CheckpointError(f"{file} is damaged: the checksum of {name} is not the one that was saved")
+    return t
+
+
+def _plain(stream: BinaryIO, dtype: torch.dtype, stored: Stored) -> Tensor | None:
+    t = torch.empty(stored.shape, dtype=dtype)
+    return t if not t.nbytes or stream.readinto(_memory(t)) == t.nbytes else None  # type: ignore[attr-defined]
+
+
+def _pickled(stream: BinaryIO, stored: Stored) -> Tensor | None:
+    """Read what torch.save has written; weights_only makes nothing but tensors and plain values."""
+    try:
+        t = torch.load(io.BytesIO(stream.read(stored.bytes)), map_location="cpu", weights_only=True)
+    except Exception:  # whatever reading a damaged file ends in
+        return None
+    return t.contiguous() if type(t) is Tensor and t.layout == torch.strided and not t.is_quantized else None
+
+
+# What others ask ------------------------------------------------------------------------------------------------------------
 
 
 def entries(folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Last part of the name, shape and dtype of every tensor in a folder that torch.distributed.checkpoint has written.
+    """Last part of the name, shape and dtype of every tensor in a folder.
 
     Raises:
-        CheckpointError: as of `load`.
+        CheckpointError: as of `opened`.
     """
-    stored = _metadata(dcp.FileSystemReader(folder), folder).state_dict_metadata
-    tensors = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-    return [(name.rpartition(".")[2], tuple(entry.size), entry.properties.dtype) for name, entry in tensors.items()]
+    stored = opened(folder).entries.items()
+    return [(name.rpartition(".")[2], e.shape, e.dtype) for name, e in stored if e.dtype is not None]
 
 
 def names(folder: Path) -> set[str]:
     """Names of the parameters with state in a folder that torch.distributed.checkpoint has written of {"optimizer": ...}.
 
     Raises:
-        CheckpointError: as of `load`.
+        CheckpointError: as of `opened`.
     """
-    stored = _metadata(dcp.FileSystemReader(folder), folder).state_dict_metadata
     prefix = "optimizer.state."
+    stored: Collection[str] = opened(folder).entries
     return {name.removeprefix(prefix).rpartition(".")[0] for name in stored if name.startswith(prefix)}
-
-
-def _check(reader: dcp.FileSystemReader, expected: Expected, folder: Path) -> None:
-    metadata = _metadata(reader, folder)
-    _check_entries(metadata.state_dict_metadata, expected, folder)
-    _check_files(metadata.storage_data, folder)
-
-
-def _metadata(reader: dcp.FileSystemReader, folder: Path) -> Metadata:
-    if not (folder / ".metadata").is_file():
-        reason = "it has no .metadata: the save was interrupted" if folder.is_dir() else "there is no such folder"
-        raise CheckpointError(f"{folder} is no whole checkpoint: {reason}")
-    try:
-        return reader.read_metadata()
-    except Exception as error:  # whatever unpickling a damaged file ends in
-        raise CheckpointError(f"{folder / '.metadata'} is damaged: {error}") from None
-
-
-def _check_entries(stored: Mapping[str, object], expected: Expected, folder: Path) -> None:
-    missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
-    if missing or extra:
-        raise CheckpointError(
-            f"{folder} does not fit this optimizer's parameters and options"
-            + (f"; missing: {', '.join(missing[:5])}" if missing else "")
-            + (f"; unexpected: {', '.join(extra[:5])}" if extra else "")
-        )
-    for name, (shape, dtype) in expected.items():
-        entry = stored[name]
-        fits = isinstance(entry, TensorStorageMetadata) and (tuple(entry.size), entry.properties.dtype) == (shape, dtype)
-        if not fits:
-            theirs = f"{tuple(entry.size)} {entry.properties.dtype}" if isinstance(entry, TensorStorageMetadata) else "no tensor"
-            raise CheckpointError(f"{folder}: {name} is {theirs} there, {shape} {dtype} here")
-
-
-def _check_files(storage: Mapping[Any, Any], folder: Path) -> None:
-    """Every file has to be there, and as long as what it holds."""
-    length: dict[str, int] = {}
-    for place in storage.values():
-        length[place.relative_path] = max(length.get(place.relative_path, 0), place.offset + place.length)
-    for name, least in length.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size < least:
-            raise CheckpointError(f"{file} is {'damaged: it ends too early' if file.is_file() else 'missing'}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.accumulated import Accumulated
 from ..core.cells import Layout, Spec, matrix_specs
+from ..core.values import POSITIVE
 from ..options import fraction, option, positive
 from .tensorwise import Rule, TensorStack
 
@@ -25,7 +26,7 @@ class AdamWOptions:
 
 def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
     """Declare both moments."""
-    return (*matrix_specs("exp_avg", layout, None), *matrix_specs("exp_avg_sq", layout, None))
+    return (*matrix_specs("exp_avg", layout, None), *matrix_specs("exp_avg_sq", layout, None, values=POSITIVE))
 
 
 def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> Tensor:

@@ -29,7 +29,7 @@ _log = logging.getLogger("hf_efcp")
 MADE_WITH: tuple[str, ...] = ("window_size", "rank", "max_rank_fraction", "density", "block_size", "scope")
 MADE_WITH += ("residual", "metric", "window_dtype", "error_dtype", "window_format", "error_format")
 # Options of where and how a run starts, which say nothing of its state: a checkpoint is not asked for them.
-OF_THE_START = ("preset", "shard", "memory_budget")
+OF_THE_START = ("preset", "shard", "memory_budget", "verify")
 # DDP's hook is registered before a checkpoint is loaded: what it does is this run's, given or not.
 _ALWAYS_THIS_RUNS = ("comm",)
 

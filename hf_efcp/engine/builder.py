@@ -25,18 +25,16 @@ from .entries import Kinds, State, Watch, adopt, fill, foreign, keep_count, keep
 from .factor_sync import FactorSync
 from .footprint import check_room, estimated
 from .graph import StepGraph
-from .method import Group, Method
-from .parameters import agree, counted, refuse_parameter, refuse_without_numbers
+from .method import Group, Method, entry_names, of_all
+from .parameters import agree, counted, refuse_in_step
 from .setup import Setup
-from .stacks import batches_of
+from .stacks import batches_of, key_of, treatments_of, unfilled
 from .torn import Torn
 
 # Index of a group, and those of its parameters that have state.
 Trained = list[tuple[int, list[Tensor]]]
 # See Builder.copied.
 Copied = tuple[dict[Tensor, Owners], int, dict[Tensor, tuple[str, ...]] | None]
-# Of a matrix and of a vector.
-_EXAMPLES = Layout(64, 64, torch.float32), Layout(1, 64, torch.float32, vector=True)
 
 
 class Builder:
@@ -93,15 +91,22 @@ class Builder:
         if stepping:
             self.torn.refuse()
         trained = self.trained(groups, state)
-        treatments = _treatments(groups)
-        key = [(i, treatments[i], id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
+        key = key_of(groups, trained)
         if self.setup is None or key != self.setup.key:
-            self.setup = self._build(groups, trained, key, state)
+            self.setup = self._build(groups, trained, key, state, state)
         else:
             self._take(self.setup, state)
         if stepping and self.setup is not self._remarked:
             self._remark(self.setup)
         return self.setup
+
+    @torch.no_grad()
+    def fresh(self, groups: Sequence[Group], state: State) -> tuple[Setup, State]:
+        """Build a setup and a state beside the present ones, for what a checkpoint has. Stacks have any numbers."""
+        new: State = {}
+        trained = self.trained(groups, state)
+        with unfilled():
+            return self._build(groups, trained, key_of(groups, trained), state, new), new
 
     @torch.no_grad()
     def settle(self, state: State) -> None:
@@ -161,7 +166,7 @@ class Builder:
     @property
     def kinds(self) -> Kinds:
         """All names that the method's entries may have."""
-        return Kinds(_names(self.method, self.options).union(*(() if self.setup is None else self.setup.specs.values())))
+        return Kinds(entry_names(self.method, self.options).union(*(() if self.setup is None else self.setup.specs.values())))
 
     def trained(self, groups: Sequence[Group], state: State) -> Trained:
         """Give the index of each group and its parameters with state, in the order in which parameters are numbered.
@@ -211,7 +216,7 @@ class Builder:
         params = [p for _, params in self.trained(groups, state) for p in params]
         if asked.budgeted and not asked.chosen:
             fixed = _not_budgeted(self.sync, params, fsdp)
-            options, _ = asked.choice(options, self._bytes_with(groups, state, processes, fsdp), fixed)
+            options, _ = asked.choice(options, _bytes_with(self, groups, state, processes, fsdp), fixed)
         specs = self.specs(groups, state, options, processes)
         if fsdp:
             if self.sync.wanted:
@@ -225,12 +230,12 @@ class Builder:
             raise asked.too_large(sum(kinds.values()), options)
         return kinds
 
-    def _build(self, groups: Sequence[Group], trained: Trained, key: list[Any], state: State) -> Setup:
-        """Build the setup, with what the current state knows of the parameters; parameters keep their owners."""
+    def _build(self, groups: Sequence[Group], trained: Trained, key: list[Any], state: State, into: State) -> Setup:
+        """Build the setup, with what `into`, the state or a new one, knows of the parameters; parameters keep their owners."""
         params, old = [p for _, params in trained for p in params], self.setup
         for p in params:
-            self._check_parameter(p)
-        placement = self._find_placement(params)
+            refuse_in_step(p, self.name, self.takes_tensors or self.pieces is not None)
+        placement = self.placement(params)
         self.sync.check(params, placement, self.options)
         known, shards = self.copied[:2] if old is None else (old.owners if old.placement.shards > 1 else {}, old.placement.shards)
         if known and not placement.follows and placement.shards != shards:
@@ -240,17 +245,15 @@ class Builder:
             )
         if placement.apart or placement.follows:
             agree(self.name, self.options, placement, trained)
-        bytes_with = self._bytes_with(groups, state, placement.shards, placement.follows)
-        fixed = _not_budgeted(self.sync, params, placement.follows)
-        self.options = self.asked.keep(
-            self.options, bytes_with, placement, fixed, any(own(entry, self.ours(p)) for p, entry in state.items())
-        )
+        bytes_with = _bytes_with(self, groups, state, placement.shards, placement.follows)
+        fixed, known_to = _not_budgeted(self.sync, params, placement.follows), any(own(e, self.ours(p)) for p, e in into.items())
+        self.options = self.asked.keep(self.options, bytes_with, placement, fixed, known_to)
         specs = self.specs(groups, state, self.options)
         _named(self.options, lambda: placement.check(specs))
         owners, numbers = placement.owners(specs, known), {p: i for i, p in enumerate(params)}
         check_room(specs, owners, placement.rank, self.options)
         method, options, sync = self.method, self.options, self.sync  # not self, which would be a cycle
-        device, treatments = params[0].device if params else torch.device("cpu"), _treatments(groups)
+        device, treatments = params[0].device if params else torch.device("cpu"), treatments_of(groups)
 
         def make() -> tuple[list[Any], list[Any], Any]:
             stacks = [
@@ -260,22 +263,14 @@ class Builder:
             return stacks, sync.stacks(trained, treatments, specs, options), method.make_counters(len(params), options, device)
 
         setup = Setup(key, params, placement, owners, specs, make)
-        self._adopt(setup, state, built=True)
-        if old is not None:
+        self._adopt(setup, into, built=True)
+        if old is not None and into is state:
             setup.started = old.started
             setup.last = old.last if getattr(self.options, "scope", "model") == "model" else None  # else numbered by tensor
         return setup
 
-    def _check_parameter(self, p: Tensor) -> None:
-        refuse_without_numbers(p, self.name)
-        refuse_parameter(p, self.name)
-        if self.pieces is None and not self.takes_tensors and type(p) is Tensor:
-            raise OptionError(
-                f"{self.name} was given parameters, and finds a plain tensor {tuple(p.shape)} in their place, as "
-                "DeepSpeed does: prepare it by Accelerate or Trainer, without ZeRO in full precision; or use DDP"
-            )
-
-    def _find_placement(self, params: list[Tensor]) -> Placement:
+    def placement(self, params: Sequence[Tensor]) -> Placement:
+        """Say which processes train these parameters together."""
         if any(map(is_sharded, params)):
             if self.process_group is not None:
                 raise OptionError(
@@ -289,11 +284,12 @@ class Builder:
             return DDPShards(self.process_group)
         return self.sync.replicas or Alone()
 
-    def _bytes_with(self, groups: Sequence[Group], state: State, shards: int, follows: bool) -> Callable[[Any], int]:
-        def bytes_with(options: Any) -> int:
-            return sum(estimated(self.specs(groups, state, options, shards), shards, follows).values())
 
-        return bytes_with
+def _bytes_with(builder: Builder, groups: Sequence[Group], state: State, shards: int, follows: bool) -> Callable[[Any], int]:
+    def bytes_with(options: Any) -> int:
+        return sum(estimated(builder.specs(groups, state, options, shards), shards, follows).values())
+
+    return bytes_with
 
 
 def check_budget(builder: Builder, groups: Sequence[Group], state: State) -> None:
@@ -312,27 +308,9 @@ def check_budget(builder: Builder, groups: Sequence[Group], state: State) -> Non
     raise errors[0]
 
 
-def of_all(method: Method, options: Any) -> set[str]:
-    """Give the names of the entries that the first parameter holds for all of them."""
-    first, second = ({spec.name for spec in method.shared_specs(i, options)} for i in (0, 1))
-    return first - second
-
-
-def _names(method: Method, options: Any) -> set[str]:
-    """Give the names of a method's entries under its options."""
-    specs = [method.shared_specs(number, options) for number in (0, 1)]
-    specs += [method.specs(layout, {}, options, None) for layout in _EXAMPLES]
-    return {spec.name for some in specs for spec in some}
-
-
 def _not_budgeted(sync: FactorSync, params: Iterable[Tensor], follows: bool) -> list[str]:
     """Name what is not left to the budget: no codes for factors' errors, nor where FSDP2 cuts vectors inside a run."""
     return ["window_format", "error_format"] if sync.wanted or (follows and any(p.ndim == 1 for p in params)) else []
-
-
-def _treatments(groups: Sequence[Group]) -> list[tuple[Any, Any]]:
-    """Give what decides in each group on how its tensors are compressed."""
-    return [(group.get("compress"), group.get("kind")) for group in groups]
 
 
 def _release(builder: weakref.ref[Builder], setup: weakref.ref[Setup]) -> None:

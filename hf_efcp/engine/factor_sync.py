@@ -102,12 +102,13 @@ class FactorSync:
     Attributes:
         replicas: the processes of the DDP whose hook is ours; None: there is no hook.
         wanted: whether comm="factors" is asked for.
+        places: parameter -> its stack of factors and position there.
     """
 
     def __init__(self, options: Any):
         self.wanted = getattr(options, "comm", "gradients") == "factors"
         self.replicas: Replicas | None = None
-        self._places: dict[Tensor, tuple[FactorStack, int]] = {}
+        self.places: dict[Tensor, tuple[FactorStack, int]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def register(self, model: DistributedDataParallel, hook: Any, params: Sequence[Tensor], fresh: bool) -> None:
@@ -143,7 +144,7 @@ class FactorSync:
 
     def check(self, params: Sequence[Tensor], placement: Placement, options: Any) -> None:
         """Raise OptionError where factors are asked for and cannot be made: no hook, or sharded parameters."""
-        self._places = {}  # of the stacks that are about to be built
+        self.places = {}  # of the stacks that are about to be built
         if not self.wanted:
             return
         if any(map(is_sharded, params)):
@@ -165,7 +166,7 @@ class FactorSync:
 
     def release(self) -> None:
         """Let go of the stacks of factors."""
-        self._places.clear()
+        self.places.clear()
 
     def held(self, specs: Sequence[Spec], processes: int = 1) -> tuple[Spec, ...]:
         """Say of a parameter's state who holds it: with factors, errors, warm starts and metrics are on every process."""
@@ -182,7 +183,7 @@ class FactorSync:
         """Give the format of the windows' stacks, without what is in stacks of all compressed matrices."""
         if self.replicas is None or not isinstance(format, LowRankFormat):
             return format
-        return ReadyFormat(format.layout, format.options, self._places)
+        return ReadyFormat(format.layout, format.options, self.places)
 
     def stacks(
         self,
@@ -201,7 +202,7 @@ class FactorSync:
                     key = treatments[index], matrix_shape(p), p.dtype, p.device
                     alike.setdefault(key, []).append(Piece(p, numbers[p], group=index))
         stacks = [FactorStack(batch, specs[batch[0].param], options) for members in alike.values() for batch in batches(members)]
-        self._places |= places_of(stacks)
+        self.places |= places_of(stacks)
         return stacks
 
     def reduce(self, bucket: Any, setup: Setup, groups: Sequence[Mapping[str, Any]], options: Any) -> Any:
@@ -222,8 +223,8 @@ class FactorSync:
         members: dict[FactorStack, dict[int, Tensor]] = {}
         plain: list[Tensor] = []
         for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            if p in self._places:
-                s, i = self._places[p]
+            if p in self.places:
+                s, i = self.places[p]
                 members.setdefault(s, {})[i] = g
             else:
                 plain.append(g)

@@ -1,4 +1,4 @@
-"""load_state_dict: everything is checked before anything is changed."""
+"""load_state_dict: a checkpoint is read into fresh state and checked; then that becomes the state, or nothing changes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ import torch
 from torch import Tensor
 
 from ..core.cells import Spec
+from ..distributed.placement import Specs
 from ..options import GroupOptions, OptionError, build
 from .asked import say
-from .builder import Builder, of_all
+from .builder import Builder
 from .entries import State, keep_only, own
 from .matching import check_numbers, give_to_first, labels, matched
+from .method import of_all
 from .parameters import ORDER, levels_to_caller
-from .saving import SHARD_FOLDER, Saving, check_container, check_keys, check_origin
+from .saving import SHARD_FOLDER, Saving, check, check_origin, expected
+from .setup import RATE, Setup
 from .traces import Known, entries_of
+from .validate import agreed, check_container, check_keys, check_strangers
 
 # Where torch.distributed.checkpoint has mixed the state that it loads with the one that was there.
 _BEFORE = "call choose_as with what was saved before torch.distributed.checkpoint loads it, or "
@@ -46,12 +50,12 @@ def load(
         OptionError: not a checkpoint, or one of another optimizer, of other options or of other parameters. Nothing has changed.
     """
     check_container(state_dict)
-    before = builder.options, builder.asked.chosen, builder.setup, builder.copied
+    before = builder.options, builder.asked.chosen, builder.setup, builder.copied, builder.thawed, builder.sync.places
     held = {key: dict(entry) if isinstance(entry, Mapping) else entry for key, entry in state.items()}
     try:
         return _load(state_dict, builder, groups, state, folder, own_stub)
-    except OptionError:
-        builder.options, builder.asked.chosen, builder.setup, builder.copied = before
+    except BaseException:  # Ctrl-C too
+        builder.options, builder.asked.chosen, builder.setup, builder.copied, builder.thawed, builder.sync.places = before
         state.clear()
         state.update(held)
         raise
@@ -111,8 +115,8 @@ def _load(
     own_stub: Any,
 ) -> bool:
     section, saved, saved_groups = state_dict.get("efcp"), state_dict["state"], state_dict["param_groups"]
-    expected = {spec.name for i in (0, 1) for spec in builder.method.shared_specs(i, builder.options)} | {"error"}
-    check_origin(section, saved, builder.name, expected - {"step"})
+    known = {spec.name for i in (0, 1) for spec in builder.method.shared_specs(i, builder.options)} | {"error"}
+    check_origin(section, saved, builder.name, known - {"step"})
     line = None
     if section is None:
         line = take_told(builder, groups, state, list(entries_of(saved)))
@@ -121,10 +125,10 @@ def _load(
     ):  # else no step was taken, and a budget may not have chosen
         line = take_named(builder, state, section["options"])
     taken = matched(saved_groups, groups)
-    values = _group_values(taken)
+    check_strangers(saved, saved_groups, builder.kinds)
+    settings = [_settings(*pair) for pair in zip(groups, taken, _group_values(taken), strict=True)]
     params = [p for g in groups for p in g["params"]]
-    index = [i for g in taken for i in g["params"]]
-    positions = dict(zip(index, params, strict=True))
+    positions = dict(zip([i for g in taken for i in g["params"]], params, strict=True))
     not_ours = {positions.get(key): names for key, names in (section or {}).get("not_ours", {}).items()}
     entries, others = _divided({positions.get(key, key): entry for key, entry in saved.items()}, set(params), builder, not_ours)
     stub = (section or {}).get("sharded")
@@ -132,41 +136,54 @@ def _load(
         with_window = section["options"].get("save_window", True)
     else:  # torch.distributed.checkpoint keeps state and groups only
         with_window = any("step" in entry for entry in entries.values() if isinstance(entry, Mapping))
-    used = False
-    if stub is not None:
-        if folder is None:
-            # As `Accelerator.prepare` does: out and in again. With a folder every process has to read it: of a stub in a file
-            # the first process alone could say that it is its own.
-            if own_stub is None or stub != own_stub:
-                raise OptionError(
-                    "this state_dict is the stub of a sharded optimizer; its tensors are in a folder beside it "
-                    f"({SHARD_FOLDER} in a checkpoint): set shard_folder to it before load_state_dict"
-                )
-        else:
-            check_numbers(saved_groups, (section or {}).get("numbered", range(len(taken))), taken, groups)
-            trained = [p for i, p in zip(index, params, strict=True) if i in stub.get("trained", [])]
-            _thaw(trained, builder, state)
-            saving = Saving(builder.prepare(groups, state), state)
-            saving.load_folder(Path(folder), with_window, stub.get("errors", 0))
-            _warn_without_window(saving, with_window, builder.name)
-            used = True
-    elif entries:
-        _load_entries(builder, groups, state, params, entries, with_window, section is not None)
-        used = True
-    else:  # a fresh optimizer's
+    target = _Target(builder, groups, state, dict(zip(params, labels(groups), strict=True)), with_window)
+    loaded = None
+    if stub is None and entries:
+        sums = {positions.get(key): known for key, known in (section or {}).get("checksums", {}).items()}
+        loaded = _load_entries(target, entries, sums, section is not None)
+    elif stub is not None and folder is not None:
+        check_numbers(saved_groups, (section or {}).get("numbered", range(len(taken))), taken, groups)
+        trained = [p for i, p in positions.items() if i in stub.get("trained", [])]
+        loaded = _load_folder(target, Path(folder), trained, stub.get("errors", 0))
+    elif stub is not None and (own_stub is None or stub != own_stub):
+        # Its own is what `Accelerator.prepare` gives: out and in again. With a folder every process has to read it: of a stub in
+        # a file the first process alone could say that it is its own.
+        raise OptionError(
+            "this state_dict is the stub of a sharded optimizer; its tensors are in a folder beside it "
+            f"({SHARD_FOLDER} in a checkpoint): set shard_folder to it before load_state_dict"
+        )
+    # Nothing fails from here on.
+    if loaded is not None:
+        _replace(builder, state, *loaded)
+    elif stub is None:  # a fresh optimizer's
         state.clear()
         builder.forget()
-    keep_only(own, state, builder.ours)
+    else:
+        keep_only(own, state, builder.ours)
     for key, entry in others.items():
         state[key] = {**state.get(key, {}), **entry} if isinstance(key, Tensor) else entry
     if builder.setup is not None:
         builder.setup.last = None
         builder.setup.listen_anew()
-    for group, saved_group, checked in zip(groups, taken, values, strict=True):
-        kept = {k: group[k] for k in ("params", "param_names", ORDER) if k in group}
-        group |= {**copy.deepcopy({k: v for k, v in saved_group.items() if k not in kept}), **dataclasses.asdict(checked)}
+    for group, values in zip(groups, settings, strict=True):
+        group |= values
     say(line or "")
-    return used
+    return loaded is not None
+
+
+def _replace(builder: Builder, state: State, setup: Setup, loaded: State) -> None:
+    """Let a setup and its state take the place of the present ones."""
+    if builder.setup is not None:
+        builder.setup.watch = None  # its entries go, and that is all right
+    builder.setup, builder.thawed = setup, set()
+    state.clear()
+    state.update(loaded)
+
+
+def _settings(group: Mapping[str, Any], saved: Mapping[str, Any], checked: GroupOptions) -> dict[str, Any]:
+    """Give what a group gets from a checkpoint's; the parameters and how their state is made stay this optimizer's."""
+    kept = {"params", "compress", "kind", RATE} | ({"param_names", ORDER} & group.keys())
+    return {**copy.deepcopy({k: v for k, v in saved.items() if k not in kept}), **dataclasses.asdict(checked)}
 
 
 def _group_values(saved_groups: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -176,38 +193,84 @@ def _group_values(saved_groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [build(GroupOptions, {k: g[k] for k in ("lr", "weight_decay")}, "a group of the checkpoint") for g in saved_groups]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """Where a checkpoint goes.
+
+    Attributes:
+        builder, groups, state: of the optimizer.
+        labels: what to call the parameters.
+        with_window: whether the checkpoint has the window.
+    """
+
+    builder: Builder
+    groups: Sequence[dict[str, Any]]
+    state: State
+    labels: Mapping[Tensor, str]
+    with_window: bool
+
+    def specs(self) -> Mapping[Tensor, Specs]:
+        """Declare the state that is expected."""
+        return self.builder.specs(self.groups, self.state, self.builder.options)
+
+    def fresh(self) -> tuple[Setup, State]:
+        """Build what the checkpoint is read into."""
+        return self.builder.fresh(self.groups, self.state)
+
+    def finish(self, saving: Saving) -> None:
+        """Look at what was read as a whole."""
+        builder = self.builder
+        if problem := builder.method.problem(saving.setup, builder.options):
+            raise OptionError(problem)
+        if not self.with_window:
+            saving.start_without_window()
+            warnings.warn(
+                f"{builder.name}: the checkpoint was saved without its window (save_window=False): error feedback is "
+                "restored, the window starts empty",
+                stacklevel=levels_to_caller(),
+            )
+
+
 def _load_entries(
-    builder: Builder,
-    groups: Sequence[dict[str, Any]],
-    state: State,
-    params: Sequence[Tensor],
-    entries: dict[Tensor, Any],
-    with_window: bool,
-    named: bool,
-) -> None:
+    target: _Target, entries: dict[Tensor, Any], sums: Mapping[Any, Mapping[str, Any]], named: bool
+) -> tuple[Setup, State]:
+    builder, params = target.builder, [(label, p) for p, label in target.labels.items()]
     try:
-        _thaw(entries, builder, state)
-        saving = Saving(builder.prepare(groups, state), state)
-        give_to_first(entries, saving.setup.params, of_all(builder.method, builder.options))
-        saving.check(list(zip(labels(groups), params, strict=True)), entries, with_window)
-        saving.load(entries)
+        _thaw(entries, builder, target.state)
+        specs = target.specs()
+        give_to_first(entries, [*specs], of_all(builder.method, builder.options))
+        if not builder.asked.budgeted or builder.asked.chosen:  # else options are not known yet
+            check(params, specs, entries, target.with_window)
+        setup, state = target.fresh()
+        check(params, setup.specs, entries, target.with_window)
+        saving = Saving(setup, state)
+        saving.load(entries, sums, target.labels)
     except OptionError as error:
         if named or not builder.asked.budgeted:
             raise
         remedy = builder.asked.misfit(entries_of(dict(enumerate(entries.values()))), _BEFORE)
         raise OptionError(f"{error}: {remedy}") from None
-    _warn_without_window(saving, with_window, builder.name)
+    target.finish(saving)
+    return setup, state
 
 
-def _warn_without_window(saving: Saving, with_window: bool, name: str) -> None:
-    if with_window:
-        return
-    saving.start_without_window()
-    warnings.warn(
-        f"{name}: the checkpoint was saved without its window (save_window=False): error feedback is "
-        "restored, the window starts empty",
-        stacklevel=levels_to_caller(),
-    )
+def _load_folder(target: _Target, folder: Path, trained: Iterable[Tensor], errors: int) -> tuple[Setup, State]:
+    from ..distributed import folder as folders  # takes most of a second
+
+    _thaw(trained, target.builder, target.state)
+    placement, problem, index = target.builder.placement([*target.labels]), None, None
+    try:
+        index = folders.opened(folder)
+        folders.check(index, expected(target.specs(), target.with_window, errors))
+    except folders.CheckpointError as error:
+        problem = str(error)
+    agreed(placement, problem)
+    assert index is not None
+    setup, state = target.fresh()
+    saving = Saving(setup, state)
+    saving.load_folder(index, target.with_window, errors, target.labels)
+    target.finish(saving)
+    return setup, state
 
 
 def _thaw(trained: Iterable[Tensor], builder: Builder, state: State) -> None:
@@ -247,6 +310,8 @@ def _divided(
 def _on(value: Any, device: torch.device) -> Any:
     """Put the tensors of a wrapper's entry on a device, as torch does; their dtypes stay."""
     if isinstance(value, Tensor):
+        if value.is_meta:
+            raise OptionError("checkpoint has a meta tensor, without numbers, among what is not this optimizer's")
         return value.to(device)
     if type(value) is dict:
         return {key: _on(part, device) for key, part in value.items()}

@@ -116,6 +116,9 @@ def check_numbers(saved: Sequence[Group], order: Iterable[int], taken: Sequence[
         taken: the same groups in the order of the optimizer's, see `matched`.
         groups: the optimizer's.
     """
+    order = list(order)
+    if sorted(order) != list(range(len(saved))):
+        raise OptionError(f"checkpoint is damaged: numbered has to be the numbers of its {len(saved)} groups in some order")
     there = [key for i in order for key in saved[i]["params"]]
     here = [key for i in counted(groups) for key in taken[i]["params"]]
     if there != here:

@@ -14,6 +14,8 @@ from .factor_sync import FactorSync
 from .setup import Setup
 from .stacks import Piece
 
+# Of a matrix and of a vector.
+_EXAMPLES = Layout(64, 64, torch.float32), Layout(1, 64, torch.float32, vector=True)
 # A parameter group, as torch.optim has it.
 Group = Mapping[str, Any]
 
@@ -63,6 +65,13 @@ class Method(Protocol):
         """Make what is computed from the state fit it, after others have written to it."""
         ...
 
+    def problem(self, setup: Setup, options: Any) -> str | None:
+        """Say what is wrong with a state that was read, whose entries are each as they may be; None: nothing.
+
+        It is called on all processes that hold the state.
+        """
+        ...
+
     def remarks(self, setup: Setup, options: Any, given: Container[str]) -> list[str]:
         """Say what the method has chosen by shapes and devices, in lines for the log; `given`: options that the user gave."""
         ...
@@ -74,3 +83,16 @@ class Method(Protocol):
     def costs(self, setup: Setup, options: Any) -> dict[str, Count]:
         """Count what a step must do, by phase."""
         ...
+
+
+def of_all(method: Method, options: Any) -> set[str]:
+    """Give the names of the entries that the first parameter holds for all of them."""
+    first, second = ({spec.name for spec in method.shared_specs(i, options)} for i in (0, 1))
+    return first - second
+
+
+def entry_names(method: Method, options: Any) -> set[str]:
+    """Give the names of a method's entries under its options."""
+    specs = [method.shared_specs(number, options) for number in (0, 1)]
+    specs += [method.specs(layout, {}, options, None) for layout in _EXAMPLES]
+    return {spec.name for some in specs for spec in some}

@@ -135,6 +135,10 @@ class WindowOptions(StateOptions):
         check=positive,
         parse=parse_bytes,
     )
+    verify: bool = option(
+        False,
+        "form the Gram matrix of a checkpoint anew from its window, and compare it, also where that takes more than a second",
+    )
     save_window: bool = option(
         True, "false: checkpoints leave the window out, which is most of them; a resumed run starts with an empty window"
     )

@@ -114,6 +114,17 @@ def refuse_without_numbers(p: Tensor, name: str) -> None:
         )
 
 
+def refuse_in_step(p: Tensor, name: str, tensors: bool) -> None:
+    """Raise OptionError for a parameter that cannot take a step; `tensors`: whether plain tensors can."""
+    refuse_without_numbers(p, name)
+    refuse_parameter(p, name)
+    if not tensors and type(p) is Tensor:
+        raise OptionError(
+            f"{name} was given parameters, and finds a plain tensor {tuple(p.shape)} in their place, as "
+            "DeepSpeed does: prepare it by Accelerate or Trainer, without ZeRO in full precision; or use DDP"
+        )
+
+
 def agree(name: str, options: Any, placement: Placement, trained: Iterable[tuple[int, Sequence[Tensor]]]) -> None:
     """Raise OptionError on every process where one has another class, other options or other parameters.
 

@@ -12,19 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from ..core.cells import Spec
 from ..distributed.placement import Specs
 from ..options import OptionError
 from .entries import State as OptimizerState
 from .entries import foreign, keep_only
 from .matching import take_order_out
 from .setup import Setup
+from .validate import Reading, agreed, check_entries, check_keys, checksums_of
 
 if TYPE_CHECKING:
-    from ..distributed.folder import Part
+    from ..distributed.folder import Expected, Index, Part
     from .builder import Builder
     from .method import Group
 
@@ -86,45 +85,57 @@ class Saving:
 
         folders.save(self._folder_parts(with_window), folder, self.placement.group)
 
-    def load_folder(self, folder: Path, with_window: bool, errors: int) -> None:
-        """Read this process's part into the state; everything is checked before anything is changed.
+    def load_folder(self, index: Index, with_window: bool, errors: int, labels: Mapping[Tensor, str]) -> None:
+        """Read this process's part of a folder that fits into the state, which has to be fresh.
 
         Args:
-            folder: as `save_folder` wrote it, on any number of processes.
+            index: of the folder; any number of processes wrote it.
             with_window: whether it has the window.
             errors: of how many processes it has errors (comm="factors"); 0: one error, of all.
+            labels: what to call the parameters.
 
         Raises:
-            OptionError: the folder is damaged or does not fit.
+            OptionError: on every process, where a file is damaged or a number is not allowed.
         """
         from ..distributed import folder as folders
 
         parts = self._folder_parts(with_window)
         means = self._errors_of_others(errors, parts)
-        try:
-            folders.load(parts, self._expected(with_window, errors), folder, self.placement.group, means)
-        except folders.CheckpointError as error:
-            raise OptionError(str(error)) from None
+        numbers = {p: number for number, p in enumerate(self.setup.params)}
 
-    def check(self, params: Sequence[tuple[str, Tensor]], entries: Mapping[Tensor, State], with_window: bool) -> None:
-        """Raise OptionError where a checkpoint's entries are not those of these parameters and options.
+        def source_of(p: Tensor, name: str) -> tuple[Tensor, Tensor, None] | None:
+            key = f"{numbers[p]}.{name}"
+            if key not in parts and key not in means:
+                return None
+            t = folders.read(index, key, parts[key]) if key in parts else folders.read_mean(index, key, means[key])
+            return t, t, None
+
+        try:
+            problem = Reading(self.setup, self.state, labels).fill(source_of)
+        except folders.CheckpointError as error:
+            problem = str(error)
+        agreed(self.placement, problem)
+
+    def load(self, entries: Mapping[Tensor, State], sums: Mapping[Tensor, Any], labels: Mapping[Tensor, str]) -> None:
+        """Copy what this process holds of entries that fit into the state, which has to be fresh.
 
         Args:
-            params: what to call a parameter, and it.
             entries: of the checkpoint.
-            with_window: whether it has the window.
-        """
-        for label, p in params:
-            specs = self.setup.specs.get(p, {}).values()
-            entry = entries.get(p, {})
-            _check_entry(label, {s.name: s for s in specs if with_window or not s.window}, entry)
+            sums: their checksums by name, as far as it has some.
+            labels: what to call the parameters.
 
-    def load(self, entries: Mapping[Tensor, State]) -> None:
-        """Copy what this process holds of the entries, which have been checked, into the state."""
-        inner = {p: self._inner(p, entry) for p, entry in entries.items()}
-        for p, entry in inner.items():
-            for name, t in entry.items():
-                self.state[p][name].copy_(t)
+        Raises:
+            OptionError: on every process, where a checksum differs or a number is not allowed.
+        """
+        setup, rank = self.setup, self.placement.rank
+
+        def source_of(p: Tensor, name: str) -> tuple[Tensor, Tensor, Any] | None:
+            if (t := entries.get(p, {}).get(name)) is None:
+                return None
+            part = self.placement.inner(t, setup.specs[p][name], p, setup.owners[p].get(rank))
+            return t, part, sums.get(p, {}).get(name)
+
+        agreed(self.placement, Reading(setup, self.state, labels).fill(source_of))
 
     def start_without_window(self) -> None:
         """Empty the window after a load without one; and the residuals' running means, which count steps as the window does."""
@@ -137,11 +148,6 @@ class Saving:
     def _has_own_errors(self) -> bool:
         """Whether each process has errors of its own."""
         return bool(self.setup.factors) or any(s.held == "each" for specs in self.setup.specs.values() for s in specs.values())
-
-    def _inner(self, p: Tensor, entry: State) -> dict[str, Tensor]:
-        owners, specs, rank = self.setup.owners[p], self.setup.specs[p], self.placement.rank
-        mine = {name: t for name, t in entry.items() if name in self.state[p]}
-        return {name: self.placement.inner(t, specs[name], p, owners.get(rank)) for name, t in mine.items()}
 
     def _folder_parts(self, with_window: bool) -> dict[str, Part]:
         """Give what this process holds, by the names in a folder."""
@@ -163,18 +169,6 @@ class Saving:
                     parts[key] = Part(t, spec.shape, dim, rows.start // spec.per)
         return parts
 
-    def _expected(self, with_window: bool, errors: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Give shape and dtype of everything in a folder of this optimizer; with the errors of so many processes."""
-        expected = {}
-        for number, p in enumerate(self.setup.params):
-            specs = self.setup.specs[p]
-            for name, spec in specs.items():
-                if with_window or not spec.window:
-                    several = errors and name == "error" and "warm_start" in specs
-                    shape = (errors, *spec.shape) if several else spec.shape
-                    expected[f"{number}.{name}"] = shape, spec.dtype
-        return expected
-
     def _errors_of_others(self, errors: int, parts: dict[str, Part]) -> dict[str, Part]:
         """Adapt `parts` to a folder with errors of another number of processes.
 
@@ -195,6 +189,34 @@ class Saving:
                     part = Part(error, tuple(error.shape))
                 (means if errors else parts)[key] = part
         return means
+
+
+def check(
+    params: Sequence[tuple[str, Tensor]], specs: Mapping[Tensor, Specs], entries: Mapping[Tensor, State], with_window: bool
+) -> None:
+    """Raise OptionError where a checkpoint's entries are not those of these parameters and options.
+
+    Args:
+        params: what to call a parameter, and it.
+        specs: of the parameters' state.
+        entries: of the checkpoint.
+        with_window: whether it has the window.
+    """
+    for label, p in params:
+        known = specs.get(p, {}).values()
+        check_entries(label, {s.name: s for s in known if with_window or not s.window}, entries.get(p, {}))
+
+
+def expected(specs: Mapping[Tensor, Specs], with_window: bool, errors: int) -> Expected:
+    """Give shape and dtype of everything in a folder; with the errors of so many processes, or one of all for 0."""
+    found = {}
+    for number, entries in enumerate(specs.values()):
+        for name, spec in entries.items():
+            if with_window or not spec.window:
+                several = errors and name == "error" and "warm_start" in entries
+                shape = (errors, *spec.shape) if several else spec.shape
+                found[f"{number}.{name}"] = shape, spec.dtype
+    return found
 
 
 def complete(saved: dict[str, Any], builder: Builder, groups: Sequence[Group], state: OptimizerState, number: int) -> None:
@@ -220,6 +242,9 @@ def complete(saved: dict[str, Any], builder: Builder, groups: Sequence[Group], s
         saved["efcp"]["sharded"] = saving.stub(number, [p for g in groups for p in g["params"]])
     else:
         saved["state"] = {i: saving.outer(key, with_window) for i, key in keys.items()}
+        if not saving.placement.follows and not saving.setup.released:
+            numbers = {key: i for i, key in keys.items() if isinstance(key, Tensor)}
+            saved["efcp"]["checksums"] = checksums_of(saving.setup, numbers, with_window)
     # What is not ours and has a name of our kinds could not be told from it.
     strangers = {
         i: [name for name in foreign(state[key], builder.ours(key)) if name in builder.kinds]
@@ -243,24 +268,6 @@ def section(name: str, options: Any) -> dict[str, Any]:
     return {"format": FORMAT, "class": name, "options": dataclasses.asdict(options)}
 
 
-def check_container(state_dict: Any) -> None:
-    """Raise OptionError for what is no optimizer's state dict."""
-    if not isinstance(state_dict, Mapping):
-        raise OptionError(f"not the checkpoint of an optimizer: expected a dict, got {type(state_dict).__name__}")
-    missing = [key for key in ("state", "param_groups") if key not in state_dict]
-    if missing:
-        raise OptionError(f"not the checkpoint of an optimizer: {' and '.join(missing)} missing; it has {list(state_dict)}")
-    for number, group in enumerate(state_dict["param_groups"]):
-        check_keys(group, ("params",), f"its parameter group {number}")
-
-
-def check_keys(part: Mapping[str, Any], keys: Sequence[str], place: str) -> None:
-    """Raise OptionError where a part of a checkpoint lacks a key."""
-    missing = [key for key in keys if key not in part]
-    if missing:
-        raise OptionError(f"checkpoint is damaged: {place} lacks {', '.join(missing)}")
-
-
 def check_origin(saved: Any, state: Mapping[Any, Any], name: str, expected: set[str]) -> None:
     """Raise OptionError where a checkpoint is of another optimizer.
 
@@ -281,22 +288,3 @@ def check_origin(saved: Any, state: Mapping[Any, Any], name: str, expected: set[
         raise OptionError(f"checkpoint has format {saved['format']}, this version of hf_efcp reads up to {FORMAT}: upgrade")
     if saved["class"] != name:
         raise OptionError(f"checkpoint is of {saved['class']}, this optimizer is {name}")
-
-
-def _check_entry(label: str, here: Mapping[str, Spec], there: Any) -> None:
-    if not isinstance(there, Mapping):
-        raise OptionError(f"{label}: the checkpoint has {type(there).__name__} in place of its state")
-    if here.keys() != there.keys():
-        missing, extra = sorted(here.keys() - there.keys()), sorted(there.keys() - here.keys())
-        raise OptionError(
-            f"{label}: the checkpoint's state does not fit this optimizer's parameters and options"
-            + (f"; missing: {', '.join(missing)}" if missing else "")
-            + (f"; unexpected: {', '.join(extra)}" if extra else "")
-        )
-    for name, spec in here.items():
-        t = there[name]
-        if not isinstance(t, Tensor):
-            raise OptionError(f"{label}: {name} is of type {type(t).__name__} in the checkpoint, not a tensor")
-        widened = (spec.dtype, t.dtype) == (torch.int16, torch.int32)  # as it is saved under FSDP2
-        if tuple(t.shape) != spec.shape or not (widened or t.dtype == spec.dtype):
-            raise OptionError(f"{label}: {name} is {tuple(t.shape)} {t.dtype} in the checkpoint, {spec.shape} {spec.dtype} here")

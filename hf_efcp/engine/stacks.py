@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -28,6 +30,8 @@ _X = TypeVar("_X")
 
 # Bytes of a stack's parameters, by kind of device: to a GPU, a launch costs the same for one matrix and for many.
 _STACK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+# Whether buffers are left as the memory is.
+_unfilled = contextvars.ContextVar("unfilled", default=False)
 
 
 @dataclasses.dataclass(eq=False)
@@ -74,6 +78,16 @@ class Piece:
         return g if self._cut is None else g[self._cut]
 
 
+@contextlib.contextmanager
+def unfilled() -> Iterator[None]:
+    """Let stacks that are made meanwhile leave their buffers as the memory is: whoever makes them writes all of it."""
+    token = _unfilled.set(True)
+    try:
+        yield
+    finally:
+        _unfilled.reset(token)
+
+
 class Stack:
     """n pieces of one shape, dtype and device, with their state. Their parameter groups may have different numbers.
 
@@ -104,6 +118,9 @@ class Stack:
         self.buffers: dict[str, Tensor] = {}
         for spec in self.specs.values():
             shape = (len(pieces), *spec.part(first.param, first.rows))
+            if _unfilled.get():
+                self.buffers[spec.name] = torch.empty(shape, dtype=spec.dtype, device=self.device)
+                continue
             buffer = torch.zeros(shape, dtype=spec.dtype, device=self.device)  # untouched memory, until it is written to
             self.buffers[spec.name] = buffer.fill_(spec.start) if spec.start else buffer
         self.turn = Turn(self.ids, first.origin)
@@ -165,6 +182,17 @@ class Stack:
                     dense[part].add_(matrix[part].to(dtype), alpha=by)
             gradients.append(dense)
         return gradients
+
+
+def treatments_of(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
+    """Give what decides in each group on how its tensors are compressed."""
+    return [(group.get("compress"), group.get("kind")) for group in groups]
+
+
+def key_of(groups: Sequence[Mapping[str, Any]], trained: Iterable[tuple[int, Sequence[Tensor]]]) -> list[Any]:
+    """Give what a setup is made for."""
+    treatments = treatments_of(groups)
+    return [(i, treatments[i], id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
 
 
 def batches_of(

@@ -13,6 +13,7 @@ from ..core.accumulated import Accumulated
 from ..core.cells import ALL, Cell, Layout, Parts, Spec, matrix_specs
 from ..core.counters import Counters
 from ..core.deferred import masked, readable
+from ..core.values import COUNT_FP32
 from .apply import apply
 from .costs import Count
 from .factor_sync import FactorSync
@@ -159,7 +160,7 @@ class Tensorwise:
         """See Method."""
         rule = self.rule(layout, group)
         error = matrix_specs("error", layout, options.error_dtype, options.error_format) if rule.keeps_error(options) else ()
-        specs = Spec("step", (), torch.float32), *error, *rule.specs(layout, options)
+        specs = Spec("step", (), torch.float32, values=COUNT_FP32), *error, *rule.specs(layout, options)
         whole = layout.vector and rule.vectors
         return tuple(dataclasses.replace(spec, rows=None) for spec in specs) if whole else specs
 
@@ -183,6 +184,10 @@ class Tensorwise:
 
     def mend(self, setup: Setup, options: Any) -> None:
         """See Method: nothing is computed from the state."""
+
+    def problem(self, setup: Setup, options: Any) -> str | None:
+        """See Method."""
+        return None
 
     def remarks(self, setup: Setup, options: Any, given: Container[str]) -> list[str]:
         """See Method."""

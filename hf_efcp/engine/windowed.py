@@ -9,15 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import kernels
-from ..core.accumulated import Accumulated
 from ..core.cells import Layout, Parts, Spec, matrix_shape
-from ..core.compressors import Identity
-from ..core.deferred import masked
 from ..core.gram import GramMatrix
 from ..core.linalg import ieee_matmul
-from ..kernels.devices import kind
-from .apply import Rest, apply
 from .costs import Count
 from .diagnostics import of_last_step
 from .factor_sync import FactorSync
@@ -26,157 +20,13 @@ from .method import Group
 from .phases import PHASES, listener
 from .setup import Setup, l2_of
 from .sizes import averaged, by_group, finite, joined, over_processes, rescaled, rest_of
-from .stacks import Floats, Number, Piece, Stack, times
+from .stacks import Piece
 from .together import stacks_of
+from .validate import gram_problem
+from .window_stack import WindowStack
 
 # A share of all parameters that is worth a line in the log.
 _MANY = 0.05
-
-
-class WindowStack(Stack):
-    """n pieces of one shape, with their way from the gradient to the window and from the window to the parameter.
-
-    Args:
-        pieces, total: as in Stack.
-        format: of their entries.
-    """
-
-    def __init__(self, pieces: list[Piece], format: EntryFormat, total: Callable[[Tensor], Tensor] | None = None):
-        super().__init__(pieces, format.specs(), total)
-        self.format = format
-        self.compressor = format.compressor(self)
-        self.window = format.window(self.buffers)
-        self.error = self.cell("error") if "error" in self.buffers else None
-        self.residual = self.cell("residual") if "residual" in self.buffers else None
-        self.momentum = self.buffers.get("momentum")
-        self.metric = format.metric(self)
-
-    def stage(self, step: Tensor, l2: Floats) -> None:
-        """Compute a = e + S^-1 g and c = C(a) as the window stores it; the state stays as it is.
-
-        A parameter without a gradient gives an entry of zeros, and its error stays.
-        """
-        self.open(step)
-        gradients = self.gradients(l2)
-        if self.metric is not None:
-            self.metric.measure(gradients)
-        self._compress(gradients)
-
-    def _compress(self, gradients: Sequence[Tensor]) -> None:
-        self.window.stage(self.compressor.compress(self._accumulated(gradients), self.turn.step))
-
-    def _accumulated(self, gradients: Sequence[Tensor]) -> Accumulated:
-        """Give the operand a = e + S^-1 g."""
-        if self.metric is None:
-            return Accumulated(gradients, self.error, self.turn.absent, self.total)
-        return Accumulated(self.metric.whitened(gradients), self.error, self.turn.absent, self.total, self.metric.entering)
-
-    def dots(self, j: Tensor) -> Tensor:
-        """Give the staged entry's inner products with the window, (n, m) fp64. A plain entry, the gradient, is not held."""
-        dots = self.window.dots(j.to(self.device))
-        if isinstance(self.compressor, Identity):
-            self.window.release()
-        return dots
-
-    def commit(self, j: Tensor, l2: Floats, ok: bool | Tensor) -> None:
-        """Let e <- a - c, or r <- beta r + S^-1 g - c; write c into slot j, and let D contain g; where the step is accepted."""
-        gradients = self.gradients(l2)
-        if self.window.staged is None:
-            self._compress(gradients)
-        self.turn.ok = ok
-        if self.error is not None and self.window.staged is not None:
-            self._accumulated(gradients).keep(self.window.staged)
-        if self.residual is not None and self.window.staged is not None:
-            a = self._accumulated(gradients)
-            a.error, a.decay = self.residual, self.format.options.averaging
-            a.keep(self.window.staged)
-        self.window.commit(j.to(self.device), ok)
-        self.compressor.commit()
-        if self.metric is not None:
-            self.metric.commit(gradients)
-
-    def apply(self, c: Tensor, outside: Tensor, groups: Sequence[Group], options: Any) -> None:
-        """Let u = S^-1 (G^T c + outside * r) for c (n, m) and outside (n,);  v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v.
-
-        A tensor without a gradient stays where it is, and so does its v. A large tensor's u is never whole. Of a refused step,
-        u is zero; with lr and 1 - mu zero too, nothing moves. Where tensors have different rates, u is linear in c and `outside`.
-        """
-        ok, absent, momentum, own = self.turn.ok, self.turn.absent, options.momentum, None
-        lr, weight_decay = self.rates(groups, options)
-        if isinstance(lr, list):
-            c, outside = (c, outside) if momentum else (times(c, lr), times(outside, lr))
-            own, lr = lr if momentum else None, 1.0
-        if isinstance(weight_decay, list) and all(p.dtype == self.layout.dtype for p in self.params):
-            self._shrink([lr * x for x in weight_decay])
-            weight_decay = 0.0
-        outside = outside if self.residual is None else outside.to(self.layout.dtype)
-        if len(absent) == len(self.pieces):
-            return
-        if not isinstance(weight_decay, list) and self._apply_at_once(c, outside, lr, weight_decay):
-            return
-        rate: Number = lr
-        new_part: Number = 1 - momentum
-        if isinstance(ok, Tensor):
-            flag = ok.to(self.device, self.layout.dtype)
-            rate, new_part = lr * flag, new_part if self.momentum is None else new_part * flag
-
-        def finished(u: Tensor, rows: slice) -> Tensor:
-            u = u.to(self.layout.dtype)
-            if self.residual is not None:
-                u += outside[:, None, None] * self.residual.read(rows)
-            return u if self.metric is None else self.metric.unwhiten_(u, rows)
-
-        def update(rows: slice) -> Tensor:
-            u = finished(self.window.combine(c, rows), rows)
-            if self.momentum is None:
-                return u
-            v = self.momentum[:, rows]
-            kept = [v[i].clone() for i in absent]  # a list as an index would wait for a GPU
-            v.lerp_(u, new_part)
-            for i, x in zip(absent, kept, strict=True):
-                v[i] = x
-            return v if own is None else times(v, own)
-
-        rounding = self.turn.step if options.stochastic_rounding else None
-        sizes = None if self.metric is None else self.metric.scale
-        if kind(self.device) == "cpu" or self.momentum is not None or (self.metric is not None and sizes is None):
-            apply(self, update, rate, weight_decay, rounding, absent)
-            return
-        rest = Rest(finished, sizes, None if self.residual is None else (self.residual.stored, outside))
-        apply(self, lambda rows: self.window.product(c, rows), rate, weight_decay, rounding, absent, rest)
-
-    def _shrink(self, by: Sequence[Any]) -> None:
-        """Let p <- (1 - by_i) p for the tensors that have a gradient, where the step is accepted."""
-        live = sorted(set(range(len(self.pieces))).difference(self.turn.absent))
-        ok = 1.0 if self.turn.ok is True else torch.as_tensor(self.turn.ok).to(self.device, self.layout.dtype)
-        if live:
-            torch._foreach_mul_([self.pieces[i].data for i in live], [1 - by[i] * ok for i in live])
-
-    def _apply_at_once(self, c: Tensor, outside: Tensor, lr: Number, weight_decay: Number) -> bool:
-        """Do the plain case of `apply` without forming u; tell whether the window can."""
-        pieces, dtype = self.pieces, self.layout.dtype
-        factors = None if self.metric is None else self.metric.scale
-        plain = self.momentum is None and not self.turn.absent and (self.metric is None or factors is not None)
-        params = [piece.data for piece in pieces] if plain else []
-        if not plain or any(p.dtype != dtype for p in params):
-            return False
-        # Copies where the layout is another.
-        matrices = kernels.Held(p if p.shape == self.shape else p.reshape(self.shape) for p in params)
-        matrices[:] = [matrix.contiguous() for matrix in matrices]
-        decay: Number = 1 - lr * weight_decay if weight_decay else 1.0
-        if weight_decay and isinstance(self.turn.ok, Tensor):  # of a refused step c is 0, and p has to stay
-            kept = decay if isinstance(decay, Tensor) else torch.full((), decay, dtype=dtype, device=self.device)
-            decay = masked(self.turn.ok, kept, 1.0)
-        if not self.window.apply(c, matrices, -lr, decay, factors):
-            return False
-        if self.residual is not None:
-            self.residual.add_to(matrices, -lr * outside, factors)
-        for p, matrix in zip(params, matrices, strict=True):
-            if not p.is_contiguous():  # then the matrix is a copy
-                p.copy_(matrix.view(p.shape))
-        # A kernel writes unseen by autograd, which has to refuse a graph from before.
-        torch.autograd.graph.increment_version([piece.param for piece in pieces])
-        return True
 
 
 class Windowed:
@@ -308,6 +158,11 @@ class Windowed:
         if bool(wrong.any()):
             for i in range(int(gram.filled)):
                 gram.put(i, total(self._row(setup, i, options)), wrong)
+
+    def problem(self, setup: Setup, options: Any) -> str | None:
+        """See Method: K is that of the entries."""
+        window = sum(s.nbytes for specs in setup.specs.values() for s in specs.values() if s.kind == "window")
+        return gram_problem(setup.counters, lambda slot: self._row(setup, slot, options), setup.placement, window, options.verify)
 
     def _row(self, setup: Setup, slot: int, options: Any) -> Tensor:
         """Form this process's part of a row of K, (groups, m) fp64, from the entries as they are stored."""

@@ -2,7 +2,8 @@
 
 Sharded state: `optimizer.pt` (`optimizer.bin`) is written by the first process and holds groups and options only; every process
 writes and reads its tensors in the folder `efcp_optim` of the checkpoint. Under FSDP2 torch.distributed.checkpoint writes tensors
-and groups only, and the first process writes class and options to `efcp_options.pt`. Elsewhere nothing of this does anything.
+and groups only, and the first process writes class and options to `efcp_options.pt`; what torch reads with pickle there is looked
+at first. Elsewhere nothing of this does anything.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def load_fsdp(original: Any) -> Any:
             folder = Path(input_dir) if Path(input_dir).name == name else Path(input_dir, name)
             file = Path(input_dir, f"{name if optimizer_index else _OPTIMIZER_NAME}.bin")
             options = _numbered(folder.parent, OPTIONS_FILE, optimizer_index)
+            _refuse_programs(folder)
             _check_names(ours, model, file if file.is_file() else folder)
             ours.choose_as(options if options.is_file() else file if file.is_file() else folder)
         return original(fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index, *args, **kwargs)
@@ -125,6 +127,19 @@ def _find(optimizers: list, folder: str | Path) -> None:
     for number, optimizer in enumerate(optimizers):
         if (ours := unwrapped(optimizer)) is not None:
             ours.shard_folder = _numbered(folder, SHARD_FOLDER, number)
+            _refuse_programs(Path(folder, f"{_OPTIMIZER_NAME}_{number}"))
+
+
+def _refuse_programs(folder: Path) -> None:
+    """Raise OptionError where a folder that torch.distributed.checkpoint is about to read with pickle may hold a program."""
+    if not folder.is_dir():
+        return
+    from ..distributed import dcp_metadata
+
+    try:
+        dcp_metadata.refuse_programs(folder)
+    except dcp_metadata.CheckpointError as error:
+        raise OptionError(str(error)) from None
 
 
 def _numbered(folder: str | Path, name: str, number: int) -> Path:

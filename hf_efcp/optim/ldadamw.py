@@ -25,6 +25,7 @@ from ..core.accumulated import Accumulated, LowRankEntry
 from ..core.cells import Layout, Spec
 from ..core.linalg import completed, inner, reciprocal
 from ..core.random import counted_noise
+from ..core.values import POSITIVE
 from ..engine.adamw import ADAMW, AdamWOptions, adam
 from ..engine.base import EngineOptimizer
 from ..engine.options import StateOptions
@@ -120,7 +121,7 @@ def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
     return (
         Spec("projector", (side.short, side.rank), layout.dtype, rows=0 if side.left else None),
         Spec("exp_avg", moment, layout.dtype, rows=follows),
-        Spec("exp_avg_sq", moment, layout.dtype, rows=follows),
+        Spec("exp_avg_sq", moment, layout.dtype, rows=follows, values=POSITIVE),
     )
 
 

@@ -141,12 +141,14 @@ def test_a_lone_stub_says_what_is_missing(saved, tmp_path):
 
 def test_an_interrupted_save_is_refused(saved, tmp_path):
     shards = copy_of(saved, tmp_path)
-    (shards / ".metadata").unlink()
-    with pytest.raises(OptionError, match=r"no whole checkpoint: it has no \.metadata: the save was interrupted"):
+    (shards / "index.json").unlink()
+    with pytest.raises(
+        OptionError, match=r"no whole checkpoint: it has no index\.json, nor \.metadata: the save was interrupted"
+    ):
         load(saved, shards)
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", "__1_0.distcp"])
+@pytest.mark.parametrize("file", ["rank_0.safetensors", "rank_1.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "ends too early"])
 def test_a_damaged_file_is_named(file, damage, saved, tmp_path):
     shards = copy_of(saved, tmp_path)
@@ -158,10 +160,10 @@ def test_a_damaged_file_is_named(file, damage, saved, tmp_path):
         load(saved, shards)
 
 
-def test_damaged_metadata_is_named(saved, tmp_path):
+def test_a_damaged_index_is_named(saved, tmp_path):
     shards = copy_of(saved, tmp_path)
-    (shards / ".metadata").write_bytes(b"nonsense")
-    with pytest.raises(OptionError, match=r"\.metadata is damaged"):
+    (shards / "index.json").write_bytes(b"nonsense")
+    with pytest.raises(OptionError, match=r"index\.json is damaged"):
         load(saved, shards)
 
 

@@ -161,7 +161,7 @@ def test_trainer_on_two_processes_trains_as_one_and_resumes_bit_for_bit(tmp_path
             params = [value for key, value in out.items() if key.startswith("parameter ")]
             assert relative(probabilities(params), expected) < 1e-9
         folder = tmp_path / f"two/{name}/out/checkpoint-{SAVED}/efcp_optim"
-        assert sorted(path.name for path in folder.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+        assert sorted(path.name for path in folder.iterdir()) == ["index.json", "rank_0.safetensors", "rank_1.safetensors"]
 
 
 @runs_models

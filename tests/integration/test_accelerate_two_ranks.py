@@ -82,7 +82,7 @@ def test_two_ranks_end_with_the_weights_of_one(tmp_path, python):
     done = subprocess.run([*command, script, tmp_path / "two"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     one, first, second = (torch.load(tmp_path / name) for name in ("one/rank0.pt", "two/rank0.pt", "two/rank1.pt"))
-    assert (tmp_path / "two/efcp_lowrank_mfac/efcp_optim/.metadata").is_file()
+    assert (tmp_path / "two/efcp_lowrank_mfac/efcp_optim/index.json").is_file()
     assert not (tmp_path / "one/efcp_lowrank_mfac/efcp_optim").exists()
     assert first.pop("wrapper") == second.pop("wrapper") == "DistributedDataParallel"
     assert one.pop("wrapper") == "Sequential"

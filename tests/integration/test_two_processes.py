@@ -21,7 +21,7 @@ def test_torchrun_shards_saves_and_resumes_bit_for_bit(launch, arguments, tmp_pa
     out, checkpoint = tmp_path / "out", tmp_path / f"out/checkpoint-{SAVED}"
     losses = [entry["loss"] for entry in steps(out)]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
-    assert shards(checkpoint) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    assert shards(checkpoint) == ["index.json", "rank_0.safetensors", "rank_1.safetensors"]
     stub = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     assert (stub["state"], stub["efcp"]["sharded"]["processes"]) == ({}, 2)
 
@@ -34,9 +34,9 @@ def test_torchrun_shards_saves_and_resumes_bit_for_bit(launch, arguments, tmp_pa
     alone = {**arguments, "output_dir": "alone", "resume_from_checkpoint": str(checkpoint), "per_device_train_batch_size": 8}
     assert run(command("glue_like", alone)) == 0
     assert len(steps(tmp_path / "alone")) == STEPS
-    (checkpoint / "efcp_optim/__1_0.distcp").unlink()
+    (checkpoint / "efcp_optim/rank_1.safetensors").unlink()
     assert run(command("glue_like", {**alone, "output_dir": "lost"})) == 2
-    assert "__1_0.distcp is missing" in capsys.readouterr().err.splitlines()[-1]
+    assert "rank_1.safetensors is missing" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -44,6 +44,6 @@ def test_accelerate_launch_does_the_same(launch, arguments, tmp_path):
     arguments["optim_args"] = json.dumps({"rank": 2, "window_size": 6, "scope": "layer"})
     launch(ACCELERATE, arguments)
     checkpoint = tmp_path / f"out/checkpoint-{SAVED}"
-    assert shards(checkpoint) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    assert shards(checkpoint) == ["index.json", "rank_0.safetensors", "rank_1.safetensors"]
     launch(ACCELERATE, {**arguments, "output_dir": "again", "resume_from_checkpoint": str(checkpoint)})
     assert steps(tmp_path / "again") == steps(tmp_path / "out")

@@ -211,7 +211,7 @@ def test_choose_as_says_what_it_cannot_read(tmp_path):
         (tmp_path / "none", "none cannot be read"),
         (tmp_path / "bad.bin", "bad.bin cannot be read"),
         (tmp_path / "list.bin", "holds no state dict, but list"),
-        (tmp_path / "empty", "no whole checkpoint: it has no .metadata"),
+        (tmp_path / "empty", "no whole checkpoint: it has no index.json, nor .metadata"),
         (tmp_path / "model", "no choice of memory_budget=.* give the options .*: window_size=..., window_format=..."),
         (adamw.state_dict(), "no choice of memory_budget"),
         ({}, "no state was saved"),

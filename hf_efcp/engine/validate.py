@@ -1,0 +1,311 @@
+"""What a checkpoint's state is asked before it becomes the state: kinds, shapes, numbers, checksums, and K.
+
+check_container   how the dict is built
+check_entries     what the tensors are: before any memory is taken for them
+Reading           their numbers, while they are copied into fresh memory
+gram_problem      what they are together
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..core.cells import Spec
+from ..core.checksums import checksum, checksums
+from ..core.gram import GramMatrix
+from ..core.values import Values, values_of
+from ..distributed.placement import Placement
+from ..options import OptionError
+from .entries import own
+
+if TYPE_CHECKING:
+    from .setup import Setup
+
+# Where K is formed anew, its rows read so many bytes of the window in less than a second.
+_BYTES_IN_A_SECOND = 2**28
+# Names that wrappers have in entries of their own, too.
+_COMMON = ("step", "skipped", "momentum", "exp_avg", "exp_avg_sq")
+# More do not train together.
+_MOST_PROCESSES = 2**20
+# So many bytes are asked at once: they are in the processor's cache where that takes two passes.
+_PIECE = 2**20
+# By how much an inner product may exceed the norms' product, where products are in fp32.
+_ROUNDING = 1e-3
+
+
+def check_container(state_dict: Any) -> None:
+    """Raise OptionError for what is not built as an optimizer's state dict is."""
+    if not isinstance(state_dict, Mapping):
+        raise OptionError(f"not the checkpoint of an optimizer: expected a dict, got {type(state_dict).__name__}")
+    missing = [key for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        raise OptionError(f"not the checkpoint of an optimizer: {' and '.join(missing)} missing; it has {list(state_dict)}")
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    _expect("state", state, Mapping, "a dict")
+    _expect("param_groups", groups, (list, tuple), "a list")
+    keys: list[Any] = []
+    for number, group in enumerate(groups):
+        place = f"its parameter group {number}"
+        _expect(place, group, Mapping, "a dict")
+        check_keys(group, ("params",), place)
+        keys += _list_of(f"params of {place}", group["params"], (int, str))
+        _list_of(f"param_names of {place}", group.get("param_names") or (), str)
+    if len(set(keys)) < len(keys):
+        raise OptionError("checkpoint is damaged: a parameter is in its groups twice")
+    section = state_dict.get("efcp")
+    if section is not None:
+        _check_section(section)
+
+
+def check_strangers(state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], kinds: Container[str]) -> None:
+    """Raise OptionError where a checkpoint's state has what can only be ours under keys that are no parameters of its groups.
+
+    Args:
+        state: of the checkpoint.
+        groups: of the checkpoint.
+        kinds: all names that entries of ours may have.
+    """
+    known = {key for group in groups for key in group["params"]}
+    names = {name for group in groups for name in group.get("param_names") or ()}
+    for key in state.keys() - known:
+        if key in names or str(key).isdecimal() or any(name not in _COMMON for name in own(state[key], kinds)):
+            raise OptionError(f"checkpoint is damaged: it has state under {key!r}, which is no parameter of its groups")
+
+
+def _check_section(section: Any) -> None:
+    _expect("its efcp section", section, Mapping, "a dict")
+    check_keys(section, ("format", "class", "options"), "its efcp section")
+    _expect("its format", section["format"], int, "a number")
+    _expect("its class", section["class"], str, "a name")
+    _expect("its options", section["options"], Mapping, "a dict")
+    _list_of("numbered", section.get("numbered", ()), int)
+    sums = section.get("checksums", {})
+    _expect("checksums", sums, Mapping, "a dict")
+    for entry in sums.values():
+        _expect("checksums", entry, Mapping, "dicts")
+    strangers = section.get("not_ours", {})
+    _expect("not_ours", strangers, Mapping, "a dict")
+    for names in strangers.values():
+        _list_of("not_ours", names, str)
+    if "sharded" in section:
+        stub = section["sharded"]
+        _expect("sharded", stub, Mapping, "a dict")
+        _list_of("trained", stub.get("trained", ()), int)
+        _expect("errors", stub.get("errors", 0), int, "a number")
+        if not 0 <= stub.get("errors", 0) <= _MOST_PROCESSES:
+            raise OptionError(f"checkpoint is damaged: errors={stub['errors']} has to be a number of processes")
+
+
+def check_keys(part: Mapping[str, Any], keys: Sequence[str], place: str) -> None:
+    """Raise OptionError where a part of a checkpoint lacks a key."""
+    missing = [key for key in keys if key not in part]
+    if missing:
+        raise OptionError(f"checkpoint is damaged: {place} lacks {', '.join(missing)}")
+
+
+def _expect(name: str, value: Any, kind: type | tuple[type, ...], words: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise OptionError(f"checkpoint is damaged: {name} has to be {words}, got {type(value).__name__}")
+
+
+def _list_of(name: str, values: Any, kind: type | tuple[type, ...]) -> list[Any]:
+    _expect(name, values, (list, tuple, range), "a list")
+    for value in values:
+        _expect(f"each of {name}", value, kind, "a number or a name")
+    return list(values)
+
+
+def check_entries(label: str, here: Mapping[str, Spec], there: Any) -> None:
+    """Raise OptionError where what a checkpoint has of a parameter is not the tensors that its state consists of.
+
+    Args:
+        label: what to call the parameter.
+        here: specs of the entries that are expected.
+        there: of the checkpoint.
+    """
+    if not isinstance(there, Mapping):
+        raise OptionError(f"{label}: the checkpoint has {type(there).__name__} in place of its state")
+    if here.keys() != there.keys():
+        missing, extra = sorted(here.keys() - there.keys()), sorted(there.keys() - here.keys())
+        raise OptionError(
+            f"{label}: the checkpoint's state does not fit this optimizer's parameters and options"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; unexpected: {', '.join(extra)}" if extra else "")
+        )
+    for name, spec in here.items():
+        t = there[name]
+        if not isinstance(t, Tensor):
+            raise OptionError(f"{label}: {name} is of type {type(t).__name__} in the checkpoint, not a tensor")
+        if kind := _strange(t):
+            raise OptionError(f"{label}: {name} is a {kind} tensor in the checkpoint, and has to be a plain one with numbers")
+        widened = (spec.dtype, t.dtype) == (torch.int16, torch.int32)  # as it is saved under FSDP2
+        if tuple(t.shape) != spec.shape or not (widened or t.dtype == spec.dtype):
+            raise OptionError(f"{label}: {name} is {tuple(t.shape)} {t.dtype} in the checkpoint, {spec.shape} {spec.dtype} here")
+
+
+def _strange(t: Tensor) -> str | None:
+    """Say what kind of tensor this is, if it is none that has its numbers in plain memory."""
+    if t.is_nested:
+        return "nested"
+    if t.layout != torch.strided:
+        return str(t.layout).removeprefix("torch.")
+    if t.is_quantized:
+        return "quantized"
+    if t.device.type == "meta":
+        return "meta"
+    return None
+
+
+class Reading:
+    """Fills a fresh setup with a checkpoint's entries and asks their numbers, batch by batch, while the cache has them.
+
+    Args:
+        setup: that is filled.
+        state: its entries.
+        labels: what to call the parameters.
+    """
+
+    def __init__(self, setup: Setup, state: Mapping[Tensor, Mapping[str, Tensor]], labels: Mapping[Tensor, str]):
+        self.setup, self.state, self.labels = setup, state, labels
+        self._known: dict[tuple[Tensor, str], Any] = {}
+        self._damaged: list[tuple[Tensor, str]] = []
+
+    def fill(self, source_of: Callable[[Tensor, str], tuple[Tensor, Tensor, Any] | None]) -> str | None:
+        """Fill the setup; say what is wrong with the numbers, None: nothing.
+
+        Args:
+            source_of: (p, name) -> an entry as the checkpoint has it, the part of it that this process holds, and the checksum
+                that was saved, or None; None: the checkpoint has no such entry, which begins anew.
+        """
+        asked = list(_batches(self.setup))
+        flags: list[Tensor | None] = []
+        sums: list[Tensor | None] = []
+        for params, spec, batch in asked:
+            summed = [self._take(p, spec.name, source_of(p, spec.name)) for p in params]
+            values = values_of(spec)
+            flags.append(_sure(values, batch) if values is not None and batch.numel() else None)
+            sums.append(checksums(batch) if any(summed) else None)
+        for (params, spec, _), ok in zip(asked, _numbers(flags), strict=True):
+            if not all(ok) and (words := self._wrong(params, spec)):
+                return words
+        damaged = [*self._damaged]
+        for (params, spec, _), found in zip(asked, _numbers(sums), strict=True):
+            places = ((p, spec.name) for p in params)
+            damaged += [place for place, x in zip(places, found, strict=False) if self._known.get(place, x) != x]
+        for p, name in damaged:
+            return f"{self.labels[p]}: {name} is damaged in the checkpoint: its checksum is not the one that was saved"
+        return None
+
+    def _take(self, p: Tensor, name: str, found: tuple[Tensor, Tensor, Any] | None) -> bool:
+        """Copy an entry of p; tell whether the copy has a checksum that was saved."""
+        target = self.state[p][name]
+        if found is None:
+            target.fill_(self.setup.specs[p][name].start)
+            return False
+        source, part, known = found
+        target.copy_(part.view(target.shape))
+        if known is None:
+            return False
+        if part is source and source.dtype == target.dtype:
+            self._known[p, name] = known
+            return True
+        if checksum(source) != known:
+            self._damaged.append((p, name))
+        return False
+
+    def _wrong(self, params: Sequence[Tensor], spec: Spec) -> str | None:
+        """Say which parameter has numbers that are not allowed, where it is not certain that there are none."""
+        values = values_of(spec)
+        assert values is not None
+        for p in params:
+            entry = self.state[p][spec.name]
+            if entry.numel() and not _sure(values, entry).all() and not (values.exact and values.exact(self.state[p])):
+                return f"{self.labels[p]}: {spec.name} is damaged in the checkpoint: expected {values.expected}"
+        return None
+
+
+def agreed(placement: Placement, problem: str | None) -> None:
+    """Raise OptionError, on every process, where one has a problem."""
+    for rank, text in enumerate(placement.gather(problem)):
+        if text is not None:
+            raise OptionError(text if text == problem else f"rank {rank}: {text}")
+
+
+def _sure(values: Values, batch: Tensor) -> Tensor:
+    """Give flags, (pieces,), that are all true only where all numbers are allowed."""
+    matrix = batch.reshape(-1, batch.shape[-1] if batch.ndim > 1 else 1)
+    rows = max(1, _PIECE // (matrix.shape[1] * matrix.element_size()))
+    return torch.stack([values.sure(piece) for piece in matrix.split(rows)])
+
+
+def _numbers(values: Sequence[Tensor | None]) -> list[list[Any]]:
+    """Give tensors (k,) as lists, empty ones for None; each device is waited for once."""
+    result: list[list[Any]] = [[] for _ in values]
+    for device in {t.device for t in values if t is not None}:
+        places = [(i, t) for i, t in enumerate(values) if t is not None and t.device == device]
+        numbers = torch.cat([t.long() for _, t in places]).tolist()
+        for i, t in places:
+            result[i], numbers = numbers[: len(t)], numbers[len(t) :]
+    return result
+
+
+def _batches(setup: Setup) -> Iterator[tuple[Sequence[Tensor], Spec, Tensor]]:
+    """Give all entries of a setup, batch by batch: parameters, spec, (n, ...)."""
+    for s in (*setup.stacks, *setup.factors):
+        for name, buffer in s.buffers.items():
+            yield s.params, s.specs[name], buffer
+    for number, p in enumerate(setup.params):
+        for name, t in setup.counters.entries(number).items():
+            if name in setup.specs[p]:
+                yield [p], setup.specs[p][name], t[None]
+
+
+def checksums_of(setup: Setup, keys: Mapping[Tensor, Any], with_window: bool) -> dict[Any, dict[str, int]]:
+    """Give the checksums of a setup's state, by key and name.
+
+    Args:
+        setup: that has its state.
+        keys: of the parameters in the result.
+        with_window: whether with the window's entries.
+    """
+    asked = [(params, spec, batch) for params, spec, batch in _batches(setup) if with_window or not spec.window]
+    result: dict[Any, dict[str, int]] = {keys[p]: {} for p in setup.params}
+    for (params, spec, _), values in zip(asked, _numbers([checksums(batch) for _, _, batch in asked]), strict=True):
+        for p, value in zip(params, values, strict=True):
+            result[keys[p]][spec.name] = value
+    return result
+
+
+def gram_problem(gram: GramMatrix, row: Callable[[int], Tensor], placement: Placement, size: int, verify: bool) -> str | None:
+    """Say what is wrong with K; None: nothing that was asked.
+
+    Args:
+        gram: K and the count of steps.
+        row: slot -> that row of K, (groups, m) fp64, formed from the entries of this process.
+        placement: of the process.
+        size: bytes of the window, on all processes.
+        verify: whether K is formed anew however long that takes.
+    """
+    k, filled = gram.matrix, int(gram.filled)
+    squares = k.diagonal(dim1=-2, dim2=-1)
+    norms = squares.clamp_min(0).sqrt()
+    right = torch.stack(
+        [
+            (k == k.mT).all(),
+            (squares >= 0).all() & (k.abs() <= norms[:, :, None] * norms[:, None] * (1 + _ROUNDING)).all(),
+            ~k[:, filled:].any() & ~k[:, :, filled:].any(),
+        ]
+    ).tolist()
+    for ok, what in zip(right, ("a symmetric matrix", "inner products", f"zeros outside of {filled} entries"), strict=True):
+        if not ok:
+            return f"gram is damaged in the checkpoint: expected {what}"
+    if placement.flat or not (verify or filled * size <= _BYTES_IN_A_SECOND):
+        return None
+    for slot in range(filled):
+        if not gram.agrees(slot, placement.sum(row(slot))).all():
+            return f"gram is damaged in the checkpoint: slot {slot} is not made of the window's entries"
+    return None
