@@ -90,7 +90,7 @@ class Run:
                 p.copy_(value)
         self.optimizer.load_state_dict(copy.deepcopy(self.saved))
         self.gradients()
-        self.optimizer.setup()
+        together.stacks_of(self.optimizer.setup())  # what is compiled when it is built, is
 
     def is_at(self, there):
         return not differences(snapshot(self.optimizer, self.params), there)
