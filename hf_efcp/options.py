@@ -164,7 +164,7 @@ def typed(name: str, value: Any, annotation: Any) -> Any:
             if text is None:
                 raise TypeError
             return text
-        if isinstance(value, bool):
+        if isinstance(value, bool | bytes | bytearray):  # float takes them all
             raise TypeError
         if kind is int:
             if text is None and (not hasattr(value, "__index__")):

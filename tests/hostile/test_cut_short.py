@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_efcp.engine import together
 from hf_efcp.kernels import calls
+from tests.hostile.conftest import Record
 from tests.optim.helpers import EVERY, compressed_names, differences, gradients_at, snapshot, started
 
 SHAPES = ((7,), (12, 30), (12, 30), (40, 11), (3, 4), ())
@@ -18,6 +19,7 @@ FORMATS = (
     {},
     {"window_format": "low_bit", "error_format": "int8", "metric": "factored", "residual": "momentum", "update_rms": 0.1},
 )
+RECORD = Record("faults in a step")
 FAULTS = 6  # of each kind in a case, spread over the step
 
 
@@ -126,6 +128,7 @@ class Run:
             self.optimizer.step()
             assert self.is_at(self.after), (label, differences(snapshot(self.optimizer, self.params), self.after))
         self.restore()
+        RECORD.add(label, "refused" if outcome == "refused" else "survived")
         return outcome
 
 
