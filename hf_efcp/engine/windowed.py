@@ -160,7 +160,10 @@ class Windowed:
                 gram.put(i, total(self._row(setup, i, options)), wrong)
 
     def problem(self, setup: Setup, options: Any) -> str | None:
-        """See Method: K is that of the entries."""
+        """See Method: K is that of the entries; one that is zero, lost with the first parameter's entries, is formed anew."""
+        if bool(setup.counters.step > 0) and not bool(setup.counters.matrix.any()):
+            self.mend(setup, options)
+            return None
         window = sum(s.nbytes for specs in setup.specs.values() for s in specs.values() if s.kind == "window")
         return gram_problem(setup.counters, lambda slot: self._row(setup, slot, options), setup.placement, window, options.verify)
 
