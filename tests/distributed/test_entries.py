@@ -47,7 +47,7 @@ def changed(rank, placement):
     return found
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", [PLACEMENTS[0], pytest.param(PLACEMENTS[1], marks=pytest.mark.slow)])
 def test_what_is_put_into_the_state_is_the_state(placement):
     assert run(2, changed, placement) == [[], []]
 

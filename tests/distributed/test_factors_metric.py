@@ -209,7 +209,7 @@ def test_what_is_sent_and_held(runs):
     footprints = [found["apart"][3] for found in everybody]
     for found, held in zip(everybody, footprints, strict=True):
         _, _, _, _, estimate, sent = found["apart"]
-        assert sum(sent) == (RANK + 1) * sum(sum(p.shape) for p in matrices) + plain + END + 1
+        assert sum(sent) == (RANK + 1) * sum(sum(p.shape) for p in matrices) + plain + END + 2
         assert held["metric"] >= sum(8 * (sum(p.shape) + 1) for p in matrices)
         assert held["metric"] <= one["metric"]
         assert estimate == max(footprints, key=lambda kinds: sum(kinds.values()))

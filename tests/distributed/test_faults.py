@@ -147,7 +147,8 @@ def test_the_collectives_of_a_step_are_those_of_the_docs(name, options):
     assert [line.split(":")[0] for line in divided] == ["parameter 0"]
     iteration = [("all_reduce", rank * rank * 8)] * 2 + [("all_reduce", cols * rank * 4)]
     expected = iteration * options.get("power_iterations", 1) if info(name).compression == "low rank" else []
-    expected.append(("all_reduce", m * 8 * (8 if options.get("scope") == "layer" else 1)))
+    rows_of_k = m * (8 if options.get("scope") == "layer" else 1)
+    expected.append(("all_reduce", 8 * (rows_of_k + 1)))  # and whether a process has a doubt about its K
     assert calls[:-1] == expected
     # The parameters, once: to each process what the other has updated, padded to 16 bytes a piece.
     total = sum(p.numel() * 4 for p in problem())

@@ -56,7 +56,7 @@ def train_everything(rank):
     return results
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_parameters_are_those_of_one_process(processes):
     everybody = run(processes, train_everything)
     for key, options in OPTIONS.items():

@@ -208,11 +208,11 @@ def _check_messages(placement, sent):
     """One all-reduce; tensor: one more for each shape that is divided, of one number a tensor."""
     divided = [(12, 1, 2), (10, 2, 2), (7, 1, 0), (6, 1, 2), (12, 1, 0), (8, 1, 2)] if placement == "fsdp" else [(12, 1, 2)]
     columns = sum(n * (1 if cols == 7 else cols) for cols, n, _ in divided)
-    assert sent["sparse"] == sent["dense"] == [M + 1 + columns]
-    assert sent["sparse, diagonal"] == [M + 1 + sum(n for _, n, _ in divided)]
-    assert sorted(sent["dense, tensor"]) == sorted([M + 1, *(n for _, n, _ in divided)])
+    assert sent["sparse"] == sent["dense"] == [M + 2 + columns]
+    assert sent["sparse, diagonal"] == [M + 2 + sum(n for _, n, _ in divided)]
+    assert sorted(sent["dense, tensor"]) == sorted([M + 2, *(n for _, n, _ in divided)])
     of_low_rank = [n * numbers for cols, n, rank in divided if rank for numbers in (rank**2, rank**2, cols * rank)]
-    assert sorted(sent["low rank"]) == sorted([M + 1 + columns, *of_low_rank])
+    assert sorted(sent["low rank"]) == sorted([M + 2 + columns, *of_low_rank])
 
 
 def with_replicas(rank):

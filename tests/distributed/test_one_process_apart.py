@@ -110,7 +110,7 @@ def disk_of_its_own(rank, folder):
     dist.barrier()
     if rank == 1:
         shutil.copytree(folder / "first", folder / "second")
-        (folder / "second" / ".metadata").unlink()
+        (folder / "second" / "index.json").unlink()
     dist.barrier()
     optimizer.shard_folder = folder / ["first", "second"][rank]
     return message(optimizer.load_state_dict, optimizer.state_dict())

@@ -78,8 +78,10 @@ def train_everything(rank, dtype):
     ("processes", "dtype"),
     [
         (4, torch.float64),
-        (2, torch.float32),
-        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in ((2, torch.float64), (4, torch.float32))),
+        *(
+            pytest.param(n, dtype, marks=pytest.mark.slow)
+            for n, dtype in ((2, torch.float32), (2, torch.float64), (4, torch.float32))
+        ),
     ],
     ids=str,
 )

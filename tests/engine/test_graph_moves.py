@@ -70,7 +70,9 @@ def both(monkeypatch, *args, **kwargs):
     return [graph.replays for graph in made], optimizer
 
 
-@pytest.mark.parametrize(("options", "dtype"), OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"), [*OPTIONS[:2], *(pytest.param(*rest, marks=pytest.mark.slow) for rest in OPTIONS[2:])], ids=str
+)
 @pytest.mark.parametrize("name", names(family="mfac"))
 def test_gradients_move(name, options, dtype, monkeypatch):
     replays, _ = both(monkeypatch, name=name, dtype=dtype, **options)

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("on a GPU: test_on_gpu.py", allow_module_level=True)
 
-from hf_efcp.core.compressors import _DEAD, PowerIteration
+from hf_efcp.core.compressors import DEAD, PowerIteration
 from hf_efcp.kernels import gpu_basis
 from tests.kernels.helpers import plain_error
 from tests.reference import relative
@@ -28,7 +28,7 @@ def started(last, plain=None):
     step = torch.tensor(11)
     if plain is not None:
         return plain(PowerIteration(cell).start, step)
-    return gpu_basis.start(last, step, cell.turn.ids, _DEAD * torch.finfo(last.dtype).eps)
+    return gpu_basis.start(last, step, cell.turn.ids, DEAD * torch.finfo(last.dtype).eps)
 
 
 @SHAPES

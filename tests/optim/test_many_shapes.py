@@ -33,7 +33,11 @@ def trained(name, least, monkeypatch, dtype=torch.float64, **options):
     return torch.cat([p.detach().flatten() for p in params]), optimizer
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=["error", "residual in bf16", "error in bf16, layer"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(VARIANTS[0], marks=pytest.mark.slow), *VARIANTS[1:]],
+    ids=["error", "residual in bf16", "error in bf16, layer"],
+)
 @pytest.mark.parametrize("name", compressed_names())
 def test_taken_together_they_train_as_apart(name, options, monkeypatch):
     apart, optimizer = trained(name, 1000, monkeypatch, **options)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_efcp.engine import stacks
 from tests.reference import (
     NAMES,
     compressed_names,
@@ -70,11 +71,13 @@ def test_one_tensor_has_one_scope(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batching_changes_nothing(name):
-    """Eight tensors of one shape in one stack, against each in a group (so a stack) of its own."""
+def test_batching_changes_nothing(name, monkeypatch):
+    """Eight tensors of one shape in one stack, against each in a stack of its own."""
     together, alone = parameters([(12, 30)] * 8), parameters([(12, 30)] * 8)
     a = make(name, together, window_size=4)
-    b = make(name, [{"params": [p]} for p in alone], window_size=4)
+    b = make(name, alone, window_size=4)
+    a.setup()
+    monkeypatch.setitem(stacks._STACK_BYTES, "cpu", 1)
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
     for _ in range(7):
         set_gradients(together, generators[0])

@@ -27,7 +27,7 @@ LOW_BIT = {"window_format": "low_bit", "error_format": "int4", "stochastic_round
 
 
 @pytest.mark.parametrize("formats", [{}, LOW_BIT], ids=["plain", "low-bit"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @EVERY
 def test_a_step_allocates_little_more_than_the_largest_tensor(name, dtype, formats, tmp_path):
     """Three times as much is in tensors of middle size: the whole model is never held."""
