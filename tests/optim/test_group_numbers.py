@@ -28,9 +28,11 @@ def test_a_number_that_would_destroy_the_parameters_is_refused(name, key):
 
 def test_a_schedule_may_end_a_rounding_error_below_zero():
     optimizer, params = started("efcp_lowrank_mfac", steps=1)
+    before = [p.detach().clone() for p in params]
     optimizer.param_groups[0]["lr"] = -1e-18
     gradients_at(1, params)
     optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
 
 @WINDOWED
