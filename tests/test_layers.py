@@ -21,6 +21,7 @@ ALLOWED = {
 # Files that are imported only where they are used, and what they may need.
 COMPILERS = {
     "kernels/cpu_tools.py": ("numba", "numpy"),
+    "kernels/cpu_compiling.py": ("numba",),
     "kernels/cpu_top_k.py": ("numba", "numpy"),
     "kernels/cpu_sparse.py": ("numpy",),
     "kernels/cpu_keep.py": ("numba", "numpy"),

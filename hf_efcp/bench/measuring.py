@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import json
 import os
 import platform
@@ -44,6 +45,8 @@ def machine(device: torch.device) -> dict[str, object]:
     }
     if device.type == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        facts["numba"] = importlib.metadata.version("numba")
     return facts
 
 
@@ -200,7 +203,7 @@ def temporaries(call: Callable[[], object], device: torch.device) -> int:
         call()
         _wait(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
@@ -211,6 +214,20 @@ def temporaries(call: Callable[[], object], device: torch.device) -> int:
     events.sort(key=lambda e: e["ts"])
     first = events[0]["args"]
     return max(0, max(e["args"]["Total Allocated"] for e in events) - (first["Total Allocated"] - first["Bytes"]))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what libraries write to the process's standard error: the profiler tells there that it starts and stops."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:

@@ -39,6 +39,9 @@ def text(report: dict[str, Any]) -> str:
     if len(report["batches"]) > 1:
         together = "; ".join(", ".join(batch) for batch in report["batches"])
         lines += ["", f"Not all fit into memory together. By turns ran: {together}"]
+    if report["device"] == "cpu" and "numba" not in report["machine"]:
+        hint = 'pip install "hf_efcp[cpu]" adds numba, whose kernels are several times faster.'
+        lines += ["", f"Steps ran in plain torch, because numba is not installed: {hint}"]
     lines += ["", *(f"skipped: {name}: {why}" for name, why in report["skipped"].items())]
     return "\n".join(lines).rstrip()
 

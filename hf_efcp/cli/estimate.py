@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..options import OptionError
+from ..engine.choices import BUDGETED, shown
+from ..options import OptionError, as_text
 from .common import add_command, build, check_integers, chosen, dtype_of, gibibytes, size_of, spelled_out, table, write_json
 from .shapes import load
 
@@ -75,11 +76,11 @@ def estimate(
     shares = processes if fsdp else 1
     held = [_chunk(p.shape, shares) * p.element_size() for p in model.parameters()]
     grads = [_chunk(p.shape, shares) * p.element_size() for p in params]
-    kinds, refused = {}, {}
+    kinds, refused, taken = {}, {}, {}
     for name, options in optimizers.items():
         optimizer = build(name, options, model, targets)
         try:
-            kinds[name] = optimizer.estimate_footprint(processes, fsdp)
+            taken[name], kinds[name] = optimizer.builder.estimate(optimizer.param_groups, optimizer.state, processes, fsdp)
         except OptionError as error:
             refused[name] = str(error)
     if refused and not kinds:
@@ -93,6 +94,8 @@ def estimate(
         entry = {"bytes": bytes_, "total": total, "bytes_per_parameter": total / count, "needs": needs}
         if gpu is not None:
             entry["fits"] = needs <= gpu
+        if getattr(taken.get(name), "memory_budget", None) is not None:
+            entry["chosen"] = {option: getattr(taken[name], option) for option in BUDGETED if hasattr(taken[name], option)}
         entries[name] = {**entry, "options": spelled_out(name, optimizers[name]) if name in optimizers else {}}
     entries |= {name: {"refused": why, "options": spelled_out(name, optimizers[name])} for name, why in refused.items()}
     return {
@@ -133,6 +136,10 @@ def _report(result: dict[str, Any], single: bool) -> str:
         row.append(f"{entry['bytes_per_parameter']:.2f}")
         rows.append([*row, gibibytes(entry["needs"]), "yes" if entry["fits"] else "no"] if gpu else row)
     lines.append(table(rows))
+    for name, entry in entries.items():
+        if "chosen" in entry:
+            values = ", ".join(f"{option}={as_text(value)}" for option, value in entry["chosen"].items() if value is not None)
+            lines += ["", f"{name}: memory_budget={shown(entry['options']['memory_budget'])} chooses {values}"]
     size = gibibytes(result["parameter_bytes"]), gibibytes(result["gradient_bytes"])
     lines += ["", f"Beside it: parameters {size[0]}, gradients {size[1]}; activations and temporaries are not counted."]
     lines += [f"refused: {name}: {entry['refused']}" for name, entry in result["optimizers"].items() if "refused" in entry]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import inspect
+import platform
 import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
 
 from .. import run
+from .._version import __version__
 from ..bench import command as bench
 from ..options import GroupOptions, OptionError, as_text, described, field_types
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, optim_defaults
@@ -44,8 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-efcp",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # the version stays one line
         description="Full-matrix second-order optimizers with compressed gradient windows for Hugging Face.",
     )
+    parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("run", help="run script.py ARGS, -m module ARGS or a program with our names valid for --optim")
     enable.add_parsers(commands)
@@ -57,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_parser(commands)
     bench.add_parser(commands)
     return parser
+
+
+def _versions() -> str:
+    """Name our version, and those of what we run on."""
+    others = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "accelerate")]
+    return ", ".join([f"hf_efcp {__version__}", *others, f"Python {platform.python_version()}"])
 
 
 def _list(pattern: str, options: bool, markdown: bool) -> int:

@@ -1,6 +1,6 @@
 """The one operand of every method, a = e + g, and the entry c that a compressor makes of it.
 
-    a @ q,   a.mT @ p,   a.top_k(grid),   a.rows(rows),   a.keep(c): e <- a - c
+    a.times(q) = a q,   a.transposed_times(p) = a^T p,   a.top_k(grid),   a.rows(rows),   a.keep(c): e <- a - c
 
 A large a is formed a few rows at a time, by a kernel not at all. Where processes hold some rows each, a product that sums over
 rows is summed over the processes. A method that uses nothing else runs in every format and on every placement.
@@ -82,17 +82,19 @@ class Accumulated:
             self._formed = self.rows()
         return [(ALL, self._formed)]
 
-    def __matmul__(self, q: Tensor) -> Tensor:
-        """Give a @ q, (n, rows, r), for q (n, cols, r)."""
+    def times(self, q: Tensor) -> Tensor:
+        """Give a q, (n, rows, r), for q (n, cols, r)."""
         # The factor first: CPU libraries are several times slower at a @ q and a.mT @ p.
         q = q.mT.contiguous()
         p = kernels.times(self.gradients, self._stored, q, self.scale)
         return torch.cat([(q @ a.mT).mT for _, a in self.parts()], 1) if p is None else p
 
-    @property
-    def mT(self) -> Transposed:
-        """The transposed operand, for `a.mT @ p`."""
-        return Transposed(self)
+    def transposed_times(self, p: Tensor) -> Tensor:
+        """Give a^T p, (n, cols, r), for p (n, rows, r): summed over the processes that share the rows."""
+        q = kernels.transposed_times(self.gradients, self._stored, p.mT, self.scale)
+        if q is None:
+            q = _sum(p[:, rows].mT @ part for rows, part in self.parts())
+        return q.mT if self.total is None else self.total(q.mT.contiguous())
 
     def top_k(self, grid: BlockTopK) -> tuple[Tensor, Tensor]:
         """Give the largest magnitudes of every block: indices in the block, int16 (n, rows, k), and values (n, rows, k)."""
@@ -128,21 +130,6 @@ class Accumulated:
         if self._used:
             raise RuntimeError("a.keep(c) has changed e, and so a: use a before")
         return None if self.error is None else self.error.stored
-
-
-class Transposed:
-    """a^T, (n, cols, rows)."""
-
-    def __init__(self, a: Accumulated):
-        self._a = a
-
-    def __matmul__(self, p: Tensor) -> Tensor:
-        """Give a.mT @ p, (n, cols, r), for p (n, rows, r): summed over the processes that share the rows."""
-        a = self._a
-        q = kernels.transposed_times(a.gradients, a._stored, p.mT, a.scale)
-        if q is None:
-            q = _sum(p[:, rows].mT @ part for rows, part in a.parts())
-        return q.mT if a.total is None else a.total(q.mT.contiguous())
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:

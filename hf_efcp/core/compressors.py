@@ -129,8 +129,8 @@ class PowerIteration(Compressor):
         """See Compressor. Of a large tensor, a is formed anew for each product."""
         q = self.start(step).to(a.dtype)
         for i in range(self.power_iterations):
-            p = orthonormalize(a @ (unit_columns(q) if i else q), a.total)
-            q = a.mT @ p
+            p = orthonormalize(a.times(unit_columns(q) if i else q), a.total)
+            q = a.transposed_times(p)
         for i in a.absent:
             q[i] = 0
         self.prepare(q)

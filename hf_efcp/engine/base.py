@@ -267,7 +267,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         Raises:
             OptionError: such a run would be refused.
         """
-        return self.builder.estimate(self.param_groups, self.state, processes, fsdp)
+        return self.builder.estimate(self.param_groups, self.state, processes, fsdp)[1]
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:

@@ -210,8 +210,8 @@ class Builder:
                 specs[p] = {spec.name: spec for spec in (*known[key], *shared)}
         return specs
 
-    def estimate(self, groups: Sequence[Group], state: State, processes: int, fsdp: bool) -> dict[str, int]:
-        """Count the bytes by kind that a fresh optimizer will hold; see EngineOptimizer.estimate_footprint."""
+    def estimate(self, groups: Sequence[Group], state: State, processes: int, fsdp: bool) -> tuple[Any, dict[str, int]]:
+        """Give the options, a memory_budget's choice among them, and EngineOptimizer.estimate_footprint's bytes by kind."""
         options, asked = self.options, self.asked
         params = [p for _, params in self.trained(groups, state) for p in params]
         if asked.budgeted and not asked.chosen:
@@ -228,7 +228,7 @@ class Builder:
         kinds = estimated(specs, processes, fsdp)
         if asked.size is not None and not asked.budgeted and sum(kinds.values()) > asked.size:
             raise asked.too_large(sum(kinds.values()), options)
-        return kinds
+        return options, kinds
 
     def _build(self, groups: Sequence[Group], trained: Trained, key: list[Any], state: State, into: State) -> Setup:
         """Build the setup, with what `into`, the state or a new one, knows of the parameters; parameters keep their owners."""

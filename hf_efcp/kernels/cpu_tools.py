@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import Blocks, Error, Matrices, Scale
 from .constants import BF16_SHIFT, BLOCK, INT4_BITS, INT4_MASK, INT4_ZERO, LARGEST_INT4, LARGEST_INT8
+from .cpu_compiling import ANNOUNCEMENT
 
 # Sums may be taken in any order, so that loops are vectorized; NaN and infinity stay what they are.
 REORDERED = {"reassoc", "contract", "nsz"}
@@ -39,6 +40,7 @@ def compiled(function: Callable[..., Any] | None = None, *, relaxed: set[str] | 
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # nowhere to keep compiled code: compile in every process
+        ANNOUNCEMENT.kept = False
         return numba.njit(**options)(function)
 
 

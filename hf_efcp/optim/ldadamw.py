@@ -103,11 +103,11 @@ class Side:
 
     def times(self, a: Accumulated, y: Tensor) -> Tensor:
         """Give A y, (n, short, r)."""
-        return a @ y if self.left else a.mT @ y
+        return a.times(y) if self.left else a.transposed_times(y)
 
     def transposed_times(self, a: Accumulated, p: Tensor) -> Tensor:
         """Give A^T p, (n, long, r)."""
-        return a.mT @ p if self.left else a @ p
+        return a.transposed_times(p) if self.left else a.times(p)
 
     def entry(self, p: Tensor, h: Tensor) -> LowRankEntry:
         """Make a's entry of P (n, short, r) and H (n, r, long): P H or (P H)^T."""

@@ -17,7 +17,7 @@ def shape_file(tmp_path):
     return str(write_shapes(tmp_path, LIST))
 
 
-def test_all_optimizers_and_torchs_in_one_run(tmp_path, shape_file, monkeypatch, capsys):
+def test_all_optimizers_and_torchs_in_one_run(tmp_path, shape_file, monkeypatch, capfd):
     mine = {name: entry for name, entry in peers.PEERS.items() if entry[0] == "torch"}
     broken = {"absent": ("no-such-package", None), "broken": ("torch", lambda model, m: 1 / 0)}
     monkeypatch.setattr(peers, "PEERS", mine | broken)
@@ -45,7 +45,8 @@ def test_all_optimizers_and_torchs_in_one_run(tmp_path, shape_file, monkeypatch,
         assert entry["bytes"] == started(name, args_known_to(name, "window_size=8"))[0].memory_footprint()
         assert entry["peak_bytes"] == 8 * found["parameters"] + entry["total"] + entry["temporaries"]
     assert "ratio" in found["optimizers"]["torch AdamW fused"] and "ratio" not in found["optimizers"]["torch Adafactor"]
-    said = capsys.readouterr()
+    said = capfd.readouterr()
+    assert all(line.startswith("[bench] ") for line in said.err.splitlines())  # nothing of the profiler's
     assert all(f"| {name} " in said.out for name in (*NAMES, *mine)) and "skipped: absent" in said.out
 
 

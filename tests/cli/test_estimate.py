@@ -11,7 +11,7 @@ from hf_efcp.cli import common, shapes
 from hf_efcp.cli.estimate import ADAMW
 from hf_efcp.options import OptionError
 from tests.cli.helpers import assert_one_line_of_error, module, optimizer_of, write_shapes, written
-from tests.reference import NAMES, args_known_to, info
+from tests.reference import NAMES, args_known_to, info, names
 
 LIST = {
     "embed.weight": [40, 12],
@@ -181,6 +181,16 @@ def test_a_budget_under_fsdp_keeps_to_what_is_allowed_there(tmp_path):
     args = ["--optim", "efcp_lowrank_mfac", "--optim_args", "memory_budget=210KB"]
     kinds = [estimated(tmp_path, file, *args, *more)["optimizers"]["efcp_lowrank_mfac"]["bytes"] for more in ([], ["--fsdp"])]
     assert kinds[0]["residual"] < 300 * 200 * 2 <= kinds[1]["residual"]
+
+
+def test_a_budget_says_what_it_chooses(tmp_path, capsys):
+    file = write_shapes(tmp_path, [[300, 200], [300]])
+    name = names(compression="low rank")[0]
+    entry = estimated(tmp_path, file, "--optim", name, "--optim_args", "memory_budget=210KB,rank=3")["optimizers"][name]
+    assert entry["chosen"]["rank"] == 3 and entry["chosen"]["window_size"] in range(4, 1025)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "chooses" in line)
+    assert line.startswith(f"{name}: memory_budget=205.08 KiB chooses ")
+    assert all(f"{option}={value}" in line for option, value in entry["chosen"].items() if value is not None)
 
 
 def test_what_fits(tmp_path, capsys):

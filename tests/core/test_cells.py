@@ -184,7 +184,7 @@ def test_an_operand_is_used_up_when_its_error_is_kept(kept, monkeypatch):
     a.keep(entry)
     torch.testing.assert_close(c.read(), numbers(3, 6, 300) / 2)
     with pytest.raises(RuntimeError, match="use a before"):
-        a @ torch.ones(3, 300, 2)
+        a.times(torch.ones(3, 300, 2))
 
 
 def test_the_error_of_a_tensor_without_a_gradient_stays_whatever_entry_it_is_given():

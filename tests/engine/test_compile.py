@@ -48,13 +48,8 @@ def counting(graphs):
     return backend
 
 
-# Dynamo hands `a @ q` to torch instead of `Accumulated.__matmul__`, which the power iteration is written in.
-OPERATORS = pytest.mark.xfail(raises=torch._dynamo.exc.Unsupported, strict=True, reason="operators of our own classes")
-CASES = [pytest.param(n, marks=[OPERATORS] if n in names(compression="low rank") else []) for n in names(family="mfac")]
-
-
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "momentum": 0.5}, METRIC], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", names(family="mfac"))
 def test_a_step_is_one_graph(name, options, monkeypatch):
     monkeypatch.setenv("HF_EFCP_KERNELS", "0")
     expected, none = run(name, options, False)
