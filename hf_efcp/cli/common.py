@@ -35,14 +35,18 @@ def add_command(
         "model",
         metavar="MODEL",
         nargs=None if needs_model else "?",
-        help=f"one of {BUILT_IN_HELP}; a .json file of shapes ({{name: [rows, cols]}} or a list); a folder or file with a "
-        "model's configuration; or a name of the hub. No weights are needed",
+        help=f"the model: {BUILT_IN_HELP}, a name on the hub, a folder or file with a configuration, or a .json file of shapes "
+        "({name: [rows, cols]} or a list). No weights are needed",
     )
-    parser.add_argument("--optim", metavar="NAME[,NAME]", help="as `hf-efcp list` has them; default: all of them")
-    parser.add_argument("--optim_args", help='as in training: "rank=8,window_size=64", or JSON; on top of the --optim defaults')
-    parser.add_argument("--optim_target_modules", help="as in training: whose matrices are compressed")
-    parser.add_argument("--dtype", default="float32", help="of the parameters: float32 (default), bfloat16, float16, float64")
-    parser.add_argument("--json", metavar="FILE", help="also write everything to this file, bytes exact")
+    parser.add_argument(
+        "--optim", metavar="NAME[,NAME]", help="the optimizers to compare, as `hf-efcp list` names them (default: all)"
+    )
+    parser.add_argument("--optim_args", help='options of the optimizers, as in training: "rank=8,window_size=64" or JSON')
+    parser.add_argument("--optim_target_modules", help="the modules whose matrices are compressed, as in training (default: all)")
+    parser.add_argument(
+        "--dtype", default="float32", help="dtype of the parameters: float32 (default), bfloat16, float16 or float64"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures to this file too, with exact bytes")
     return parser
 
 

@@ -24,13 +24,20 @@ def add_parser(commands: Any) -> None:
         commands,
         "estimate",
         run,
-        help="bytes of optimizer state for a model, before anything is allocated",
-        description="Bytes of optimizer state by kind, as memory_footprint() will measure them; of all optimizers beside AdamW, "
-        "or of --optim.",
+        help="print how many bytes of state an optimizer will take for a model",
+        description="Prints the bytes of optimizer state for a model, by kind, beside those of AdamW. Nothing is allocated. "
+        "memory_footprint() measures the same bytes in training.",
     )
-    parser.add_argument("--num_processes", type=int, default=1, help="that share the state; shown is the one that holds most")
-    parser.add_argument("--fsdp", action="store_true", help="they share the parameters too (FSDP2)")
-    parser.add_argument("--gpu", metavar="SIZE", help="what fits there: 24GiB, 80GB, or a name such as l4, a100, h100")
+    parser.add_argument(
+        "--num_processes",
+        type=int,
+        default=1,
+        help="processes that share the state (default 1); the table shows the one that holds most",
+    )
+    parser.add_argument("--fsdp", action="store_true", help="the processes share the parameters too, as under FSDP2")
+    parser.add_argument(
+        "--gpu", metavar="SIZE", help="say what fits into this memory: 24GiB, 80GB, or a GPU such as l4, a100, h100"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
