@@ -17,7 +17,7 @@ from .._version import __version__
 from ..bench import command as bench
 from ..options import GroupOptions, OptionError, as_text, described, field_types
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, optim_defaults
-from . import enable, estimate
+from . import advise, enable, estimate
 
 _HEADER = ("option", "type", "class default", "--optim default", "meaning")
 # Options that the Trainer takes from arguments of its own.
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     lister.add_argument("--markdown", action="store_true", help="print one Markdown table of all options, as in docs/options.md")
     lister.set_defaults(handler=lambda args: _list(args.pattern, args.options, args.markdown))
     estimate.add_parser(commands)
+    advise.add_parser(commands)
     bench.add_parser(commands)
     return parser
 
