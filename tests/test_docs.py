@@ -54,10 +54,10 @@ def test_options_md_is_what_the_command_prints(capsys):
     assert (ROOT / "docs/options.md").read_text().endswith(table)
 
 
-def test_readme_has_a_row_for_every_registered_name_and_no_other():
-    rows = re.findall(r"^\| `(efcp_\w+)` \| `(\w+)` \| ([a-z ]+?) \(", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_choosing_md_has_a_row_for_every_registered_name_and_no_other():
+    rows = re.findall(r"^\| `(efcp_\w+)` \| `(\w+)` \| ([a-z ]+?) \(", (ROOT / "docs/choosing.md").read_text(), re.MULTILINE)
     assert rows == [(info.name, info.cls.__name__, info.compression) for info in all_optimizers()]
-    assert len(rows) == len(re.findall(r"^\| `efcp_", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert len(rows) == len(re.findall(r"^\| `efcp_", (ROOT / "docs/choosing.md").read_text(), re.MULTILINE))
 
 
 def test_the_command_lists_every_registered_name_with_its_description(capsys):
