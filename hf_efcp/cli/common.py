@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -43,7 +44,18 @@ def add_command(
     parser.add_argument("--optim_target_modules", help="as in training: whose matrices are compressed")
     parser.add_argument("--dtype", default="float32", help="of the parameters: float32 (default), bfloat16, float16, float64")
     parser.add_argument("--json", metavar="FILE", help="also write everything to this file, bytes exact")
+    parser.add_argument("--plot", metavar="FILE", help="also draw it (.png, .svg, .pdf; needs matplotlib)")
     return parser
+
+
+def check_plot(file: str | None) -> None:
+    """Raise OptionError where the figure `file`, if one is named, could not be drawn, before anything is measured."""
+    if file is None:
+        return
+    if Path(file).suffix not in (".png", ".svg", ".pdf") or not Path(file).absolute().parent.is_dir():
+        raise OptionError(f"plot={file!r}: must be a .png, .svg or .pdf file in a folder that exists")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OptionError(f"plot={file!r}: matplotlib is not installed: pip install hf_efcp[report]")
 
 
 def check_integers(args: argparse.Namespace, **least: int) -> None:

@@ -14,7 +14,7 @@ from .. import run
 from ..bench import command as bench
 from ..options import GroupOptions, OptionError, as_text, described, field_types
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, optim_defaults
-from . import enable, estimate
+from . import enable, estimate, report
 
 _HEADER = ("option", "type", "class default", "--optim default", "meaning")
 # Options that the Trainer takes from arguments of its own.
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     lister.set_defaults(handler=lambda args: _list(args.pattern, args.options, args.markdown))
     estimate.add_parser(commands)
     bench.add_parser(commands)
+    report.add_parsers(commands)
     return parser
 
 

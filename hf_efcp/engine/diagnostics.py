@@ -80,7 +80,7 @@ def of_window(k: torch.Tensor, shares: torch.Tensor, ages: torch.Tensor, filled:
     by_age = torch.zeros(len(ages), dtype=torch.float64).index_add_(0, ages.cpu(), shares.cpu())
     first = 0
     while first < filled:
-        end = min(filled, max(1, 2 * first))
+        end = min(len(ages), max(1, 2 * first))
         name = str(first) if end == first + 1 else f"{first}_{end - 1}"
         found[f"weight_age_{name}"] = float(by_age[first:end].sum())
         first = end

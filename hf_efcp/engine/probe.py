@@ -24,7 +24,7 @@ from .setup import Setup, l2_of, rate_of
 _FINE, _OCTAVES = 64, 64
 _BINS = 2 * _FINE * _OCTAVES
 # So many coordinates make the quantiles; of a larger model, every k-th.
-_SAMPLE = 2**20
+_SAMPLE = 2**18
 _QUANTILES = (25, 50, 75)
 _TOTALS = ("g2", "ug", "p2", "moved2", "zero_g", "zero_u", "operand2", "entering2", "lost2", "error2")
 
@@ -83,7 +83,7 @@ class Probe:
     def read_committed(self, j: Tensor, coefficients: Callable[[Any], tuple[Tensor, Tensor]]) -> None:
         """Read errors, and updates, when all has been committed; `coefficients`: stack -> c and the weight of its residual."""
         for s, a in self._held:
-            self._add("lost2", s.window.stored(int(j)).subtract_from_(a).square().sum(dtype=torch.float64))
+            self._add("lost2", _dot(lost := s.window.stored(int(j)).subtract_from_(a), lost))
         self._held.clear()
         for s in self.setup.stacks:
             if (cell := s.error or s.residual) is not None:
@@ -101,7 +101,7 @@ class Probe:
     def seen(self, s: Any, u: Any) -> Any:
         """Give u, or what gives rows of it, so that this hears of it; and read the errors of the stack."""
         if (cell := s.cells.get("error")) is not None:
-            squares = _own(s, cell.read()).square().sum((1, 2), dtype=torch.float64)
+            squares = _squares(_own(s, cell.read()))
             self._add("error2", squares.sum())
             self._add("lost2", squares[_live(s)].sum())
         if isinstance(u, Tensor):
@@ -125,17 +125,17 @@ class Probe:
             torch.stack([x.reshape(s.shape)[rows].to(u.dtype) for x in matrices])
             for matrices in ([self._gradient(piece) for piece in pieces], [piece.data for piece in pieces])
         )
-        squares = u.square().sum((1, 2), dtype=torch.float64)
+        squares = _squares(u)
         rates = torch.tensor([float(rate_of(self.groups[piece.group])) for piece in pieces], dtype=torch.float64)
-        self._add("g2", g.square().sum(dtype=torch.float64))
-        self._add("ug", (u * g).sum(dtype=torch.float64))
-        self._add("p2", p.square().sum(dtype=torch.float64))
+        self._add("g2", _dot(g, g))
+        self._add("ug", _dot(u, g))
+        self._add("p2", _dot(p, p))
         self._add("moved2", (squares * rates.square().to(u.device)).sum())
         for kind in {"all", _kind(self.groups[pieces[0].group], pieces[0].param)}.intersection(self.kinds):
             self._add(f"u2 {kind}", squares.sum())
             self._add(f"n {kind}", float(u.numel()))
-        self._add("zero_g", (g == 0).sum())
-        self._add("zero_u", (u == 0).sum())
+        self._add("zero_g", g.numel() - torch.count_nonzero(g))
+        self._add("zero_u", u.numel() - torch.count_nonzero(u))
         self._count(u, g, s.pieces[0].origin, rows, s.shape[1])
 
     def finish(self) -> None:
@@ -161,9 +161,9 @@ class Probe:
         if self.setup.placement.shards > 1 and self.setup.placement.rank:
             return  # the first process has added up what all of them have
         live = _live(f)
-        self._add("entering2", entering[live].square().sum(dtype=torch.float64))
-        self._add("operand2", a[live].square().sum(dtype=torch.float64))
-        lost = f.window.staged.subtract_from_(a).square().sum((1, 2), dtype=torch.float64)
+        self._add("entering2", _squares(entering[live]).sum())
+        self._add("operand2", _squares(a[live]).sum())
+        lost = _squares(f.window.staged.subtract_from_(a))
         self._add("lost2", lost[live].sum())
         self._add("error2", lost.sum())  # the next error, but for rounding
 
@@ -172,23 +172,24 @@ class Probe:
         entering = Accumulated(a.gradients, None, a.absent, scale=a.scale)
         live = [i for i in range(a.shape[0]) if i not in a.absent]
         for rows in _row_parts(a):
-            new = entering.rows(rows)[live]
-            whole = new if e is None else new + e[live][:, rows]
-            whole = whole if a.error is None else a.rows(rows)[live]
-            self._add("entering2", new.square().sum(dtype=torch.float64))
-            self._add("operand2", whole.square().sum(dtype=torch.float64))
+            new = entering.rows(rows)
+            whole = new if e is None else new + e[:, rows]
+            whole = whole if a.error is None else a.rows(rows)
+            squares = _squares(new)
+            self._add("entering2", squares[live].sum())
+            self._add("operand2", (squares if whole is new else _squares(whole))[live].sum())
 
     def _compare(self, a: Accumulated, entry: Any, absent: Sequence[int]) -> None:
         live = [i for i in range(a.shape[0]) if i not in absent]
         for rows in _row_parts(a):
             lost = entry.subtract_from_(a.rows(rows).clone(), rows)
-            self._add("lost2", lost[live].square().sum(dtype=torch.float64))
+            self._add("lost2", _squares(lost)[live].sum())
 
     def _count(self, u: Tensor, g: Tensor, origin: tuple[int, int], rows: slice, cols: int) -> None:
         """Sort |u/g| of every k-th coordinate of the whole tensors into bins, but for what is 0 or not finite."""
         start = (origin[0] + rows.start) * cols + origin[1]
         some = slice(-start % self._every, None, self._every)
-        u, g = u.flatten(1)[:, some].double().abs(), g.flatten(1)[:, some].double().abs()
+        u, g = u.flatten(1)[:, some].abs(), g.flatten(1)[:, some].abs()
         place = ((u / g).log2() + _OCTAVES).mul_(_FINE)
         known = (u > 0) & (g > 0) & place.isfinite()
         bins = torch.where(known, place, 0.0).clamp_(0, _BINS - 1).long()
@@ -243,6 +244,15 @@ def _kind(group: Group, p: Tensor) -> str:
 def _own(s: Any, e: Tensor) -> Tensor:
     """Give this process's columns of errors that are of whole vectors on all processes."""
     return e[..., s.columns] if e.shape[-1] != s.shape[1] else e
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return torch.dot(x.reshape(-1), y.reshape(-1))
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Sum the squares of each of n matrices, (n,) fp64."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1).double().square()
 
 
 def _live(s: Any) -> list[int]:

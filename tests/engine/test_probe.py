@@ -94,7 +94,7 @@ def test_the_window_as_a_whole():
         optimizer.step()
     d = optimizer.diagnostics()
     assert d["condition"] == pytest.approx(16) and d["directions"] == pytest.approx((1 + 4 + 16) ** 2 / (1 + 16 + 256))
-    ages = [d["weight_age_0"], d["weight_age_1"], d["weight_age_2"]]
+    ages = [d["weight_age_0"], d["weight_age_1"], d["weight_age_2_3"]]
     assert sum(ages) == pytest.approx(1) and d["weight_newest"] == ages[0]
     assert d["weight_age"] == pytest.approx(ages[1] + 2 * ages[2])
 
