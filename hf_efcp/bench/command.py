@@ -17,9 +17,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cli.common import add_command, build, check_integers, chosen, dtype_of, gibibytes, size_of, spelled_out, write_json
+from ..cli.common import (
+    add_command,
+    build,
+    check_integers,
+    check_plot,
+    chosen,
+    dtype_of,
+    gibibytes,
+    size_of,
+    spelled_out,
+    write_json,
+)
 from ..cli.shapes import load
 from ..options import OptionError
+from ..report import figures
 from . import roofline
 from .contenders import Contender, Workload
 from .launches import count, has_triton
@@ -27,7 +39,7 @@ from .measuring import Rates, machine
 from .peers import PEERS, version
 from .reporting import launches_text, text, versions_used
 from .sweep import add_arguments as add_sweep_arguments
-from .sweep import check_plot, sweep
+from .sweep import sweep
 
 # Of the memory that is free, what parameters, gradients and states may take; the rest is for temporaries.
 _SHARE = 0.8
@@ -67,8 +79,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_launches(args)
     device, dtype = _device(args.device), dtype_of(args.dtype)
     memory = size_of(args.memory) if args.memory else _free(device)
-    if args.plot:
-        check_plot(args.plot, args.sweep)
+    check_plot(args.plot)
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
     settings = {"peers": args.peers, "steps": args.steps, "warmup": args.warmup, "memory": memory, "quick": args.quick}
@@ -83,10 +94,23 @@ def run(args: argparse.Namespace) -> int:
             result = bench(model, optimizers, device, targets=args.optim_target_modules, **settings)
             result = {"model": args.model, **result}
             print(text(result))
+            _draw(result, args.plot)
     finally:
         torch.set_num_threads(threads)
     write_json(args.json, result)
     return 0
+
+
+def _draw(result: dict[str, Any], file: str | None) -> None:
+    """Draw the steps of all optimizers, each with the least that the machine needs for it, if a file is named."""
+    if file is None:
+        return
+    rows = []
+    for name, e in result["optimizers"].items():
+        step, least = e["step_ms"]["median"], (e.get("roofline") or {}).get("ms")
+        parts = {"a step": step} if least is None else {"least, by the roofline": least, "above it": max(0.0, step - least)}
+        rows.append((name, parts))
+    figures.save(figures.bars("median step", rows, f"ms, {result['model']}", *figures.ON_WHITE), file)
 
 
 def _run_launches(args: argparse.Namespace) -> int:

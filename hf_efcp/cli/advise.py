@@ -56,6 +56,7 @@ def add_parser(commands: Any) -> None:
         help="suggest a command line for a model and a GPU",
         description="Suggests an optimizer and its options for a model, a task and a GPU, says why, and what it costs. Warns of "
         "settings that are known to fail.",
+        writes=False,
     )
     parser.add_argument("--task", default="classification", help=f"what is trained: {', '.join(TASKS)} (default: classification)")
     parser.add_argument("--gpu", metavar="SIZE", help="memory of one GPU: 24GiB, 80GB, or a GPU such as l4, a100, h100")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,9 +27,24 @@ GPUS |= {"a100": 80, "h100": 80, "h200": 141, "b200": 180}
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, help: str, description: str, needs_model: bool = True
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    help: str,
+    description: str,
+    needs_model: bool = True,
+    writes: bool = True,
 ) -> argparse.ArgumentParser:
-    """A command about models and optimizers, with MODEL, --optim, --optim_args, --optim_target_modules, --dtype, --json."""
+    """Add a command about models and optimizers, with MODEL, --optim, --optim_args, --optim_target_modules and --dtype.
+
+    Args:
+        commands: of the parser.
+        name, help, description: of the command.
+        run: does it, and gives the exit status.
+        needs_model: whether MODEL must be given.
+        writes: whether it has --json and --plot.
+    """
     parser = commands.add_parser(name, help=help, description=description)
     parser.set_defaults(handler=run)
     parser.add_argument(
@@ -46,8 +62,21 @@ def add_command(
     parser.add_argument(
         "--dtype", default="float32", help="dtype of the parameters: float32 (default), bfloat16, float16 or float64"
     )
+    if not writes:
+        return parser
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file too, with exact bytes")
+    parser.add_argument("--plot", metavar="FILE", help="draw the figures into this file too (.png, .svg, .pdf; needs matplotlib)")
     return parser
+
+
+def check_plot(file: str | None) -> None:
+    """Raise OptionError where the figure `file`, if one is named, could not be drawn, before anything is measured."""
+    if file is None:
+        return
+    if Path(file).suffix not in (".png", ".svg", ".pdf") or not Path(file).absolute().parent.is_dir():
+        raise OptionError(f"plot={file!r}: must be a .png, .svg or .pdf file in a folder that exists")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OptionError(f"plot={file!r}: matplotlib is not installed: pip install hf_efcp[report]")
 
 
 def check_integers(args: argparse.Namespace, **least: int) -> None:

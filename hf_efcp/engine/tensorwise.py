@@ -105,17 +105,17 @@ class TensorStack(Stack):
         if isinstance(ok, Tensor):  # a decomposition raises for what is not finite, and whether it is nobody waits to hear
             a.gradients = [masked(ok, g, 0.0) for g in a.gradients]
         u = self.rule.update(self, a, t.to(self.layout.dtype).view(-1, 1, 1), options)
-        return u if not whole else (u if isinstance(u, Tensor) else u(ALL))[..., self._columns]
+        return u if not whole else (u if isinstance(u, Tensor) else u(ALL))[..., self.columns]
 
     def _whole(self, gradients: Sequence[Tensor]) -> Tensor:
         """Make whole vectors, (n, 1, cols), of the parts that the processes have."""
         assert self.total is not None
         whole = torch.zeros(len(gradients), 1, self.layout.cols, dtype=self.layout.dtype, device=self.device)
-        whole[..., self._columns] = torch.stack(list(gradients))
+        whole[..., self.columns] = torch.stack(list(gradients))
         return self.total(whole)
 
     @property
-    def _columns(self) -> slice:
+    def columns(self) -> slice:
         """Which part of its vectors this process has."""
         start = self.pieces[0].origin[1]
         return slice(start, start + self.shape[1])
@@ -207,11 +207,17 @@ class Tensorwise:
         for s in setup.stacks:
             s.open(counters.step)
             s.turn.ok = ok
+            if setup.probe is not None:
+                setup.probe.read_tensors(s)
             with phase("compress"):
                 u = s.update(s.each(l2.__getitem__), o)
+            if setup.probe is not None:
+                u = setup.probe.seen(s, u)
             with phase("update"):
                 s.apply(u, groups, o)
         counters.count(ok)
+        if setup.probe is not None:
+            setup.probe.finish()
         setup.finish()
 
     def diagnostics(self, setup: Setup) -> dict[str, float]:

@@ -76,7 +76,7 @@ BAD = {
     ("minilm", "--device", "tpu"): "device='tpu'",
     ("minilm", "--optim", "efcp_lowrank"): "did you mean 'efcp_lowrank_",
     ("minilm", "--memory", "much"): "'much'",
-    ("minilm", "--plot", "x.png"): "only a --sweep",
+    ("minilm", "--plot", "x.txt"): "must be a .png, .svg or .pdf",
     ("--sweep", "--sweep_windows", "a"): "sweep_windows='a'",
     ("minilm", "--sweep"): "shapes of its own",
     ("--sweep", "--sweep_parameters", "0"): "sweep_parameters='0'",
