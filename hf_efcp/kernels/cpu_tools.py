@@ -71,26 +71,6 @@ def matrix_row(address, row, cols, like):
     return numba.carray(pointer(address + row * cols * like.itemsize, like), (cols,))
 
 
-def _code(codes, x):
-    raise NotImplementedError  # compiled code only
-
-
-@overload(_code)
-def _code_compiled(codes, x):
-    """Code x of a row of `core.codecs.BlockQuantizer`, in 8 or 4 bits."""
-    if codes.dtype == types.uint8:
-        return lambda codes, x: np.float32(_half(codes, x) - INT4_ZERO)
-    return lambda codes, x: np.float32(codes[x])
-
-
-@compiled
-def _half(codes, x):
-    """Number x of a row of 4-bit codes, 0 ... 15."""
-    one = np.uint64(1)
-    half = codes[x >> one] >> np.uint8(np.uint8(INT4_BITS) * np.uint8(x & one))
-    return np.int32(half & INT4_MASK)
-
-
 def _add_run(a, g, codes, at, scales, run, by):
     raise NotImplementedError  # compiled code only
 
@@ -98,19 +78,43 @@ def _add_run(a, g, codes, at, scales, run, by):
 @overload(_add_run)
 def _add_run_compiled(a, g, codes, at, scales, run, by):
     """a <- g + by * e for the numbers from `at` on, which lie in one run; scales as `core.codecs` has them."""
+    if codes.dtype == types.int8:
+        return _add_bytes
     return _add_between_bounds if scales.ndim == 2 else _add_scaled
 
 
-def _add_scaled(a, g, codes, at, scales, run, by):
+def _add_bytes(a, g, codes, at, scales, run, by):
     size = by * scales[run]
     for x in range(a.size):
-        a[x] = g[x] + _code(codes, at + np.uint64(x)) * size
+        a[x] = g[x] + np.float32(codes[at + np.uint64(x)]) * size
+
+
+def _add_scaled(a, g, codes, at, scales, run, by):
+    _add_halves(a, g, codes, at, np.int32(INT4_ZERO), by * scales[run], a.dtype.type(0), a.dtype.type(1))
 
 
 def _add_between_bounds(a, g, codes, at, scales, run, by):
     lo, unit = bounds(scales, run, a)
-    for x in range(a.size):
-        a[x] = g[x] + by * (a.dtype.type(_half(codes, at + np.uint64(x))) * unit + lo)
+    _add_halves(a, g, codes, at, np.int32(0), unit, lo, by)
+
+
+@compiled
+def _add_halves(a, g, codes, at, zero, unit, lo, by):
+    """a <- g + by * ((code - zero) * unit + lo), for 4-bit codes: two to a byte, number 2i in the low half of byte i."""
+    odd = np.int64(at & np.uint64(1))
+    if odd:
+        code = (np.int32(codes[at >> np.uint64(1)]) >> np.int32(INT4_BITS)) - zero
+        a[0] = g[0] + by * (a.dtype.type(code) * unit + lo)
+    to, of, pairs = a[odd:], g[odd:], codes[np.int64(at + np.uint64(1)) >> 1 :]
+    many = to.size >> 1
+    for i in range(many):  # by bytes, the loop is vectorized
+        byte = np.int32(pairs[i])
+        low, high = (byte & np.int32(INT4_MASK)) - zero, (byte >> np.int32(INT4_BITS)) - zero
+        to[2 * i] = of[2 * i] + by * (a.dtype.type(low) * unit + lo)
+        to[2 * i + 1] = of[2 * i + 1] + by * (a.dtype.type(high) * unit + lo)
+    if to.size & 1:
+        code = (np.int32(pairs[many]) & np.int32(INT4_MASK)) - zero
+        to[2 * many] = of[2 * many] + by * (a.dtype.type(code) * unit + lo)
 
 
 @compiled
