@@ -107,6 +107,18 @@ class Accumulated:
             grid.choose(self.rows(part), indices[:, part], values[:, part])
         return indices, values
 
+    def extract(self, grid: BlockTopK, step: Tensor) -> SparseEntry:
+        """Take the largest magnitudes of every block out of a: give them as an entry, keep the rest. `step` as in Compressor."""
+        if self.error is not None and (turn := self.error.turn).ok is True and self.scale is None and self.decay == 1:
+            rounding = turn.step, turn.ids, turn.origin
+            fast = kernels.extract(self._stored, self.gradients, grid.blocks, rounding, self.absent)
+            if fast is not None:
+                self._formed, self._used = None, True
+                return SparseEntry(fast[0], fast[1], grid)
+        entry = grid.compress(self, step)
+        self.keep(entry)
+        return entry
+
     def keep(self, entry: Entry) -> None:
         """Compute e <- a - c for the entry c as stored, where the step is accepted; a is used up."""
         error = self.error

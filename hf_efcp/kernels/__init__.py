@@ -97,6 +97,11 @@ def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None
     return _try_sparse("top_k", gradients[0], gradients, error, blocks, scale)
 
 
+def extract(error: Error, gradients: Matrices, blocks: Blocks, rounding: Rounding, absent: Sequence[int]) -> Entry | None:
+    """`top_k` and `keep` of what it gives in one pass: see `Accumulated.extract`."""
+    return _try_sparse("extract", gradients[0], error, gradients, blocks, rounding, absent)
+
+
 def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | None = None) -> Tensor | None:
     """Inner products of a sparse entry with a sparse window, (n, m) fp64: see `SparseWindow`.
 
@@ -127,6 +132,29 @@ def apply(
 def adam(stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks: Blocks, rows: slice) -> Tensor | None:
     """Rows `rows` of m / (sqrt(v) + eps), (n, rows, cols), for weights (n, m) in its dtype: see `core.sparse_window.adam`."""
     return _try_sparse("adam", stored[0][0], stored, one, two, eps, cols, blocks, rows)
+
+
+def move(
+    stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks: Blocks, params: Matrices, scale: float, decay: float
+) -> bool:
+    """p <- decay * p + scale * u in place for `adam`'s u, and n matrices in any dtype. Whether it was done."""
+    return bool(_try_sparse("move", stored[0][0], stored, one, two, eps, cols, blocks, params, scale, decay))
+
+
+def adamw(
+    gradients: Matrices, moments: tuple[Tensor, Tensor], t: Tensor, betas: tuple[float, float], eps: float, *update: Any
+) -> bool:
+    """AdamW's step for moments m and v (n, rows, cols), in place, and counts t (n,): see `engine.adamw`.
+
+    Args:
+        gradients: g.
+        moments, t, betas, eps: as above.
+        update: p, n matrices in any dtype; `scale` and `decay` of p <- decay * p + scale * u.
+
+    Returns:
+        Whether it was done.
+    """
+    return bool(_try("adamw", gradients[0], gradients, moments, t, betas, eps, *update))
 
 
 def keep(

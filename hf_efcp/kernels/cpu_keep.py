@@ -56,8 +56,8 @@ def _mix(x):
 
 
 @compiled
-def _column_keys(step, salt, origin, keys):
-    """The columns' factors of `core.random.counted_bits`, from column `origin` on, into `keys`; returns what `_row_key` takes."""
+def column_keys(step, salt, origin, keys):
+    """The columns' factors of `core.random.counted_bits`, from column `origin` on, into `keys`; returns what `row_key` takes."""
     key = _mix(_mix(step & COUNTER_MASK) ^ _mix(salt + SALT_OFFSET))
     mixed = _mix(key)
     for x in range(keys.size):
@@ -66,7 +66,7 @@ def _column_keys(step, salt, origin, keys):
 
 
 @compiled
-def _row_key(key, row):
+def row_key(key, row):
     """A row's factor."""
     return np.int32(_mix(key ^ row) | 1)
 
@@ -76,7 +76,7 @@ def _noise(factor, key):
     return (np.int32(factor * key) >> np.int32(16)) & np.int32(LOWER_16_BITS)
 
 
-def _write(e, scale, a, factor, keys, single, limit):
+def write(e, scale, a, factor, keys, single, limit):
     """e <- a for a row, as `core.error_feedback` does it: plain, or rounded by the hashes factor * keys.
 
     Args:
@@ -90,7 +90,7 @@ def _write(e, scale, a, factor, keys, single, limit):
     raise NotImplementedError  # compiled code only
 
 
-@overload(_write)
+@overload(write)
 def _write_compiled(e, scale, a, factor, keys, single, limit):
     if isinstance(e.dtype, types.Float):
         return _write_plain
@@ -173,13 +173,13 @@ def _subtract_product(a, p, row, q):
             a[x] -= weight * y[x]
 
 
-def _scales_of(scale, t, row, like):
+def scales_of(scale, t, row, like):
+    """The scales or bounds of a row; where there are none, `like`, a row of numbers."""
     raise NotImplementedError  # compiled code only
 
 
-@overload(_scales_of)
+@overload(scales_of)
 def _scales_of_compiled(scale, t, row, like):
-    """The scales or bounds of a row; where there are none, something of their type."""
     if scale.ndim == 4:
         return lambda scale, t, row, like: scale[t, row]
     return lambda scale, t, row, like: scale[t, row] if scale.size else like
@@ -198,7 +198,7 @@ def keep_rows(
         if absent[t]:
             continue
         if task == lo or row == 0:
-            key = _column_keys(step, salts[t], col_0, keys)
+            key = column_keys(step, salts[t], col_0, keys)
         g = matrix_row(gradients[t], row, cols, like)
         read_row(a, room, g, left, right, error, scale, t, row, 0, decay)
         if starts.size:
@@ -207,7 +207,7 @@ def keep_rows(
                 a[starts[i] + np.int64(index[i])] -= real(value[i])
         else:
             _subtract_product(a, one[t], row, two[t])
-        _write(error[t, row], _scales_of(scale, t, row, like), a, _row_key(key, row_0 + row), keys, single, limit)
+        write(error[t, row], scales_of(scale, t, row, like), a, row_key(key, row_0 + row), keys, single, limit)
 
 
 def keep(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import Error, Kept, Matrices, Rounding, Scale
-from .constants import BF16_SHIFT
 from .cpu_threads import PARTS, divide_work
 from .cpu_tools import (
     CONTRACTED,
@@ -20,6 +19,7 @@ from .cpu_tools import (
     Addresses,
     Errors,
     array,
+    bf16_bits,
     compiled,
     factors,
     fits,
@@ -32,8 +32,6 @@ from .cpu_tools import (
 _LONG = 2**20
 # A longer row is read in runs of this length, so that b's run stays in the cache; measured.
 _RUN, _LONGEST_RUN = 2048, 4096
-# Half of the last bit of bf16, less one, in the bits of fp32.
-HALF_BF16 = 2 ** (BF16_SHIFT - 1) - 1
 
 
 @compiled(relaxed=REORDERED)
@@ -126,9 +124,7 @@ def _scaled(lo, hi, factor, c, sizes, out):
             for k in range(length):
                 single[k] *= factors[k]
         for k in range(length):
-            to[k] = np.int16(
-                (bits[k] + np.int32(HALF_BF16) + ((bits[k] >> np.int32(BF16_SHIFT)) & np.int32(1))) >> np.int32(BF16_SHIFT)
-            )
+            to[k] = bf16_bits(bits[k])
 
 
 @compiled(relaxed=REORDERED)

@@ -23,7 +23,7 @@ def pack(e, a, zero):
 
 
 def write_between_bounds(e, scale, a, factor, keys, single, limit):
-    """e, scale <- a for a row: `cpu_keep._write` for `core.codecs.MinMaxQuantizer`. It compiles as a part of that."""
+    """e, scale <- a for a row: `cpu_keep.write` for `core.codecs.MinMaxQuantizer`. It compiles as a part of that."""
     for run in range(len(scale)):
         part, codes = a[run * BLOCK : (run + 1) * BLOCK], e[run * BLOCK // 2 :]
         least, largest = _ends(part)
@@ -43,7 +43,7 @@ def _ends(a):
 
 @overload(_ends)
 def _ends_compiled(a):
-    """Minima of integers are vectorized, those of floats are not: integers that are ordered as the numbers are, with NaN outside."""
+    """By integers that are ordered as the numbers are, with NaN outside: their minima are vectorized, those of floats are not."""
     kind, number = (np.int32, np.float32) if a.dtype == types.float32 else (np.int64, np.float64)
     sign, most = kind(8 * kind().itemsize - 1), kind(np.iinfo(kind).max)
 

@@ -18,7 +18,7 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from . import Blocks, Error, Matrices, Scale
-from .constants import BF16_SHIFT, BLOCK, INT4_BITS, INT4_MASK, INT4_ZERO, LARGEST_INT4, LARGEST_INT8
+from .constants import BF16_SHIFT, BLOCK, HALF_BF16, INT4_BITS, INT4_MASK, INT4_ZERO, LARGEST_INT4, LARGEST_INT8
 
 # Sums may be taken in any order, so that loops are vectorized; NaN and infinity stay what they are.
 REORDERED = {"reassoc", "contract", "nsz"}
@@ -52,6 +52,24 @@ def _real(x):
     if isinstance(x, types.Integer):
         return lambda x: np.int32(np.int32(x) << np.int32(BF16_SHIFT)).view(np.float32)
     return lambda x: x
+
+
+def narrowed(x, like):
+    """The number x as an element of the array `like`: itself, or the bits of the nearest bf16 number."""
+    raise NotImplementedError  # compiled code only
+
+
+@overload(narrowed)
+def _narrowed(x, like):
+    if isinstance(like.dtype, types.Integer):
+        return lambda x, like: bf16_bits(np.float32(x).view(np.int32))
+    return lambda x, like: x
+
+
+@compiled
+def bf16_bits(bits):
+    """The bits of the bf16 number that is nearest to the fp32 number of these bits; ties to even."""
+    return np.int16((bits + np.int32(HALF_BF16) + ((bits >> np.int32(BF16_SHIFT)) & np.int32(1))) >> np.int32(BF16_SHIFT))
 
 
 @intrinsic
@@ -169,6 +187,17 @@ def array(x: Tensor) -> np.ndarray:
     """x for compiled functions; shares memory where x is contiguous. bf16 as int16, its bits."""
     x = x.contiguous()
     return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def example(dtype: torch.dtype) -> np.ndarray:
+    """An empty array of numbers of `dtype`, as `array` has them."""
+    return array(torch.empty(0, dtype=dtype))
+
+
+def writes(params: Matrices, dtype: torch.dtype) -> bool:
+    """Whether parameters can be updated where they are by numbers of `dtype`."""
+    known = params[0].dtype == dtype or (params[0].dtype, dtype) == (torch.bfloat16, torch.float32)
+    return known and all(p.is_contiguous() for p in params)
 
 
 class Addresses:
