@@ -37,8 +37,8 @@ class Unformed:
     add_to: Callable[[list[Tensor], float, float], bool] = lambda params, scale, decay: False
 
 
-# u, (n, rows, cols).
-U = Tensor | Unformed
+# u, (n, rows, cols); a function alone stands for `Unformed(function)`.
+U = Tensor | Callable[[slice], Tensor] | Unformed
 # What makes an update: (stack, a, t, options) -> u. a = e + g; t, (n, 1, 1) in the compute dtype, counts each tensor's own
 # gradients, this one included.
 Update = Callable[["TensorStack", Accumulated, Tensor, Any], U]
@@ -109,17 +109,19 @@ class TensorStack(Stack):
         self.begun = not readable(t.device) and min(counts) > 1
         return [i for i, count in enumerate(counts) if count == 1 and i not in self.turn.absent]
 
-    def update(self, l2: Floats, options: Any) -> U:
+    def update(self, l2: Floats, options: Any) -> Tensor | Unformed:
         """Make the update, and the state of the next step."""
         t = self.cells["step"].read() + 1
         self.cells["step"].write(t)
         gradients, total = self.gradients(l2), self.total
         whole = total is not None and self.layout.vector and self.rule.vectors
-        a = Accumulated(self._whole(gradients) if whole else gradients, self.cells.get("error"), self.turn.absent, total)
+        g = self._whole(gradients) if whole else gradients
+        a = Accumulated(g, self.cells.get("error"), self.turn.absent, total, wide=True)
         ok = self.turn.ok
         if isinstance(ok, Tensor):  # a decomposition raises for what is not finite, and whether it is nobody waits to hear
             a.gradients = [masked(ok, g, 0.0) for g in a.gradients]
         u = self.rule.update(self, a, t.to(self.layout.dtype).view(-1, 1, 1), options)
+        u = u if isinstance(u, Tensor | Unformed) else Unformed(u)
         return u if not whole else (u if isinstance(u, Tensor) else u.rows(ALL))[..., self._columns]
 
     def _whole(self, gradients: Sequence[Tensor]) -> Tensor:
@@ -135,7 +137,7 @@ class TensorStack(Stack):
         start = self.pieces[0].origin[1]
         return slice(start, start + self.shape[1])
 
-    def apply(self, u: U, groups: Sequence[Group], options: Any) -> None:
+    def apply(self, u: Tensor | Unformed, groups: Sequence[Group], options: Any) -> None:
         """Compute p <- (1 - lr*wd) p - lr u, for the tensors that have a gradient."""
         ok, lr, weight_decay = self.turn.ok, *self.rates(groups, options)
         if isinstance(u, Unformed) and ok is True and move_at_once(self, u.add_to, lr, weight_decay, options.stochastic_rounding):

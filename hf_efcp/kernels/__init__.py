@@ -167,6 +167,7 @@ def keep(
     scale: Scale = None,
     decay: float = 1.0,
     accepted: bool | Tensor = True,
+    wide: bool = False,
 ) -> bool:
     """e <- decay * e + g - c in place, rounded as e is stored: see `Accumulated.keep`.
 
@@ -180,12 +181,13 @@ def keep(
         scale: of g.
         decay: a number.
         accepted: whether e changes at all; a 0-D flag where that is known on the device only.
+        wide: see `times`.
 
     Returns:
         Whether it was done.
     """
     attempt = _try if blocks is None else _try_sparse
-    return bool(attempt("keep", gradients[0], error, gradients, entry, rounding, absent, blocks, scale, decay, accepted))
+    return bool(attempt("keep", gradients[0], error, gradients, entry, rounding, absent, blocks, scale, decay, accepted, wide))
 
 
 def square(error: Error, cols: int, dtype: torch.dtype) -> Tensor | None:
@@ -211,14 +213,18 @@ def orthonormal(a: Tensor) -> Tensor | None:
     return _try("orthonormal", a, a)
 
 
-def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None) -> Tensor | None:
-    """(e + g) q^T for q (n, r, cols), (n, rows, r): see `PowerIteration`."""
-    return _try("times", q[0], gradients, error, q, scale)
+def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
+    """(e + g) q^T for q (n, r, cols), (n, rows, r): see `PowerIteration`.
+
+    `wide`: on a CPU in tiles, for larger r too, and with sums in another order. Window methods do without: their numbers stay
+    what they were.
+    """
+    return _try("times", q[0], gradients, error, q, scale, wide)
 
 
-def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None) -> Tensor | None:
-    """p (e + g) for p (n, r, rows), (n, r, cols): see `PowerIteration`."""
-    return _try("transposed_times", p[0], gradients, error, p, scale)
+def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
+    """p (e + g) for p (n, r, rows), (n, r, cols): see `PowerIteration`, and `times`."""
+    return _try("transposed_times", p[0], gradients, error, p, scale, wide)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor | None:

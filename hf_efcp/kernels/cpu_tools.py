@@ -26,6 +26,8 @@ REORDERED = {"reassoc", "contract", "nsz"}
 CONTRACTED = {"contract"}
 # More columns of a factor than this are a matter for a library of matrix products.
 SKINNY = 16
+# The same where products are formed in tiles.
+WIDE = 128
 # dtypes that the kernels read and write; bf16, which numpy does not know, as its bits.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -251,9 +253,9 @@ def reads(error: Error) -> bool:
     return known and (error is None or all(x is None or x.is_contiguous() for x in error))
 
 
-def fits(gradients: Matrices, error: Error, factor: Tensor) -> bool:
+def fits(gradients: Matrices, error: Error, factor: Tensor, wide: bool = False) -> bool:
     """Whether products of e + g with `factor` (n, r, ...), or with such factors, are skinny and the formats known."""
-    return reads(error) and factor.shape[1] <= SKINNY and gradients[0].dtype in (torch.float32, torch.float64)
+    return reads(error) and factor.shape[1] <= (WIDE if wide else SKINNY) and gradients[0].dtype in (torch.float32, torch.float64)
 
 
 def kept_places(cols: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:

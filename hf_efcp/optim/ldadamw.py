@@ -111,7 +111,7 @@ class Side:
 
     def entry(self, p: Tensor, h: Tensor) -> LowRankEntry:
         """Make a's entry of P (n, short, r) and H (n, r, long): P H or (P H)^T."""
-        return LowRankEntry.of(p, h.mT) if self.left else LowRankEntry.of(h.mT, p)
+        return LowRankEntry.of(p, h.mT, wide=True) if self.left else LowRankEntry.of(h.mT, p, wide=True)
 
 
 def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
@@ -142,7 +142,8 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
     s.exp_avg.write(m)
     s.exp_avg_sq.write(v)
     size = (side.short / side.rank) ** 0.5 if o.adjust_lr_fn == "match_rms_adamw" else 1.0
-    return Unformed(side.entry(p, size * adam(m, v, t, o)).dense)
+    entry = side.entry(p, size * adam(m, v, t, o))
+    return Unformed(entry.dense, entry.add_to)
 
 
 def next_projector(s: TensorStack, a: Accumulated, t: Tensor, side: Side, p0: Tensor, mean: Tensor, o: Any) -> Tensor:
