@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .groups import parameter_groups
+from .integrations.wrapped import diagnostics
 from .optim import DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
 from .options import OptionError
 from .registry import create_optimizer, list_optimizers, optim_defaults
@@ -32,7 +33,7 @@ _NEED_TRANSFORMERS = {
     "EFCPTrainingArguments": "arguments",
     "EFCPTrainer": "trainer",
     "EFCPTrainerMixin": "trainer",
-    "EFCPCallback": "trainer",
+    "EFCPCallback": "callback",
     "optimizer_cls_and_kwargs": "trainer_options",
 }
 
@@ -42,7 +43,8 @@ if _HAS_TRANSFORMERS:
 
 if TYPE_CHECKING:
     from .integrations.arguments import EFCPTrainingArguments
-    from .integrations.trainer import EFCPCallback, EFCPTrainer, EFCPTrainerMixin
+    from .integrations.callback import EFCPCallback
+    from .integrations.trainer import EFCPTrainer, EFCPTrainerMixin
     from .integrations.trainer_options import optimizer_cls_and_kwargs
 
 
@@ -74,6 +76,7 @@ __all__ = [
     "SparseMFAC",
     "__version__",
     "create_optimizer",
+    "diagnostics",
     "list_optimizers",
     "optim_defaults",
     "optimizer_cls_and_kwargs",

@@ -107,6 +107,8 @@ def table(runs: list[dict], options: argparse.Namespace) -> str:
     for r in runs:
         cases.setdefault((r["optim"], r["learning_rate"]), []).append(r)
     lines = [
+        f"# Optimizers on BBC sentences: {options.output.name}",
+        "",
         f"`{' '.join(['python', 'recipes/optimizer_comparison.py', *(repr(a) if ':' in a else a for a in sys.argv[1:])])}`",
         "",
         f"Pretrained MiniLM-L6 (22.7M parameters), BBC sentences, 5 topics, {options.max_steps} steps at batch "

@@ -54,10 +54,10 @@ def test_options_md_is_what_the_command_prints(capsys):
     assert (ROOT / "docs/options.md").read_text().endswith(table)
 
 
-def test_readme_has_a_row_for_every_registered_name_and_no_other():
-    rows = re.findall(r"^\| `(efcp_\w+)` \| `(\w+)` \| ([a-z ]+?) \(", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_choosing_md_has_a_row_for_every_registered_name_and_no_other():
+    rows = re.findall(r"^\| `(efcp_\w+)` \| `(\w+)` \| ([a-z ]+?) \(", (ROOT / "docs/choosing.md").read_text(), re.MULTILINE)
     assert rows == [(info.name, info.cls.__name__, info.compression) for info in all_optimizers()]
-    assert len(rows) == len(re.findall(r"^\| `efcp_", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert len(rows) == len(re.findall(r"^\| `efcp_", (ROOT / "docs/choosing.md").read_text(), re.MULTILINE))
 
 
 def test_the_command_lists_every_registered_name_with_its_description(capsys):
@@ -81,10 +81,10 @@ def test_algorithm_1_is_quoted_from_its_first_line_to_its_last():
     assert f"```python\n{step}```" in (ROOT / "docs/how_it_works.md").read_text()
 
 
-def test_docs_readme_lists_every_page():
-    listed = set(re.findall(r"\]\((?!http|\.\.)([^)#]+)\)", (ROOT / "docs/README.md").read_text()))
+def test_the_first_page_lists_every_page():
+    listed = set(re.findall(r"\]\((?!http|\.\.)([^)#]+)[^)]*\)", (ROOT / "docs/index.md").read_text()))
     results = ROOT / "docs/results"  # their README lists them
-    assert listed == {str(p.relative_to(ROOT / "docs")) for p in PAGES if p.is_relative_to(ROOT / "docs")} - {"README.md"} - {
+    assert listed == {str(p.relative_to(ROOT / "docs")) for p in PAGES if p.is_relative_to(ROOT / "docs")} - {"index.md"} - {
         str(p.relative_to(ROOT / "docs")) for p in results.glob("*.md") if p.name != "README.md"
     }
 

@@ -17,17 +17,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cli.common import add_command, build, check_integers, chosen, dtype_of, gibibytes, size_of, spelled_out, write_json
+from ..cli.common import (
+    add_command,
+    build,
+    check_integers,
+    check_plot,
+    chosen,
+    dtype_of,
+    gibibytes,
+    size_of,
+    spelled_out,
+    write_json,
+)
 from ..cli.shapes import load
 from ..options import OptionError
+from ..report import figures
 from . import roofline
 from .contenders import Contender, Workload
 from .launches import count, has_triton
-from .measuring import Rates, machine
+from .measuring import Rates, cpu_time, machine
 from .peers import PEERS, version
 from .reporting import launches_text, text, versions_used
 from .sweep import add_arguments as add_sweep_arguments
-from .sweep import check_plot, sweep
+from .sweep import sweep
 
 # Of the memory that is free, what parameters, gradients and states may take; the rest is for temporaries.
 _SHARE = 0.8
@@ -46,11 +58,16 @@ def add_parser(commands: Any) -> None:
         "with the least that the machine needs for them (docs/benchmarks/roofline.md).",
         needs_model=False,
     )
-    parser.add_argument("--peers", action="store_true", help="also other packages' optimizers, those that are installed")
+    parser.add_argument("--peers", action="store_true", help="also other packages' optimizers")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each, by turns (default 10)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before, with the window full (default 2)")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
+    parser.add_argument(
+        "--cpu_time",
+        action="store_true",
+        help="measure CPU time, not wall time, on one CPU thread: for a machine that has other things to do",
+    )
     parser.add_argument("--memory", metavar="SIZE", help="what may be used, such as 20GiB; default: most of what is free")
     parser.add_argument(
         "--launches",
@@ -67,31 +84,51 @@ def run(args: argparse.Namespace) -> int:
         return _run_launches(args)
     device, dtype = _device(args.device), dtype_of(args.dtype)
     memory = size_of(args.memory) if args.memory else _free(device)
-    if args.plot:
-        check_plot(args.plot, args.sweep)
+    check_plot(args.plot)
+    if args.cpu_time and (device.type != "cpu" or args.threads not in (None, 1)):
+        raise OptionError(f"cpu_time: it is that of one CPU thread; got --device {device.type} --threads {args.threads}")
     threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads or threads)
+    torch.set_num_threads(1 if args.cpu_time else args.threads or threads)
     settings = {"peers": args.peers, "steps": args.steps, "warmup": args.warmup, "memory": memory, "quick": args.quick}
     try:
-        if args.sweep:
-            result = sweep(args, lambda model, optimizers: bench(model, optimizers, device, **settings), dtype)
-        else:
-            if args.model is None:
-                raise OptionError("MODEL is missing: a name, a file, or --sweep")
-            optimizers = chosen(args.optim, args.optim_args)
-            model = load(args.model, dtype)
-            result = bench(model, optimizers, device, targets=args.optim_target_modules, **settings)
-            result = {"model": args.model, **result}
-            print(text(result))
+        with cpu_time(args.cpu_time):
+            result = _run_timed(args, device, dtype, settings)
     finally:
         torch.set_num_threads(threads)
     write_json(args.json, result)
     return 0
 
 
+def _run_timed(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, Any]:
+    """Measure, print and draw; see `run`."""
+    if args.sweep:
+        return sweep(args, lambda model, optimizers: bench(model, optimizers, device, **settings), dtype)
+    if args.model is None:
+        raise OptionError("MODEL is missing: a name, a file, or --sweep")
+    optimizers = chosen(args.optim, args.optim_args)
+    model = load(args.model, dtype)
+    result = bench(model, optimizers, device, targets=args.optim_target_modules, **settings)
+    result = {"model": args.model, "clock": "CPU time" if args.cpu_time else "wall time", **result}
+    print(text(result))
+    _draw(result, args.plot)
+    return result
+
+
+def _draw(result: dict[str, Any], file: str | None) -> None:
+    """Draw the steps of all optimizers, each with the least that the machine needs for it, if a file is named."""
+    if file is None:
+        return
+    rows = []
+    for name, e in result["optimizers"].items():
+        step, least = e["step_ms"]["median"], (e.get("roofline") or {}).get("ms")
+        parts = {"a step": step} if least is None else {"least, by the roofline": least, "above it": max(0.0, step - least)}
+        rows.append((name, parts))
+    figures.save(figures.bars("median step", rows, f"ms, {result['model']}", *figures.ON_WHITE), file)
+
+
 def _run_launches(args: argparse.Namespace) -> int:
     """Count and print; see `run`."""
-    alien = [name for name in ("sweep", "peers", "device", "threads", "memory", "plot") if getattr(args, name)]
+    alien = [name for name in ("sweep", "peers", "device", "threads", "cpu_time", "memory", "plot") if getattr(args, name)]
     if alien:
         raise OptionError(f"launches are counted without a device, and nothing is timed: leave out --{', --'.join(alien)}")
     if args.model is None:
@@ -222,7 +259,7 @@ def _guarded(skipped: dict[str, str], c: Contender, call: Callable[[Contender], 
 def _installed_peers(m: int, size: int, skipped: dict[str, str]) -> Iterator[Contender]:
     for name, (package, make) in PEERS.items():
         if version(package) is None:
-            skipped[name] = f"{package} is not installed"
+            skipped[name] = f"not installed: pip install {package}"
         else:
             yield Contender(name, _for_window(make, m), size)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib.metadata
 import json
@@ -24,6 +25,8 @@ from ..engine.base import EngineOptimizer
 from ..engine.phases import PHASES as STEP_PHASES
 from ..engine.phases import heard_by
 
+# What tells the time; see `cpu_time`.
+_clock: contextvars.ContextVar[Callable[[], float]] = contextvars.ContextVar("clock", default=time.perf_counter)
 # What lies between the phases of the step is "rest".
 PHASES = (*STEP_PHASES, "rest")
 # By device type: bytes of the buffer that is copied, and the size of the square matrices.
@@ -60,13 +63,24 @@ def _cpu_model() -> str:
     return f"{facts.get('model name', platform.machine())} ({numbers})" if numbers else platform.machine()
 
 
+@contextlib.contextmanager
+def cpu_time(on: bool = True) -> Iterator[None]:
+    """Where `on`, measure CPU time of this thread in place of wall time: what else runs on the machine takes none of it."""
+    token = _clock.set(time.thread_time if on else time.perf_counter)
+    try:
+        yield
+    finally:
+        _clock.reset(token)
+
+
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Wall time of a call, and of the work that it starts on the device."""
+    """Time of a call, and of the work that it starts on the device: wall time, but for `cpu_time`."""
+    clock = _clock.get()
     _wait(device)
-    start = time.perf_counter()
+    start = clock()
     call()
     _wait(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _wait(device: torch.device) -> None:
@@ -171,9 +185,10 @@ def phases(device: torch.device) -> Iterator[dict[str, float]]:
     @contextlib.contextmanager
     def on_host(name: str) -> Iterator[None]:
         """Add the phase's time by the host's clock."""
-        start = time.perf_counter()
+        clock = _clock.get()
+        start = clock()
         yield
-        times[name] += time.perf_counter() - start
+        times[name] += clock() - start
 
     @contextlib.contextmanager
     def on_device(name: str) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import textwrap
 from typing import Any
 
 from ..cli.common import gibibytes, table
@@ -11,6 +12,8 @@ from .peers import PEERS
 
 # How many operations of a phase are shown.
 _SHOWN = 8
+# Characters of what keeps a peer out, in the table; it is written out below.
+_REASON = 50
 
 
 def versions_used(names: Any) -> dict[str, str]:
@@ -29,9 +32,12 @@ def versions_used(names: Any) -> dict[str, str]:
 
 def text(report: dict[str, Any]) -> str:
     """The whole report of one model."""
-    lines = [f"{report['model']}: {report['parameters']:,} parameters, {report['dtype']}, {report['device']}", ""]
+    lines = [
+        f"{report['model']}: {report['parameters']:,} parameters, {report['dtype']}, {report['device']}, {report['clock']}",
+        "",
+    ]
     lines += [_machine(report), "", _rates(report["rates"]), ""]
-    lines += [_times(report["optimizers"]), ""]
+    lines += [_times(report["optimizers"], report["skipped"]), ""]
     timed = {name: e for name, e in report["optimizers"].items() if "phase_share" in e}
     if timed:
         lines += ["Milliseconds by phase, and the least for it:", "", _phases(timed), ""]
@@ -65,7 +71,7 @@ def _ms(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def _times(entries: dict[str, Any]) -> str:
+def _times(entries: dict[str, Any], skipped: dict[str, str]) -> str:
     rows = [
         ("optimizer", "step ms", "quartiles", "roofline ms", "bound by", "ratio", "best", "bytes per parameter", "temporaries")
     ]
@@ -74,6 +80,7 @@ def _times(entries: dict[str, Any]) -> str:
         limit = (_ms(roof["ms"]), roof["bound"], f"{e['ratio']:.2f}", f"{e['best_ratio']:.2f}") if roof else ("",) * 4
         state = f"{e['bytes_per_parameter']:.2f}", gibibytes(e["temporaries"])
         rows.append((name, _ms(step["median"]), f"{_ms(step['q1'])} to {_ms(step['q3'])}", *limit, *state))
+    rows += [(name, textwrap.shorten(why, _REASON), *("",) * 7) for name, why in skipped.items() if name in PEERS]
     note = "ratio: median step over the roofline at median rates; best: least step over the roofline at the highest rates."
     return table(rows) + f"\n\n{note}"
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,18 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep", action="store_true", help="instead of a model: numbers of parameters times window sizes")
     parser.add_argument("--sweep_parameters", default="1e6,4e6,16e6", help="numbers d, in matrices of 1024 x 1024")
     parser.add_argument("--sweep_windows", default="32,128,512", help="window sizes m")
-    parser.add_argument("--plot", metavar="FILE", help="also draw the sweep (.png, .svg, .pdf; needs matplotlib)")
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
-
-
-def check_plot(file: str, is_sweep: bool) -> None:
-    """Raise OptionError where the plot could not be drawn, before anything is measured."""
-    if not is_sweep:
-        raise OptionError(f"plot={file!r}: only a --sweep is drawn")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError(f"plot={file!r}: matplotlib is not installed: pip install hf_efcp[bench]")
-    if Path(file).suffix not in (".png", ".svg", ".pdf") or not Path(file).absolute().parent.is_dir():
-        raise OptionError(f"plot={file!r}: must be a .png, .svg or .pdf file in a folder that exists")
 
 
 def sweep(args: argparse.Namespace, bench: Callable[..., dict[str, Any]], dtype: torch.dtype) -> dict[str, Any]:

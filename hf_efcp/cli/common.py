@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,24 +27,56 @@ GPUS |= {"a100": 80, "h100": 80, "h200": 141, "b200": 180}
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, help: str, description: str, needs_model: bool = True
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    help: str,
+    description: str,
+    needs_model: bool = True,
+    writes: bool = True,
 ) -> argparse.ArgumentParser:
-    """A command about models and optimizers, with MODEL, --optim, --optim_args, --optim_target_modules, --dtype, --json."""
+    """Add a command about models and optimizers, with MODEL, --optim, --optim_args, --optim_target_modules and --dtype.
+
+    Args:
+        commands: of the parser.
+        name, help, description: of the command.
+        run: does it, and gives the exit status.
+        needs_model: whether MODEL must be given.
+        writes: whether it has --json and --plot.
+    """
     parser = commands.add_parser(name, help=help, description=description)
     parser.set_defaults(handler=run)
     parser.add_argument(
         "model",
         metavar="MODEL",
         nargs=None if needs_model else "?",
-        help=f"one of {BUILT_IN_HELP}; a .json file of shapes ({{name: [rows, cols]}} or a list); a folder or file with a "
-        "model's configuration; or a name of the hub. No weights are needed",
+        help=f"the model: {BUILT_IN_HELP}, a name on the hub, a folder or file with a configuration, or a .json file of shapes "
+        "({name: [rows, cols]} or a list). No weights are needed",
     )
-    parser.add_argument("--optim", metavar="NAME[,NAME]", help="as `hf-efcp list` has them; default: all of them")
-    parser.add_argument("--optim_args", help='as in training: "rank=8,window_size=64", or JSON; on top of the --optim defaults')
-    parser.add_argument("--optim_target_modules", help="as in training: whose matrices are compressed")
-    parser.add_argument("--dtype", default="float32", help="of the parameters: float32 (default), bfloat16, float16, float64")
-    parser.add_argument("--json", metavar="FILE", help="also write everything to this file, bytes exact")
+    parser.add_argument(
+        "--optim", metavar="NAME[,NAME]", help="the optimizers to compare, as `hf-efcp list` names them (default: all)"
+    )
+    parser.add_argument("--optim_args", help='options of the optimizers, as in training: "rank=8,window_size=64" or JSON')
+    parser.add_argument("--optim_target_modules", help="the modules whose matrices are compressed, as in training (default: all)")
+    parser.add_argument(
+        "--dtype", default="float32", help="dtype of the parameters: float32 (default), bfloat16, float16 or float64"
+    )
+    if not writes:
+        return parser
+    parser.add_argument("--json", metavar="FILE", help="write all figures to this file too, with exact bytes")
+    parser.add_argument("--plot", metavar="FILE", help="draw the figures into this file too (.png, .svg, .pdf; needs matplotlib)")
     return parser
+
+
+def check_plot(file: str | None) -> None:
+    """Raise OptionError where the figure `file`, if one is named, could not be drawn, before anything is measured."""
+    if file is None:
+        return
+    if Path(file).suffix not in (".png", ".svg", ".pdf") or not Path(file).absolute().parent.is_dir():
+        raise OptionError(f"plot={file!r}: must be a .png, .svg or .pdf file in a folder that exists")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OptionError(f"plot={file!r}: matplotlib is not installed: pip install hf_efcp[report]")
 
 
 def check_integers(args: argparse.Namespace, **least: int) -> None:

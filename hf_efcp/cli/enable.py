@@ -25,9 +25,9 @@ _LINE = "import os; _ = {file!a}; os.environ.get('HF_EFCP') == '0' or not os.pat
 def add_parsers(commands: Any) -> None:
     """Add the three commands."""
     for name, run, text in (
-        ("enable", _enable, "make the names valid in every program that imports transformers in this Python environment"),
-        ("disable", _disable, "undo `enable`"),
-        ("status", _status, "tell whether the names are enabled in this Python environment"),
+        ("enable", _enable, "let --optim take our names in every program of this Python environment"),
+        ("disable", _disable, "undo enable"),
+        ("status", _status, "tell whether this Python environment is enabled"),
     ):
         about = f"{text}. HF_EFCP=0 in the environment turns them off for one process; a file {FILE} in site-packages does it."
         commands.add_parser(name, help=text, description=about).set_defaults(handler=run)

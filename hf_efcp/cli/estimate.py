@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..engine.choices import BUDGETED, shown
 from ..options import OptionError, as_text
-from .common import add_command, build, check_integers, chosen, dtype_of, gibibytes, size_of, spelled_out, table, write_json
+from ..report import figures
+from .common import (
+    add_command,
+    build,
+    check_integers,
+    check_plot,
+    chosen,
+    dtype_of,
+    gibibytes,
+    size_of,
+    spelled_out,
+    table,
+    write_json,
+)
 from .shapes import load
 
 ADAMW = "adamw_torch"
@@ -24,24 +38,33 @@ def add_parser(commands: Any) -> None:
         commands,
         "estimate",
         run,
-        help="bytes of optimizer state for a model, before anything is allocated",
-        description="Bytes of optimizer state by kind, as memory_footprint() will measure them; of all optimizers beside AdamW, "
-        "or of --optim.",
+        help="print how many bytes of state an optimizer will take for a model",
+        description="Prints the bytes of optimizer state for a model, by kind, beside those of AdamW. Nothing is allocated. "
+        "memory_footprint() measures the same bytes in training.",
     )
-    parser.add_argument("--num_processes", type=int, default=1, help="that share the state; shown is the one that holds most")
-    parser.add_argument("--fsdp", action="store_true", help="they share the parameters too (FSDP2)")
-    parser.add_argument("--gpu", metavar="SIZE", help="what fits there: 24GiB, 80GB, or a name such as l4, a100, h100")
+    parser.add_argument(
+        "--num_processes",
+        type=int,
+        default=1,
+        help="processes that share the state (default 1); the table shows the one that holds most",
+    )
+    parser.add_argument("--fsdp", action="store_true", help="the processes share the parameters too, as under FSDP2")
+    parser.add_argument(
+        "--gpu", metavar="SIZE", help="say what fits into this memory: 24GiB, 80GB, or a GPU such as l4, a100, h100"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit status. Raises OptionError for bad input."""
     check_integers(args, num_processes=1)
+    check_plot(args.plot)
     gpu = size_of(args.gpu) if args.gpu else None
     optimizers = chosen(args.optim, args.optim_args)
     model = load(args.model, dtype_of(args.dtype))
     result = estimate(model, optimizers, args.optim_target_modules, args.num_processes, args.fsdp, gpu)
     result = {"model": args.model, **result}
     write_json(args.json, result)
+    _draw(result, args.plot)
     print(_report(result, single=args.optim is not None and len(optimizers) == 1))
     return 0
 
@@ -85,8 +108,7 @@ def estimate(
             refused[name] = str(error)
     if refused and not kinds:
         raise OptionError(next(iter(refused.values())))
-    # As torch has it: two moments like the parameter, on every process, and a count of steps in fp32 for each tensor.
-    kinds[ADAMW] = {"exp_avg": sum(grads), "exp_avg_sq": sum(grads), "step": 4 * len(params)}
+    kinds[ADAMW] = adamw_bytes(params, shares)
     entries = {}
     for name, bytes_ in kinds.items():
         total = sum(bytes_.values())
@@ -110,10 +132,35 @@ def estimate(
     }
 
 
+def adamw_bytes(params: Sequence[Tensor], shares: int = 1) -> dict[str, int]:
+    """Give the bytes of torch's AdamW: two moments like the parameter, and a count of steps in fp32 for each tensor.
+
+    Args:
+        params: that are trained.
+        shares: of so many processes, which divide the parameters (FSDP2), the one that holds most.
+    """
+    moment = sum(_chunk(p.shape, shares) * p.element_size() for p in params)
+    return {"exp_avg": moment, "exp_avg_sq": moment, "step": 4 * len(params)}
+
+
 def _chunk(shape: torch.Size, processes: int) -> int:
     """Numbers in the largest of the chunks that FSDP2 cuts a tensor into, by its first dimension."""
     numel = shape.numel()
     return numel if not len(shape) or not shape[0] else numel // shape[0] * -(-shape[0] // processes)
+
+
+def _draw(result: dict[str, Any], file: str | None) -> None:
+    """Draw the bytes for each parameter by kind, if a file is named."""
+    if file is None:
+        return
+    rows = []
+    for name, entry in result["optimizers"].items():
+        if "refused" not in entry:
+            large = {k: n / result["parameters"] for k, n in entry["bytes"].items() if n >= max(_SMALL, entry["total"] / 500)}
+            other = entry["bytes_per_parameter"] - sum(large.values())
+            rows.append((name, large | ({"other": other} if other > 0 else {})))
+    made = figures.bars("optimizer state", rows, f"bytes for each parameter, {result['model']}", *figures.ON_WHITE)
+    figures.save(made, file)
 
 
 def _report(result: dict[str, Any], single: bool) -> str:

@@ -17,7 +17,7 @@ from .._version import __version__
 from ..bench import command as bench
 from ..options import GroupOptions, OptionError, as_text, described, field_types
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, optim_defaults
-from . import enable, estimate
+from . import advise, enable, estimate, report
 
 _HEADER = ("option", "type", "class default", "--optim default", "meaning")
 # Options that the Trainer takes from arguments of its own.
@@ -48,19 +48,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-efcp",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # the version stays one line
-        description="Full-matrix second-order optimizers with compressed gradient windows for Hugging Face.",
+        description="Optimizers for Hugging Face that use how the gradients of all weights vary together.\n\n"
+        "  hf-efcp run train.py --optim efcp_lowrank_mfac --learning_rate 1e-4 ...    train with one\n"
+        "  hf-efcp estimate bert-base --gpu 24GiB                                     see what memory it takes\n"
+        "  hf-efcp bench bert-base                                                    see what time it takes",
     )
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("run", help="run script.py ARGS, -m module ARGS or a program with our names valid for --optim")
+    commands.add_parser("run", help="run a script, a module (-m) or a program in which --optim takes our names")
     enable.add_parsers(commands)
-    lister = commands.add_parser("list", help="list the names that --optim takes")
-    lister.add_argument("pattern", nargs="?", default="*", help='only names that match, for example "*lowrank*"')
-    lister.add_argument("--options", action="store_true", help="also list what --optim_args takes for each name")
-    lister.add_argument("--markdown", action="store_true", help="one table of the options of all names, as in docs/options.md")
+    lister = commands.add_parser("list", help="list the optimizers that --optim takes")
+    lister.add_argument("pattern", nargs="?", default="*", help='list only the names that match, for example "*lowrank*"')
+    lister.add_argument("--options", action="store_true", help="list the options of each optimizer too, with their defaults")
+    lister.add_argument("--markdown", action="store_true", help="print one Markdown table of all options, as in docs/options.md")
     lister.set_defaults(handler=lambda args: _list(args.pattern, args.options, args.markdown))
     estimate.add_parser(commands)
+    advise.add_parser(commands)
     bench.add_parser(commands)
+    report.add_parsers(commands)
     return parser
 
 

@@ -134,6 +134,33 @@ def module(shapes: Shapes, dtype: torch.dtype) -> nn.Module:
     return root
 
 
+# Names of the matrices that PEFT adapts by default in LLaMA and in BERT.
+_ADAPTED = ("q_proj", "v_proj", "query", "value")
+
+
+def with_adapters(model: nn.Module, rank: int) -> nn.Module:
+    """Freeze the model and put LoRA adapters of `rank` beside its query and value projections, as PEFT does.
+
+    Args:
+        model: on the meta device; it is changed.
+        rank: r of A (r, cols) and B (rows, r), which are fp32.
+
+    Raises:
+        OptionError: the model has no query or value projection.
+    """
+    found = [(name, m) for name, m in model.named_modules() if name.rpartition(".")[2] in _ADAPTED and hasattr(m, "weight")]
+    if not found:
+        raise OptionError(f"no matrix to adapt: the model has none of {', '.join(_ADAPTED)}")
+    model.requires_grad_(False)
+    for _, owner in found:
+        rows, cols = owner.weight.shape
+        for name, shape in (("lora_A", (rank, cols)), ("lora_B", (rows, rank))):
+            adapter = nn.Module()
+            adapter.register_parameter("weight", nn.Parameter(torch.empty(shape, device="meta")))
+            owner.add_module(name, nn.ModuleDict({"default": adapter}))
+    return model
+
+
 class _Root(nn.Module):
     def get_output_embeddings(self) -> nn.Module | None:
         return self._modules.get("lm_head")

@@ -36,6 +36,7 @@ class Accumulated:
         total: where a is some rows of matrices that several processes share: sums a tensor over the processes.
         scale: x (n, rows) and y (n, cols): g stands for diag(x) g diag(y), see `Metric`; None: for itself.
         decay: a = decay * e + g; other than 1 for `keep` alone.
+        wide: whether products with it may take their sums in another order: see `kernels.times`.
 
     Attributes:
         dtype, device: of the numbers.
@@ -49,7 +50,9 @@ class Accumulated:
         total: Callable[[Tensor], Tensor] | None = None,
         scale: kernels.Scale = None,
         decay: float = 1.0,
+        wide: bool = False,
     ):
+        self.wide = wide
         self.gradients, self.error, self.absent, self.total, self.scale = gradients, error, absent, total, scale
         self.decay = decay
         self.dtype, self.device = gradients[0].dtype, gradients[0].device
@@ -86,12 +89,12 @@ class Accumulated:
         """Give a q, (n, rows, r), for q (n, cols, r)."""
         # The factor first: CPU libraries are several times slower at a @ q and a.mT @ p.
         q = q.mT.contiguous()
-        p = kernels.times(self.gradients, self._stored, q, self.scale)
+        p = kernels.times(self.gradients, self._stored, q, self.scale, self.wide)
         return torch.cat([(q @ a.mT).mT for _, a in self.parts()], 1) if p is None else p
 
     def transposed_times(self, p: Tensor) -> Tensor:
         """Give a^T p, (n, cols, r), for p (n, rows, r): summed over the processes that share the rows."""
-        q = kernels.transposed_times(self.gradients, self._stored, p.mT, self.scale)
+        q = kernels.transposed_times(self.gradients, self._stored, p.mT, self.scale, self.wide)
         if q is None:
             q = _sum(p[:, rows].mT @ part for rows, part in self.parts())
         return q.mT if self.total is None else self.total(q.mT.contiguous())
@@ -108,6 +111,18 @@ class Accumulated:
         for part in self._chunks:
             grid.choose(self.rows(part), indices[:, part], values[:, part])
         return indices, values
+
+    def extract(self, grid: BlockTopK, step: Tensor) -> SparseEntry:
+        """Take the largest magnitudes of every block out of a: give them as an entry, keep the rest. `step` as in Compressor."""
+        if self.error is not None and (turn := self.error.turn).ok is True and self.scale is None and self.decay == 1:
+            rounding = turn.step, turn.ids, turn.origin
+            fast = kernels.extract(self._stored, self.gradients, grid.blocks, rounding, self.absent)
+            if fast is not None:
+                self._formed, self._used = None, True
+                return SparseEntry(fast[0], fast[1], grid)
+        entry = grid.compress(self, step)
+        self.keep(entry)
+        return entry
 
     def keep(self, entry: Entry) -> None:
         """Compute e <- a - c for the entry c as stored, where the step is accepted; a is used up."""
@@ -201,15 +216,20 @@ class DenseEntry(Entry):
 
 
 class LowRankEntry(Entry):
-    """c = P Q^T, held as P^T (n, r, rows) and Q^T (n, r, cols)."""
+    """c = P Q^T, held as P^T (n, r, rows) and Q^T (n, r, cols).
 
-    def __init__(self, p: Tensor, q: Tensor):
-        self.parts = (p, q)
+    Args:
+        p, q: P^T and Q^T.
+        wide: as in Accumulated.
+    """
+
+    def __init__(self, p: Tensor, q: Tensor, wide: bool = False):
+        self.parts, self.wide = (p, q), wide
 
     @classmethod
-    def of(cls, p: Tensor, q: Tensor) -> LowRankEntry:
+    def of(cls, p: Tensor, q: Tensor, wide: bool = False) -> LowRankEntry:
         """Take P (n, rows, r) and Q (n, cols, r)."""
-        return cls(p.mT.contiguous(), q.mT.contiguous())
+        return cls(p.mT.contiguous(), q.mT.contiguous(), wide)
 
     def subtract_from_(self, a: Tensor, rows: slice = ALL) -> Tensor:
         """See Entry."""
@@ -231,7 +251,17 @@ class LowRankEntry(Entry):
         accepted: bool | Tensor,
     ) -> bool:
         """See Entry."""
-        return kernels.keep(error, gradients, (self.parts[0], self.parts[1]), rounding, absent, None, scale, decay, accepted)
+        p, q = self.parts
+        return kernels.keep(error, gradients, (p, q), rounding, absent, None, scale, decay, accepted, self.wide)
+
+    def add_to(self, matrices: Sequence[Tensor], scale: float, decay: float) -> bool:
+        """Compute p <- decay * p + scale * c in place for n matrices p; tell whether it was done: a product takes one dtype."""
+        p, q = self.parts
+        if matrices[0].dtype != p.dtype or kind(p.device) != "cpu":  # on a GPU a launch for each takes longer than a pass
+            return False
+        for x, left, right in zip(matrices, p, q, strict=True):
+            x.addmm_(left.mT, right, beta=decay, alpha=scale)
+        return True
 
 
 class SparseEntry(Entry):

@@ -143,3 +143,19 @@ def adam(buffers: Buffers, w1: Tensor, w2: Tensor, eps: float, grid: BlockTopK, 
     windows = (SparseWindow({"window_indices": indices[:, rows], "window_values": x}, dtype, grid) for x in (first, second))
     m, v = (window.combine(w) for window, w in zip(windows, (w1, w2), strict=True))
     return m.div_(v.sqrt_().add_(eps))
+
+
+def move(
+    buffers: Buffers,
+    w1: Tensor,
+    w2: Tensor,
+    eps: float,
+    grid: BlockTopK,
+    params: Sequence[Tensor],
+    scale: float,
+    decay: float,
+    dtype: torch.dtype,
+) -> bool:
+    """Compute p <- decay * p + scale * u in place, by a kernel, for n matrices p and `adam`'s u; tell whether it was done."""
+    stored, weights = (buffers["window_indices"], buffers["window_values"], None), (w1.to(dtype), w2.to(dtype))
+    return kernels.move(stored, *weights, eps, grid.cols, grid.blocks, params, scale, decay)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .. import kernels
 from ..core.accumulated import Accumulated
 from ..core.cells import Layout, Spec, matrix_specs
 from ..core.values import POSITIVE
 from ..options import fraction, option, positive
-from .tensorwise import Rule, TensorStack
+from .tensorwise import Rule, TensorStack, U, Unformed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +29,22 @@ def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
     return (*matrix_specs("exp_avg", layout, None), *matrix_specs("exp_avg_sq", layout, None, values=POSITIVE))
 
 
-def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> Tensor:
-    """Let m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2, some rows at a time; give their `adam` quotient."""
-    u = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    for rows, g in a.parts():
+def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
+    """Let m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2 as u, their `adam` quotient, is formed."""
+
+    def rows_of_u(rows: slice) -> Tensor:
+        g = a.rows(rows)
         m = s.exp_avg.read(rows).lerp(g, 1 - o.beta1)
         v = (o.beta2 * s.exp_avg_sq.read(rows)).addcmul_(g, g, value=1 - o.beta2)
         s.exp_avg.write(m, rows)
         s.exp_avg_sq.write(v, rows)
-        u[:, rows] = adam(m, v, t, o)
-    return u
+        return adam(m, v, t, o)
+
+    def add_to(params: list[Tensor], scale: float, decay: float) -> bool:
+        moments = s.buffers["exp_avg"], s.buffers["exp_avg_sq"]
+        return kernels.adamw(a.gradients, moments, t.flatten(), (o.beta1, o.beta2), o.eps, params, scale, decay)
+
+    return Unformed(rows_of_u, add_to)
 
 
 def adam(m: Tensor, v: Tensor, t: Tensor, o: Any) -> Tensor:

@@ -72,6 +72,22 @@ def apply(
                     _apply(p, u[i].view(p.shape), lr, decay)
 
 
+def move_at_once(
+    stack: Stack, add_to: Callable[[list[Tensor], float, float], bool], lr: Numbers, weight_decay: Numbers, stochastic: bool
+) -> bool:
+    """Do the same by `add_to`, see `Unformed`, where all pieces move by the same numbers; tell whether it was done."""
+    params = [piece.data for piece in stack.pieces]
+    rounded = stochastic and params[0].dtype == torch.bfloat16
+    if stack.turn.absent or rounded or not all(p.is_contiguous() for p in params):
+        return False
+    if not isinstance(lr, float) or not isinstance(weight_decay, float):
+        return False
+    if not add_to([p.view(stack.shape) for p in params], -lr, 1 - lr * weight_decay if weight_decay else 1.0):
+        return False
+    torch.autograd.graph.increment_version([piece.param for piece in stack.pieces])
+    return True
+
+
 def _add_at_once(
     stack: Stack,
     u: Tensor,

@@ -21,18 +21,18 @@ from ..options import GroupOptions, build
 from .asked import Asked, merged
 from .builder import Builder, Copied, check_budget
 from .constructor import Defaults, constructor
-from .costs import Count
 from .entries import unstacked
-from .footprint import measured, plan_of
+from .figures import Figures
 from .loading import load, take
 from .method import Method
 from .parameters import check_rate, checked_group, checked_params
+from .probe import Probe
 from .saving import Saving, complete
 from .setup import Setup, check_numbers
 from .traces import saved_choice
 
 
-class EngineOptimizer(torch.optim.Optimizer):
+class EngineOptimizer(Figures, torch.optim.Optimizer):
     """A method with everything around it: placements, formats, a memory budget, checkpoints.
 
     Subclasses give `options_type` and `method`, and `measured`: the values of preset="measured", where they differ from the
@@ -103,6 +103,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         check_numbers(self.param_groups, self.builder.name)
         setup = self.builder.prepare(self.param_groups, self.state, stepping=True)
         if setup.params and setup.has_work():
+            setup.probe, self.probed = Probe(setup, self.param_groups, self.options) if self.probed else None, False
             with ieee_matmul(setup.counters.step.device), self.builder.torn.watch(setup):
                 self.builder.graph.step(self.method, setup, self.param_groups, self.builder.options)
             setup.note()
@@ -245,43 +246,6 @@ class EngineOptimizer(torch.optim.Optimizer):
         sharded = [p for p in _params(self) if is_sharded(p)]
         entries, options = saved_choice(saved, FSDP2Mesh(sharded) if sharded else Alone())
         take(self.builder, self.param_groups, self.state, entries, options)
-
-    # Figures --------------------------------------------------------------------------------------------------------------
-
-    def memory_footprint(self) -> dict[str, int]:
-        """Count the bytes of state by kind, on the tensors that are held (allocated now if no step was taken yet)."""
-        there = self.builder.setup
-        setup = there if there is not None and there.released else self.setup()
-        return measured([self.state.get(p, {}) for p in setup.params], [setup.specs[p] for p in setup.params])
-
-    def estimate_footprint(self, processes: int = 1, fsdp: bool = False) -> dict[str, int]:
-        """Tell what `memory_footprint` of a fresh optimizer will measure, from its parameters' shapes: nothing is allocated.
-
-        Args:
-            processes: that share the state.
-            fsdp: they share the parameters too (FSDP2): each has the rows of its chunk of every tensor.
-
-        Returns:
-            Bytes by kind, of the process that holds most.
-
-        Raises:
-            OptionError: such a run would be refused.
-        """
-        return self.builder.estimate(self.param_groups, self.state, processes, fsdp)[1]
-
-    @torch.no_grad()
-    def diagnostics(self) -> dict[str, float]:
-        """Give figures of the last accepted step, by name (docs/using.md); nothing before the first step."""
-        there = self.builder.setup
-        return {} if there is None else self.method.diagnostics(self.setup() if there.released else there)
-
-    def costs(self) -> dict[str, Count]:
-        """Count what a step must do at least, by phase: operations, and bytes that must move (docs/benchmarks/roofline.md)."""
-        return self.method.costs(self.setup(), self.options)
-
-    def sharding_plan(self) -> str:
-        """Describe who holds how many bytes of state, and which tensors are divided by rows; to be called on every process."""
-        return plan_of(self.setup(), self.param_groups)
 
 
 @contextlib.contextmanager

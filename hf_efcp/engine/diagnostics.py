@@ -22,6 +22,9 @@ def of_last_step(setup: Setup) -> dict[str, float]:
         cosine_update_row: between u and the newest entry. cosine_rows: mean |cosine| of the newest entry to the others.
         kappa: (sum c_i^2 |c_i|^2)^1/2 / |u|, the cancellation in G^T c; 1 to 3 is healthy.
         weight_newest: share of the newest entry in sum_i |c_i| |entry_i|. weight_age: mean age under these shares, in steps.
+        Of a probed step also (see `of_window`):
+        condition: largest over smallest eigenvalue of K. directions: (sum of them)^2 / sum of their squares.
+        weight_age_0, weight_age_1, weight_age_2_3, ...: shares of the entries of these ages.
         error_norm: |e|. error_share: |e|^2 / (|e|^2 + |c_j|^2), what compression holds back. Neither where several processes
             train: each has a part of e, and processes do not meet here.
     """
@@ -51,11 +54,37 @@ def of_last_step(setup: Setup) -> dict[str, float]:
         "weight_newest": shares[j],
         "weight_age": (shares * gram.ages(j)).sum(),
     }
+    if setup.probe is not None:
+        values |= of_window(k, shares, gram.ages(j), int(gram.filled))
     if setup.placement.alone:
         cells = [cell for s in setup.stacks if (cell := s.error or s.residual) is not None]
         error = sum(cell.square() for cell in cells)
         values |= {"error_norm": error**0.5, "error_share": _ratio(error, error + float(row) ** 2)}
     return {name: float(value) for name, value in values.items()}
+
+
+def of_window(k: torch.Tensor, shares: torch.Tensor, ages: torch.Tensor, filled: int) -> dict[str, float]:
+    """Give what K says of the window as a whole, and the weight of its entries by age.
+
+    Args:
+        k: (groups, m, m) fp64.
+        shares: of each entry in the update, (m,).
+        ages: of each entry, (m,).
+        filled: how many entries there are.
+    """
+    values = torch.linalg.eigvalsh(k[:, :filled, :filled].cpu()).clamp_min(0)
+    largest = values[:, -1].clamp_min(torch.finfo(values.dtype).tiny)
+    least = torch.maximum(values[:, 0], torch.finfo(values.dtype).eps * largest)  # less than that is rounding
+    sums = values.sum(1).square() / values.square().sum(1).clamp_min(torch.finfo(values.dtype).tiny)
+    found = {"condition": float((largest / least).max()), "directions": float(sums.mean())}
+    by_age = torch.zeros(len(ages), dtype=torch.float64).index_add_(0, ages.cpu(), shares.cpu())
+    first = 0
+    while first < filled:
+        end = min(len(ages), max(1, 2 * first))
+        name = str(first) if end == first + 1 else f"{first}_{end - 1}"
+        found[f"weight_age_{name}"] = float(by_age[first:end].sum())
+        first = end
+    return found
 
 
 def _ratio(a: torch.Tensor | float, b: torch.Tensor | float) -> float:

@@ -71,7 +71,7 @@ class StepGraph:
 
     def _step(self, method: Method, setup: Setup, groups: Sequence[Group], options: Any) -> bool:
         """Take a step by a graph, or on the way to one; tell whether it was taken."""
-        if listener() is not contextlib.nullcontext:  # a graph has no phases
+        if listener() is not contextlib.nullcontext or setup.probe is not None:  # a graph has no phases
             return False
         gradients = _gradients(setup)
         key = _key(setup, groups, options, gradients)

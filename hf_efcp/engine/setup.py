@@ -52,6 +52,7 @@ class Setup:
         started: whether a step was taken.
         writing: whether a step has begun to change state and parameters, and has not ended.
         skips: the number of refused steps, as far as the host knows.
+        probe: what reads this step, if somebody asked for it; it has the figures of the last step until the next one.
         doubt: whether K may not be that of this process's entries, which others may have changed.
         heard: on how many processes there is a doubt, 0-D; None: there is one process. `doubts` tells the host.
     """
@@ -71,6 +72,7 @@ class Setup:
     def __post_init__(self) -> None:
         self._idle = 0
         self.watch: Watch | None = None
+        self.probe: Any = None
         self.counters: Any = None
         self.heard: Tensor | None = None
         self.doubts = DelayedFlag()  # never a new one: all processes have to hear of a doubt in the same step

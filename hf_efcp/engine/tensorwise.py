@@ -14,7 +14,7 @@ from ..core.cells import ALL, Cell, Layout, Parts, Spec, matrix_specs
 from ..core.counters import Counters
 from ..core.deferred import masked, readable
 from ..core.values import COUNT_FP32
-from .apply import apply
+from .apply import apply, move_at_once
 from .costs import Count
 from .factor_sync import FactorSync
 from .method import Group
@@ -22,8 +22,23 @@ from .phases import PHASES, listener
 from .setup import Setup, l2_of
 from .stacks import Floats, Number, Piece, Stack, times
 
-# u, (n, rows, cols); or what gives some rows of it and is called once for each part of the rows, so that u is never formed.
-U = Tensor | Callable[[slice], Tensor]
+
+@dataclasses.dataclass(frozen=True)
+class Unformed:
+    """u, which is formed as it is added to the parameters.
+
+    Attributes:
+        rows: gives some rows of it, (n, rows, cols); called once for each part of the rows.
+        add_to: (p, scale, decay) -> whether it has computed p <- decay * p + scale * u for n matrices p, by a kernel. It is
+            asked first, and where it gives False nothing has changed.
+    """
+
+    rows: Callable[[slice], Tensor]
+    add_to: Callable[[list[Tensor], float, float], bool] = lambda params, scale, decay: False
+
+
+# u, (n, rows, cols); a function alone stands for `Unformed(function)`.
+U = Tensor | Callable[[slice], Tensor] | Unformed
 # What makes an update: (stack, a, t, options) -> u. a = e + g; t, (n, 1, 1) in the compute dtype, counts each tensor's own
 # gradients, this one included.
 Update = Callable[["TensorStack", Accumulated, Tensor, Any], U]
@@ -94,40 +109,44 @@ class TensorStack(Stack):
         self.begun = not readable(t.device) and min(counts) > 1
         return [i for i, count in enumerate(counts) if count == 1 and i not in self.turn.absent]
 
-    def update(self, l2: Floats, options: Any) -> U:
+    def update(self, l2: Floats, options: Any) -> Tensor | Unformed:
         """Make the update, and the state of the next step."""
         t = self.cells["step"].read() + 1
         self.cells["step"].write(t)
         gradients, total = self.gradients(l2), self.total
         whole = total is not None and self.layout.vector and self.rule.vectors
-        a = Accumulated(self._whole(gradients) if whole else gradients, self.cells.get("error"), self.turn.absent, total)
+        g = self._whole(gradients) if whole else gradients
+        a = Accumulated(g, self.cells.get("error"), self.turn.absent, total, wide=True)
         ok = self.turn.ok
         if isinstance(ok, Tensor):  # a decomposition raises for what is not finite, and whether it is nobody waits to hear
             a.gradients = [masked(ok, g, 0.0) for g in a.gradients]
         u = self.rule.update(self, a, t.to(self.layout.dtype).view(-1, 1, 1), options)
-        return u if not whole else (u if isinstance(u, Tensor) else u(ALL))[..., self._columns]
+        u = u if isinstance(u, Tensor | Unformed) else Unformed(u)
+        return u if not whole else (u if isinstance(u, Tensor) else u.rows(ALL))[..., self.columns]
 
     def _whole(self, gradients: Sequence[Tensor]) -> Tensor:
         """Make whole vectors, (n, 1, cols), of the parts that the processes have."""
         assert self.total is not None
         whole = torch.zeros(len(gradients), 1, self.layout.cols, dtype=self.layout.dtype, device=self.device)
-        whole[..., self._columns] = torch.stack(list(gradients))
+        whole[..., self.columns] = torch.stack(list(gradients))
         return self.total(whole)
 
     @property
-    def _columns(self) -> slice:
+    def columns(self) -> slice:
         """Which part of its vectors this process has."""
         start = self.pieces[0].origin[1]
         return slice(start, start + self.shape[1])
 
-    def apply(self, u: U, groups: Sequence[Group], options: Any) -> None:
+    def apply(self, u: Tensor | Unformed, groups: Sequence[Group], options: Any) -> None:
         """Compute p <- (1 - lr*wd) p - lr u, for the tensors that have a gradient."""
         ok, lr, weight_decay = self.turn.ok, *self.rates(groups, options)
+        if isinstance(u, Unformed) and ok is True and move_at_once(self, u.add_to, lr, weight_decay, options.stochastic_rounding):
+            return
         own, lr = (lr, 1.0) if isinstance(lr, list) else (None, lr)
         rate: Number = lr if ok is True else lr * ok.to(self.device, self.layout.dtype)  # type: ignore[union-attr]
 
         def update(rows: slice) -> Tensor:
-            part = u[:, rows] if isinstance(u, Tensor) else u(rows)
+            part = u[:, rows] if isinstance(u, Tensor) else u.rows(rows)
             part = part if own is None else times(part, own)
             return part if ok is True else masked(ok, part, 0.0)
 
@@ -207,11 +226,17 @@ class Tensorwise:
         for s in setup.stacks:
             s.open(counters.step)
             s.turn.ok = ok
+            if setup.probe is not None:
+                setup.probe.read_tensors(s)
             with phase("compress"):
                 u = s.update(s.each(l2.__getitem__), o)
+            if setup.probe is not None:
+                u = setup.probe.seen(s, u)
             with phase("update"):
                 s.apply(u, groups, o)
         counters.count(ok)
+        if setup.probe is not None:
+            setup.probe.finish()
         setup.finish()
 
     def diagnostics(self, setup: Setup) -> dict[str, float]:

@@ -46,12 +46,13 @@ class WindowStack(Stack):
         gradients = self.gradients(l2)
         if self.metric is not None:
             self.metric.measure(gradients)
-        self._compress(gradients)
+        self.compress(gradients)
 
-    def _compress(self, gradients: Sequence[Tensor]) -> None:
-        self.window.stage(self.compressor.compress(self._accumulated(gradients), self.turn.step))
+    def compress(self, gradients: Sequence[Tensor]) -> None:
+        """Stage the entry c = C(a)."""
+        self.window.stage(self.compressor.compress(self.accumulated(gradients), self.turn.step))
 
-    def _accumulated(self, gradients: Sequence[Tensor]) -> Accumulated:
+    def accumulated(self, gradients: Sequence[Tensor]) -> Accumulated:
         """Give the operand a = e + S^-1 g."""
         if self.metric is None:
             return Accumulated(gradients, self.error, self.turn.absent, self.total)
@@ -68,12 +69,12 @@ class WindowStack(Stack):
         """Let e <- a - c, or r <- beta r + S^-1 g - c; write c into slot j, and let D contain g; where the step is accepted."""
         gradients = self.gradients(l2)
         if self.window.staged is None:
-            self._compress(gradients)
+            self.compress(gradients)
         self.turn.ok = ok
         if self.error is not None and self.window.staged is not None:
-            self._accumulated(gradients).keep(self.window.staged)
+            self.accumulated(gradients).keep(self.window.staged)
         if self.residual is not None and self.window.staged is not None:
-            a = self._accumulated(gradients)
+            a = self.accumulated(gradients)
             a.error, a.decay = self.residual, self.format.options.averaging
             a.keep(self.window.staged)
         self.window.commit(j.to(self.device), ok)
@@ -107,10 +108,7 @@ class WindowStack(Stack):
             rate, new_part = lr * flag, new_part if self.momentum is None else new_part * flag
 
         def finished(u: Tensor, rows: slice) -> Tensor:
-            u = u.to(self.layout.dtype)
-            if self.residual is not None:
-                u += outside[:, None, None] * self.residual.read(rows)
-            return u if self.metric is None else self.metric.unwhiten_(u, rows)
+            return self._finished(u, outside, rows)
 
         def update(rows: slice) -> Tensor:
             u = finished(self.window.combine(c, rows), rows)
@@ -130,6 +128,20 @@ class WindowStack(Stack):
             return
         rest = Rest(finished, sizes, None if self.residual is None else (self.residual.stored, outside))
         apply(self, lambda rows: self.window.product(c, rows), rate, weight_decay, rounding, absent, rest)
+
+    def update(self, c: Tensor, outside: Tensor, rows: slice) -> Tensor:
+        """Give rows `rows` of what `apply` has just multiplied by lr and subtracted: u, or v. Nothing changes."""
+        if self.momentum is not None:
+            return self.momentum[:, rows]
+        outside = outside if self.residual is None else outside.to(self.layout.dtype)
+        return self._finished(self.window.combine(c, rows), outside, rows)
+
+    def _finished(self, u: Tensor, outside: Tensor, rows: slice) -> Tensor:
+        """Make rows of u of those of G^T c."""
+        u = u.to(self.layout.dtype)
+        if self.residual is not None:
+            u += outside[:, None, None] * self.residual.read(rows)
+        return u if self.metric is None else self.metric.unwhiten_(u, rows)
 
     def _shrink(self, by: Sequence[Any]) -> None:
         """Let p <- (1 - by_i) p for the tensors that have a gradient, where the step is accepted."""

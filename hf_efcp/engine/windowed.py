@@ -108,6 +108,8 @@ class Windowed:
         with phase("solve"):
             gram.update(j, k_j, ok)
             w, c = self._solved(setup, j, o)                                    # c = phi(K) w; so far K alone is new
+        if setup.probe is not None:
+            setup.probe.read_entries(stacks)                                    # of a and c_j, for `diagnostics`
         setup.writing = True
         for s in (*stacks, *setup.factors):
             with phase("feedback"):
@@ -121,6 +123,9 @@ class Windowed:
             s.turn.step = gram.step
             with phase("update"):                                               # u = S^-1 G^T c;  p <- (1 - lr wd) p - lr u
                 s.apply(_coefficients_of(c, s, o.scope), _coefficients_of(rest.weight, s, o.scope), groups, o)
+        if setup.probe is not None:
+            setup.probe.read_committed(j, lambda s: (_coefficients_of(c, s, o.scope), _coefficients_of(rest.weight, s, o.scope)))
+            setup.probe.finish()
         setup.finish(c, ok, size, (rest.weight.square() * rest.square).sum())
     # fmt: on
 

@@ -14,7 +14,8 @@ from transformers.training_args import OptimizerNames
 from ..options import as_text, described
 from ..registry import all_optimizers, optim_defaults
 from .parsing import refuse_unknown
-from .trainer_options import FIELD, efcp_fields
+from .run_options import FIELD, RunOptions
+from .trainer_options import efcp_fields
 
 # EFCPFields stands beside another subclass of TrainingArguments: types are checked as if it were one itself.
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ def _fields() -> list[tuple[str, Any, Any]]:
         text = f"{described(field)}{names}; unless given: {' or '.join(dict.fromkeys(defaults[option]))}"
         kind = hint if hint in (int, float, bool) else str  # "none" and dtypes are text
         result.append((FIELD + option, kind | types.NoneType, dataclasses.field(default=None, metadata={"help": text})))
+    hints = typing.get_type_hints(RunOptions)
+    for field in dataclasses.fields(RunOptions):
+        kind = hints[field.name] | types.NoneType
+        result.append((FIELD + field.name, kind, dataclasses.field(default=None, metadata={"help": described(field)})))
     return result
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..options import OptionError, unknown_name
 from ..registry import all_optimizers
-from .trainer_options import FIELD
+from .run_options import FIELD, NAMES
 
 
 def named(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,7 +65,7 @@ def refuse_unknown(names: Collection[str], fields: Collection[str]) -> None:
         names: that some arguments do not have; of the command line with dashes, and with "=" where a value follows.
         fields: that they have.
     """
-    options = {option for info in all_optimizers() for option in info.options()}
+    options = {option for info in all_optimizers() for option in info.options()} | {*NAMES}
     typed = {field for field in fields if field.startswith(FIELD)}
     for given in names:
         name = given.lstrip("-").rstrip("=")

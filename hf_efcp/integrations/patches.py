@@ -30,6 +30,7 @@ from .checkpoints import hook_states, load_beside, load_fsdp, save_beside
 from .ddp_hook import hook_model, hook_optimizer
 from .parsing import named
 from .trainer_options import check_name, check_no_fields, is_ours, optimizer_cls_and_kwargs
+from .wrapped import answering
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -139,6 +140,18 @@ def _hooked(original: Callable[..., Any]) -> Callable[..., Any]:
     return hook_optimizer(hook_states(original))
 
 
+def _with_callbacks(original: Callable[..., None]) -> Callable[..., None]:
+    """`Trainer.__init__`, after which a Trainer has the callbacks that its arguments ask for."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        from .callback import add_callbacks  # needs the Trainer
+
+        add_callbacks(self)
+
+    return __init__
+
+
 # The table ------------------------------------------------------------------------------------------------------------------
 
 
@@ -167,11 +180,13 @@ _PATCHES = (
     _Patch("transformers.hf_argparser", "HfArgumentParser.parse_args_into_dataclasses", named, optional=True),
     _Patch("transformers.hf_argparser", "HfArgumentParser.parse_dict", named, optional=True),
     _Patch("transformers.trainer", "Trainer.get_optimizer_cls_and_kwargs", _answered, static=True),
+    _Patch("transformers.trainer", "Trainer.__init__", _with_callbacks),
     _Patch("transformers.trainer", "Trainer._save_optimizer_and_scheduler", save_beside),
     _Patch("transformers.trainer", "Trainer._load_optimizer_and_scheduler", load_beside),
     _Patch("transformers.trainer", "load_fsdp_optimizer", load_fsdp),
     _Patch("transformers.trainer_optimizer", "_OPTIMIZER_HANDLERS", _handled, optional=True),  # transformers 5
     _Patch("accelerate.accelerator", "Accelerator.prepare_optimizer", _hooked),
+    _Patch("accelerate.optimizer", "AcceleratedOptimizer", answering),
     _Patch("accelerate.accelerator", "Accelerator.prepare_model", hook_model),
     _Patch("accelerate.accelerator", "Accelerator._prepare_deepspeed", deepspeed.prepare),
     _Patch("accelerate.accelerator", "load_fsdp_optimizer", load_fsdp),

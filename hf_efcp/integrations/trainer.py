@@ -1,4 +1,4 @@
-"""Trainer with our optimizers: EFCPTrainer, a mixin for any other Trainer, and a callback that logs diagnostics."""
+"""Trainer with our optimizers: EFCPTrainer, and a mixin for any other Trainer."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ..groups import check_targets
 from ..registry import list_optimizers
 from .arguments import EFCPTrainingArguments
-from .checkpoints import unwrapped
+from .callback import add_callbacks
 from .trainer_options import is_ours, name_of, optimizer_cls_and_kwargs
 
 # EFCPTrainerMixin stands beside another subclass of Trainer: types are checked as if it were one itself.
@@ -23,38 +23,11 @@ else:
 logger = logging.getLogger(__name__)
 
 
-class EFCPCallback(TrainerCallback):
-    """Adds the optimizer's `diagnostics()` to every training log, as `efcp_NAME`: kappa, cosines, skipped steps and others.
-
-    They reach `trainer.state.log_history`, and whatever is called after this callback. EFCPTrainer puts it first, so that
-    every reporter (tensorboard, wandb) has them; `Trainer(callbacks=[EFCPCallback()])` puts it behind the reporters.
-    """
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Extend the log of the training loss."""
-        ours = unwrapped(optimizer)
-        if ours is None or not logs or "loss" not in logs:
-            return
-        diagnostics = {f"efcp_{name}": value for name, value in ours.diagnostics().items()}
-        logs.update(diagnostics)
-        # The history got its own copy of the log before the callbacks were called.
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(diagnostics)
-
-
 class EFCPTrainerMixin(_Base):
     """What EFCPTrainer adds, for any subclass of Trainer: `class MyTrainer(EFCPTrainerMixin, Seq2SeqTrainer): ...`
 
     - Parameter groups follow the trainer's own `get_decay_parameter_names`; `optim_target_modules` is checked at once.
-    - `diagnostics()` are in every training log.
+    - `diagnostics()` are in every training log, see `EFCPCallback`.
 
     With an optimizer that is not ours it changes nothing.
     """
@@ -71,9 +44,7 @@ class EFCPTrainerMixin(_Base):
         elif args is not None and isinstance(model, torch.nn.Module) and not adapted_later:
             check_targets(model, args.optim_target_modules)
         super().__init__(*given, **kwargs)
-        handler = self.callback_handler
-        if not any(isinstance(callback, EFCPCallback) for callback in handler.callbacks):
-            handler.callbacks.insert(0, EFCPCallback())
+        add_callbacks(self, always=True)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """See Trainer."""

@@ -14,14 +14,13 @@ from ..groups import parameter_groups, parse_targets
 from ..options import OptionError, unknown_name
 from ..registry import OptimizerInfo, all_optimizers, get_optimizer_info, list_optimizers, optim_defaults, parse_optim_args
 from . import deepspeed
+from .run_options import FIELD, NAMES, RunOptions, checked, fields_of, split
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 # Options that are also arguments of their own: name in optim_args -> field of TrainingArguments.
 _OWN_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
-# Fields of EFCPTrainingArguments: this and the option's name.
-FIELD = "efcp_"
 
 
 def optimizer_cls_and_kwargs(
@@ -45,6 +44,7 @@ def optimizer_cls_and_kwargs(
         OptionError: unknown name or option, wrong type, value out of range, or an option that contradicts `args`.
     """
     info = get_optimizer_info(name or name_of(args))
+    run_options(args, info)
     options = info.check(_given_options(args, info))
     for option, field in _OWN_ARGUMENTS.items():
         if option in options and options[option] != getattr(args, field):
@@ -95,20 +95,38 @@ def is_ours(args: TrainingArguments) -> bool:
 
 
 def efcp_fields(args: TrainingArguments) -> dict[str, Any]:
-    """Option name -> value of the `efcp_...` fields of `args` that are set."""
-    set_fields = {n: v for n, v in vars(args).items() if n.startswith(FIELD) and v is not None}
-    return {name.removeprefix(FIELD): value for name, value in set_fields.items()}
+    """Option name -> value of the optimizer's `efcp_...` fields of `args` that are set."""
+    set_fields = {n.removeprefix(FIELD): v for n, v in vars(args).items() if n.startswith(FIELD) and v is not None}
+    return {name: value for name, value in set_fields.items() if name not in NAMES}
+
+
+def run_options(args: TrainingArguments, info: OptimizerInfo | None = None) -> RunOptions:
+    """Give what `args` ask for beside training, checked; `info`: of the optimizer, if it is another one than they name."""
+    if info is None and not is_ours(args):
+        return checked(_of_others(args.optim_args), fields_of(args))
+    info = info or get_optimizer_info(name_of(args))
+    return checked(split(parse_optim_args(args.optim_args), info.options())[0], fields_of(args))
+
+
+def _of_others(optim_args: Any) -> dict[str, Any]:
+    """Give the options of a run that stand among those of an optimizer that is not ours, whose own are not judged here."""
+    try:
+        given = parse_optim_args(optim_args)
+    except OptionError:
+        return {}
+    return {name: value for name, value in given.items() if name in NAMES}
 
 
 def check_no_fields(args: TrainingArguments) -> None:
     """Raise OptionError where an `efcp_...` field is set beside the name of another optimizer."""
-    if fields := ", ".join(FIELD + option for option in efcp_fields(args)):
+    without = ["diagnostics_steps"] if run_options(args).diagnostics_steps else []
+    if fields := ", ".join(FIELD + option for option in [*efcp_fields(args), *without]):
         raise OptionError(f"{fields}: no effect with optim={name_of(args)}; choose one of {', '.join(list_optimizers())}")
 
 
 def _given_options(args: TrainingArguments, info: OptimizerInfo) -> dict[str, Any]:
     """The options of `optim_args` and of the `efcp_...` fields, which may repeat but not contradict each other."""
-    options = parse_optim_args(args.optim_args)
+    _, options = split(parse_optim_args(args.optim_args), info.options())
     for option in [option for option in options if option not in info.options()]:
         if having := _having(option):
             raise OptionError(f"optim_args: {option}={options[option]!r}: no option of {info.name}, but of {having}")
@@ -117,6 +135,7 @@ def _given_options(args: TrainingArguments, info: OptimizerInfo) -> dict[str, An
             if having := _having(option):
                 raise OptionError(f"{FIELD}{option}={value!r}: no option of {info.name}, but of {having}")
             valid = [FIELD + o for o in info.options() if o not in _OWN_ARGUMENTS]
+            valid += [FIELD + o for o in NAMES]
             raise OptionError(unknown_name("field", FIELD + option, valid, info.name))
         try:
             typed_value = info.check({option: value})[option]

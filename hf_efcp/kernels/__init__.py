@@ -97,6 +97,11 @@ def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None
     return _try_sparse("top_k", gradients[0], gradients, error, blocks, scale)
 
 
+def extract(error: Error, gradients: Matrices, blocks: Blocks, rounding: Rounding, absent: Sequence[int]) -> Entry | None:
+    """`top_k` and `keep` of what it gives in one pass: see `Accumulated.extract`."""
+    return _try_sparse("extract", gradients[0], error, gradients, blocks, rounding, absent)
+
+
 def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | None = None) -> Tensor | None:
     """Inner products of a sparse entry with a sparse window, (n, m) fp64: see `SparseWindow`.
 
@@ -129,6 +134,29 @@ def adam(stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks
     return _try_sparse("adam", stored[0][0], stored, one, two, eps, cols, blocks, rows)
 
 
+def move(
+    stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks: Blocks, params: Matrices, scale: float, decay: float
+) -> bool:
+    """p <- decay * p + scale * u in place for `adam`'s u, and n matrices in any dtype. Whether it was done."""
+    return bool(_try_sparse("move", stored[0][0], stored, one, two, eps, cols, blocks, params, scale, decay))
+
+
+def adamw(
+    gradients: Matrices, moments: tuple[Tensor, Tensor], t: Tensor, betas: tuple[float, float], eps: float, *update: Any
+) -> bool:
+    """AdamW's step for moments m and v (n, rows, cols), in place, and counts t (n,): see `engine.adamw`.
+
+    Args:
+        gradients: g.
+        moments, t, betas, eps: as above.
+        update: p, n matrices in any dtype; `scale` and `decay` of p <- decay * p + scale * u.
+
+    Returns:
+        Whether it was done.
+    """
+    return bool(_try("adamw", gradients[0], gradients, moments, t, betas, eps, *update))
+
+
 def keep(
     error: Error,
     gradients: Matrices,
@@ -139,6 +167,7 @@ def keep(
     scale: Scale = None,
     decay: float = 1.0,
     accepted: bool | Tensor = True,
+    wide: bool = False,
 ) -> bool:
     """e <- decay * e + g - c in place, rounded as e is stored: see `Accumulated.keep`.
 
@@ -152,12 +181,13 @@ def keep(
         scale: of g.
         decay: a number.
         accepted: whether e changes at all; a 0-D flag where that is known on the device only.
+        wide: see `times`.
 
     Returns:
         Whether it was done.
     """
     attempt = _try if blocks is None else _try_sparse
-    return bool(attempt("keep", gradients[0], error, gradients, entry, rounding, absent, blocks, scale, decay, accepted))
+    return bool(attempt("keep", gradients[0], error, gradients, entry, rounding, absent, blocks, scale, decay, accepted, wide))
 
 
 def square(error: Error, cols: int, dtype: torch.dtype) -> Tensor | None:
@@ -183,14 +213,18 @@ def orthonormal(a: Tensor) -> Tensor | None:
     return _try("orthonormal", a, a)
 
 
-def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None) -> Tensor | None:
-    """(e + g) q^T for q (n, r, cols), (n, rows, r): see `PowerIteration`."""
-    return _try("times", q[0], gradients, error, q, scale)
+def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
+    """(e + g) q^T for q (n, r, cols), (n, rows, r): see `PowerIteration`.
+
+    `wide`: on a CPU in tiles, for larger r too, and with sums in another order. Window methods do without: their numbers stay
+    what they were.
+    """
+    return _try("times", q[0], gradients, error, q, scale, wide)
 
 
-def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None) -> Tensor | None:
-    """p (e + g) for p (n, r, rows), (n, r, cols): see `PowerIteration`."""
-    return _try("transposed_times", p[0], gradients, error, p, scale)
+def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
+    """p (e + g) for p (n, r, rows), (n, r, cols): see `PowerIteration`, and `times`."""
+    return _try("transposed_times", p[0], gradients, error, p, scale, wide)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor | None:

@@ -24,10 +24,13 @@ MODULES = {
     "remember_diagonal": {"cuda": "gpu_state"},
     "remember": {"cuda": "gpu_state"},
     "top_k": {"cpu": "cpu_top_k", "cuda": "gpu_sparse"},
+    "extract": {"cpu": "cpu_extract"},
     "dots": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
     "combine": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
     "apply": {"cpu": "cpu_sparse", "cuda": "gpu_sparse"},
     "adam": {"cpu": "cpu_sparse"},
+    "move": {"cpu": "cpu_sparse"},
+    "adamw": {"cpu": "cpu_adamw"},
     "keep": {"cpu": "cpu_keep", "cuda": "gpu_keep"},
     "square": {"cpu": "cpu_keep", "cuda": "gpu_update"},
     "add_kept": {"cpu": "cpu_keep", "cuda": "gpu_update"},
@@ -51,7 +54,20 @@ _NEEDS = {"cpu": "numba", "cuda": "triton"}
 FAILED: set[tuple[str, str]] = set()
 _WORKED: set[tuple[str, str]] = set()
 # They write to state or parameters.
-_IN_PLACE = {"remember_factored", "remember_diagonal", "remember", "apply", "keep", "add_kept", "add", "store", "encode"}
+_IN_PLACE = {
+    "remember_factored",
+    "remember_diagonal",
+    "remember",
+    "apply",
+    "keep",
+    "add_kept",
+    "add",
+    "store",
+    "encode",
+    "extract",
+    "move",
+    "adamw",
+}
 
 
 def attempt(name: str, example: Tensor, *args: Any) -> Any:

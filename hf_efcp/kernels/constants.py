@@ -5,6 +5,8 @@ Plain numbers without imports: a compiled function sees each as a constant.
 
 # --- bf16: the upper half of an fp32 number.
 BF16_SHIFT = 16
+# Half of the last bit of bf16, less one, in the bits of fp32.
+HALF_BF16 = 2 ** (BF16_SHIFT - 1) - 1
 LOWER_16_BITS = 0xFFFF
 SIGN_16 = 0x8000
 NAN_16 = 0x7FC0

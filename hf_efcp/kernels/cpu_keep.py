@@ -29,6 +29,7 @@ from .constants import (
 )
 from .cpu_min_max import FINITE, pack, write_between_bounds
 from .cpu_threads import divide_work
+from .cpu_tiles import TILE, subtract_tile
 from .cpu_tools import (
     CONTRACTED,
     REORDERED,
@@ -56,8 +57,8 @@ def _mix(x):
 
 
 @compiled
-def _column_keys(step, salt, origin, keys):
-    """The columns' factors of `core.random.counted_bits`, from column `origin` on, into `keys`; returns what `_row_key` takes."""
+def column_keys(step, salt, origin, keys):
+    """The columns' factors of `core.random.counted_bits`, from column `origin` on, into `keys`; returns what `row_key` takes."""
     key = _mix(_mix(step & COUNTER_MASK) ^ _mix(salt + SALT_OFFSET))
     mixed = _mix(key)
     for x in range(keys.size):
@@ -66,7 +67,7 @@ def _column_keys(step, salt, origin, keys):
 
 
 @compiled
-def _row_key(key, row):
+def row_key(key, row):
     """A row's factor."""
     return np.int32(_mix(key ^ row) | 1)
 
@@ -76,7 +77,7 @@ def _noise(factor, key):
     return (np.int32(factor * key) >> np.int32(16)) & np.int32(LOWER_16_BITS)
 
 
-def _write(e, scale, a, factor, keys, single, limit):
+def write(e, scale, a, factor, keys, single, limit):
     """e <- a for a row, as `core.error_feedback` does it: plain, or rounded by the hashes factor * keys.
 
     Args:
@@ -90,7 +91,7 @@ def _write(e, scale, a, factor, keys, single, limit):
     raise NotImplementedError  # compiled code only
 
 
-@overload(_write)
+@overload(write)
 def _write_compiled(e, scale, a, factor, keys, single, limit):
     if isinstance(e.dtype, types.Float):
         return _write_plain
@@ -160,26 +161,34 @@ def _quantize(scale, a, factor, keys, largest_code, limit):
 
 @compiled(relaxed=CONTRACTED)
 def _subtract_product(a, p, row, q):
-    """a <- a - the row of p^T q, four terms at a time: a is read and written once for them."""
+    """a <- a - rows of p^T q, four terms at a time: a is read and written once for them. a is one row, or four."""
     many = len(q)
-    for s in range(0, many - 3, 4):
-        p0, p1, p2, p3 = p[s, row], p[s + 1, row], p[s + 2, row], p[s + 3, row]
-        q0, q1, q2, q3 = q[s], q[s + 1], q[s + 2], q[s + 3]
-        for x in range(a.size):
-            a[x] = (((a[x] - p0 * q0[x]) - p1 * q1[x]) - p2 * q2[x]) - p3 * q3[x]
-    for s in range(many - many % 4, many):
-        weight, y = p[s, row], q[s]
-        for x in range(a.size):
-            a[x] -= weight * y[x]
+    tiled = many - many % TILE
+    if len(a) == TILE:
+        for s in range(0, tiled, TILE):
+            subtract_tile(a, p, s, row, q)
+    else:
+        number = a[0]
+        for s in range(0, tiled, TILE):
+            p0, p1, p2, p3 = p[s, row], p[s + 1, row], p[s + 2, row], p[s + 3, row]
+            q0, q1, q2, q3 = q[s], q[s + 1], q[s + 2], q[s + 3]
+            for x in range(number.size):
+                number[x] = (((number[x] - p0 * q0[x]) - p1 * q1[x]) - p2 * q2[x]) - p3 * q3[x]
+    for i in range(len(a)):
+        number = a[i]
+        for s in range(tiled, many):
+            weight, y = p[s, row + i], q[s]
+            for x in range(number.size):
+                number[x] -= weight * y[x]
 
 
-def _scales_of(scale, t, row, like):
+def scales_of(scale, t, row, like):
+    """The scales or bounds of a row; where there are none, `like`, a row of numbers."""
     raise NotImplementedError  # compiled code only
 
 
-@overload(_scales_of)
+@overload(scales_of)
 def _scales_of_compiled(scale, t, row, like):
-    """The scales or bounds of a row; where there are none, something of their type."""
     if scale.ndim == 4:
         return lambda scale, t, row, like: scale[t, row]
     return lambda scale, t, row, like: scale[t, row] if scale.size else like
@@ -190,24 +199,30 @@ def keep_rows(
     lo, hi, error, scale, limit, absent, gradients, left, right, one, two, starts, cols, decay, step, salts, row_0, col_0, like
 ):
     """e <- decay * e + g - c for some rows. `one` and `two` are p and q; or, where there are `starts`, indices and values."""
-    rows = error.shape[1]
-    a, room = np.empty(cols, like.dtype), np.empty(cols, like.dtype)
+    rows, height = error.shape[1], 1 if starts.size else TILE
+    a, room = np.empty((height, cols), like.dtype), np.empty(cols, like.dtype)
     single, keys, key = np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
-    for task in range(lo, hi):
+    task = lo
+    while task < hi:
         t, row = task // rows, task % rows
-        if absent[t]:
-            continue
-        if task == lo or row == 0:
-            key = _column_keys(step, salts[t], col_0, keys)
-        g = matrix_row(gradients[t], row, cols, like)
-        read_row(a, room, g, left, right, error, scale, t, row, 0, decay)
-        if starts.size:
-            index, value = one[t, row], two[t, row]
-            for i in range(value.size):
-                a[starts[i] + np.int64(index[i])] -= real(value[i])
-        else:
-            _subtract_product(a, one[t], row, two[t])
-        _write(error[t, row], _scales_of(scale, t, row, like), a, _row_key(key, row_0 + row), keys, single, limit)
+        many = height if row + height <= rows and task + height <= hi else 1
+        if not absent[t]:
+            if task == lo or row == 0:
+                key = column_keys(step, salts[t], col_0, keys)
+            for i in range(many):
+                read_row(
+                    a[i], room, matrix_row(gradients[t], row + i, cols, like), left, right, error, scale, t, row + i, 0, decay
+                )
+            if starts.size:
+                number, index, value = a[0], one[t, row], two[t, row]
+                for i in range(value.size):
+                    number[starts[i] + np.int64(index[i])] -= real(value[i])
+            else:
+                _subtract_product(a[:many], one[t], row, two[t])
+            for i in range(row, row + many):
+                scales = scales_of(scale, t, i, like)
+                write(error[t, i], scales, a[i - row], row_key(key, row_0 + i), keys, single, limit)
+        task += many
 
 
 def keep(
@@ -220,6 +235,7 @@ def keep(
     scale: Scale = None,
     decay: float = 1.0,
     accepted: bool | Tensor = True,
+    wide: bool = False,
 ) -> bool:
     """e <- decay * e + g - c in place, for a sparse entry c with `blocks` and a low-rank one without: see `hf_efcp.kernels.keep`.
 
@@ -233,11 +249,12 @@ def keep(
         scale: of g.
         decay: a number.
         accepted: on a CPU the host knows it.
+        wide: for entries of more rank too, see `hf_efcp.kernels.times`.
 
     Returns:
         Whether it was done.
     """
-    if error is None or accepted is not True or not (reads(error) if blocks else fits(gradients, error, entry[0])):
+    if error is None or accepted is not True or not (reads(error) if blocks else fits(gradients, error, entry[0], wide)):
         return False
     g, kept, (step, salts, origin) = Addresses(gradients), Errors(error, gradients[0].dtype), rounding
     n, rows, cols = g.shape

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import Error, Kept, Matrices, Rounding, Scale
-from .constants import BF16_SHIFT
 from .cpu_threads import PARTS, divide_work
+from .cpu_tiles import TILE, add_tile, multiply_tile
 from .cpu_tools import (
     CONTRACTED,
     DTYPES,
@@ -20,6 +20,7 @@ from .cpu_tools import (
     Addresses,
     Errors,
     array,
+    bf16_bits,
     compiled,
     factors,
     fits,
@@ -32,8 +33,6 @@ from .cpu_tools import (
 _LONG = 2**20
 # A longer row is read in runs of this length, so that b's run stays in the cache; measured.
 _RUN, _LONGEST_RUN = 2048, 4096
-# Half of the last bit of bf16, less one, in the bits of fp32.
-HALF_BF16 = 2 ** (BF16_SHIFT - 1) - 1
 
 
 @compiled(relaxed=REORDERED)
@@ -67,11 +66,31 @@ def _times(lo, hi, gradients, x, y, error, scale, q, out):
         products(a, q[t], 0, out[t, row])
 
 
+@compiled(relaxed=REORDERED)
+def _times_wide(lo, hi, blocks, gradients, x, y, error, scale, q, out):
+    """`_times` for blocks of four rows. Sums are in another order: which rows are a block depends on the shape alone."""
+    rows, (many, cols) = out.shape[1], q.shape[1:]
+    a, room = np.empty((TILE, cols), q.dtype), np.empty(cols, q.dtype)
+    for task in range(lo, hi):
+        t, row = task // blocks, task % blocks * TILE
+        height = min(TILE, rows - row)
+        for i in range(height):
+            read_row(a[i], room, matrix_row(gradients[t], row + i, cols, q), x, y, error, scale, t, row + i, 0)
+        tiled = many - many % TILE if height == TILE else 0
+        for s in range(0, tiled, TILE):
+            multiply_tile(out[t, row : row + TILE], a, q[t], s)
+        for i in range(height):
+            products(a[i], q[t, tiled:], 0, out[t, row + i, tiled:])
+
+
 @compiled(relaxed=CONTRACTED)
 def _add_rows(a, weights, first, out):
-    """out[s] += the sum over four rows of weights[s, first + i] * a[i], in this order: out is read and written once for them."""
+    """out[s] += the sum over four rows of weights[s, first + i] * a[i], in this order."""
+    many = len(out)
+    for s in range(0, many - many % TILE, TILE):
+        add_tile(out, weights, s, first, a)
     a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
-    for s in range(len(out)):
+    for s in range(many - many % TILE, many):
         w0, w1, w2, w3, to = weights[s, first], weights[s, first + 1], weights[s, first + 2], weights[s, first + 3], out[s]
         for x in range(a0.size):
             to[x] = (((to[x] + w0 * a0[x]) + w1 * a1[x]) + w2 * a2[x]) + w3 * a3[x]
@@ -80,15 +99,15 @@ def _add_rows(a, weights, first, out):
 @compiled(relaxed=REORDERED)
 def _transposed_times(lo, hi, parts, gradients, x, y, error, scale, p, out):
     rows, cols = p.shape[2], out.shape[3]
-    a, room = np.empty((4, cols), p.dtype), np.empty(cols, p.dtype)
+    a, room = np.empty((TILE, cols), p.dtype), np.empty(cols, p.dtype)
     for task in range(lo, hi):
         t, part = task // parts, task % parts
         row, stop = rows * part // parts, rows * (part + 1) // parts
         while row < stop:
-            many = 4 if row + 4 <= stop else 1
+            many = TILE if row + TILE <= stop else 1
             for i in range(many):
                 read_row(a[i], room, matrix_row(gradients[t], row + i, cols, p), x, y, error, scale, t, row + i, 0)
-            if many == 4:
+            if many == TILE:
                 _add_rows(a, p[t], row, out[t, part])
             else:
                 for s in range(p.shape[1]):
@@ -126,9 +145,7 @@ def _scaled(lo, hi, factor, c, sizes, out):
             for k in range(length):
                 single[k] *= factors[k]
         for k in range(length):
-            to[k] = np.int16(
-                (bits[k] + np.int32(HALF_BF16) + ((bits[k] >> np.int32(BF16_SHIFT)) & np.int32(1))) >> np.int32(BF16_SHIFT)
-            )
+            to[k] = bf16_bits(bits[k])
 
 
 @compiled(relaxed=REORDERED)
@@ -141,7 +158,7 @@ def _add(lo, hi, params, update, scale, decay):
             p[x] = decay[0] * p[x] + scale[0] * real(u[x])
 
 
-def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None) -> Tensor | None:
+def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
     """a q^T for a = e + g, which is not formed: (n, rows, r) in g's dtype.
 
     Args:
@@ -149,20 +166,25 @@ def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None) -> 
         error: e, as `Errors` takes it.
         q: (n, r, cols) in g's dtype.
         scale: of g.
+        wide: for more columns too, see `hf_efcp.kernels.times`.
     """
-    if not fits(gradients, error, q):
+    if not fits(gradients, error, q, wide):
         return None
     g = Addresses(gradients)
     n, rows, cols = g.shape
     out = torch.zeros(n, rows, q.shape[1], dtype=g.dtype)
     arrays = g.array, *factors(scale, g.dtype), *Errors(error, g.dtype).arrays, array(q), array(out)
-    divide_work(_times, n * rows, cols * q.shape[1], *arrays)
+    if wide:
+        blocks = -(-rows // TILE)
+        divide_work(_times_wide, n * blocks, TILE * cols * q.shape[1], blocks, *arrays)
+    else:
+        divide_work(_times, n * rows, cols * q.shape[1], *arrays)
     return out
 
 
-def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None) -> Tensor | None:
+def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
     """p a for a = e + g and p (n, r, rows): (n, r, cols) in g's dtype; otherwise as `times`."""
-    if not fits(gradients, error, p):
+    if not fits(gradients, error, p, wide):
         return None
     g = Addresses(gradients)
     n, rows, cols = g.shape

@@ -13,9 +13,8 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .constants import BF16_SHIFT
+from .constants import BF16_SHIFT, HALF_BF16
 from .cpu_keep import add_kept_rows, square_rows
-from .cpu_low_rank import HALF_BF16
 from .cpu_metric import measure_columns, measure_parts
 from .cpu_tools import compiled, pointer
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from .constants import BF16_SHIFT, BLOCK, INT4_BITS, INT4_MASK, LARGEST_BOUND, NAN_16, SIGN_16
-from .cpu_tools import REORDERED, bounds, compiled
+from .cpu_tools import bounds, compiled
 
 # There is no NaN: maxima are vectorized.
 FINITE = {"nnan", "nsz"}
@@ -21,45 +23,51 @@ def pack(e, a, zero):
 
 
 def write_between_bounds(e, scale, a, factor, keys, single, limit):
-    """e, scale <- a for a row: `cpu_keep._write` for `core.codecs.MinMaxQuantizer`. It compiles as a part of that."""
+    """e, scale <- a for a row: `cpu_keep.write` for `core.codecs.MinMaxQuantizer`. It compiles as a part of that."""
     for run in range(len(scale)):
-        part = a[run * BLOCK : (run + 1) * BLOCK]
+        part, codes = a[run * BLOCK : (run + 1) * BLOCK], e[run * BLOCK // 2 :]
         least, largest = _ends(part)
         if not (np.isfinite(least) and np.isfinite(largest)):
             scale[run, 0], scale[run, 1] = np.int16(NAN_16), np.int16(NAN_16)  # noticed at the next step
-            part[:] = 0
+            codes[: (part.size + 1) >> 1] = 0
             continue
         scale[run, 0] = np.int16(_bf16_below(least))
         scale[run, 1] = np.int16(_bf16_below(-largest) ^ np.int32(SIGN_16))
-        _codes(part, *bounds(scale, run, a))
-    pack(e, a, np.int32(0))
+        _encode(codes, part, *bounds(scale, run, a))
 
 
-@compiled(relaxed=REORDERED)
 def _ends(a):
-    """The least and the largest of a; NaN where a number is not finite."""
-    check = a.dtype.type(0)
-    for x in range(a.size):
-        check += a[x] * a.dtype.type(0)
-    least, largest = _finite_ends(a)
-    return least + check, largest + check
+    """The least and the largest of a; one of them is not finite where a number is not."""
+    raise NotImplementedError  # compiled code only
+
+
+@overload(_ends)
+def _ends_compiled(a):
+    """By integers that are ordered as the numbers are, with NaN outside: their minima are vectorized, those of floats are not."""
+    kind, number = (np.int32, np.float32) if a.dtype == types.float32 else (np.int64, np.float64)
+    sign, most = kind(8 * kind().itemsize - 1), kind(np.iinfo(kind).max)
+
+    def ends(a):
+        bits, lo, hi = a.view(kind), most, kind(-most)
+        for x in range(bits.size):
+            key = kind(bits[x] ^ ((bits[x] >> sign) & most))
+            lo, hi = min(lo, key), max(hi, key)
+        return kind(lo ^ ((lo >> sign) & most)).view(number), kind(hi ^ ((hi >> sign) & most)).view(number)
+
+    return ends
 
 
 @compiled(relaxed=FINITE)
-def _finite_ends(a):
-    least, largest = a[0], a[0]
-    for x in range(a.size):
-        least, largest = min(least, a[x]), max(largest, a[x])
-    return least, largest
-
-
-@compiled(relaxed=FINITE)
-def _codes(a, lo, unit):
-    """a <- its codes: `core.codecs.MinMaxQuantizer.encode`."""
+def _encode(e, a, lo, unit):
+    """e <- the codes of a, two to a byte: `core.codecs.MinMaxQuantizer.encode`. What is not negative is cut as floor cuts it."""
     zero, top, half = a.dtype.type(0), a.dtype.type(INT4_MASK), a.dtype.type(0.5)
     by = a.dtype.type(1) if unit == 0 else unit
-    for x in range(a.size):
-        a[x] = min(max(np.floor((a[x] - lo) / by + half), zero), top)
+    for i in range(a.size >> 1):
+        low = np.int32(min(max((a[2 * i] - lo) / by + half, zero), top))
+        high = np.int32(min(max((a[2 * i + 1] - lo) / by + half, zero), top))
+        e[i] = np.uint8(low | (high << np.int32(INT4_BITS)))
+    if a.size & 1:
+        e[a.size >> 1] = np.uint8(np.int32(min(max((a[a.size - 1] - lo) / by + half, zero), top)))
 
 
 @compiled

@@ -18,7 +18,7 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from . import Blocks, Error, Matrices, Scale
-from .constants import BF16_SHIFT, BLOCK, INT4_BITS, INT4_MASK, INT4_ZERO, LARGEST_INT4, LARGEST_INT8
+from .constants import BF16_SHIFT, BLOCK, HALF_BF16, INT4_BITS, INT4_MASK, INT4_ZERO, LARGEST_INT4, LARGEST_INT8
 from .cpu_compiling import ANNOUNCEMENT
 
 # Sums may be taken in any order, so that loops are vectorized; NaN and infinity stay what they are.
@@ -27,6 +27,8 @@ REORDERED = {"reassoc", "contract", "nsz"}
 CONTRACTED = {"contract"}
 # More columns of a factor than this are a matter for a library of matrix products.
 SKINNY = 16
+# The same where products are formed in tiles.
+WIDE = 128
 # dtypes that the kernels read and write; bf16, which numpy does not know, as its bits.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -56,6 +58,24 @@ def _real(x):
     return lambda x: x
 
 
+def narrowed(x, like):
+    """The number x as an element of the array `like`: itself, or the bits of the nearest bf16 number."""
+    raise NotImplementedError  # compiled code only
+
+
+@overload(narrowed)
+def _narrowed(x, like):
+    if isinstance(like.dtype, types.Integer):
+        return lambda x, like: bf16_bits(np.float32(x).view(np.int32))
+    return lambda x, like: x
+
+
+@compiled
+def bf16_bits(bits):
+    """The bits of the bf16 number that is nearest to the fp32 number of these bits; ties to even."""
+    return np.int16((bits + np.int32(HALF_BF16) + ((bits >> np.int32(BF16_SHIFT)) & np.int32(1))) >> np.int32(BF16_SHIFT))
+
+
 @intrinsic
 def pointer(typing, address, like):
     """`address` as a pointer to numbers of the dtype of the array `like`."""
@@ -73,26 +93,6 @@ def matrix_row(address, row, cols, like):
     return numba.carray(pointer(address + row * cols * like.itemsize, like), (cols,))
 
 
-def _code(codes, x):
-    raise NotImplementedError  # compiled code only
-
-
-@overload(_code)
-def _code_compiled(codes, x):
-    """Code x of a row of `core.codecs.BlockQuantizer`, in 8 or 4 bits."""
-    if codes.dtype == types.uint8:
-        return lambda codes, x: np.float32(_half(codes, x) - INT4_ZERO)
-    return lambda codes, x: np.float32(codes[x])
-
-
-@compiled
-def _half(codes, x):
-    """Number x of a row of 4-bit codes, 0 ... 15."""
-    one = np.uint64(1)
-    half = codes[x >> one] >> np.uint8(np.uint8(INT4_BITS) * np.uint8(x & one))
-    return np.int32(half & INT4_MASK)
-
-
 def _add_run(a, g, codes, at, scales, run, by):
     raise NotImplementedError  # compiled code only
 
@@ -100,19 +100,43 @@ def _add_run(a, g, codes, at, scales, run, by):
 @overload(_add_run)
 def _add_run_compiled(a, g, codes, at, scales, run, by):
     """a <- g + by * e for the numbers from `at` on, which lie in one run; scales as `core.codecs` has them."""
+    if codes.dtype == types.int8:
+        return _add_bytes
     return _add_between_bounds if scales.ndim == 2 else _add_scaled
 
 
-def _add_scaled(a, g, codes, at, scales, run, by):
+def _add_bytes(a, g, codes, at, scales, run, by):
     size = by * scales[run]
     for x in range(a.size):
-        a[x] = g[x] + _code(codes, at + np.uint64(x)) * size
+        a[x] = g[x] + np.float32(codes[at + np.uint64(x)]) * size
+
+
+def _add_scaled(a, g, codes, at, scales, run, by):
+    _add_halves(a, g, codes, at, np.int32(INT4_ZERO), by * scales[run], a.dtype.type(0), a.dtype.type(1))
 
 
 def _add_between_bounds(a, g, codes, at, scales, run, by):
     lo, unit = bounds(scales, run, a)
-    for x in range(a.size):
-        a[x] = g[x] + by * (a.dtype.type(_half(codes, at + np.uint64(x))) * unit + lo)
+    _add_halves(a, g, codes, at, np.int32(0), unit, lo, by)
+
+
+@compiled
+def _add_halves(a, g, codes, at, zero, unit, lo, by):
+    """a <- g + by * ((code - zero) * unit + lo), for 4-bit codes: two to a byte, number 2i in the low half of byte i."""
+    odd = np.int64(at & np.uint64(1))
+    if odd:
+        code = (np.int32(codes[at >> np.uint64(1)]) >> np.int32(INT4_BITS)) - zero
+        a[0] = g[0] + by * (a.dtype.type(code) * unit + lo)
+    to, of, pairs = a[odd:], g[odd:], codes[np.int64(at + np.uint64(1)) >> 1 :]
+    many = to.size >> 1
+    for i in range(many):  # by bytes, the loop is vectorized
+        byte = np.int32(pairs[i])
+        low, high = (byte & np.int32(INT4_MASK)) - zero, (byte >> np.int32(INT4_BITS)) - zero
+        to[2 * i] = of[2 * i] + by * (a.dtype.type(low) * unit + lo)
+        to[2 * i + 1] = of[2 * i + 1] + by * (a.dtype.type(high) * unit + lo)
+    if to.size & 1:
+        code = (np.int32(pairs[many]) & np.int32(INT4_MASK)) - zero
+        to[2 * many] = of[2 * many] + by * (a.dtype.type(code) * unit + lo)
 
 
 @compiled
@@ -169,6 +193,17 @@ def array(x: Tensor) -> np.ndarray:
     return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
+def example(dtype: torch.dtype) -> np.ndarray:
+    """An empty array of numbers of `dtype`, as `array` has them."""
+    return array(torch.empty(0, dtype=dtype))
+
+
+def writes(params: Matrices, dtype: torch.dtype) -> bool:
+    """Whether parameters can be updated where they are by numbers of `dtype`."""
+    known = params[0].dtype == dtype or (params[0].dtype, dtype) == (torch.bfloat16, torch.float32)
+    return known and all(p.is_contiguous() for p in params)
+
+
 class Addresses:
     """n matrices of one shape and dtype for compiled functions, where they are.
 
@@ -220,9 +255,9 @@ def reads(error: Error) -> bool:
     return known and (error is None or all(x is None or x.is_contiguous() for x in error))
 
 
-def fits(gradients: Matrices, error: Error, factor: Tensor) -> bool:
+def fits(gradients: Matrices, error: Error, factor: Tensor, wide: bool = False) -> bool:
     """Whether products of e + g with `factor` (n, r, ...), or with such factors, are skinny and the formats known."""
-    return reads(error) and factor.shape[1] <= SKINNY and gradients[0].dtype in (torch.float32, torch.float64)
+    return reads(error) and factor.shape[1] <= (WIDE if wide else SKINNY) and gradients[0].dtype in (torch.float32, torch.float64)
 
 
 def kept_places(cols: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:

@@ -104,13 +104,26 @@ def _sift(bits, where, start, size):
 
 
 @compiled
+def choose(a, size, magnitudes, lanes, words, where, index, value):
+    """Indices of the `size` numbers of largest magnitude of a, and these numbers, into index[:size] and value[:size].
+
+    Without the sign, the bits of numbers are ordered as their magnitudes are, with NaN above all. The other arrays are room.
+    """
+    bits, top = a.view(magnitudes.dtype), np.iinfo(magnitudes.dtype).max
+    for i in range(a.size):
+        magnitudes[i] = bits[i] & top
+    _select(magnitudes[: a.size], size, lanes, words[: -(-a.size // 8)], where)
+    for i in range(size):
+        index[i], value[i] = where[i], a[where[i]]
+
+
+@compiled
 def top_k_rows(lo, hi, gradients, x, y, error, scale, unsigned, block, kept, kept_tail, cols, indices, values):
     """Indices and values of the largest numbers in the blocks of some rows of a = e + g."""
     rows = values.shape[1]
     a, room = np.empty(block, values.dtype), np.empty(block, values.dtype)
     magnitudes, lanes = np.empty(block, unsigned.dtype), np.empty(block, unsigned.dtype)
     words, where = np.empty(-(-block // 8), np.int64), np.empty(block, np.int32)
-    bits, top = a.view(unsigned.dtype), np.iinfo(unsigned.dtype).max
     for task in range(lo, hi):
         t, row = task // rows, task % rows
         g, index, value = matrix_row(gradients[t], row, cols, values), indices[t, row], values[t, row]
@@ -119,13 +132,13 @@ def top_k_rows(lo, hi, gradients, x, y, error, scale, unsigned, block, kept, kep
             width = min(block, cols - start)
             size = kept if width == block else kept_tail
             read_row(a[:width], room, g[start : start + width], x, y, error, scale, t, row, start)
-            # Without the sign, the bits of numbers are ordered as their magnitudes are, with NaN above all.
-            for i in range(width):
-                magnitudes[i] = bits[i] & top
-            _select(magnitudes[:width], size, lanes, words[: -(-width // 8)], where)
-            for i in range(size):
-                index[place], value[place] = where[i], a[where[i]]
-                place += 1
+            choose(a[:width], size, magnitudes, lanes, words, where, index[place:], value[place:])
+            place += size
+
+
+def unsigned_like(dtype: torch.dtype) -> np.ndarray:
+    """An empty array of integers as long as numbers of `dtype`."""
+    return np.empty(0, np.int32 if dtype.itemsize == 4 else np.int64)
 
 
 def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> Entry | None:
@@ -148,7 +161,15 @@ def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None
     full, tail = divmod(cols, block)
     shape = (n, rows, full * kept + (kept_tail if tail else 0))
     indices, values = torch.empty(shape, dtype=torch.int16), torch.empty(shape, dtype=g.dtype)
-    unsigned = np.empty(0, np.int32 if g.dtype.itemsize == 4 else np.int64)
-    arrays = g.array, *factors(scale, g.dtype), *Errors(error, g.dtype).arrays, unsigned, block, kept, kept_tail, cols
+    arrays = (
+        g.array,
+        *factors(scale, g.dtype),
+        *Errors(error, g.dtype).arrays,
+        unsigned_like(g.dtype),
+        block,
+        kept,
+        kept_tail,
+        cols,
+    )
     divide_work(top_k_rows, n * rows, cols, *arrays, array(indices), array(values))
     return indices, values

@@ -139,6 +139,7 @@ def keep(
     scale: Scale = None,
     decay: float = 1.0,
     accepted: bool | Tensor = True,
+    wide: bool = False,
 ) -> bool:
     """Compute e <- decay * e + g - c in place, for n matrices at once: see `hf_efcp.kernels.keep`.
 
@@ -153,6 +154,7 @@ def keep(
         scale: of g.
         decay: a number, for which the kernel is compiled.
         accepted: whether e changes at all; a 0-D flag where that is known on the device only.
+        wide: as it is.
 
     Returns:
         Whether it was done.

@@ -86,7 +86,7 @@ def _transposed_times(
     tl.store(out + ((part * n + t) * rank + k) * cols + col, total, mask=(k < rank) & (col < cols))
 
 
-def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None) -> Tensor | None:
+def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
     """Multiply a = e + g, which is not formed, by q^T; None for fp64, and for more than 32 columns.
 
     Args:
@@ -94,6 +94,7 @@ def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None) -> 
         error: e.
         q: (n, r, cols) in fp32.
         scale: of g.
+        wide: as it is; a GPU has one order of sums.
 
     Returns:
         (n, rows, r) in fp32, as a view of (n, r, rows).
@@ -110,7 +111,7 @@ def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None) -> 
     return (out[0] if parts == 1 else out.sum(0)).mT
 
 
-def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None) -> Tensor | None:
+def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
     """Multiply p (n, r, rows) by a = e + g: (n, r, cols) in fp32; otherwise as `times`."""
     if not _fits(gradients, error, p):
         return None

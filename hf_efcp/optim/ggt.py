@@ -102,12 +102,19 @@ def solve(m: int) -> float:
 
 
 class DenseGGT(EngineOptimizer):
-    """Full-matrix Adagrad on uncompressed gradients: 4*m bytes per parameter. The reference for the compressed ones.
+    """Precondition each gradient by full-matrix Adagrad on the last m gradients, kept whole (GGT).
+
+    The update is u = ((A^T A)^1/2 + eps*I)^-1 g, where the rows of A are the gradients, each times beta2^age (arXiv 1806.02958).
+    The state takes 4*m bytes per parameter, so that this class is for small models and for comparisons.
 
     Args:
-        params: tensors, parameter groups, or (name, tensor) pairs.
-        lr: learning rate.
-        **options: see the signature; meaning and range of each: `hf-efcp list --options`.
+        params: tensors, parameter groups, or (name, tensor) pairs; of fp64, fp32, bf16 or fp16.
+        lr: learning rate, a float or a tensor of one number; it may be given in the groups instead.
+        process_group: of torch.distributed, whose processes share the state; None: this process has all of it.
+        **options: the other arguments of the signature. `docs/options.md` has the meaning and range of each.
+
+    Raises:
+        OptionError: an option is unknown or out of range, or the parameters cannot be trained (complex, on mps, ...).
     """
 
     options_type = DenseGGTOptions
@@ -116,7 +123,19 @@ class DenseGGT(EngineOptimizer):
 
 
 class SparseGGT(EngineOptimizer):
-    """Full-matrix Adagrad on block top-k gradients with error feedback. As DenseGGT, with `density` and `block_size`."""
+    """Precondition by full-matrix Adagrad on sparse gradients: GGT with top-k compression (EFCP, arXiv 2306.06098).
+
+    The window and the error feedback are those of `SparseMFAC`; the update is that of `DenseGGT`.
+
+    Args:
+        params: tensors, parameter groups, or (name, tensor) pairs; of fp64, fp32, bf16 or fp16.
+        lr: learning rate, a float or a tensor of one number; it may be given in the groups instead.
+        process_group: of torch.distributed, whose processes share the state; None: this process has all of it.
+        **options: the other arguments of the signature. `docs/options.md` has the meaning and range of each.
+
+    Raises:
+        OptionError: an option is unknown or out of range, or the parameters cannot be trained (complex, on mps, ...).
+    """
 
     options_type = SparseGGTOptions
     measured = MappingProxyType({**MEASURED, **SPARSE})
@@ -124,7 +143,19 @@ class SparseGGT(EngineOptimizer):
 
 
 class LowRankGGT(EngineOptimizer):
-    """Full-matrix Adagrad on rank-r gradients with error feedback. As DenseGGT, with `rank` and `power_iterations`."""
+    """Precondition by full-matrix Adagrad on low-rank gradients: GGT with low-rank compression (EFCP, arXiv 2306.06098).
+
+    The window and the error feedback are those of `LowRankMFAC`; the update is that of `DenseGGT`.
+
+    Args:
+        params: tensors, parameter groups, or (name, tensor) pairs; of fp64, fp32, bf16 or fp16.
+        lr: learning rate, a float or a tensor of one number; it may be given in the groups instead.
+        process_group: of torch.distributed, whose processes share the state; None: this process has all of it.
+        **options: the other arguments of the signature. `docs/options.md` has the meaning and range of each.
+
+    Raises:
+        OptionError: an option is unknown or out of range, or the parameters cannot be trained (complex, on mps, ...).
+    """
 
     options_type = LowRankGGTOptions
     measured = MappingProxyType({**MEASURED, **LOW_RANK})

@@ -29,7 +29,7 @@ from ..core.values import POSITIVE
 from ..engine.adamw import ADAMW, AdamWOptions, adam
 from ..engine.base import EngineOptimizer
 from ..engine.options import StateOptions
-from ..engine.tensorwise import Rule, TensorStack, Tensorwise, U
+from ..engine.tensorwise import Rule, TensorStack, Tensorwise, U, Unformed
 from ..options import fraction, option, positive
 
 # A singular value this much smaller than the first is made of rounding errors.
@@ -111,7 +111,7 @@ class Side:
 
     def entry(self, p: Tensor, h: Tensor) -> LowRankEntry:
         """Make a's entry of P (n, short, r) and H (n, r, long): P H or (P H)^T."""
-        return LowRankEntry.of(p, h.mT) if self.left else LowRankEntry.of(h.mT, p)
+        return LowRankEntry.of(p, h.mT, wide=True) if self.left else LowRankEntry.of(h.mT, p, wide=True)
 
 
 def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
@@ -142,7 +142,8 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
     s.exp_avg.write(m)
     s.exp_avg_sq.write(v)
     size = (side.short / side.rank) ** 0.5 if o.adjust_lr_fn == "match_rms_adamw" else 1.0
-    return side.entry(p, size * adam(m, v, t, o)).dense
+    entry = side.entry(p, size * adam(m, v, t, o))
+    return Unformed(entry.dense, entry.add_to)
 
 
 def next_projector(s: TensorStack, a: Accumulated, t: Tensor, side: Side, p0: Tensor, mean: Tensor, o: Any) -> Tensor:

@@ -84,12 +84,19 @@ def solve(m: int) -> float:
 
 
 class DenseMFAC(EngineOptimizer):
-    """M-FAC on uncompressed gradients: 4*m bytes per parameter. The reference that the compressed ones are measured by.
+    """Precondition each gradient by the empirical Fisher of the last m gradients, kept whole (M-FAC).
+
+    The update is u = (damping*I + G^T G / m)^-1 g, where the rows of G are the gradients (arXiv 2107.03356). The state takes
+    4*m bytes per parameter, so that this class is for small models and for comparisons.
 
     Args:
-        params: tensors, parameter groups, or (name, tensor) pairs.
-        lr: learning rate.
-        **options: see the signature; meaning and range of each: `hf-efcp list --options`.
+        params: tensors, parameter groups, or (name, tensor) pairs; of fp64, fp32, bf16 or fp16.
+        lr: learning rate, a float or a tensor of one number; it may be given in the groups instead.
+        process_group: of torch.distributed, whose processes share the state; None: this process has all of it.
+        **options: the other arguments of the signature. `docs/options.md` has the meaning and range of each.
+
+    Raises:
+        OptionError: an option is unknown or out of range, or the parameters cannot be trained (complex, on mps, ...).
     """
 
     options_type = DenseMFACOptions
@@ -98,7 +105,20 @@ class DenseMFAC(EngineOptimizer):
 
 
 class SparseMFAC(EngineOptimizer):
-    """M-FAC on block top-k gradients with error feedback (EFCP). Arguments as DenseMFAC, with `density` and `block_size`."""
+    """Precondition by the empirical Fisher of sparse gradients: M-FAC with top-k compression (EFCP, arXiv 2306.06098).
+
+    Of every block of `block_size` numbers in a row of a matrix, the share `density` of largest magnitude enters the window. The
+    rest is added to the next gradient (error feedback). Indices are int16.
+
+    Args:
+        params: tensors, parameter groups, or (name, tensor) pairs; of fp64, fp32, bf16 or fp16.
+        lr: learning rate, a float or a tensor of one number; it may be given in the groups instead.
+        process_group: of torch.distributed, whose processes share the state; None: this process has all of it.
+        **options: the other arguments of the signature. `docs/options.md` has the meaning and range of each.
+
+    Raises:
+        OptionError: an option is unknown or out of range, or the parameters cannot be trained (complex, on mps, ...).
+    """
 
     options_type = SparseMFACOptions
     measured = MappingProxyType({**MEASURED, **SPARSE})
@@ -106,7 +126,20 @@ class SparseMFAC(EngineOptimizer):
 
 
 class LowRankMFAC(EngineOptimizer):
-    """M-FAC on rank-r gradients with error feedback (EFCP). Arguments as DenseMFAC, with `rank`."""
+    """Precondition by the empirical Fisher of low-rank gradients: M-FAC with low-rank compression (EFCP, arXiv 2306.06098).
+
+    A matrix (rows, cols) enters the window as P Q^T of rank `rank`, found by one power iteration from the Q of the step before
+    (PowerSGD, arXiv 1905.13727). What P Q^T leaves out is added to the next gradient (error feedback). Vectors enter whole.
+
+    Args:
+        params: tensors, parameter groups, or (name, tensor) pairs; of fp64, fp32, bf16 or fp16.
+        lr: learning rate, a float or a tensor of one number; it may be given in the groups instead.
+        process_group: of torch.distributed, whose processes share the state; None: this process has all of it.
+        **options: the other arguments of the signature. `docs/options.md` has the meaning and range of each.
+
+    Raises:
+        OptionError: an option is unknown or out of range, or the parameters cannot be trained (complex, on mps, ...).
+    """
 
     options_type = LowRankMFACOptions
     measured = MappingProxyType({**MEASURED, **LOW_RANK})

@@ -21,11 +21,11 @@ from torch import Tensor
 from ..core.accumulated import Accumulated
 from ..core.cells import Layout, Spec
 from ..core.compressors import BlockTopK
-from ..core.sparse_window import SparseWindow, adam
+from ..core.sparse_window import SparseWindow, adam, move
 from ..engine.adamw import ADAMW, AdamWOptions
 from ..engine.base import EngineOptimizer
 from ..engine.options import STATE_DTYPES, SparseOptions, StateOptions
-from ..engine.tensorwise import Rule, TensorStack, Tensorwise, U
+from ..engine.tensorwise import Rule, TensorStack, Tensorwise, U, Unformed
 from ..options import fraction, option, positive
 
 
@@ -71,10 +71,9 @@ def grid_of(cols: int, density: float, block_size: int) -> BlockTopK:
 
 
 def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
-    """Give what forms rows of u."""
+    """Write the ring and the error; give u."""
     grid, count = grid_of(s.layout.cols, o.density, o.block_size), t.view(-1).long()
-    c = grid.compress(a, s.turn.step)
-    a.keep(c)  # a - c is 0 where c is not: what c loses in bf16 is not fed back, as in the reference
+    c = a.extract(grid, s.turn.step)  # a - c is 0 where c is not: what c loses in bf16 is not fed back, as in the reference
     for cell, x in zip((s.window_indices, s.window_values), c.parts, strict=True):
         cell.put(x, (count - 1) % o.window_size)
     w1, w2 = (weights(count, o.window_size, beta, o.window_bias_correction) for beta in (o.beta1, o.beta2))
@@ -87,7 +86,10 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
             s.error.write((1 - o.alpha) * e, rows)
         return u
 
-    return rows_of_u
+    def add_to(params: list[Tensor], scale: float, decay: float) -> bool:
+        return not o.alpha and move(s.buffers, w1, w2, o.eps, grid, params, scale, decay, s.layout.dtype)
+
+    return Unformed(rows_of_u, add_to)
 
 
 def weights(t: Tensor, m: int, beta: float, window_bias_correction: bool) -> Tensor:

@@ -1,10 +1,12 @@
 """`hf-efcp bench`: what it writes and says, what does not fit, and what it refuses."""
 
+import time
+
 import pytest
 import torch
 
 from hf_efcp.bench import command as bench
-from hf_efcp.bench import measuring, peers
+from hf_efcp.bench import measuring, peers, reporting
 from hf_efcp.cli.common import chosen
 from hf_efcp.cli.main import main
 from tests.bench.helpers import CPU, LIST, phases_of, started
@@ -22,11 +24,12 @@ def test_all_optimizers_and_torchs_in_one_run(tmp_path, shape_file, monkeypatch,
     broken = {"absent": ("no-such-package", None), "broken": ("torch", lambda model, m: 1 / 0)}
     monkeypatch.setattr(peers, "PEERS", mine | broken)
     monkeypatch.setattr(bench, "PEERS", mine | broken)
+    monkeypatch.setattr(reporting, "PEERS", mine | broken)
     flags = ["--steps", "2", "--warmup", "1", "--quick", "--peers", "--device", "cpu", "--threads", "1"]
     found = written("bench", tmp_path, shape_file, "--optim_args", "window_size=8", *flags)
     assert set(found["optimizers"]) == {*NAMES, *mine}
     assert found["skipped"] == {
-        "absent": "no-such-package is not installed",
+        "absent": "not installed: pip install no-such-package",
         "broken": "raised ZeroDivisionError: division by zero",
     }
     assert found["machine"]["threads"] == 1 and found["machine"]["cpu"] and found["machine"]["torch"] == torch.__version__
@@ -47,7 +50,17 @@ def test_all_optimizers_and_torchs_in_one_run(tmp_path, shape_file, monkeypatch,
     assert "ratio" in found["optimizers"]["torch AdamW fused"] and "ratio" not in found["optimizers"]["torch Adafactor"]
     said = capfd.readouterr()
     assert all(line.startswith("[bench] ") for line in said.err.splitlines())  # nothing of the profiler's
-    assert all(f"| {name} " in said.out for name in (*NAMES, *mine)) and "skipped: absent" in said.out
+    assert all(f"| {name} " in said.out for name in (*NAMES, *mine))
+    rows = {row.split("|")[1].strip(): row for row in said.out.splitlines() if row.startswith("|")}
+    assert "pip install no-such-package" in rows["absent"] and "ZeroDivisionError" in rows["broken"]
+
+
+def test_cpu_time_is_no_more_than_wall_time():
+    found = []
+    for on in (True, False):
+        with measuring.cpu_time(on):
+            found.append(measuring.seconds(lambda: time.sleep(0.05), CPU))
+    assert found[0] < 0.04 <= 0.05 <= found[1]
 
 
 def test_what_does_not_fit_is_left_out_or_waits(shape_file, capsys):
@@ -74,9 +87,10 @@ BAD = {
     ("minilm", "--warmup", "-1"): "warmup=-1",
     ("minilm", "--threads", "0"): "threads=0",
     ("minilm", "--device", "tpu"): "device='tpu'",
+    ("minilm", "--cpu_time", "--threads", "2"): "cpu_time: it is that of one CPU thread",
     ("minilm", "--optim", "efcp_lowrank"): "did you mean 'efcp_lowrank_",
     ("minilm", "--memory", "much"): "'much'",
-    ("minilm", "--plot", "x.png"): "only a --sweep",
+    ("minilm", "--plot", "x.txt"): "must be a .png, .svg or .pdf",
     ("--sweep", "--sweep_windows", "a"): "sweep_windows='a'",
     ("minilm", "--sweep"): "shapes of its own",
     ("--sweep", "--sweep_parameters", "0"): "sweep_parameters='0'",

@@ -58,6 +58,15 @@ def test_the_counts_of_microadam():
     assert counts["update"].bytes == 2 * 3120 * 4
 
 
+def test_the_counts_of_ldadamw():
+    """64 x 48, whose 48 columns are projected, r = 16, errors in bf16: P 48 x 16, m and v 16 x 64; 48 numbers have AdamW."""
+    counts = started("efcp_ldadamw", "rank=16,error_dtype=bf16")[0].costs()
+    state = 2 * (4 * (48 * 16 + 2 * 16 * 64) + 2 * 3072 + 4) + 2 * (4 * 2 * 48 + 4)
+    assert counts["compress"].bytes == 3120 * 4 + state
+    assert counts["compress"].fp32 == 12 * 3072 * 16 + 12 * 48
+    assert counts["update"].bytes == 2 * 3120 * 4
+
+
 def test_counts_follow_the_options():
     def total(optim_args, name="efcp_lowrank_mfac", dtype=torch.float32):
         counts = started(name, with_common(optim_args), dtype=dtype)[0].costs()

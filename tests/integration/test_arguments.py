@@ -41,7 +41,8 @@ def parse(tmp_path):
 
 def test_there_is_a_field_with_help_for_every_option():
     fields = {f.name: f for f in dataclasses.fields(EFCPTrainingArguments) if f.name.startswith("efcp_")}
-    assert set(fields) == {f"efcp_{o}" for name in hf_efcp.list_optimizers() for o in options_of(name)}
+    options = {o for name in hf_efcp.list_optimizers() for o in options_of(name)}
+    assert set(fields) == {f"efcp_{o}" for o in options | {"diagnostics_steps", "report"}}
     assert all(f.default is None and len(f.metadata["help"]) > 10 for f in fields.values())
     assert "efcp_sparse_ggt" in fields["efcp_density"].metadata["help"]
     assert "[a number in (0, 1]]" in fields["efcp_density"].metadata["help"]

@@ -14,6 +14,7 @@ from torch import nn
 import hf_efcp
 from hf_efcp import OptionError, optimizer_cls_and_kwargs
 from hf_efcp.integrations import deepspeed
+from tests.reference import names
 
 ZERO = {"zero_optimization": {"stage": 2}}
 REFUSED = {
@@ -95,6 +96,18 @@ def test_low_rank_is_told_of_its_relatives(name, model):
     relative = type(optimizer).__name__.replace("LowRank", "Sparse")
     with pytest.raises(OptionError, match=f"stage=2 flattens the parameters.* needs matrices: use {relative} or .*DDP.*FSDP2"):
         prepare(ZERO, model, optimizer)
+
+
+@pytest.mark.parametrize("name", names(windowed=False))
+def test_methods_without_a_window_are_refused(name, model, make_args):
+    optimizer = hf_efcp.create_optimizer(name, model.parameters(), lr=0.1)
+    refused = f"stage=2 flattens the parameters.* {type(optimizer).__name__} needs matrices: use .*DDP.*FSDP2"
+    with pytest.raises(OptionError, match=refused):
+        prepare(ZERO, model, optimizer)
+    args = make_args(optim=name)
+    args.hf_deepspeed_config = SimpleNamespace(config=ZERO)
+    with pytest.raises(OptionError, match=refused):
+        optimizer_cls_and_kwargs(args)
 
 
 def test_scope_layer_is_refused(model):

@@ -125,14 +125,15 @@ def test_training_args_bin_loads_in_a_process_that_never_heard_of_us(make_args, 
     assert done.stdout.splitlines() == [f"{n} {hf_efcp.registry.get_optimizer_info(n).cls.__name__}" for n in NAMES]
 
 
-@by_name
-def test_names_pickled_before_patches_py_was_there_load(name, tmp_path, python):
+def test_names_pickled_before_patches_py_was_there_load(tmp_path, python):
     """As hf_efcp wrote them: a reference to hf_efcp.integrations.names._restore, in a process that has not imported us."""
-    data = b"\x80\x02chf_efcp.integrations.names\n_restore\nX%c\x00\x00\x00%b\x85R." % (len(name), name.encode())
-    assert pickle.loads(data) is OptimizerNames(name)
-    (tmp_path / "member.pickle").write_bytes(data)
-    done = python("-c", "import pickle; print(repr(pickle.load(open('member.pickle', 'rb'))))")
-    assert (done.returncode, done.stdout) == (0, f"{OptimizerNames(name)!r}\n"), done.stderr
+    for i, name in enumerate(NAMES):
+        data = b"\x80\x02chf_efcp.integrations.names\n_restore\nX%c\x00\x00\x00%b\x85R." % (len(name), name.encode())
+        assert pickle.loads(data) is OptimizerNames(name)
+        (tmp_path / f"{i}.pickle").write_bytes(data)
+    read = "[pickle.load(open(f'{i}.pickle', 'rb')) for i in range(" + f"{len(NAMES)})]"
+    done = python("-c", f"import pickle; print({read})")
+    assert (done.returncode, done.stdout) == (0, f"{[OptimizerNames(name) for name in NAMES]!r}\n"), done.stderr
 
 
 def test_a_training_args_bin_written_before_patches_py_was_there_loads(make_args, tmp_path, python, monkeypatch):

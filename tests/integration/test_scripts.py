@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrai
 from hf_efcp import list_optimizers
 from hf_efcp.registry import get_optimizer_info
 from tests.optim.helpers import same
+from tests.reference import names
 
 SCRIPTS = Path(__file__).parent / "scripts"
 STEPS, SAVED = 40, 16
@@ -150,7 +151,9 @@ def differences(a, b, where="optimizer.pt"):
     return [] if equal else [where]
 
 
-@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize(
+    "script", [s if s in ("glue_like", "clm_like") else pytest.param(s, marks=pytest.mark.slow) for s in RUNS]
+)
 def test_train_and_resume_in_a_fresh_process(script, run, prepare, tmp_path, python, monkeypatch):
     arguments = prepare(script)
     assert run(command(script, arguments)) == 0
@@ -177,6 +180,18 @@ def test_train_and_resume_in_a_fresh_process(script, run, prepare, tmp_path, pyt
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     states = [torch.load(folder / f"checkpoint-{STEPS}/optimizer.pt", weights_only=True) for folder in (out, again)]
     assert states[0]["efcp"]["class"] == get_optimizer_info(arguments["optim"]).cls.__name__
+    assert differences(*states) == []
+
+
+@pytest.mark.parametrize("name", names(windowed=False))
+def test_methods_without_a_window_train_and_resume(name, run, prepare, tmp_path):
+    arguments = {**prepare("glue_like"), "optim": name, "optim_args": "beta2=0.99", "max_steps": 4, "save_steps": 2}
+    assert run(command("glue_like", arguments)) == 0
+    resumed = {**arguments, "output_dir": "again", "resume_from_checkpoint": "out/checkpoint-2"}
+    assert run(command("glue_like", resumed)) == 0
+    assert steps(tmp_path / "again") == steps(tmp_path / "out")
+    states = [torch.load(tmp_path / folder / "checkpoint-4/optimizer.pt", weights_only=True) for folder in ("out", "again")]
+    assert states[0]["efcp"]["class"] == get_optimizer_info(name).cls.__name__
     assert differences(*states) == []
 
 

@@ -178,8 +178,11 @@ KERNELS = {
 @pytest.mark.parametrize("kind", KERNELS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(
     ("dtype", "update"),
-    [(torch.float32, None), (torch.float64, None), (torch.float32, torch.bfloat16)],
-    ids=["fp32", "fp64", "bf16"],
+    [
+        pytest.param(torch.float32, None, id="fp32"),
+        pytest.param(torch.float64, None, id="fp64", marks=pytest.mark.slow),
+        pytest.param(torch.float32, torch.bfloat16, id="bf16"),
+    ],
 )
 @SHAPES
 def test_a_window_is_that_of_plain_torch(kind, n, m, rows, cols, dtype, update, fast, monkeypatch):

@@ -117,7 +117,7 @@ def first_order():
     return min(sgd + adam)
 
 
-@pytest.mark.parametrize("name", names(windowed=True))
+@pytest.mark.parametrize("name", [*names(family="mfac"), *(pytest.param(n, marks=pytest.mark.slow) for n in names(family="ggt"))])
 def test_full_matrix_methods_beat_sgd_and_adam_where_directions_differ(name, first_order):
     window = 5 * DIMENSION if info(name).family == "mfac" else DIMENSION
     rank = {"rank": 2} if info(name).compression == "low rank" else {}

@@ -12,7 +12,7 @@ from tests.optim.helpers import EVERY, M, count, differences, fresh, gradients_a
 from tests.reference import NAMES, compressed_names, info, parameters, window
 
 
-@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("which", [w if w in ("the first", "all") else pytest.param(w, marks=pytest.mark.slow) for w in WHICH])
 @pytest.mark.parametrize("kind", KINDS)
 @WITH_CONTROL
 def test_what_is_put_into_the_state_is_the_state(name, kind, which):
