@@ -5,178 +5,150 @@ CPU cores; perplexity on held-out articles before and after. With arguments: any
 txt/csv/tsv/json/jsonl files:
 
     python recipes/causal_lm.py
+    python recipes/causal_lm.py --optim adamw_torch
     python recipes/causal_lm.py --model_name_or_path meta-llama/Llama-3.2-1B --torch_dtype bfloat16 --lora --train_file notes.txt
-    python recipes/causal_lm.py config.json
+    python recipes/causal_lm.py recipes/configs/llama_3.2_1b_lora_24gb.yaml
 """
 
-import dataclasses
 import itertools
 import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-import common
 import torch
-from bbc_news import TASKS, TEXT_FILE_KINDS, UsageError, load_splits
-from common import cost_rows, option
-from datasets import Dataset
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Trainer,
-    default_data_collator,
-    set_seed,
-)
-from transformers.utils.peft_utils import find_adapter_config_file
+from datasets import Dataset, load_dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator, set_seed
+from transformers.hf_argparser import HfArg
 
-DTYPES = ("float32", "bfloat16", "float16")
-HEAD_DIM = 32
-BBC = [f"bbc_{task}" for task in TASKS]
+from hf_efcp import EFCPTrainingArguments, OptionError
+from hf_efcp.demo.bbc import bbc_news
+from hf_efcp.demo.language import learn_tokenizer, small_llama
+from hf_efcp.demo.running import costs, parse, summary
 
 
-@dataclasses.dataclass
-class ModelArguments(common.ModelArguments):
-    """Which model to train."""
+@dataclass
+class ModelArguments:
+    """Which model to train, all of it or LoRA adapters."""
 
-    model_name_or_path: str | None = option(
-        None, "Model, or LoRA adapter, on the hub or local folder. Default: a new LLaMA of the sizes below."
+    model_name_or_path: str | None = HfArg(
+        default=None, help="Model, or folder of a LoRA adapter, on the hub or local. Default: a new LLaMA of these sizes."
     )
-    tokenizer_name: str | None = option(
-        None,
-        "Tokenizer name or folder, if it is not the model's. Default of a new model: byte-level BPE learned from the training "
-        "texts; it loses nothing and knows no unknown words, so that perplexity counts every character.",
+    tokenizer_name: str | None = HfArg(
+        default=None,
+        help="Tokenizer name or folder, if it is not the model's. Default of a new model: byte-level BPE learned from the "
+        "training texts; it knows no unknown words, so that perplexity counts every character.",
     )
-    torch_dtype: str = option(
-        "float32", f"Type of the weights: {', '.join(DTYPES)}. Small updates vanish in 16-bit weights; LoRA's stay in 32 bits."
+    torch_dtype: Literal["float32", "bfloat16", "float16"] = HfArg(
+        default="float32", help="Type of the weights. Small updates vanish in 16-bit weights; LoRA's stay in 32 bits."
     )
-    hidden_size: int = option(128, f"Width of a new model, a multiple of {2 * HEAD_DIM}: two query heads share a key.")
-    num_hidden_layers: int = option(4, "Depth of a new model.")
-    vocab_size: int = option(2048, "Tokens of a new model's tokenizer.")
-
-
-@dataclasses.dataclass
-class LoraArguments:
-    """LoRA: train low-rank additions to frozen matrices. Only these are saved."""
-
-    lora: bool = option(False, "Train LoRA adapters instead of the whole model.")
-    lora_r: int = option(8, "Rank of the adapters.")
-    lora_alpha: float = option(16.0, "Scale: the adapters' product is multiplied by lora_alpha / lora_r.")
-    lora_dropout: float = option(0.0, "Dropout before the adapters.")
-    lora_target_modules: list[str] | None = dataclasses.field(
-        default=None, metadata={"help": "Names of the modules, such as q_proj v_proj. Default: every linear layer but the head."}
+    hidden_size: int = HfArg(default=128, help="Width of a new model, a multiple of 64.")
+    num_hidden_layers: int = HfArg(default=4, help="Depth of a new model.")
+    vocab_size: int = HfArg(default=2048, help="Tokens of a new model's tokenizer.")
+    lora: bool = HfArg(default=False, help="Train LoRA adapters instead of the whole model. Only these are saved.")
+    lora_r: int = HfArg(default=8, help="Rank of the adapters.")
+    lora_alpha: float = HfArg(default=16.0, help="Scale: the adapters' product is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout before the adapters.")
+    lora_target_modules: list[str] | None = HfArg(
+        default=None, help="Names of the modules, such as q_proj v_proj. Default: every linear layer but the head."
     )
 
 
-@dataclasses.dataclass
-class DataArguments(common.DataArguments):
+@dataclass
+class DataArguments:
     """Which texts to train on."""
 
-    dataset_name: str | None = option(
-        None, "Data set on the hub, or bbc_articles or bbc_sentences (offline). Default: bbc_articles."
+    dataset_name: str | None = HfArg(
+        default=None, help="Data set on the hub, or bbc_articles or bbc_sentences (offline). Default: bbc_articles."
     )
-    topics: list[str] | None = dataclasses.field(default=None, metadata={"help": "Only these topics of BBC News."})
-    train_file: str | None = option(
-        None, "Local training data: a .txt file, where an empty line ends a text, or a .csv, .tsv, .json or .jsonl file."
+    dataset_config_name: str | None = HfArg(default=None, help="Its configuration on the hub.")
+    topics: list[str] | None = HfArg(default=None, help="Only these topics of BBC News.")
+    train_file: str | None = HfArg(
+        default=None, help="Local training data: a .txt file, where an empty line ends a text, or .csv, .tsv, .json, .jsonl."
     )
-    validation_file: str | None = option(None, "Local validation data.")
-    validation_share: float = option(0.05, "Share of the training texts to hold out where there is no validation data.")
-    text_column: str | None = option(None, "Column of the texts. Default: text, or the only column.")
-    block_size: int = option(128, "Length in tokens of the pieces that the texts, one after the other, are cut into.")
-    separate_texts: bool = option(
-        True, "End every text with the end-of-text token; false for rows that are lines of one long text, as in wikitext."
+    validation_file: str | None = HfArg(default=None, help="Local validation data.")
+    validation_share: float = HfArg(default=0.05, help="Share of the texts to hold out where there is no validation data.")
+    text_column: str | None = HfArg(default=None, help="Column of the texts. Default: text, or the only column.")
+    block_size: int = HfArg(default=128, help="Length in tokens of the pieces that the texts, one after the other, are cut into.")
+    separate_texts: bool = HfArg(
+        default=True, help="End every text with the end-of-text token; false for rows that are lines of one long text."
     )
+    max_train_samples: int | None = HfArg(default=None, help="Train on this many texts, drawn at random.")
+    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on this many texts, drawn at random.")
+    split_seed: int = HfArg(default=0, help="Seed of the splits and of the draw of samples. --seed does not change them.")
 
 
-@dataclasses.dataclass
-class RecipeTrainingArguments(common.CommonTrainingArguments):
+@dataclass
+class TrainingArguments(EFCPTrainingArguments):
     """The Trainer's arguments, with this recipe's defaults. Neither --do_train nor --do_eval: both."""
 
-    output_dir: str | None = option("outputs/causal_lm", "Folder for the results, the model and checkpoints.")
-    per_device_train_batch_size: int = option(8, "Training batch size per device.")
-    learning_rate: float | None = option(None, "The initial learning rate. Default: 1e-3 for new models and LoRA, else 1e-4.")
+    output_dir: str | None = HfArg(default="outputs/causal_lm", help="Folder for the results, the model and checkpoints.")
+    learning_rate: float | None = HfArg(
+        default=None, help="The highest learning rate. Default: 1e-3 for new models and LoRA, else 1e-4."
+    )
+    per_device_train_batch_size: int = HfArg(default=8, help="Training batch size per device.")
+    per_device_eval_batch_size: int = HfArg(default=32, help="Evaluation batch size per device.")
+    num_train_epochs: float = HfArg(default=1.0, help="Number of passes over the training data.")
+    logging_steps: float = HfArg(default=20, help="Log every so many steps; below 1: a share of all steps.")
+    report_to: str | None = HfArg(default="none", help="Integrations that get the logs, such as tensorboard or wandb.")
+    dataloader_pin_memory: bool = HfArg(default=torch.accelerator.is_available(), help="Pin memory; useless without a GPU.")
 
     def __post_init__(self):
-        """Mark a learning rate that is to be chosen with the model."""
-        self.choose_learning_rate = self.learning_rate is None
-        if self.choose_learning_rate:
-            self.learning_rate = 1e-4
+        """Train and evaluate where nothing is asked for; mark a learning rate that the model decides."""
+        if not (self.do_train or self.do_eval):
+            self.do_train = self.do_eval = True
+        self.model_decides_rate = self.learning_rate is None
+        if self.model_decides_rate:
+            self.learning_rate = 1e-3
         super().__post_init__()
 
 
-def check_arguments(model: ModelArguments, lora: LoraArguments, data: DataArguments, args) -> dict[str, str]:
-    """The local files by split; raises UsageError for what is wrong before anything is loaded."""
-    files = common.check_files(data, TEXT_FILE_KINDS, needed={"train"})
-    common.check_integers(data, block_size=2)
-    common.check_integers(model, hidden_size=1, num_hidden_layers=1, vocab_size=258)
-    common.check_integers(lora, lora_r=1)
-    common.check_resume(args)
-    for arguments, name, holds, allowed in (
-        (model, "torch_dtype", DTYPES.__contains__, f"one of {', '.join(DTYPES)}"),
-        (model, "hidden_size", lambda x: x % (2 * HEAD_DIM) == 0, f"a multiple of {2 * HEAD_DIM}"),
-        (lora, "lora_alpha", lambda x: x > 0, "a number > 0"),
-        (lora, "lora_dropout", lambda x: 0 <= x < 1, "a number in [0, 1)"),
-        (data, "validation_share", lambda x: 0 < x < 1, "a number between 0 and 1"),
-        (args, "do_predict", lambda x: not x, "false: there is nothing to predict"),
-    ):
-        common.check(arguments, name, holds, allowed)
-    if data.topics and (files or (data.dataset_name or BBC[0]) not in BBC):
-        raise UsageError("--topics: only BBC News has topics")
-    if args.choose_learning_rate and (lora.lora or not model.model_name_or_path):
-        args.learning_rate = 1e-3
-    common.check_schedule(args)
-    return files
-
-
-# Data ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_texts(dataset: str | None, files: dict[str, str], data: DataArguments) -> tuple[dict[str, Dataset], str]:
-    """The splits "train" and "eval" as rows of "text", none of them empty, and the own name of "eval"."""
-    splits, eval_name = load_splits(dataset, data.dataset_config_name, files, data.split_seed, data.validation_share)
-    splits = {split: splits[split] for split in ("train", "eval")}
+def load_texts(data: DataArguments) -> dict[str, Dataset]:
+    """Load the splits "train" and "eval" as rows of "text", none of them empty."""
+    name = data.dataset_name or "bbc_articles"
+    if data.train_file and data.dataset_name:
+        raise OptionError("--dataset_name and --train_file are both given: choose one")
+    if data.topics and (data.train_file or name[:4] != "bbc_"):
+        raise OptionError("--topics: only BBC News has topics")
+    if data.train_file:
+        kind = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}.get(Path(data.train_file).suffix)
+        if kind is None:
+            raise OptionError(f"--train_file {data.train_file!r}: the name must end in .txt, .csv, .tsv, .json or .jsonl")
+        files = {"train": data.train_file, **({"validation": data.validation_file} if data.validation_file else {})}
+        options = {"text": {"sample_by": "paragraph"}, "json": {}, "csv": {"keep_default_na": False}}[kind]
+        options |= {"sep": "\t"} if data.train_file.endswith(".tsv") else {}
+        splits = load_dataset(kind, data_files=files, **options)
+    else:
+        splits = bbc_news(name[4:], seed=data.split_seed) if name[:4] == "bbc_" else load_dataset(name, data.dataset_config_name)
     if data.topics:
         names = splits["train"].features["label"].names
-        topics = common.words(data.topics)
-        unknown = [topic for topic in topics if topic not in names]
+        unknown = [topic for topic in data.topics if topic not in names]
         if unknown:
-            raise UsageError(f"--topics {', '.join(unknown)}: BBC News has {', '.join(names)}")
-        wanted = {names.index(topic) for topic in topics}
-        splits = {split: rows.filter(wanted.__contains__, input_columns="label") for split, rows in splits.items()}
-    columns = splits["train"].column_names
-    column = data.text_column or (columns[0] if len(columns) == 1 else "text")
-    for split, rows in splits.items():
-        kind = getattr(rows.features.get(column), "dtype", None)
-        if kind not in ("string", "large_string"):
-            found = f"holds {kind}, not text" if kind else f"no such column; the data has {', '.join(rows.column_names)}"
-            raise UsageError(f"--text_column {column!r} of the {split} split: {found}")
+            raise OptionError(f"--topics {', '.join(unknown)}: BBC News has {', '.join(names)}")
+        wanted = {names.index(topic) for topic in data.topics}
+        splits = splits.filter(wanted.__contains__, input_columns="label")
+    if len(splits) == 1:
+        held_out = splits["train"].train_test_split(data.validation_share, seed=data.split_seed)
+        splits = {"train": held_out["train"], "validation": held_out["test"]}
+    found = {"train": splits["train"], "eval": splits["validation" if "validation" in splits else "test"]}
+    for split, limit in (("train", data.max_train_samples), ("eval", data.max_eval_samples)):
+        rows = found[split]
+        columns = rows.column_names
+        column = data.text_column or (columns[0] if len(columns) == 1 else "text")
+        if column not in columns or "string" not in getattr(rows.features[column], "dtype", ""):
+            raise OptionError(f"--text_column {column!r}: no column of texts; the data has {', '.join(columns)}")
         rows = rows.select_columns([column])
         rows = rows if column == "text" else rows.rename_column(column, "text")
         rows = rows.filter(lambda text: bool(text and text.strip()), input_columns="text")
-        if not len(rows):
-            raise UsageError(f"the {split} split has no texts")
-        splits[split] = data.sample(split, rows)
-    return splits, eval_name
+        found[split] = rows if limit is None or limit >= len(rows) else rows.shuffle(seed=data.split_seed).select(range(limit))
+    return found
 
 
-def learn_tokenizer(texts: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every text comes back from its tokens unchanged."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator((batch["text"] for batch in texts.iter(1000)), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-
-
-def pack(split: str, rows: Dataset, tokenizer, data: DataArguments) -> tuple[Dataset, float]:
-    """Blocks of tokens, with the texts one after the other; and the mean number of bytes that a token stands for."""
-    end = [tokenizer.eos_token_id] if data.separate_texts and tokenizer.eos_token_id is not None else []
+def pack(rows: Dataset, tokenizer, block_size: int, separate_texts: bool = True) -> tuple[Dataset, float]:
+    """Put the texts one after the other and cut them; return blocks of tokens, and the mean bytes that a token stands for."""
+    end = [tokenizer.eos_token_id] if separate_texts and tokenizer.eos_token_id is not None else []
 
     def encode(batch):
         tokens = [ids + end * (ids[-1:] != end) for ids in tokenizer(batch["text"])["input_ids"]]
@@ -184,155 +156,96 @@ def pack(split: str, rows: Dataset, tokenizer, data: DataArguments) -> tuple[Dat
 
     def cut(batch):
         tokens = list(itertools.chain.from_iterable(batch["input_ids"]))
-        starts = range(0, len(tokens) - data.block_size + 1, data.block_size)
-        blocks = [tokens[start : start + data.block_size] for start in starts]
+        starts = range(0, len(tokens) - block_size + 1, block_size)
+        blocks = [tokens[start : start + block_size] for start in starts]
         return {"input_ids": blocks, "labels": blocks}
 
-    encoded = rows.map(encode, batched=True, remove_columns=["text"], desc=f"Tokenizing {split}")
-    blocks = encoded.map(cut, batched=True, remove_columns=encoded.column_names, desc=f"Packing {split}")
+    encoded = rows.map(encode, batched=True, remove_columns=["text"], desc="Tokenizing")
+    blocks = encoded.map(cut, batched=True, remove_columns=encoded.column_names, desc="Packing")
     count = sum(encoded["count"])
     if not len(blocks):
-        raise UsageError(f"the {split} split has {count} tokens, fewer than one block: --block_size {data.block_size}")
+        raise OptionError(f"--block_size {block_size}: the texts have {count} tokens, fewer than one block")
     return blocks, sum(encoded["bytes"]) / count
 
 
-# Model --------------------------------------------------------------------------------------------------------------------
-
-
-def load_configuration(args: ModelArguments, block_size: int):
-    """(configuration, tokenizer, adapter), as far as they are not made here: each may be None."""
-    source = args.model_name_or_path
-    config = tokenizer = adapter = None
-    try:
-        if source and find_adapter_config_file(source, revision=args.model_revision):
-            adapter = PeftConfig.from_pretrained(source, revision=args.model_revision)
-            base = {"trust_remote_code": args.trust_remote_code}  # the revision is the adapter's
-            config = AutoConfig.from_pretrained(adapter.base_model_name_or_path, **base)
-        elif source:
-            config = AutoConfig.from_pretrained(source, **args.hub)
-        if source or args.tokenizer_name:
-            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or source, **args.hub)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model_name_or_path {source!r}, --tokenizer_name {args.tokenizer_name!r}: {error}") from None
-    limit = getattr(config, "max_position_embeddings", None) or block_size
-    if block_size > limit:
-        raise UsageError(f"--block_size {block_size}: this model takes at most {limit}")
-    return config, tokenizer, adapter
-
-
-def load_model(args: ModelArguments, lora: LoraArguments, config, tokenizer, adapter, data: DataArguments):
-    """The model, new or pretrained, in the wanted type; with LoRA, a PeftModel of which only the adapters train."""
-    dtype = getattr(torch, args.torch_dtype)
-    if config is None:
-        heads = args.hidden_size // HEAD_DIM
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=args.hidden_size,
-            intermediate_size=round(args.hidden_size * 8 / 3 / HEAD_DIM) * HEAD_DIM,
-            num_hidden_layers=args.num_hidden_layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
-            max_position_embeddings=max(512, data.block_size),
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model = AutoModelForCausalLM.from_config(config).to(dtype)
+def load_model(ours: ModelArguments, tokenizer, block_size: int):
+    """Make or load the model; with LoRA, a PeftModel of which only the adapters train."""
+    source, dtype = ours.model_name_or_path, getattr(torch, ours.torch_dtype)
+    if source is None:
+        model = small_llama(tokenizer, ours.hidden_size, ours.num_hidden_layers, max(512, block_size)).to(dtype)
+    elif os.path.isfile(os.path.join(source, "adapter_config.json")):
+        return AutoPeftModelForCausalLM.from_pretrained(source, is_trainable=True, dtype=dtype)
     else:
-        try:
-            source = adapter.base_model_name_or_path if adapter else args.model_name_or_path
-            hub = {"trust_remote_code": args.trust_remote_code} if adapter else args.hub
-            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **hub)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--model_name_or_path {args.model_name_or_path!r}: {error}") from None
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            raise UsageError(f"--tokenizer_name: {len(tokenizer)} tokens, more than the model's {config.vocab_size}")
-    if adapter:
-        return PeftModel.from_pretrained(model, args.model_name_or_path, is_trainable=True, revision=args.model_revision)
-    if lora.lora:
-        targets = common.words(lora.lora_target_modules)
-        lora_config = LoraConfig(
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    longest = getattr(model.config, "max_position_embeddings", None) or block_size
+    if block_size > longest:
+        raise OptionError(f"--block_size {block_size}: this model takes at most {longest}")
+    if ours.lora:
+        lora = LoraConfig(
             task_type="CAUSAL_LM",
-            r=lora.lora_r,
-            lora_alpha=lora.lora_alpha,
-            lora_dropout=lora.lora_dropout,
-            target_modules=targets if targets and targets != ["all-linear"] else "all-linear",
+            r=ours.lora_r,
+            lora_alpha=ours.lora_alpha,
+            lora_dropout=ours.lora_dropout,
+            target_modules=ours.lora_target_modules or "all-linear",
         )
-        try:
-            return get_peft_model(model, lora_config)
-        except ValueError as error:
-            raise UsageError(f"--lora_target_modules: {error}") from None
+        model = get_peft_model(model, lora)
     return model
 
 
-# Run ----------------------------------------------------------------------------------------------------------------------
-
-
 def held_out(metrics: dict, bytes_per_token: float) -> dict:
-    """Evaluation metrics with perplexity, per token, and bits per byte, which does not depend on the tokenizer."""
+    """Return the metrics with perplexity, per token, and bits per byte, which can be compared between tokenizers."""
     loss = metrics["eval_loss"]
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return metrics | {"eval_perplexity": perplexity, "eval_bits_per_byte": loss / math.log(2) / bytes_per_token}
 
 
-def closing_table(title: str, results: dict, state: dict[str, int], window: int | None, eval_name: str) -> str:
-    """Perplexity, then what the run cost: see `cost_rows`."""
-    rows = []
-    for key, when in (("eval_perplexity_before", " before"), ("eval_perplexity", "")):
-        if key in results:
-            rows.append((f"{eval_name} perplexity{when}", f"{results[key]:.2f}", "per token"))
-    if "eval_bits_per_byte" in results:
-        rows.append((f"{eval_name} bits per byte", f"{results['eval_bits_per_byte']:.3f}", f"{results['eval_samples']} blocks"))
-    return common.table(title, rows + cost_rows(results, state, window))
-
-
 def main(argv: list[str] | None = None) -> dict:
-    """Train and evaluate; returns what all_results.json gets.
-
-    Raises:
-        UsageError: a mistake in the arguments or the data; nothing was trained or written.
-    """
-    groups = (ModelArguments, LoraArguments, DataArguments, RecipeTrainingArguments)
-    model_args, lora, data, args = common.parse(groups, __doc__.split("\n")[0], argv)
-    files = check_arguments(model_args, lora, data, args)
-    config, tokenizer, adapter = load_configuration(model_args, data.block_size)
-    dataset = data.dataset_name or (None if files else BBC[0])
-    with args.main_process_first(desc="reading and tokenizing the data"):
-        texts, eval_name = load_texts(dataset, files, data)
-        tokenizer = tokenizer or learn_tokenizer(texts["train"], model_args.vocab_size)
-        blocks, bytes_per_token = {}, {}
-        for split, rows in texts.items():
-            blocks[split], bytes_per_token[split] = pack(split, rows, tokenizer, data)
+    """Train and evaluate; return what all_results.json gets."""
+    ours, data, args = parse((ModelArguments, DataArguments, TrainingArguments), __doc__.split("\n")[0], argv)
+    if args.model_decides_rate and ours.model_name_or_path and not ours.lora:
+        args.learning_rate = 1e-4
+    with args.main_process_first(desc="tokenizing"):
+        texts = load_texts(data)
+        source = ours.tokenizer_name or ours.model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(source) if source else learn_tokenizer(texts["train"]["text"], ours.vocab_size)
+        train, _ = pack(texts["train"], tokenizer, data.block_size, data.separate_texts)
+        evaluated, bytes_per_token = pack(texts["eval"], tokenizer, data.block_size, data.separate_texts)
     set_seed(args.seed)  # new weights
-    model = load_model(model_args, lora, config, tokenizer, adapter, data)
+    model = load_model(ours, tokenizer, data.block_size)
     if args.gradient_checkpointing and hasattr(model, "peft_config"):
         model.enable_input_require_grads()  # else nothing before the first adapter would have a gradient
     trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=blocks["train"],
-        eval_dataset=blocks["eval"],
+        train_dataset=train,
+        eval_dataset=evaluated,
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-    record = common.Record(trainer)
-    if args.do_eval:
-        metrics = held_out(trainer.evaluate(), bytes_per_token["eval"])
+    results = {}
     if args.do_train:
-        record.train()
+        before = held_out(trainer.evaluate(), bytes_per_token)["eval_perplexity"] if args.do_eval else None
+        metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+        metrics |= {"train_samples": len(train), **costs(model, trainer.optimizer)}
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        results |= metrics
     if args.do_eval:
+        metrics = held_out(trainer.evaluate(), bytes_per_token) | {"eval_samples": len(evaluated)}
         if args.do_train:
-            before = metrics["eval_perplexity"]
-            metrics = held_out(trainer.evaluate(), bytes_per_token["eval"]) | {"eval_perplexity_before": before}
-        record.keep("eval", metrics, len(blocks["eval"]))
+            metrics["eval_perplexity_before"] = before
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        results |= metrics
     if trainer.is_world_process_zero():
+        name = data.dataset_name or data.train_file or "bbc_articles"
         kind = "LoRA, " if hasattr(model, "peft_config") else ""
-        title = f"{args.optim.value} on {dataset or data.train_file}, {kind}{model.num_parameters() / 1e6:.1f}M parameters"
-        title += f"; files in {args.output_dir}"
-        print("\n" + closing_table(title, record.results, record.state, record.window, eval_name))
-    return record.results
+        title = f"{args.optim.value} on {name}, {kind}{model.num_parameters() / 1e6:.1f}M parameters; files in {args.output_dir}"
+        print("\n" + summary(title, results, "eval_perplexity_before", "eval_perplexity", "eval_bits_per_byte"))
+    return results
 
 
 if __name__ == "__main__":
-    common.run(main)
+    main()

@@ -11,11 +11,11 @@ import argparse
 
 import torch
 import torch.distributed as dist
-from bbc_news import default_model_path, load_bbc
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 import hf_efcp
+from hf_efcp.demo.bbc import bbc_news, minilm_folder
 
 RUNS = {
     "gradients": {"comm": "gradients", "shard": "auto"},
@@ -56,8 +56,8 @@ class Counter:
 def train(options: dict, texts: list, labels: torch.Tensor, arguments: argparse.Namespace, counter: Counter):
     """One run; returns the mean loss of every step and the bytes of the last one."""
     set_seed(1)
-    tokenizer = AutoTokenizer.from_pretrained(default_model_path())
-    model = AutoModelForSequenceClassification.from_pretrained(default_model_path(), num_labels=int(labels.max()) + 1)
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=int(labels.max()) + 1)
     optimizer = hf_efcp.create_optimizer(
         "efcp_lowrank_mfac", model, lr=1e-4, **{**hf_efcp.optim_defaults("efcp_lowrank_mfac"), **options}
     )
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="of all processes together")
     arguments = parser.parse_args()
     dist.init_process_group("gloo")
-    data = load_bbc("sentences", 0)["train"].shuffle(seed=0).select(range(arguments.max_steps * arguments.batch_size))
+    data = bbc_news("sentences")["train"].shuffle(seed=0).select(range(arguments.max_steps * arguments.batch_size))
     texts, labels = list(data["text"]), torch.tensor(data["label"])
     counter = Counter()
     found = {name: train(options, texts, labels, arguments, counter) for name, options in RUNS.items()}

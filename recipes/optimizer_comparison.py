@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from bbc_news import default_model_path, load_bbc
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -31,6 +30,7 @@ from transformers import (
 )
 
 import hf_efcp
+from hf_efcp.demo.bbc import bbc_news, minilm_folder
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def tokenized(seed: int, options: argparse.Namespace, tokenizer):
     """Train and test split of one seed, tokenized."""
-    data = load_bbc("sentences", seed)
+    data = bbc_news("sentences", seed=seed)
     data["test"] = data["test"].select(range(min(options.max_eval_samples, len(data["test"]))))
     return data.map(
         lambda batch: tokenizer(batch["text"], truncation=True, max_length=options.max_seq_length),
@@ -63,7 +63,7 @@ def run(entry: str, learning_rate: float, seed: int, data, tokenizer, options: a
     name, _, optim_args = entry.partition(":")
     set_seed(seed)
     labels = data["train"].features["label"].num_classes
-    model = AutoModelForSequenceClassification.from_pretrained(default_model_path(), num_labels=labels)
+    model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=labels)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -144,7 +144,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"error: unknown --optim {unknown}; of this package: {', '.join(hf_efcp.list_optimizers())}")
     transformers.logging.set_verbosity_error()
-    tokenizer = AutoTokenizer.from_pretrained(default_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
     options.output.parent.mkdir(parents=True, exist_ok=True)
     results = options.output.with_suffix(".json")
     done = {key(r): r for r in (json.loads(results.read_text()) if results.exists() else [])}

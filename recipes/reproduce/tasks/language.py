@@ -3,13 +3,14 @@
 import functools
 
 import torch
-from bbc_news import load_bbc
-from causal_lm import DataArguments, LoraArguments, ModelArguments, learn_tokenizer, load_model, pack
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from hf_efcp.demo.bbc import bbc_news
+from hf_efcp.demo.language import VOCABULARY, learn_tokenizer, small_llama
 
 from ..training import fit
 from .base import Batch, Outcome, Problem, Task, cached
@@ -17,8 +18,9 @@ from .base import Batch, Outcome, Problem, Task, cached
 NEW_TOPIC = "sports"  # LoRA's; its base has read the other four
 BASE_STEPS = 1000
 SPLITS = ("train", "validation", "test")
-BLOCK_SIZE = DataArguments().block_size
-VOCABULARY = ModelArguments().vocab_size
+BLOCK_SIZE = 128
+TEXTS = 1000  # are cut together; what is left of them at the end is lost
+LORA_RANK, LORA_ALPHA = 8, 16
 SENTENCES = {"train": 20000, "validation": 1000, "test": 1000}
 SENTENCE_TOKENS, HIDDEN = 48, 0.3
 
@@ -31,13 +33,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _learn() -> str:
-    return learn_tokenizer(articles()["train"], VOCABULARY).backend_tokenizer.to_str()
+    return learn_tokenizer(articles()["train"]["text"]).backend_tokenizer.to_str()
 
 
 @functools.lru_cache(maxsize=1)
 def articles() -> dict[str, Dataset]:
     """Whole articles, split by story."""
-    return load_bbc("articles", validation=True)
+    return bbc_news(validation=True)
 
 
 def blocks(part: str) -> dict[str, Batch]:
@@ -52,8 +54,14 @@ def _pack(part: str) -> dict[str, Tensor]:
         topics = texts.features["label"].names
         wanted = {i for i, name in enumerate(topics) if _takes(part, name)}
         rows = texts.filter(wanted.__contains__, input_columns="label").select_columns(["text"])
-        packed[split] = torch.tensor(pack(split, rows, tokenizer(), DataArguments())[0]["input_ids"])
+        packed[split] = torch.cat([_cut(batch["text"]) for batch in rows.iter(TEXTS)])
     return packed
+
+
+def _cut(texts: list[str]) -> Tensor:
+    words = tokenizer()
+    ids = [token for tokens in words(texts)["input_ids"] for token in (*tokens, words.eos_token_id)]
+    return torch.tensor(ids[: len(ids) // BLOCK_SIZE * BLOCK_SIZE]).reshape(-1, BLOCK_SIZE)
 
 
 def _takes(part: str, topic: str) -> bool:
@@ -68,7 +76,7 @@ def score(model: nn.Module, batch: Batch) -> Outcome:
 
 def _llama(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return load_model(ModelArguments(), LoraArguments(), None, tokenizer(), None, DataArguments())
+    return small_llama(tokenizer())
 
 
 def llama(task: Task, seed: int) -> Problem:
@@ -81,8 +89,7 @@ def lora(task: Task, seed: int) -> Problem:
     model = _llama(0)
     model.load_state_dict(cached("base", {"steps": BASE_STEPS, "topic": NEW_TOPIC}, _pretrain))
     torch.manual_seed(seed)
-    given = LoraArguments()
-    adapters = LoraConfig(task_type="CAUSAL_LM", r=given.lora_r, lora_alpha=given.lora_alpha, target_modules="all-linear")
+    adapters = LoraConfig(task_type="CAUSAL_LM", r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear")
     return Problem(get_peft_model(model, adapters), blocks(NEW_TOPIC), score)
 
 
@@ -108,7 +115,7 @@ def restored() -> dict[str, Batch]:
 
 
 def _hide() -> dict[str, Tensor]:
-    data, words = load_bbc("sentences", validation=True), tokenizer()
+    data, words = bbc_news("sentences", validation=True), tokenizer()
     generator = torch.Generator().manual_seed(0)
     flat = {}
     for split, limit in SENTENCES.items():

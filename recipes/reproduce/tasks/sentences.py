@@ -3,9 +3,10 @@
 import functools
 
 import torch
-from bbc_news import default_model_path, load_bbc
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_efcp.demo.bbc import bbc_news, minilm_folder
 
 from .base import Batch, Outcome, Problem, Task, cached, classify, rows
 
@@ -27,10 +28,10 @@ def sentences(topics: tuple[str, ...] | None) -> dict[str, Batch]:
 
 
 def _tokenize(topics: tuple[str, ...] | None) -> dict[str, Tensor]:
-    data = load_bbc("sentences", validation=True)
+    data = bbc_news("sentences", validation=True)
     names = data["train"].features["label"].names
     wanted = [names.index(topic) for topic in topics or names]
-    tokenizer = AutoTokenizer.from_pretrained(default_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
     flat = {}
     for split, limit in LIMITS.items():
         examples = data[split].filter(wanted.__contains__, input_columns="label")
@@ -59,7 +60,7 @@ def score(model: nn.Module, batch: Batch) -> Outcome:
 def _bert(seed: int, layers: int | None, frozen: bool) -> Problem:
     torch.manual_seed(seed)
     given = {} if layers is None else {"num_hidden_layers": layers}
-    model = AutoModelForSequenceClassification.from_pretrained(default_model_path(), num_labels=len(TOPICS), **given)
+    model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=len(TOPICS), **given)
     if frozen:
         model.base_model.embeddings.requires_grad_(False)
     return Problem(model, sentences(TOPICS), score)
@@ -87,7 +88,7 @@ def features() -> dict[str, Batch]:
     limits = {split: min(limit, 3000) for split, limit in LIMITS.items()}
 
     def make() -> dict[str, Tensor]:
-        model = AutoModel.from_pretrained(default_model_path()).eval()
+        model = AutoModel.from_pretrained(minilm_folder()).eval()
         return {split: _pooled(model, rows(splits[split], slice(limit))) for split, limit in limits.items()}
 
     pooled = cached("features", {"limits": limits, "max_tokens": MAX_TOKENS, "sorted": SORTED}, make)
