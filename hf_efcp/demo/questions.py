@@ -112,6 +112,8 @@ def bbc_gaps(count: int, seed: int = 0) -> Dataset:
     Raises:
         OptionError: `count` is no positive number or more than there are sentences; or as `bbc_questions`.
     """
+    if count < 1:
+        raise OptionError(f"count={count}: must be at least 1")
     asked = {row["article"] for rows in read_questions().values() for row in rows}
     rng = random.Random(seed)
     sentences = [(a, s) for a in read_articles() if a["article"] not in asked for s in split_sentences(a["text"])]
@@ -123,8 +125,8 @@ def bbc_gaps(count: int, seed: int = 0) -> Dataset:
         row = _gap(article, sentence, rng)
         if row:
             rows.append(row | {"id": f"gap-{len(rows)}", "title": article["article"]})
-    if count < 1 or len(rows) < count:
-        raise OptionError(f"count={count}: must be at least 1 and at most {len(rows)}, as many as there are sentences with a gap")
+    if len(rows) < count:
+        raise OptionError(f"count={count}: must be at most {len(rows)}, as many as there are sentences with a gap")
     return _columns(rows)
 
 
