@@ -16,13 +16,14 @@ ALLOWED = {
     "distributed": {"core", "distributed", "options"},
     "engine": {"core", "distributed", "engine", "kernels", "options"},
     "optim": {"core", "distributed", "engine", "optim", "options"},
-    "demo": {"options"},
+    "demo": {"demo", "options"},
 }
 
 # Files that are imported only where they are used, and what they may need.
 COMPILERS = {
     "demo/bbc.py": ("datasets",),
     "demo/language.py": ("tokenizers", "transformers"),
+    "demo/questions.py": ("datasets",),
     "demo/running.py": ("transformers",),
     "kernels/cpu_tools.py": ("numba", "numpy"),
     "kernels/cpu_compiling.py": ("numba",),
