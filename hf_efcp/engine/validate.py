@@ -74,6 +74,8 @@ def _check_section(section: Any) -> None:
     _expect("its efcp section", section, Mapping, "a dict")
     check_keys(section, ("format", "class", "options"), "its efcp section")
     _expect("its format", section["format"], int, "a number")
+    if section["format"] < 1:
+        raise OptionError(f"checkpoint is damaged: its format has to be at least 1, got {section['format']}")
     _expect("its class", section["class"], str, "a name")
     _expect("its options", section["options"], Mapping, "a dict")
     _list_of("numbered", section.get("numbered", ()), int)
@@ -153,6 +155,9 @@ def _strange(t: Tensor) -> str | None:
         return "quantized"
     if t.device.type == "meta":
         return "meta"
+    end = t.numel() if t.is_contiguous() else 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    if t.numel() and t.untyped_storage().nbytes() < (t.storage_offset() + end) * t.itemsize:  # its memory was released
+        return "released"
     return None
 
 
