@@ -74,6 +74,8 @@ def refuse_unknown(names: Collection[str], fields: Collection[str]) -> None:
             raise OptionError(f"{name}=...: --optim_args takes one text: put commas between options, as in rank=4,window_size=32")
         if name.startswith(FIELD) and typed:
             raise OptionError(unknown_name("field", name, sorted(typed)))
+        if name.startswith(FIELD) and option not in options:
+            raise OptionError(f"{name}: {unknown_name('option', option, sorted(options))}")
         if name.startswith(FIELD) or name in options:
             where = f"give {FIELD}{option}" if typed else f"give --optim_args {option}=VALUE, or use EFCPTrainingArguments"
             raise OptionError(f"{name}: these training arguments have no such field: {where}")

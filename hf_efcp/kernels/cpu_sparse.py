@@ -52,7 +52,7 @@ def _flag(index, shift, new_i, columns, marks, flags):
     length = index.size
     if new_i.size > _FEW:
         for j in range(length):
-            flags[j] = marks[np.uint32(columns[j] + index_of(index[j], shift))]
+            flags[j] = marks[np.uint32(columns[j] + index_of(index[j], shift))] & np.uint8(1)  # in the room is anything
         return
     for j in range(length):
         flags[j] = 0

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,17 @@ def test_indices_that_nobody_checked(name, options):
         train(optimizer, params, 6, 8)
         record.add(f"{name} {options}: {bad}", "survived")
     record.check(4)
+
+
+def test_what_is_beside_a_row_gives_no_more_than_flags():
+    """Memory there is anything: more than a bit of it in a flag would count numbers that there are not, beyond their array."""
+    cpu_sparse = pytest.importorskip("hf_efcp.kernels.cpu_sparse")
+    marks = np.full(30 + 2 * cpu_sparse.ROOM, 255, np.uint8)
+    marks[cpu_sparse.ROOM : cpu_sparse.ROOM + 30] = 0
+    flags, new = np.zeros(64, np.uint8), np.arange(20, dtype=np.int16)
+    places = np.full(64, cpu_sparse.ROOM, np.int32)
+    cpu_sparse._flag(np.full(64, 1023, np.int16), np.int32(0), new, places, marks, flags)
+    assert flags.max() <= 1
 
 
 @pytest.mark.skipif(not CHECKED, reason="asks what NUMBA_BOUNDSCHECK=1 does")

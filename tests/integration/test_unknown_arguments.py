@@ -54,6 +54,12 @@ def test_a_field_of_other_arguments(way, field, tmp_path):
         parsed(way, TrainingArguments, {"optim": FIRST, field: 4}, tmp_path)
 
 
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_a_misspelt_field_of_other_arguments(way, tmp_path):
+    with pytest.raises(OptionError, match="efcp_windw_size: unknown option 'windw_size': did you mean 'window_size'"):
+        parsed(way, TrainingArguments, {"optim": FIRST, "efcp_windw_size": 4}, tmp_path)
+
+
 def test_options_that_are_several_arguments(tmp_path):
     given = ["--output_dir", str(tmp_path), "--optim", FIRST, "--optim_args", "window_size=4", "scope=layer"]
     with pytest.raises(OptionError, match=r"scope=\.\.\.: --optim_args takes one text: put commas between options"):
