@@ -144,7 +144,7 @@ def _window(run: Run) -> Iterator[Advice]:
             f"window shorter than {size or 'it is'}. Repeated batches have the same effect.",
         )
     newest = _median(run, "weight_newest")
-    if newest is not None and newest > NEWEST and int(size or 2) > 1:
+    if newest is not None and newest > NEWEST and _number(size or 2) > 1:
         yield Advice(
             "try",
             run.title,
@@ -155,7 +155,7 @@ def _window(run: Run) -> Iterator[Advice]:
 
 
 def _clipping(run: Run) -> Iterator[Advice]:
-    norms, bound = run.curves.get("grad_norm"), float(run.arguments.get("max_grad_norm") or 0)
+    norms, bound = run.curves.get("grad_norm"), _number(run.arguments.get("max_grad_norm"))
     if norms is None or not bound or len(norms.values) < 4:
         return
     share = sum(x > bound for x in norms.values) / len(norms.values)
@@ -216,5 +216,13 @@ def _last(run: Run, name: str) -> float:
 
 
 def _rate(run: Run) -> str:
-    rate = run.arguments.get("learning_rate")
-    return f" ({float(rate):g} now)" if rate else ""
+    rate = _number(run.arguments.get("learning_rate"))
+    return f" ({rate:g} now)" if rate else ""
+
+
+def _number(text: object) -> float:
+    """Read a number that a record has as text; 0 where it has none."""
+    try:
+        return float(str(text))
+    except ValueError:
+        return 0.0
