@@ -5,9 +5,9 @@ minutes on two CPU cores. With arguments: any model and data set of the hub, or 
 
     python recipes/question_answering.py
     python recipes/question_answering.py --optim adamw_torch
-    python recipes/question_answering.py --model_name_or_path bert-base-uncased --dataset_name squad --num_train_epochs 2
-    python recipes/question_answering.py --dataset_name squad_v2 --version_2_with_negative --model_name_or_path bert-base-uncased
-    python recipes/question_answering.py --train_file train-v1.1.json --validation_file dev-v1.1.json
+    python recipes/question_answering.py --model_name_or_path bert-base-uncased --dataset_name squad --learning_rate 5e-5
+    python recipes/question_answering.py --dataset_name squad_v2 --version_2_with_negative true --learning_rate 5e-5
+    python recipes/question_answering.py --train_file train-v1.1.json --validation_file dev-v1.1.json --learning_rate 5e-5
 """
 
 import json
@@ -75,7 +75,7 @@ class TrainingArguments(EFCPTrainingArguments):
     """The Trainer's arguments, with this recipe's defaults. Neither --do_train nor --do_eval: both."""
 
     output_dir: str | None = HfArg(default="outputs/question_answering", help="Folder for results, model and checkpoints.")
-    learning_rate: float = HfArg(default=1e-4, help="The highest learning rate.")
+    learning_rate: float = HfArg(default=4e-4, help="The highest learning rate. Whole epochs of SQuAD want less, such as 5e-5.")
     per_device_train_batch_size: int = HfArg(default=12, help="Training batch size per device.")
     per_device_eval_batch_size: int = HfArg(default=32, help="Evaluation batch size per device.")
     num_train_epochs: float = HfArg(default=1.0, help="Number of passes over the training data.")
