@@ -23,7 +23,7 @@ ALLOWED = {
 COMPILERS = {
     "demo/bbc.py": ("datasets",),
     "demo/language.py": ("tokenizers", "transformers"),
-    "demo/running.py": ("transformers",),
+    "demo/running.py": ("transformers", "yaml"),
     "kernels/cpu_tools.py": ("numba", "numpy"),
     "kernels/cpu_compiling.py": ("numba",),
     "kernels/cpu_top_k.py": ("numba", "numpy"),
