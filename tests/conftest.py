@@ -49,3 +49,10 @@ def fresh_environment():
         state = sys.modules["accelerate.state"]
         state.AcceleratorState._reset_state(reset_partial_state=True)
         state.GradientState._reset_state()
+
+
+@pytest.fixture(autouse=os.environ.get("NUMBA_BOUNDSCHECK") == "1")
+def nothing_beside_a_buffer(caplog):
+    """numba finds an access outside of an array: the kernel is given up then, and the log says why."""
+    yield
+    assert "IndexError" not in "".join(record.getMessage() for record in caplog.get_records("call"))

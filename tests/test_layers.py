@@ -16,13 +16,14 @@ ALLOWED = {
     "distributed": {"core", "distributed", "options"},
     "engine": {"core", "distributed", "engine", "kernels", "options"},
     "optim": {"core", "distributed", "engine", "optim", "options"},
-    "demo": {"options"},
+    "demo": {"demo", "options"},
 }
 
 # Files that are imported only where they are used, and what they may need.
 COMPILERS = {
     "demo/bbc.py": ("datasets",),
     "demo/language.py": ("tokenizers", "transformers"),
+    "demo/questions.py": ("datasets",),
     "demo/running.py": ("transformers", "yaml"),
     "kernels/cpu_tools.py": ("numba", "numpy"),
     "kernels/cpu_compiling.py": ("numba",),
@@ -31,7 +32,10 @@ COMPILERS = {
     "kernels/cpu_keep.py": ("numba", "numpy"),
     "kernels/cpu_low_rank.py": ("numpy",),
     "kernels/cpu_metric.py": ("numpy",),
-    "kernels/cpu_min_max.py": ("numpy",),
+    "kernels/cpu_min_max.py": ("numba", "numpy"),
+    "kernels/cpu_extract.py": ("numpy",),
+    "kernels/cpu_moments.py": ("numpy",),
+    "kernels/cpu_adamw.py": ("numpy",),
     "kernels/cpu_many.py": ("numba", "numpy"),
     "kernels/cpu_many_low_rank.py": ("numpy",),
     "kernels/cpu_many_sparse.py": ("numpy",),

@@ -8,6 +8,7 @@ are the cell's business.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -98,13 +99,13 @@ class Spec:
     cols: int | None = None
     values: Values | None = dataclasses.field(default=None, compare=False)
 
-    @property
+    @functools.cached_property
     def kind(self) -> str:
         """The kind that memory_footprint() counts the entry under."""
         family = next((f for f in ("window", "metric") if self.name.startswith(f"{f}_")), None)
         return family or self.name.removesuffix("_scale")
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes for the whole parameter."""
         return math.prod(self.shape) * self.dtype.itemsize

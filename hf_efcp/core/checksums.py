@@ -12,8 +12,6 @@ from torch import Tensor
 
 _WORDS = 64
 _BYTES = 8 * _WORDS
-# So many bytes are summed at once.
-_PIECE = 2**20
 
 
 def checksum(t: Tensor) -> int:
@@ -26,11 +24,11 @@ def checksums(batch: Tensor) -> Tensor:
     n = len(batch)
     if not batch.numel():
         return torch.zeros(n, dtype=torch.int64, device=batch.device)
-    data = batch.detach().reshape(n, -1).contiguous().view(torch.uint8)
-    if data.shape[1] % _BYTES:
+    data = batch.detach().reshape(n, -1).contiguous()
+    if data.nbytes % (n * _BYTES):
+        data = data.view(torch.uint8)
         data = torch.nn.functional.pad(data, (0, -data.shape[1] % _BYTES))
-    elif data.storage_offset() % 8:
+    elif data.storage_offset() * data.element_size() % 8:
         data = data.clone()
-    words = data.view(torch.int64).unflatten(1, (-1, _WORDS))
-    sums = torch.cat([part.sum(2) for part in words.split(max(1, _PIECE // (n * _BYTES)), 1)], 1)
-    return sums.mul_(torch.arange(1, 2 * words.shape[1], 2, device=sums.device)).sum(1)
+    sums = data.view(torch.int64).view(n, -1, _WORDS).sum(2)
+    return sums.mul_(torch.arange(1, 2 * sums.shape[1], 2, device=sums.device)).sum(1)

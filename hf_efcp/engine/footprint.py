@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -89,12 +90,9 @@ def _bytes_on(specs: Mapping[Tensor, Specs], owners: Mapping[Tensor, Owners], ra
     """Count the bytes by kind that the plan gives to a process."""
     kinds: dict[str, int] = {}
     for p, entries in specs.items():
+        held, rows = rank in owners[p], owners[p].get(rank)
         for spec in entries.values():
-            if spec.held == "owner" and rank not in owners[p]:
-                continue
-            part = spec.part(p, owners[p].get(rank))
-            size = spec.dtype.itemsize
-            for length in part:
-                size *= length
-            kinds[spec.kind] = kinds.get(spec.kind, 0) + size
+            if held or spec.held != "owner":
+                size = spec.nbytes if rows is None else math.prod(spec.part(p, rows)) * spec.dtype.itemsize
+                kinds[spec.kind] = kinds.get(spec.kind, 0) + size
     return kinds

@@ -239,10 +239,11 @@ def _load_entries(
         _thaw(entries, builder, target.state)
         specs = target.specs()
         give_to_first(entries, [*specs], of_all(builder.method, builder.options))
-        if not builder.asked.budgeted or builder.asked.chosen:  # else options are not known yet
+        if known := not builder.asked.budgeted or builder.asked.chosen:  # before memory is taken for it
             check(params, specs, entries, target.with_window)
         setup, state = target.fresh()
-        check(params, setup.specs, entries, target.with_window)
+        if not known:  # the options were not
+            check(params, setup.specs, entries, target.with_window)
         saving = Saving(setup, state)
         saving.load(entries, sums, target.labels)
     except OptionError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from ..options import OptionError
 from .entries import State as OptimizerState
 from .entries import foreign, keep_only
 from .matching import take_order_out
+from .reading import Found, Reading, checksums_of
 from .setup import Setup
-from .validate import Reading, agreed, check_entries, check_keys, checksums_of
+from .validate import agreed, check_entries, check_keys
 
 if TYPE_CHECKING:
     from ..distributed.folder import Expected, Index, Part
@@ -103,12 +104,15 @@ class Saving:
         means = self._errors_of_others(errors, parts)
         numbers = {p: number for number, p in enumerate(self.setup.params)}
 
-        def source_of(p: Tensor, name: str) -> tuple[Tensor, Tensor, None] | None:
-            key = f"{numbers[p]}.{name}"
-            if key not in parts and key not in means:
-                return None
-            t = folders.read(index, key, parts[key]) if key in parts else folders.read_mean(index, key, means[key])
-            return t, t, None
+        def source_of(p: Tensor) -> Callable[[str], Found | None]:
+            def source(name: str) -> Found | None:
+                key = f"{numbers[p]}.{name}"
+                if key not in parts and key not in means:
+                    return None
+                t = folders.read(index, key, parts[key]) if key in parts else folders.read_mean(index, key, means[key])
+                return t, t, None
+
+            return source
 
         try:
             problem = Reading(self.setup, self.state, labels).fill(source_of)
@@ -129,11 +133,14 @@ class Saving:
         """
         setup, rank = self.setup, self.placement.rank
 
-        def source_of(p: Tensor, name: str) -> tuple[Tensor, Tensor, Any] | None:
-            if (t := entries.get(p, {}).get(name)) is None:
-                return None
-            part = self.placement.inner(t, setup.specs[p][name], p, setup.owners[p].get(rank))
-            return t, part, sums.get(p, {}).get(name)
+        def source_of(p: Tensor) -> Callable[[str], Found | None]:
+            entry, known, specs, rows = entries.get(p, {}), sums.get(p, {}), setup.specs[p], setup.owners[p].get(rank)
+
+            def source(name: str) -> Found | None:
+                t = entry.get(name)
+                return None if t is None else (t, self.placement.inner(t, specs[name], p, rows), known.get(name))
+
+            return source
 
         agreed(self.placement, Reading(setup, self.state, labels).fill(source_of))
 

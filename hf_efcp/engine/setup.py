@@ -129,7 +129,8 @@ class Setup:
             for i, p in enumerate(s.params):
                 views[p] |= {name: buffer[i] for name, buffer in s.buffers.items()}
         for number, p in enumerate(self.params):
-            views[p] |= {name: t for name, t in self.counters.entries(number).items() if name in self.specs[p]}
+            if more := self.specs[p].keys() - views[p].keys():
+                views[p] |= {name: t for name, t in self.counters.entries(number).items() if name in more}
         return views
 
     def finish(

@@ -2,28 +2,24 @@
 
 check_container   how the dict is built
 check_entries     what the tensors are: before any memory is taken for them
-Reading           their numbers, while they are copied into fresh memory
 gram_problem      what they are together
+
+Their numbers are asked while they are copied into fresh memory: reading.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.cells import Spec
-from ..core.checksums import checksum, checksums
 from ..core.gram import GramMatrix
-from ..core.values import Values, values_of
 from ..distributed.placement import Placement
 from ..options import OptionError
 from .entries import own
-
-if TYPE_CHECKING:
-    from .setup import Setup
 
 # Where K is formed anew, its rows read so many bytes of the window in less than a second.
 _BYTES_IN_A_SECOND = 2**28
@@ -31,8 +27,6 @@ _BYTES_IN_A_SECOND = 2**28
 _COMMON = ("step", "skipped", "momentum", "exp_avg", "exp_avg_sq")
 # More do not train together.
 _MOST_PROCESSES = 2**20
-# So many bytes are asked at once: they are in the processor's cache where that takes two passes.
-_PIECE = 2**20
 # By how much an inner product may exceed the norms' product, where products are in fp32.
 _ROUNDING = 1e-3
 
@@ -80,6 +74,8 @@ def _check_section(section: Any) -> None:
     _expect("its efcp section", section, Mapping, "a dict")
     check_keys(section, ("format", "class", "options"), "its efcp section")
     _expect("its format", section["format"], int, "a number")
+    if section["format"] < 1:
+        raise OptionError(f"checkpoint is damaged: its format has to be at least 1, got {section['format']}")
     _expect("its class", section["class"], str, "a name")
     _expect("its options", section["options"], Mapping, "a dict")
     _list_of("numbered", section.get("numbered", ()), int)
@@ -142,8 +138,10 @@ def check_entries(label: str, here: Mapping[str, Spec], there: Any) -> None:
             raise OptionError(f"{label}: {name} is of type {type(t).__name__} in the checkpoint, not a tensor")
         if kind := _strange(t):
             raise OptionError(f"{label}: {name} is a {kind} tensor in the checkpoint, and has to be a plain one with numbers")
+        if t.dtype == spec.dtype and t.shape == spec.shape:
+            continue
         widened = (spec.dtype, t.dtype) == (torch.int16, torch.int32)  # as it is saved under FSDP2
-        if tuple(t.shape) != spec.shape or not (widened or t.dtype == spec.dtype):
+        if t.shape != spec.shape or not widened:
             raise OptionError(f"{label}: {name} is {tuple(t.shape)} {t.dtype} in the checkpoint, {spec.shape} {spec.dtype} here")
 
 
@@ -157,75 +155,10 @@ def _strange(t: Tensor) -> str | None:
         return "quantized"
     if t.device.type == "meta":
         return "meta"
+    end = t.numel() if t.is_contiguous() else 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    if t.numel() and t.untyped_storage().nbytes() < (t.storage_offset() + end) * t.itemsize:  # its memory was released
+        return "released"
     return None
-
-
-class Reading:
-    """Fills a fresh setup with a checkpoint's entries and asks their numbers, batch by batch, while the cache has them.
-
-    Args:
-        setup: that is filled.
-        state: its entries.
-        labels: what to call the parameters.
-    """
-
-    def __init__(self, setup: Setup, state: Mapping[Tensor, Mapping[str, Tensor]], labels: Mapping[Tensor, str]):
-        self.setup, self.state, self.labels = setup, state, labels
-        self._known: dict[tuple[Tensor, str], Any] = {}
-        self._damaged: list[tuple[Tensor, str]] = []
-
-    def fill(self, source_of: Callable[[Tensor, str], tuple[Tensor, Tensor, Any] | None]) -> str | None:
-        """Fill the setup; say what is wrong with the numbers, None: nothing.
-
-        Args:
-            source_of: (p, name) -> an entry as the checkpoint has it, the part of it that this process holds, and the checksum
-                that was saved, or None; None: the checkpoint has no such entry, which begins anew.
-        """
-        asked = list(_batches(self.setup))
-        flags: list[Tensor | None] = []
-        sums: list[Tensor | None] = []
-        for params, spec, batch in asked:
-            summed = [self._take(p, spec.name, source_of(p, spec.name)) for p in params]
-            values = values_of(spec)
-            flags.append(_sure(values, batch) if values is not None and batch.numel() else None)
-            sums.append(checksums(batch) if any(summed) else None)
-        for (params, spec, _), ok in zip(asked, _numbers(flags), strict=True):
-            if not all(ok) and (words := self._wrong(params, spec)):
-                return words
-        damaged = [*self._damaged]
-        for (params, spec, _), found in zip(asked, _numbers(sums), strict=True):
-            places = ((p, spec.name) for p in params)
-            damaged += [place for place, x in zip(places, found, strict=False) if self._known.get(place, x) != x]
-        for p, name in damaged:
-            return f"{self.labels[p]}: {name} is damaged in the checkpoint: its checksum is not the one that was saved"
-        return None
-
-    def _take(self, p: Tensor, name: str, found: tuple[Tensor, Tensor, Any] | None) -> bool:
-        """Copy an entry of p; tell whether the copy has a checksum that was saved."""
-        target = self.state[p][name]
-        if found is None:
-            target.fill_(self.setup.specs[p][name].start)
-            return False
-        source, part, known = found
-        target.copy_(part.view(target.shape))
-        if known is None:
-            return False
-        if part is source and source.dtype == target.dtype:
-            self._known[p, name] = known
-            return True
-        if checksum(source) != known:
-            self._damaged.append((p, name))
-        return False
-
-    def _wrong(self, params: Sequence[Tensor], spec: Spec) -> str | None:
-        """Say which parameter has numbers that are not allowed, where it is not certain that there are none."""
-        values = values_of(spec)
-        assert values is not None
-        for p in params:
-            entry = self.state[p][spec.name]
-            if entry.numel() and not _sure(values, entry).all() and not (values.exact and values.exact(self.state[p])):
-                return f"{self.labels[p]}: {spec.name} is damaged in the checkpoint: expected {values.expected}"
-        return None
 
 
 def agreed(placement: Placement, problem: str | None) -> None:
@@ -233,51 +166,6 @@ def agreed(placement: Placement, problem: str | None) -> None:
     for rank, text in enumerate(placement.gather(problem)):
         if text is not None:
             raise OptionError(text if text == problem else f"rank {rank}: {text}")
-
-
-def _sure(values: Values, batch: Tensor) -> Tensor:
-    """Give flags, (pieces,), that are all true only where all numbers are allowed."""
-    matrix = batch.reshape(-1, batch.shape[-1] if batch.ndim > 1 else 1)
-    rows = max(1, _PIECE // (matrix.shape[1] * matrix.element_size()))
-    return torch.stack([values.sure(piece) for piece in matrix.split(rows)])
-
-
-def _numbers(values: Sequence[Tensor | None]) -> list[list[Any]]:
-    """Give tensors (k,) as lists, empty ones for None; each device is waited for once."""
-    result: list[list[Any]] = [[] for _ in values]
-    for device in {t.device for t in values if t is not None}:
-        places = [(i, t) for i, t in enumerate(values) if t is not None and t.device == device]
-        numbers = torch.cat([t.long() for _, t in places]).tolist()
-        for i, t in places:
-            result[i], numbers = numbers[: len(t)], numbers[len(t) :]
-    return result
-
-
-def _batches(setup: Setup) -> Iterator[tuple[Sequence[Tensor], Spec, Tensor]]:
-    """Give all entries of a setup, batch by batch: parameters, spec, (n, ...)."""
-    for s in (*setup.stacks, *setup.factors):
-        for name, buffer in s.buffers.items():
-            yield s.params, s.specs[name], buffer
-    for number, p in enumerate(setup.params):
-        for name, t in setup.counters.entries(number).items():
-            if name in setup.specs[p]:
-                yield [p], setup.specs[p][name], t[None]
-
-
-def checksums_of(setup: Setup, keys: Mapping[Tensor, Any], with_window: bool) -> dict[Any, dict[str, int]]:
-    """Give the checksums of a setup's state, by key and name.
-
-    Args:
-        setup: that has its state.
-        keys: of the parameters in the result.
-        with_window: whether with the window's entries.
-    """
-    asked = [(params, spec, batch) for params, spec, batch in _batches(setup) if with_window or not spec.window]
-    result: dict[Any, dict[str, int]] = {keys[p]: {} for p in setup.params}
-    for (params, spec, _), values in zip(asked, _numbers([checksums(batch) for _, _, batch in asked]), strict=True):
-        for p, value in zip(params, values, strict=True):
-            result[keys[p]][spec.name] = value
-    return result
 
 
 def gram_problem(gram: GramMatrix, row: Callable[[int], Tensor], placement: Placement, size: int, verify: bool) -> str | None:

@@ -26,6 +26,7 @@ import torch
 from ..options import as_text
 from ..registry import list_optimizers
 from . import deepspeed
+from .card import with_optimizer
 from .checkpoints import hook_states, load_beside, load_fsdp, save_beside
 from .ddp_hook import hook_model, hook_optimizer
 from .parsing import named
@@ -185,6 +186,7 @@ _PATCHES = (
     _Patch("transformers.trainer", "Trainer._load_optimizer_and_scheduler", load_beside),
     _Patch("transformers.trainer", "load_fsdp_optimizer", load_fsdp),
     _Patch("transformers.trainer_optimizer", "_OPTIMIZER_HANDLERS", _handled, optional=True),  # transformers 5
+    _Patch("transformers.modelcard", "extract_hyperparameters_from_trainer", with_optimizer, optional=True),
     _Patch("accelerate.accelerator", "Accelerator.prepare_optimizer", _hooked),
     _Patch("accelerate.optimizer", "AcceleratedOptimizer", answering),
     _Patch("accelerate.accelerator", "Accelerator.prepare_model", hook_model),

@@ -9,19 +9,7 @@ from torch import Tensor
 from . import Blocks, Entry, Matrices, Scale, Stored
 from .constants import EXPONENT_SHIFT, LOWER_16_BITS, VALUE_BITS, VALUE_MASK, VALUE_ZERO
 from .cpu_threads import PARTS, divide_work
-from .cpu_tools import (
-    CONTRACTED,
-    Addresses,
-    array,
-    compiled,
-    example,
-    factors,
-    kept_places,
-    matrix_row,
-    narrowed,
-    real,
-    writes,
-)
+from .cpu_tools import Addresses, array, compiled, factors, kept_places, matrix_row, real
 from .cpu_top_k import flagged
 
 # Up to this many new numbers in a row, each is compared with all of the window; else they are marked in a row of flags.
@@ -33,7 +21,7 @@ ROOM = 2**16
 
 
 @compiled
-def _row(cols, like):
+def zeros_row(cols, like):
     """A row of zeros with room around it, which only damaged indices reach: it is not written, since that takes long."""
     row = np.empty(cols + 2 * ROOM, like.dtype)
     row[ROOM : ROOM + cols] = 0
@@ -41,7 +29,7 @@ def _row(cols, like):
 
 
 @compiled
-def _index(stored, shift):
+def index_of(stored, shift):
     """The index of a kept number: int16, or the upper 10 bits of one in 16 bits (`SparseCodec`)."""
     return (np.int32(stored) & np.int32(LOWER_16_BITS)) >> shift
 
@@ -64,7 +52,7 @@ def _flag(index, shift, new_i, columns, marks, flags):
     length = index.size
     if new_i.size > _FEW:
         for j in range(length):
-            flags[j] = marks[np.uint32(columns[j] + _index(index[j], shift))]
+            flags[j] = marks[np.uint32(columns[j] + index_of(index[j], shift))]
         return
     for j in range(length):
         flags[j] = 0
@@ -87,9 +75,9 @@ def dots_parts(lo, hi, parts, shift, indices, values, scales, new_indices, new_v
     """
     rows, length = indices.shape[1:]
     kept, (m, blocks) = new_values.shape[2], scales.shape[2:]
-    dense, marks = _row(cols, new_values), np.empty(cols + 2 * ROOM, np.uint8)
+    dense, marks = zeros_row(cols, new_values), np.empty(cols + 2 * ROOM, np.uint8)
     marks[ROOM : ROOM + cols] = 0
-    columns, slots = _tiled(columns, length), np.empty(length, np.int32)
+    columns, slots = tiled(columns, length), np.empty(length, np.int32)
     for j in range(length):
         slots[j] = j // kept
     words, where = np.zeros(-(-length // 8), np.int64), np.empty(length, np.int32)
@@ -111,7 +99,7 @@ def dots_parts(lo, hi, parts, shift, indices, values, scales, new_indices, new_v
                 _flag(index, shift, new_i, columns, marks, words.view(np.uint8))
                 for i in range(flagged(words, where)):
                     j = where[i]
-                    number = np.float64(real(dense[np.uint32(columns[j] + _index(index[j], shift))]))
+                    number = np.float64(real(dense[np.uint32(columns[j] + index_of(index[j], shift))]))
                     met[count], met_slots[count], places[count] = number, slots[j], row * length + j
                     scale_places[count] = (row * m + slots[j]) * blocks + blocks_of[j % kept]
                     count += number != 0
@@ -147,7 +135,7 @@ def _sum_row(shift, index, value, columns, weights, products, places, dense):
     for j in range(index.size):  # in loops of their own, these are vectorized
         products[j] = weights[j] * (_value(index[j]) if shift else real(value[j]))
     for j in range(index.size):
-        places[j] = columns[j] + _index(index[j], shift)
+        places[j] = columns[j] + index_of(index[j], shift)
     for j in range(index.size):
         dense[np.uint32(places[j])] += products[j]
 
@@ -160,7 +148,7 @@ def update_rows(
     `params`; u = G^T c where left and right are empty.
     """
     length = indices.shape[2]
-    dense, columns = _row(cols, c), _tiled(columns, length)
+    dense, columns = zeros_row(cols, c), tiled(columns, length)
     weights, products, places = np.empty(length, c.dtype), np.empty(length, c.dtype), np.empty(length, np.int32)
     u = dense[ROOM : ROOM + cols]
     for task in range(lo, hi):
@@ -182,84 +170,8 @@ def update_rows(
 
 
 @compiled
-def _weigh_moments(one, two, kept, by_one, by_two):
-    """Weights of the numbers of a row's window, for m and for v: those of their slots."""
-    for j in range(by_one.size):
-        by_one[j], by_two[j] = one[j // kept], two[j // kept]
-
-
-@compiled(relaxed=CONTRACTED)
-def _add_moments(index, value, columns, by_one, by_two, first, second, places, dense, squares):
-    """The row's m is added to `dense` and v to `squares`, which are zero; where, into `places`."""
-    number = dense.dtype.type
-    for j in range(value.size):  # in loops of their own, these are vectorized
-        x = number(real(value[j]))
-        first[j], second[j] = by_one[j] * x, by_two[j] * (x * x)
-    for j in range(value.size):
-        places[j] = columns[j] + _index(index[j], np.int32(0))
-    for j in range(value.size):
-        place = np.uint32(places[j])
-        dense[place] += first[j]
-        squares[place] += second[j]
-
-
-@compiled(relaxed=CONTRACTED)
-def _adam(lo, hi, start, indices, values, one, two, eps, columns, cols, out):
-    """Rows of m / (sqrt(v) + eps), m the sum of one_i c_i and v of two_i c_i^2."""
-    rows, length = out.shape[1], indices.shape[2]
-    dense, squares = _row(cols, out), _row(cols, out)
-    m, v, columns = dense[ROOM : ROOM + cols], squares[ROOM : ROOM + cols], _tiled(columns, length)
-    first, second = np.empty(length, out.dtype), np.empty(length, out.dtype)
-    by_one, by_two, places = np.empty(length, out.dtype), np.empty(length, out.dtype), np.empty(length, np.int32)
-    for task in range(lo, hi):
-        t, row = task // rows, task % rows
-        if task == lo or row == 0:
-            _weigh_moments(one[t], two[t], length // one.shape[1], by_one, by_two)
-        index, value, u = indices[t, start + row], values[t, start + row], out[t, row]
-        _add_moments(index, value, columns, by_one, by_two, first, second, places, dense, squares)
-        for x in range(cols):
-            u[x] = m[x] / (np.sqrt(v[x]) + eps)
-        for x in range(cols):
-            m[x] = 0
-            v[x] = 0
-
-
-@compiled(relaxed=CONTRACTED)
-def _move(lo, hi, indices, values, one, two, eps, columns, params, like, rows, cols, scale, decay):
-    """p <- decay * p + scale * u for rows of `_adam`'s u, which is 0 where the window has nothing."""
-    length = indices.shape[2]
-    dense, squares, columns = _row(cols, one), _row(cols, one), _tiled(columns, length)
-    first, second, base = np.empty(length, one.dtype), np.empty(length, one.dtype), np.empty(length, one.dtype)
-    by_one, by_two, places = np.empty(length, one.dtype), np.empty(length, one.dtype), np.empty(length, np.int32)
-    for task in range(lo, hi):
-        t, row = task // rows, task % rows
-        if task == lo or row == 0:
-            _weigh_moments(one[t], two[t], length // one.shape[1], by_one, by_two)
-        index, value, p = indices[t, row], values[t, row], matrix_row(params[t], row, cols, like)
-        _add_moments(index, value, columns, by_one, by_two, first, second, places, dense, squares)
-        for j in range(length):
-            place = np.uint32(places[j])
-            first[j], second[j] = dense[place], squares[place]
-        for j in range(length):
-            first[j] = first[j] / (np.sqrt(second[j]) + eps)
-        for j in range(length):
-            dense[np.uint32(places[j])], squares[np.uint32(places[j])] = 0, 0
-        for j in range(length):
-            x = np.uint32(places[j] - np.int32(ROOM))
-            base[j] = decay * one.dtype.type(real(p[x])) if x < cols else 0  # of a damaged checkpoint, beside the row
-        for j in range(length):  # a loop of its own: the product before is rounded, as in torch
-            base[j] += scale * first[j]
-        if decay != 1:
-            for x in range(cols):
-                p[x] = narrowed(decay * one.dtype.type(real(p[x])), p)
-        for j in range(length):  # a place that the window has twice gets the same number twice
-            x = np.uint32(places[j] - np.int32(ROOM))
-            if x < cols:
-                p[x] = narrowed(base[j], p)
-
-
-@compiled
-def _tiled(columns, length):
+def tiled(columns, length):
+    """`columns` over and over, `length` of them."""
     tiled = np.empty(length, np.int32)
     for j in range(length):
         tiled[j] = columns[j % columns.size]
@@ -274,7 +186,7 @@ def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | No
     parts = -(-PARTS // n)
     out = torch.zeros(n, parts, m, dtype=torch.float64)
     new = [array(x) for x in entry]
-    arrays = *_window(stored), *new, *_places(cols, blocks), cols, array(out)
+    arrays = *window_arrays(stored), *new, *places_in_row(cols, blocks), cols, array(out)
     divide_work(dots_parts, n * parts, rows * m * k // parts, parts, *arrays)
     return out.sum(1)
 
@@ -307,49 +219,18 @@ def apply(
     return True
 
 
-def adam(stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks: Blocks, rows: slice) -> Tensor:
-    """Rows `rows` of m / (sqrt(v) + eps) for a plain window and weights (n, m) in fp32 or fp64, the dtype of the result."""
-    n, all_rows, _, _ = stored[0].shape
-    start, stop, _ = rows.indices(all_rows)
-    out = torch.empty(n, stop - start, cols, dtype=one.dtype)
-    _, indices, values, _ = _window(stored)
-    weights = array(one), array(two), array(out).dtype.type(eps)
-    columns = _places(cols, blocks)[0]
-    divide_work(_adam, n * (stop - start), indices.shape[2] + cols, start, indices, values, *weights, columns, cols, array(out))
-    return out
-
-
-def move(
-    stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks: Blocks, params: Matrices, scale: float, decay: float
-) -> bool:
-    """p <- decay * p + scale * u in place for `adam`'s u, for n contiguous matrices in the weights' dtype, or in bf16.
-
-    Returns:
-        Whether it was done.
-    """
-    if not writes(params, one.dtype):
-        return False
-    p, (_, indices, values, _) = Addresses(params), _window(stored)
-    n, rows, _ = p.shape
-    number = example(one.dtype).dtype.type
-    weights = array(one), array(two), number(eps)
-    where = _places(cols, blocks)[0], p.array, example(p.dtype), rows, cols, number(scale), number(decay)
-    divide_work(_move, n * rows, indices.shape[2] + cols, indices, values, *weights, *where)
-    return True
-
-
 def _updated(
     stored: Stored, c: Tensor, blocks: Blocks, start: int, params: Matrices, factor: float, decay: float, sizes: Scale
 ) -> None:
     p, weights = Addresses(params), array(c)
     n, rows, cols = p.shape
-    shift, indices, values, scales = _window(stored)
+    shift, indices, values, scales = window_arrays(stored)
     number = weights.dtype.type
-    arrays = indices, values, scales, weights, *_places(cols, blocks), *factors(sizes, c.dtype), p.array
+    arrays = indices, values, scales, weights, *places_in_row(cols, blocks), *factors(sizes, c.dtype), p.array
     divide_work(update_rows, n * rows, indices.shape[2] + cols, start, shift, *arrays, rows, cols, number(factor), number(decay))
 
 
-def _window(stored: Stored) -> tuple[np.int32, np.ndarray, np.ndarray, np.ndarray]:
+def window_arrays(stored: Stored) -> tuple[np.int32, np.ndarray, np.ndarray, np.ndarray]:
     """By how much an index is shifted; indices and values (n, rows, m k), scales (n, rows, m, blocks)."""
     indices, values, scales = stored
     n, _, m, _ = indices.shape
@@ -359,7 +240,7 @@ def _window(stored: Stored) -> tuple[np.int32, np.ndarray, np.ndarray, np.ndarra
     return shift, array(indices.flatten(2)), array(values.flatten(2)), array(scales)
 
 
-def _places(cols: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+def places_in_row(cols: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
     """`kept_places`, the columns counted in a row with room around it."""
     starts, numbers = kept_places(cols, blocks)
     return starts + np.int32(ROOM), numbers

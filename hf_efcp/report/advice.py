@@ -161,9 +161,7 @@ def _clipping(run: Run) -> Iterator[Advice]:
     share = sum(x > bound for x in norms.values) / len(norms.values)
     if share > 0.9:
         ours = run.name.startswith("efcp_")
-        hint = (
-            "The metric and update_rms make clipping hardly necessary." if ours else "A larger max_grad_norm clips outliers only."
-        )
+        hint = "max_grad_norm=0 leaves the size of the update to update_rms." if ours else "A larger one clips outliers only."
         yield Advice(
             "try",
             run.title,

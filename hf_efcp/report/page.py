@@ -45,8 +45,11 @@ def page(runs: Sequence[Run]) -> str:
         _section("Loss and metrics", _panels(figures.of_metrics(runs), "two", numbers)),
         _section("Diagnostics", _panels(figures.of_diagnostics(runs), "three", numbers), _DIAGNOSTICS),
         _section("Memory of the optimizer", _memory(runs, numbers)),
-        _section("Options and arguments", _comparison(runs, ("optimizer", "options"), ("arguments",), ("model",))),
-        _section("Environment", _comparison(runs, ("environment",))),
+        _section(
+            "Options and arguments",
+            _comparison(runs, "Options and arguments", ("arguments",), ("model",), ("optimizer", "options")),
+        ),
+        _section("Environment", _comparison(runs, "Environment", ("environment",))),
         "</main><footer>Written by hf-efcp report. The same numbers as tables are below each figure.</footer>",
     ]
     style = STYLE.replace("LIGHT", light).replace("DARK", dark)
@@ -75,7 +78,10 @@ def _section(title: str, content: str, note: str = "") -> str:
 
 def _about(runs: Sequence[Run]) -> str:
     model, environment = runs[0].model, runs[0].environment
-    facts = [model.get("name") or model.get("class", ""), f"{model['parameters']:,} parameters" if "parameters" in model else ""]
+    facts = [
+        " ".join(filter(None, (model.get("class"), f"({model['name']})" if model.get("name") else ""))),
+        f"{model['parameters']:,} parameters" if "parameters" in model else "",
+    ]
     facts += [environment.get("gpu") or environment.get("cpu", "")]
     return f'<p class="soft">{_text("; ".join(filter(None, facts)))}</p>'
 
@@ -152,10 +158,9 @@ def _memory(runs: Sequence[Run], numbers: Iterable[int]) -> str:
     if not having:
         return ""
     rows = [(run.title, {kind: n for kind, n in run.optimizer["memory"].items() if n}) for run in having]
-    if adamw := next(
-        (run.optimizer["adamw"] for run in having if run.name.startswith("efcp_") and run.optimizer.get("adamw")), None
-    ):
-        rows.append(("AdamW, computed", adamw))
+    adamw = [run.optimizer["adamw"] for run in having if run.name.startswith("efcp_") and run.optimizer.get("adamw")]
+    if adamw and not any(run.name.startswith("adamw") for run in having):
+        rows.append(("AdamW, computed", adamw[0]))
     least = max(sum(parts.values()) for _, parts in rows) / 500  # what is too small to be seen is one part
     shown = []
     for name, parts in rows:
@@ -171,7 +176,7 @@ def _memory(runs: Sequence[Run], numbers: Iterable[int]) -> str:
     return f"<figure><h3>State by kind, MiB</h3>{drawing}{table}</figure>"
 
 
-def _comparison(runs: Sequence[Run], *places: Sequence[str]) -> str:
+def _comparison(runs: Sequence[Run], label: str, *places: Sequence[str]) -> str:
     """Tabulate what the records say at some places, a run a column; rows in which runs differ stand out."""
     columns: list[dict[str, str]] = []
     for run in runs:
@@ -186,5 +191,5 @@ def _comparison(runs: Sequence[Run], *places: Sequence[str]) -> str:
     if not names:
         return ""
     rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
-    differing = [i for i, row in enumerate(rows) if len(set(row[1:])) > 1]
-    return _table(["name", *(run.title for run in runs)], rows, places[0][-1], differing)
+    differing = [i for i, row in enumerate(rows) if len({cell for cell in row[1:] if cell}) > 1]
+    return _table(["name", *(run.title for run in runs)], rows, label, differing)

@@ -7,9 +7,11 @@ import torch.distributed as dist
 from tests.distributed import factor_runs, test_sharding
 from tests.distributed.fsdp2 import divided, gradients
 from tests.distributed.processes import run
-from tests.reference import NAMES, make, names
+from tests.reference import NAMES, info, make, names
 
 STEPS = 3
+# One of each kind of method and of entries.
+EXAMPLES = list({(info(name).windowed, info(name).compression): name for name in NAMES}.values())
 ADAM = {"metric": "factored", "residual": "momentum", "window_momentum": 0.5, "window_size": 4, "update_rms": 0.5}
 FACTORS = {"metric": "none", "residual": "feedback"}
 
@@ -37,14 +39,14 @@ def shapes_of_fsdp():
 
 
 def everything(rank):
-    ddp = {n: probed(n, shapes_of_fsdp(), test_sharding.gradients, process_group=dist.group.WORLD) for n in NAMES}
-    fsdp = {n: probed(n, list(divided().parameters()), gradients) for n in NAMES}
+    ddp = {n: probed(n, shapes_of_fsdp(), test_sharding.gradients, process_group=dist.group.WORLD) for n in EXAMPLES}
+    fsdp = {n: probed(n, list(divided().parameters()), gradients) for n in EXAMPLES}
     return {"ddp": ddp, "fsdp": fsdp, "factors": {"factors": with_factors()}}
 
 
 def test_two_processes_answer_what_one_would():
     everybody = run(2, everything)
-    alone = {n: probed(n, shapes_of_fsdp(), test_sharding.gradients) for n in NAMES}
+    alone = {n: probed(n, shapes_of_fsdp(), test_sharding.gradients) for n in EXAMPLES}
     expected = {"ddp": alone, "fsdp": alone, "factors": {"factors": with_factors()}}
     for placement, of_names in expected.items():
         for name, figures in of_names.items():

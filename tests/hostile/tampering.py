@@ -32,6 +32,12 @@ def sparse(t):
     return t.to_sparse()
 
 
+def released(t):
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
 def quantized(t):
     return torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8)
 
@@ -41,6 +47,7 @@ KINDS = {
     "meta": lambda t: t.to("meta"),
     "sparse": sparse,
     "quantized": quantized,
+    "released": released,
     "shape": lambda t: t[None],
     "list": torch.Tensor.tolist,
     "dtype": lambda t: t.to(torch.complex64),

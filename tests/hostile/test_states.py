@@ -159,6 +159,7 @@ def edits(saved):
         "no groups": without("param_groups"),
         "no lr": without("param_groups", 0, "lr"),
         "no options": without("efcp", "options"),
+        "format 0": put(0, "efcp", "format"),
         "a list": [saved],
         "nothing": None,
     }

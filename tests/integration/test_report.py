@@ -13,7 +13,7 @@ from tests.reference import NAMES
 FEW = {"max_steps": 4, "logging_steps": 2, "disable_tqdm": True, "use_cpu": True, "report_to": []}
 
 
-def test_a_field_asks_for_it(tmp_path, tiny_bert, token_data):
+def test_a_field_asks_for_it(tmp_path, tiny_bert, token_data, monkeypatch):
     pytest.importorskip("matplotlib")
     args = EFCPTrainingArguments(str(tmp_path), efcp_report=True, save_steps=2, efcp_window_size=4, **FEW)
     trainer = EFCPTrainer(tiny_bert, args, train_dataset=token_data, eval_dataset=token_data)
@@ -28,6 +28,7 @@ def test_a_field_asks_for_it(tmp_path, tiny_bert, token_data):
     assert [step for step, _ in run.times] == [2, 4] and run.times[0][1] < run.times[1][1]
     assert run.diagnostics["angle_update_gradient"].steps == (4,)
 
+    monkeypatch.setattr("hf_efcp.report.page.write", lambda folders, file: None)
     resumed = EFCPTrainer(tiny_bert, args, train_dataset=token_data)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     times = read([tmp_path])[0].times

@@ -84,14 +84,18 @@ def test_all_parts_are_there(page):
     ]
     for entry in CATALOGUE[:-1]:
         assert entry.title.split(",")[0] in page
-    assert "<td>window</td><td>2,500</td><td>2,500</td><td>0</td>" in page and "AdamW, computed" in page
+    assert "<td>window</td><td>2,500</td><td>2,500</td>" in page and "AdamW, computed" not in page
     assert "<td>5</td><td>1.812</td>" in page  # the loss at step 5
 
 
-def test_plot_writes_a_file_for_each_curve(folders, tmp_path, capsys):
-    assert main(["plot", *folders, "--output", str(tmp_path / "plots")]) == 0
+def test_plot_writes_a_file_for_each_curve(tmp_path, capsys):
+    folder = record(tmp_path / "run", logs(compression_error=0.5))
+    assert main(["plot", str(folder), "--output", str(tmp_path / "plots")]) == 0
     files = capsys.readouterr().out.split()
-    assert {"loss_step.png", "loss_seconds.png", "compression_error.png"} <= {file.rsplit("/", 1)[1] for file in files}
+    names = {file.rsplit("/", 1)[1] for file in files}
+    assert names == {f"{curve}_{by}.png" for curve in ("loss", "eval_loss") for by in ("step", "seconds")} | {
+        "compression_error.png"
+    }
     for file in files:
         with open(file, "rb") as f:
             assert f.read(8) == b"\x89PNG\r\n\x1a\n"
