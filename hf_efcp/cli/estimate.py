@@ -25,7 +25,7 @@ from .common import (
     table,
     write_json,
 )
-from .shapes import load
+from .shapes import load, with_adapters
 
 ADAMW = "adamw_torch"
 # Kinds below this many bytes are shown as one.
@@ -52,15 +52,20 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--gpu", metavar="SIZE", help="say what fits into this memory: 24GiB, 80GB, or a GPU such as l4, a100, h100"
     )
+    parser.add_argument(
+        "--lora_r", type=int, metavar="R", help="train LoRA adapters of this rank on the query and value matrices"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit status. Raises OptionError for bad input."""
-    check_integers(args, num_processes=1)
+    check_integers(args, num_processes=1, **({} if args.lora_r is None else {"lora_r": 1}))
     check_plot(args.plot)
     gpu = size_of(args.gpu) if args.gpu else None
     optimizers = chosen(args.optim, args.optim_args)
     model = load(args.model, dtype_of(args.dtype))
+    if args.lora_r is not None:
+        model = with_adapters(model, args.lora_r)
     result = estimate(model, optimizers, args.optim_target_modules, args.num_processes, args.fsdp, gpu)
     result = {"model": args.model, **result}
     write_json(args.json, result)

@@ -142,6 +142,16 @@ def test_fsdp_gives_every_process_its_rows(tmp_path, capsys):
     assert "3 processes" in capsys.readouterr().out
 
 
+def test_adapters_are_what_is_trained(tmp_path, capsys):
+    """MiniLM: query and value of six layers, each with A (4, 384) and B (384, 4); the rest is held without a gradient."""
+    whole, found = estimated(tmp_path, "minilm"), estimated(tmp_path, "minilm", "--lora_r", 4)
+    trained = 6 * 2 * 2 * 4 * 384
+    assert found["parameters"] == trained and found["gradient_bytes"] == 4 * trained
+    assert found["parameter_bytes"] == whole["parameter_bytes"] + 4 * trained
+    capsys.readouterr()
+    assert_one_line_of_error(capsys, "lora_r", "estimate", "minilm", "--lora_r", 0)
+
+
 def test_what_fsdp_refuses_is_marked(tmp_path, capsys):
     """Factors are for DDP: the names that have the option are refused, the others have their bytes."""
     file = write_shapes(tmp_path, [[30, 12], [30]])
