@@ -197,7 +197,7 @@ def blank(width: float, height: float, points: float, ink: str) -> tuple[Any, An
         from matplotlib.figure import Figure
     except ImportError:
         raise OptionError("figures need matplotlib, which is not installed: pip install matplotlib") from None
-    style = {"font.size": points, "svg.fonttype": "none", "axes.formatter.useoffset": False, "axes.axisbelow": True}
+    style: Any = {"font.size": points, "svg.fonttype": "none", "axes.formatter.useoffset": False, "axes.axisbelow": True}
     style |= {
         name: ink for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor", "grid.color")
     }
