@@ -254,15 +254,6 @@ class LowRankEntry(Entry):
         p, q = self.parts
         return kernels.keep(error, gradients, (p, q), rounding, absent, None, scale, decay, accepted, self.wide)
 
-    def add_to(self, matrices: Sequence[Tensor], scale: float, decay: float) -> bool:
-        """Compute p <- decay * p + scale * c in place for n matrices p; tell whether it was done: a product takes one dtype."""
-        p, q = self.parts
-        if matrices[0].dtype != p.dtype or kind(p.device) != "cpu":  # on a GPU a launch for each takes longer than a pass
-            return False
-        for x, left, right in zip(matrices, p, q, strict=True):
-            x.addmm_(left.mT, right, beta=decay, alpha=scale)
-        return True
-
 
 class SparseEntry(Entry):
     """The kept entries of every row: indices in their block, int16 (n, rows, k), and values (n, rows, k).

@@ -29,7 +29,7 @@ from ..core.values import POSITIVE
 from ..engine.adamw import ADAMW, AdamWOptions, adam
 from ..engine.base import EngineOptimizer
 from ..engine.options import StateOptions
-from ..engine.tensorwise import Rule, TensorStack, Tensorwise, U, Unformed
+from ..engine.tensorwise import Rule, TensorStack, Tensorwise, U
 from ..options import fraction, option, positive
 
 # A singular value this much smaller than the first is made of rounding errors.
@@ -142,8 +142,7 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
     s.exp_avg.write(m)
     s.exp_avg_sq.write(v)
     size = (side.short / side.rank) ** 0.5 if o.adjust_lr_fn == "match_rms_adamw" else 1.0
-    entry = side.entry(p, size * adam(m, v, t, o))
-    return Unformed(entry.dense, entry.add_to)
+    return side.entry(p, size * adam(m, v, t, o)).dense
 
 
 def next_projector(s: TensorStack, a: Accumulated, t: Tensor, side: Side, p0: Tensor, mean: Tensor, o: Any) -> Tensor:
