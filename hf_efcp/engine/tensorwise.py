@@ -231,7 +231,8 @@ class Tensorwise:
             with phase("compress"):
                 u = s.update(s.each(l2.__getitem__), o)
             if setup.probe is not None:
-                u = setup.probe.seen(s, u)
+                seen = setup.probe.seen(s, u if isinstance(u, Tensor) else u.rows)
+                u = seen if isinstance(seen, Tensor) else Unformed(seen)
             with phase("update"):
                 s.apply(u, groups, o)
         counters.count(ok)
