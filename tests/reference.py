@@ -1,5 +1,6 @@
 """The slow references that the fast code is tested against: dense rows, fp64, brute force."""
 
+import pytest
 import torch
 
 import hf_efcp
@@ -23,6 +24,12 @@ def names(**traits):
     having = [n for n in NAMES if all(getattr(info(n), trait) == value for trait, value in traits.items())]
     assert having, f"no optimizer has {traits}"
     return having
+
+
+def each(chosen=NAMES):
+    """Parameters for pytest: GGT on the windows that M-FAC has too is slow, as dense GGT shows what differs between both."""
+    repeats = [n for n in NAMES if info(n).family == "ggt" and info(n).compression != "dense"]
+    return [pytest.param(n, marks=pytest.mark.slow) if n in repeats else n for n in chosen]
 
 
 def compressed_names():

@@ -9,12 +9,12 @@ import torch
 import hf_efcp
 from hf_efcp.engine import probe, together
 from tests.optim.helpers import differences, snapshot, step_quietly
-from tests.reference import NAMES, compressed_names, info, make, names, parameters, set_gradients
+from tests.reference import NAMES, compressed_names, each, info, make, names, parameters, set_gradients
 
 LR, M, WIDTH = 1e-3, 6, 2 ** (1 / 64)
 METRIC = {"metric": "factored", "residual": "momentum", "window_momentum": 0.5, "update_rms": 0.5}
 AVERAGED = {"momentum": 0.5, "scope": "layer", "metric": "diagonal"}
-by_name = pytest.mark.parametrize("name", NAMES)
+by_name = pytest.mark.parametrize("name", each())
 
 
 def run(name, probed, steps=5, shapes=None, **options):

@@ -7,9 +7,9 @@ from accelerate.state import AcceleratorState, GradientState
 
 import hf_efcp
 from tests.optim.helpers import M, snapshot
-from tests.reference import NAMES, known_to, lossy_options
+from tests.reference import each, known_to, lossy_options
 
-by_name = pytest.mark.parametrize("name", NAMES)
+by_name = pytest.mark.parametrize("name", each())
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 

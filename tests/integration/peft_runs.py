@@ -8,9 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_efcp
 from tests.optim.helpers import same
-from tests.reference import NAMES, info, known_to
+from tests.reference import each, info, known_to
 
-by_name = pytest.mark.parametrize("name", NAMES)
+by_name = pytest.mark.parametrize("name", each())
 # Options that compress matrices as thin as 4 x 32, and wrap around after 4 steps.
 SMALL = {"window_size": 4, "update_rms": 0.5, "error_dtype": "bf16"}
 LOSSY = {"low rank": {"rank": 1}, "sparse": {"density": 0.1, "block_size": 32}, "dense": {}}

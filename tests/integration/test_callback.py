@@ -11,9 +11,9 @@ from hf_efcp import EFCPCallback, EFCPTrainer, EFCPTrainingArguments, OptionErro
 from hf_efcp.engine.base import EngineOptimizer
 from hf_efcp.integrations.callback import DIAGNOSTICS_STEPS
 from hf_efcp.registry import get_optimizer_info
-from tests.reference import NAMES, info, names
+from tests.reference import NAMES, each, info, names
 
-by_name = pytest.mark.parametrize("name", NAMES)
+by_name = pytest.mark.parametrize("name", each())
 PROBED = "efcp_cosine_update_gradient"
 
 

@@ -19,9 +19,9 @@ from transformers import (
 
 import hf_efcp
 from hf_efcp import EFCPCallback, EFCPTrainer, EFCPTrainerMixin, EFCPTrainingArguments
-from tests.reference import info, known_to
+from tests.reference import each, info, known_to
 
-by_name = pytest.mark.parametrize("name", hf_efcp.list_optimizers())
+by_name = pytest.mark.parametrize("name", each())
 
 
 class Recorder(TrainerCallback):

@@ -5,11 +5,10 @@ import math
 import pytest
 from transformers import Trainer
 
-import hf_efcp
 from hf_efcp.registry import get_optimizer_info
-from tests.reference import args_known_to, info
+from tests.reference import args_known_to, each, info
 
-by_name = pytest.mark.parametrize("name", hf_efcp.list_optimizers())
+by_name = pytest.mark.parametrize("name", each())
 
 
 @by_name

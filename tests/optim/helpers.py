@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from tests.reference import NAMES, SHAPES, compressed_names, make, names, parameters
+from tests.reference import SHAPES, compressed_names, each, make, names, parameters
 
 M = 4  # window size: a few steps wrap around
 
@@ -101,10 +101,10 @@ def pairwise(**lists):
     return pytest.mark.parametrize(",".join(lists), combinations, ids=ids, indirect=[n for n in lists if n == "kernels"])
 
 
-EVERY = pytest.mark.parametrize("name", NAMES)
-WINDOWED = pytest.mark.parametrize("name", names(windowed=True))
+EVERY = pytest.mark.parametrize("name", each())
+WINDOWED = pytest.mark.parametrize("name", each(names(windowed=True)))
 KERNELS = ["kernels", "plain torch"]
-COMPRESSED = pytest.mark.parametrize("name", compressed_names())
+COMPRESSED = pytest.mark.parametrize("name", each(compressed_names()))
 SCOPES = pytest.mark.parametrize("scope", ["model", "layer"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 

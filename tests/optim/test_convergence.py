@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.datasets import load_breast_cancer, load_digits
 
-from tests.reference import NAMES, info, known_to, names
+from tests.reference import NAMES, each, info, known_to, names
 
 SMALL = {"low rank": {"rank": 1}, "sparse": {"density": 0.4, "block_size": 5}, "dense": {}}
 
@@ -35,20 +35,20 @@ def rosenbrock(x):
     return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each())
 def test_rosenbrock(name):
     x = torch.nn.Parameter(torch.tensor([[-1.2, 1.0, -1.2], [1.0, -1.2, 1.0]], dtype=torch.float64))
     optimizer = build(name, [x], 0.03, window_size=4, window_momentum=0.9)
     assert minimise(optimizer, lambda: rosenbrock(x), 800) < 1 / 200
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each())
 def test_one_dimension(name):
     x = torch.nn.Parameter(torch.tensor(3.0))
     assert minimise(build(name, [x], 0.1, window_size=4), lambda: (x - 1) ** 2 + 0.1 * (x - 1) ** 4, 150) < 1e-4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each())
 def test_logistic_regression(name):
     data = load_breast_cancer()
     features = torch.tensor(data.data, dtype=torch.float32)
@@ -60,7 +60,7 @@ def test_logistic_regression(name):
     assert (model(features).argmax(1) == labels).float().mean() > 0.97
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each())
 def test_small_mlp(name):
     data = load_digits()
     features, labels = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)

@@ -10,9 +10,9 @@ from torch.nn import Parameter
 
 from hf_efcp.core.cells import compute_dtype
 from tests.optim.helpers import bits, count, differences, gradients_at, shared, snapshot
-from tests.reference import NAMES, error, ggt_oracle, info, known_to, mfac_oracle, names, parameters, row, update_of, window
+from tests.reference import each, error, ggt_oracle, info, known_to, mfac_oracle, names, parameters, row, update_of, window
 
-EVERY = pytest.mark.parametrize("name", NAMES)
+EVERY = pytest.mark.parametrize("name", each())
 WINDOWED = pytest.mark.parametrize("name", names(windowed=True))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

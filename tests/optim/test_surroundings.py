@@ -24,6 +24,7 @@ from tests.optim.helpers import (
 )
 from tests.reference import (
     NAMES,
+    each,
     error,
     make,
     parameters,
@@ -223,7 +224,7 @@ def test_memory_is_constant_and_known_before_the_first_step(name):
     assert sum(before.values()) == sum(bits(t).numel() for entry in optimizer.state.values() for t in entry.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each())
 def test_a_compiled_step_is_the_same(name):
     """torch.compile calls step() as it is."""
     ends = []
