@@ -103,7 +103,7 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
         check_numbers(self.param_groups, self.builder.name)
         setup = self.builder.prepare(self.param_groups, self.state, stepping=True)
         if setup.params and setup.has_work():
-            setup.probe, self.probed = Probe(setup, self.param_groups, self.options) if self.probed else None, False
+            setup.probe, self._probed = Probe(setup, self.param_groups, self.options) if self._probed else None, False
             with ieee_matmul(setup.counters.step.device), self.builder.torn.watch(setup):
                 self.builder.graph.step(self.method, setup, self.param_groups, self.builder.options)
             setup.note()

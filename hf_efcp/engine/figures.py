@@ -19,15 +19,11 @@ else:
 
 
 class Figures(_Base):
-    """The figures of an `EngineOptimizer`.
-
-    Attributes:
-        probed: whether the next step is to be probed.
-    """
+    """The figures of an `EngineOptimizer`."""
 
     builder: Builder
     method: ClassVar[Any]
-    probed = False
+    _probed = False  # whether the next step is to be probed
 
     def setup(self) -> Setup:
         """See EngineOptimizer."""
@@ -59,7 +55,7 @@ class Figures(_Base):
 
         The step moves parameters and state by the same bits as any other, and takes up to twice as long.
         """
-        self.probed = True
+        self._probed = True
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
