@@ -16,6 +16,8 @@ TRIGGERS = (
     "transformers.training_args",
     "transformers.trainer",
     "transformers.trainer_optimizer",
+    "transformers.modelcard",
+    "accelerate.optimizer",
     "accelerate.accelerator",
 )
 

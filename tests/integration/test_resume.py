@@ -80,7 +80,7 @@ def assert_resumed(resumed, uninterrupted, checkpoint):
     assert differences(everything(uninterrupted), everything(resumed)) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", each())
 def test_every_optimizer(name, dtype, make_trainer, checkpoint):
     out, again = (make_trainer(folder, name, dtype=dtype) for folder in ("out", "again"))

@@ -160,7 +160,7 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    assert "list the names that --optim takes" in capsys.readouterr().out
+    assert "list the optimizers that --optim takes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", [[], ["lst"], ["list", "--option", "extra", "more"]])

@@ -151,9 +151,7 @@ def differences(a, b, where="optimizer.pt"):
     return [] if equal else [where]
 
 
-@pytest.mark.parametrize(
-    "script", [s if s in ("glue_like", "clm_like") else pytest.param(s, marks=pytest.mark.slow) for s in RUNS]
-)
+@pytest.mark.parametrize("script", [s if s == "glue_like" else pytest.param(s, marks=pytest.mark.slow) for s in RUNS])
 def test_train_and_resume_in_a_fresh_process(script, run, prepare, tmp_path, python, monkeypatch):
     arguments = prepare(script)
     assert run(command(script, arguments)) == 0

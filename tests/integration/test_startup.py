@@ -112,7 +112,7 @@ def test_a_child_of_a_script_that_fails_has_the_last_word(end, child, run, capfd
 NOBODY_HEARS = ["stderr=subprocess.DEVNULL", "preexec_fn=lambda: os.close(2)"]
 
 
-@pytest.mark.parametrize("how", NOBODY_HEARS)
+@pytest.mark.parametrize("how", [NOBODY_HEARS[0], pytest.param(NOBODY_HEARS[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("under", ["hf-efcp run", "a program"])
 def test_what_nobody_heard_of_a_child_that_fails_is_told(how, under, tmp_path, inside, run, capfd, monkeypatch):
     (tmp_path / "starts.py").write_text(
@@ -217,6 +217,7 @@ def environment(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_enabled_used_switched_off_and_disabled(environment, tmp_path):
     def command(name):
         done = environment("-m", "hf_efcp.cli.main", name, PYTHONPATH=str(CHECKOUT))

@@ -181,7 +181,7 @@ KERNELS = {
     [
         pytest.param(torch.float32, None, id="fp32"),
         pytest.param(torch.float64, None, id="fp64", marks=pytest.mark.slow),
-        pytest.param(torch.float32, torch.bfloat16, id="bf16"),
+        pytest.param(torch.float32, torch.bfloat16, id="bf16", marks=pytest.mark.slow),
     ],
 )
 @SHAPES
