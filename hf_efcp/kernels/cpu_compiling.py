@@ -7,7 +7,7 @@ import os
 
 from numba.core import event
 
-_log = logging.getLogger("hf_efcp")
+_log = logging.getLogger("hf_efcp.compiling")
 
 
 class Announcement(event.Listener):

@@ -1,5 +1,6 @@
 """Run a function on several gloo processes of this machine and collect what they return."""
 
+import logging
 import multiprocessing
 import os
 import tempfile
@@ -26,6 +27,7 @@ def _process(rank, processes, folder, environment, function, args):
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    logging.getLogger("hf_efcp.compiling").setLevel(logging.ERROR)  # who compiles first is chance
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     torch.save(function(rank, *args), Path(folder, f"{rank}.pt"))

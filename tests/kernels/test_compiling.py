@@ -22,16 +22,18 @@ def event(module):
 @pytest.mark.parametrize("kept, end", [(True, "they are kept on disk for later runs"), (False, "set NUMBA_CACHE_DIR")])
 def test_it_is_said_once_and_for_our_functions(kept, end, caplog, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
+    caplog.set_level(logging.WARNING, "hf_efcp.compiling")
     announcement = Announcement()
     announcement.kept = kept
     for module in ("umap.layouts", "hf_efcp.kernels.cpu_sparse", "hf_efcp.kernels.cpu_keep"):
         announcement.notify(event(module))
     (record,) = caplog.records
-    assert record.levelno == logging.WARNING and record.name == "hf_efcp" and end in record.message
+    assert record.levelno == logging.WARNING and record.name == "hf_efcp.compiling" and end in record.message
 
 
 def test_other_processes_of_a_machine_are_silent(caplog, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
+    caplog.set_level(logging.WARNING, "hf_efcp.compiling")
     Announcement().notify(event("hf_efcp.kernels.cpu_sparse"))
     assert not caplog.records
 
