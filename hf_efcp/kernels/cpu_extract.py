@@ -11,7 +11,7 @@ from . import Blocks, Entry, Error, Matrices, Rounding
 from .cpu_keep import column_keys, row_key, scales_of, write
 from .cpu_threads import divide_work
 from .cpu_tools import REORDERED, Addresses, Errors, add_error, array, compiled, matrix_row, reads
-from .cpu_top_k import choose, unsigned_like
+from .cpu_top_k import select, unsigned_like
 
 
 @compiled(relaxed=REORDERED)
@@ -38,7 +38,7 @@ def extract_rows(
     """Indices and values of the largest numbers in the blocks of some rows of a = e + g, and e <- a without them."""
     rows = values.shape[1]
     a, magnitudes, lanes = np.empty(cols, values.dtype), np.empty(block, unsigned.dtype), np.empty(block, unsigned.dtype)
-    words, where = np.empty(-(-block // 8), np.int64), np.empty(block, np.int32)
+    words, where, bits = np.empty(-(-block // 8), np.int64), np.empty(block, np.int32), a.view(unsigned.dtype)
     single, keys, key = np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
     for task in range(lo, hi):
         t, row = task // rows, task % rows
@@ -49,12 +49,14 @@ def extract_rows(
         add_error(a, matrix_row(gradients[t], row, cols, values), error, scale, t, row, 0)
         index, value, place = indices[t, row], values[t, row], 0
         for start in range(0, cols, block):
-            part = a[start : start + block]
-            size = kept if part.size == block else kept_tail
-            choose(part, size, magnitudes, lanes, words, where, index[place:], value[place:])
-            for i in range(place, place + size):
-                part[index[i]] -= value[i]
-            place += size
+            width = min(block, cols - start)
+            size = kept if width == block else kept_tail
+            select(bits[start : start + width], size, magnitudes, lanes, words, where)
+            for i in range(size):
+                largest = a[start + where[i]]
+                index[place], value[place] = where[i], largest
+                a[start + where[i]] -= largest
+                place += 1
         write(error[t, row], scales_of(scale, t, row, a), a, row_key(key, row_0 + row), keys, single, limit)
 
 

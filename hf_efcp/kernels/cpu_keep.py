@@ -195,30 +195,46 @@ def _scales_of_compiled(scale, t, row, like):
 
 
 @compiled(relaxed=REORDERED)
-def keep_rows(
-    lo, hi, error, scale, limit, absent, gradients, left, right, one, two, starts, cols, decay, step, salts, row_0, col_0, like
+def keep_sparse_rows(
+    lo, hi, error, scale, limit, absent, gradients, left, right, index, c, starts, cols, decay, step, salts, row_0, col_0, like
 ):
-    """e <- decay * e + g - c for some rows. `one` and `two` are p and q; or, where there are `starts`, indices and values."""
-    rows, height = error.shape[1], 1 if starts.size else TILE
-    a, room = np.empty((height, cols), like.dtype), np.empty(cols, like.dtype)
+    """e <- decay * e + g - c for some rows; c has its numbers in the columns starts + index."""
+    rows = error.shape[1]
+    a, room = np.empty(cols, like.dtype), np.empty(cols, like.dtype)
+    single, keys, key = np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
+    for task in range(lo, hi):
+        t, row = task // rows, task % rows
+        if absent[t]:
+            continue
+        if task == lo or row == 0:
+            key = column_keys(step, salts[t], col_0, keys)
+        g = matrix_row(gradients[t], row, cols, like)
+        read_row(a, room, g, left, right, error, scale, t, row, 0, decay)
+        columns, numbers = index[t, row], c[t, row]
+        for i in range(numbers.size):
+            a[starts[i] + np.int64(columns[i])] -= real(numbers[i])
+        write(error[t, row], scales_of(scale, t, row, like), a, row_key(key, row_0 + row), keys, single, limit)
+
+
+@compiled(relaxed=REORDERED)
+def keep_low_rank_rows(
+    lo, hi, error, scale, limit, absent, gradients, left, right, p, q, cols, decay, step, salts, row_0, col_0, like
+):
+    """e <- decay * e + g - p^T q for some rows, which are formed four at a time."""
+    rows = error.shape[1]
+    a, room = np.empty((TILE, cols), like.dtype), np.empty(cols, like.dtype)
     single, keys, key = np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
     task = lo
     while task < hi:
         t, row = task // rows, task % rows
-        many = height if row + height <= rows and task + height <= hi else 1
+        many = TILE if row + TILE <= rows and task + TILE <= hi else 1
         if not absent[t]:
             if task == lo or row == 0:
                 key = column_keys(step, salts[t], col_0, keys)
             for i in range(many):
-                read_row(
-                    a[i], room, matrix_row(gradients[t], row + i, cols, like), left, right, error, scale, t, row + i, 0, decay
-                )
-            if starts.size:
-                number, index, value = a[0], one[t, row], two[t, row]
-                for i in range(value.size):
-                    number[starts[i] + np.int64(index[i])] -= real(value[i])
-            else:
-                _subtract_product(a[:many], one[t], row, two[t])
+                g = matrix_row(gradients[t], row + i, cols, like)
+                read_row(a[i], room, g, left, right, error, scale, t, row + i, 0, decay)
+            _subtract_product(a[:many], p[t], row, q[t])
             for i in range(row, row + many):
                 scales = scales_of(scale, t, i, like)
                 write(error[t, i], scales, a[i - row], row_key(key, row_0 + i), keys, single, limit)
@@ -267,7 +283,8 @@ def keep(
     absent_flags = np.zeros(n, bool)
     absent_flags[list(absent)] = True
     where = *kept.arrays, kept.limit, absent_flags, g.array, *factors(scale, g.dtype)
-    divide_work(keep_rows, n * rows, numbers, *where, *arrays, starts, cols, by, int(step), array(salts), *origin, like)
+    compiled_rows, places = (keep_sparse_rows, (starts,)) if blocks else (keep_low_rank_rows, ())
+    divide_work(compiled_rows, n * rows, numbers, *where, *arrays, *places, cols, by, int(step), array(salts), *origin, like)
     return True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cpu_keep import keep_rows
+from .cpu_keep import keep_low_rank_rows
 from .cpu_low_rank import products
 from .cpu_many import (
     COLS,
@@ -174,7 +174,7 @@ def _factor_dots(row, p, q, like, m, j, dots):
 @compiled
 def commit_low_rank(lo, hi, table, like, error_like, window_like, m, j, metric, limit, decay, step, beta, room, means):
     """e <- decay * e + S^-1 g - c; c goes into slot j, Q and D are those of this step."""
-    nothing, no_starts = np.zeros(1, np.bool_), np.empty(0, np.int32)
+    nothing = np.zeros(1, np.bool_)
     for t in range(lo, hi):
         row = table[t]
         rows, cols, rank = row[ROWS], row[COLS], row[KEPT]
@@ -182,8 +182,8 @@ def commit_low_rank(lo, hi, table, like, error_like, window_like, m, j, metric, 
         x, y = factors_of(row, metric, room)
         one, two = p.reshape(1, rank, rows), q.reshape(1, rank, cols)
         e, no_scale = error_of(row, False, error_like), view_at(row[ERROR], (0, 0, 0), like)
-        keep_rows(
-            0, rows, e, no_scale, limit, nothing, one_number(row[GRADIENT]), x, y, one, two, no_starts, cols, decay, step,
+        keep_low_rank_rows(
+            0, rows, e, no_scale, limit, nothing, one_number(row[GRADIENT]), x, y, one, two, cols, decay, step,
             one_number(row[NUMBER]), 0, 0, like,
         )  # fmt: skip
         first, second = view_at(row[FIRST], (m, rank, rows), window_like), view_at(row[SECOND], (m, rank, cols), window_like)

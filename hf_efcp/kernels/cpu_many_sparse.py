@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cpu_keep import keep_rows
+from .cpu_keep import keep_sparse_rows
 from .cpu_many import (
     BLOCK,
     COLS,
@@ -102,7 +102,7 @@ def commit_sparse(
         x, y = factors_of(row, metric, room)
         starts = _kept_places(row)[0] - np.int32(ROOM)
         e, no_scale = error_of(row, False, error_like), view_at(row[ERROR], (0, 0, 0), like)
-        keep_rows(
+        keep_sparse_rows(
             0, rows, e, no_scale, limit, nothing, one_number(row[GRADIENT]), x, y, index, value, starts, cols, decay, step,
             one_number(row[NUMBER]), 0, 0, like,
         )  # fmt: skip

@@ -100,6 +100,8 @@ def _add_run(a, g, codes, at, scales, run, by):
 @overload(_add_run)
 def _add_run_compiled(a, g, codes, at, scales, run, by):
     """a <- g + by * e for the numbers from `at` on, which lie in one run; scales as `core.codecs` has them."""
+    if codes.dtype not in (types.int8, types.uint8):  # numbers and no codes: they are added without it
+        return lambda a, g, codes, at, scales, run, by: None
     if codes.dtype == types.int8:
         return _add_bytes
     return _add_between_bounds if scales.ndim == 2 else _add_scaled

@@ -30,21 +30,27 @@ def flagged(words, where):
 
 
 @compiled
-def _select(bits, kept, lanes, words, where):
-    """Indices of the `kept` largest of `bits` into where[:kept]."""
-    width = bits.size
+def select(bits, kept, magnitudes, lanes, words, where):
+    """Indices of the `kept` numbers of largest magnitude, of these bits, into where[:kept]. The other arrays are room.
+
+    Without the sign, the bits of numbers are ordered as their magnitudes are, with NaN above all.
+    """
+    width, top = bits.size, np.iinfo(magnitudes.dtype).max
+    for i in range(width):
+        magnitudes[i] = bits[i] & top
     if kept > _MANY or width < 4 * kept:
         for i in range(width):
             where[i] = i
-        _largest(bits, width, kept, where)
+        _largest(magnitudes, width, kept, where)
         return
-    least = _bound(bits, kept, lanes)
-    flags = words.view(np.uint8)
+    least = _bound(magnitudes[:width], kept, lanes)
+    used = words[: -(-width // 8)]
+    flags = used.view(np.uint8)
     for i in range(width):
-        flags[i] = np.uint8(bits[i] >= least)
+        flags[i] = np.uint8(magnitudes[i] >= least)
     for i in range(width, flags.size):
         flags[i] = 0
-    _largest(bits, flagged(words, where), kept, where)
+    _largest(magnitudes, flagged(used, where), kept, where)
 
 
 @compiled
@@ -104,26 +110,12 @@ def _sift(bits, where, start, size):
 
 
 @compiled
-def choose(a, size, magnitudes, lanes, words, where, index, value):
-    """Indices of the `size` numbers of largest magnitude of a, and these numbers, into index[:size] and value[:size].
-
-    Without the sign, the bits of numbers are ordered as their magnitudes are, with NaN above all. The other arrays are room.
-    """
-    bits, top = a.view(magnitudes.dtype), np.iinfo(magnitudes.dtype).max
-    for i in range(a.size):
-        magnitudes[i] = bits[i] & top
-    _select(magnitudes[: a.size], size, lanes, words[: -(-a.size // 8)], where)
-    for i in range(size):
-        index[i], value[i] = where[i], a[where[i]]
-
-
-@compiled
 def top_k_rows(lo, hi, gradients, x, y, error, scale, unsigned, block, kept, kept_tail, cols, indices, values):
     """Indices and values of the largest numbers in the blocks of some rows of a = e + g."""
     rows = values.shape[1]
     a, room = np.empty(block, values.dtype), np.empty(block, values.dtype)
     magnitudes, lanes = np.empty(block, unsigned.dtype), np.empty(block, unsigned.dtype)
-    words, where = np.empty(-(-block // 8), np.int64), np.empty(block, np.int32)
+    words, where, bits = np.empty(-(-block // 8), np.int64), np.empty(block, np.int32), a.view(unsigned.dtype)
     for task in range(lo, hi):
         t, row = task // rows, task % rows
         g, index, value = matrix_row(gradients[t], row, cols, values), indices[t, row], values[t, row]
@@ -132,8 +124,10 @@ def top_k_rows(lo, hi, gradients, x, y, error, scale, unsigned, block, kept, kep
             width = min(block, cols - start)
             size = kept if width == block else kept_tail
             read_row(a[:width], room, g[start : start + width], x, y, error, scale, t, row, start)
-            choose(a[:width], size, magnitudes, lanes, words, where, index[place:], value[place:])
-            place += size
+            select(bits[:width], size, magnitudes, lanes, words, where)
+            for i in range(size):
+                index[place], value[place] = where[i], a[where[i]]
+                place += 1
 
 
 def unsigned_like(dtype: torch.dtype) -> np.ndarray:
