@@ -32,6 +32,16 @@ def each(chosen=NAMES):
     return [pytest.param(n, marks=pytest.mark.slow) if n in repeats else n for n in chosen]
 
 
+def few(values, fast):
+    """Parameters for pytest: those for which `fast` is true always run, the others by `-m slow`."""
+    return [v if fast(v) else pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values]
+
+
+def few_names(chosen=NAMES):
+    """Parameters for pytest: one method with a window and one without always run, the others by `-m slow`."""
+    return few(chosen, {next(iter(names(windowed=w))) for w in (True, False)}.__contains__)
+
+
 def compressed_names():
     """The names whose windows leave something of a gradient out."""
     return [n for n in names(windowed=True) if info(n).compression != "dense"]

@@ -11,10 +11,10 @@ from transformers import Trainer, TrainerCallback
 import hf_efcp
 from hf_efcp.registry import get_optimizer_info
 from tests.optim.helpers import count, differences, snapshot
-from tests.reference import args_known_to, each
+from tests.reference import args_known_to, each, few_names, names
 
 NAMES = hf_efcp.list_optimizers()
-few_names = pytest.mark.parametrize("name", ["efcp_lowrank_mfac", "efcp_sparse_ggt"])
+two_names = pytest.mark.parametrize("name", ["efcp_lowrank_mfac", "efcp_sparse_ggt"])
 # An epoch is 8 batches: the checkpoint lies inside the second one, and the window has wrapped around.
 STEPS, SAVED = 20, 11
 TRAINING = {
@@ -88,7 +88,7 @@ def test_every_optimizer(name, dtype, make_trainer, checkpoint):
     assert count(optimizer_of(again)) == STEPS
 
 
-@few_names
+@two_names
 @pytest.mark.parametrize("training", TRAINING)
 def test_ways_of_training(training, name, make_trainer, checkpoint):
     out, again = (make_trainer(folder, name, **TRAINING[training]) for folder in ("out", "again"))
@@ -106,7 +106,7 @@ def said(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "hf_efcp"]
 
 
-@few_names
+@two_names
 @pytest.mark.parametrize("preset", [None, "paper"])
 def test_new_defaults_leave_an_old_run_as_it_was(name, preset, make_trainer, checkpoint, monkeypatch, caplog):
     cls = get_optimizer_info(name).cls
@@ -133,7 +133,7 @@ def test_a_given_option_wins_or_is_refused(make_trainer, checkpoint, caplog):
     assert "; this run's and not the checkpoint's: damping=0.7 (not " in said(caplog)[-1]
 
 
-@few_names
+@two_names
 def test_the_best_model_is_loaded_at_the_end(name, make_trainer, checkpoint):
     given = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": SAVED}
     out, again = (make_trainer(folder, name, **given) for folder in ("out", "again"))
@@ -141,7 +141,7 @@ def test_the_best_model_is_loaded_at_the_end(name, make_trainer, checkpoint):
     assert again.state.best_model_checkpoint == out.state.best_model_checkpoint == checkpoint
 
 
-@few_names
+@two_names
 def test_a_checkpoint_of_the_model_only_starts_the_optimizer_afresh(name, make_trainer, checkpoint):
     given = {"save_only_model": True, "dropout": 0.0}  # no random state is saved either
     out, again = (make_trainer(folder, name, **given) for folder in ("out", "again"))
@@ -167,7 +167,7 @@ def limit_memory(model, batch_size, start):
     return tried
 
 
-@few_names
+@pytest.mark.parametrize("name", few_names(names(windowed=True)))
 def test_the_batch_size_that_fits_is_found(name, make_trainer, checkpoint):
     out, again = (make_trainer(folder, name, auto_find_batch_size=True) for folder in ("out", "again"))
     tried, tried_again = limit_memory(out.model, 14, start=4), limit_memory(again.model, 14, start=1)
@@ -178,7 +178,7 @@ def test_the_batch_size_that_fits_is_found(name, make_trainer, checkpoint):
     assert max(tried[4:]) == max(tried_again) in (8, 14)  # Accelerate before 1.9 halves 16, later ones take 0.9 of it
 
 
-@few_names
+@two_names
 def test_fp16_with_a_gradient_scaler(name, make_trainer, checkpoint):
     out, again = (make_trainer(folder, name, fp16=True) for folder in ("out", "again"))
     for trainer in (out, again):  # on the CPU accelerate trains in fp32 and without a scaler

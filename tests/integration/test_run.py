@@ -111,7 +111,10 @@ def test_a_module(python, show, tmp_path):
     "launcher",
     [
         ["torch.distributed.run", "--nproc_per_node", "1"],
-        ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"],
+        pytest.param(
+            ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["torchrun", "accelerate"],
 )

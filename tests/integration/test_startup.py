@@ -282,6 +282,7 @@ def test_a_line_of_another_installation_is_told(monkeypatch, tmp_path, capsys):
 # A real program -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # tests/recipes trains with TRL
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
 def test_trl_sft_trains_and_refuses(tmp_path):
     """Its command line starts a second Python by `accelerate launch`, as those of tests/clients do."""

@@ -6,12 +6,10 @@ import pytest
 from transformers import Trainer
 
 from hf_efcp.registry import get_optimizer_info
-from tests.reference import args_known_to, each, info
-
-by_name = pytest.mark.parametrize("name", each())
+from tests.reference import args_known_to, few_names, info
 
 
-@by_name
+@pytest.mark.parametrize("name", few_names())
 def test_training_lowers_the_loss(name, make_args, tiny_bert, token_data):
     options = args_known_to(name, "window_size=8,momentum=1e-3")
     if info(name).compression == "sparse" and not info(name).windowed:

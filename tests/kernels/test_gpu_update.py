@@ -12,7 +12,7 @@ from hf_efcp.engine import apply
 from hf_efcp.kernels import calls
 from hf_efcp.kernels.devices import pretending
 from tests.kernels.helpers import coded_error, plain_error
-from tests.reference import NAMES, info, make, parameters, relative, set_gradients
+from tests.reference import few_names, make, parameters, relative, set_gradients
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="for Triton's interpreter")
@@ -111,7 +111,7 @@ STEPS = [
 
 
 @pytest.mark.parametrize("options", STEPS, ids=str)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if info(n).family == "ggt" else []) for n in NAMES])
+@pytest.mark.parametrize("name", few_names())
 def test_steps_of_bf16_parameters_are_those_of_torch(name, options, monkeypatch):
     """In the way of a GPU, where only the addition is a kernel, some rows at a time."""
     updates, done, attempt = [], [], kernels._try

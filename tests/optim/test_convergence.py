@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.datasets import load_breast_cancer, load_digits
 
-from tests.reference import NAMES, each, info, known_to, names
+from tests.reference import NAMES, each, few_names, info, known_to, names
 
 SMALL = {"low rank": {"rank": 1}, "sparse": {"density": 0.4, "block_size": 5}, "dense": {}}
 
@@ -35,7 +35,7 @@ def rosenbrock(x):
     return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
 
 
-@pytest.mark.parametrize("name", each())
+@pytest.mark.parametrize("name", few_names())
 def test_rosenbrock(name):
     x = torch.nn.Parameter(torch.tensor([[-1.2, 1.0, -1.2], [1.0, -1.2, 1.0]], dtype=torch.float64))
     optimizer = build(name, [x], 0.03, window_size=4, window_momentum=0.9)
@@ -117,7 +117,7 @@ def first_order():
     return min(sgd + adam)
 
 
-@pytest.mark.parametrize("name", [*names(family="mfac"), *(pytest.param(n, marks=pytest.mark.slow) for n in names(family="ggt"))])
+@pytest.mark.parametrize("name", few_names(names(windowed=True)))
 def test_full_matrix_methods_beat_sgd_and_adam_where_directions_differ(name, first_order):
     window = 5 * DIMENSION if info(name).family == "mfac" else DIMENSION
     rank = {"rank": 2} if info(name).compression == "low rank" else {}

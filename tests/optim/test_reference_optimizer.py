@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.optim.helpers import clones
-from tests.reference import info, make, names, parameters, relative
+from tests.reference import each, info, make, names, parameters, relative
 from tests.reference_optimizer import ReferenceOptimizer
 
 STEPS, M = 50, 7  # the window wraps seven times
@@ -30,7 +30,7 @@ def gradients_at(t, params):
     [{}, {"window_momentum": 0.8}, AFTER, {"scope": "layer"}, {"scope": "layer", "window_momentum": 0.8, **AFTER}],
     ids=str,
 )
-@pytest.mark.parametrize("name", names(windowed=True))
+@pytest.mark.parametrize("name", each(names(windowed=True)))
 def test_fifty_steps_are_those_of_the_reference(name, options):
     params = parameters()
     fast = make(name, params, lr=LR, window_size=M, **options)

@@ -5,7 +5,7 @@ import torch
 
 from tests.optim.entry_runs import ADAMW, OPTIONS, WITH_CONTROL
 from tests.optim.helpers import bits, fresh, gradients_at, same, through_a_file
-from tests.reference import parameters
+from tests.reference import few, parameters
 
 STEPS = 8
 
@@ -141,7 +141,7 @@ def begin(name, loop, params=None):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("saved_at", [3, 5])
+@pytest.mark.parametrize("saved_at", few([3, 5], {5}.__contains__))
 @WITH_CONTROL
 def test_save_and_resume_bit_for_bit(name, loop, saved_at):
     whole, first = begin(name, loop), begin(name, loop)
