@@ -17,7 +17,7 @@ from .._version import __version__
 from ..bench import command as bench
 from ..options import GroupOptions, OptionError, as_text, described, field_types
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, optim_defaults
-from . import advise, enable, estimate, report
+from . import advise, completion, enable, estimate, report
 
 _HEADER = ("option", "type", "class default", "--optim default", "meaning")
 # Options that the Trainer takes from arguments of its own.
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     advise.add_parser(commands)
     bench.add_parser(commands)
     report.add_parsers(commands)
+    completion.add_parser(commands, _parser)
     return parser
 
 
