@@ -27,14 +27,15 @@ def call(*command: object, cwd: Path | None = None) -> str:
     """Run a command; return what it prints, or end the script with it where the command fails."""
     done = subprocess.run([str(part) for part in command], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))}\nexit status {done.returncode}\n{done.stdout}{done.stderr}")
+        print(" ".join(map(str, command)), f"exit status {done.returncode}", done.stdout, done.stderr, sep="\n", flush=True)
+        sys.exit("failed; removing the environment takes a while")
     return done.stdout + done.stderr
 
 
 def environment(python: str, folder: Path, *packages: object) -> Path:
     """Make a virtual environment with packages in an empty folder; return its folder of programs."""
     call(python, "-m", "venv", folder)
-    call(folder / "bin/python", "-m", "pip", "install", "-q", "--no-cache-dir", *packages)
+    call(folder / "bin/python", "-m", "pip", "install", "-q", *packages)
     return folder / "bin"
 
 

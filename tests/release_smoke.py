@@ -27,7 +27,8 @@ def main() -> None:
         assert not torch.equal(before, weights.weight) and weights.weight.isfinite().all(), name
         optimizer.zero_grad()
     del os.environ["HF_EFCP_KERNELS"]
-    model = BertForSequenceClassification(BertConfig(32, 16, 1, 2, 32, max_position_embeddings=16))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertForSequenceClassification(BertConfig(vocab_size=32, max_position_embeddings=16, **sizes))
     data = [{"input_ids": torch.arange(8), "labels": torch.tensor(i % 2)} for i in range(8)]
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(folder, optim="efcp_lowrank_mfac", max_steps=2, report_to="none", use_cpu=True)
