@@ -15,7 +15,7 @@ import torch
 
 from .engine.asked import merged
 from .engine.base import EngineOptimizer
-from .optim import DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
+from .optim import DCTAdamW, DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
 from .options import GroupOptions, OptionError, build, field_types, unknown_name
 
 
@@ -120,6 +120,14 @@ for _info in (
         family="ldadam",
         windowed=False,
         **{**_LOW_RANK, "paper": "2410.16103"},
+    ),
+    OptimizerInfo(
+        "efcp_dct_adamw",
+        DCTAdamW,
+        "AdamW in chosen columns of a cosine basis, with error feedback; AdamW for embeddings, head and vectors",
+        family="dct_adamw",
+        windowed=False,
+        **{**_LOW_RANK, "paper": "2505.17967"},
     ),
     OptimizerInfo(
         "efcp_microadam",

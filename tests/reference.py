@@ -32,6 +32,11 @@ def each(chosen=NAMES):
     return [pytest.param(n, marks=pytest.mark.slow) if n in repeats else n for n in chosen]
 
 
+def briefly():
+    """The names whose tests run by hand, but for the first variant of each: another one without a window has such factors too."""
+    return names(windowed=False, compression="low rank")[1:]
+
+
 def compressed_names():
     """The names whose windows leave something of a gradient out."""
     return [n for n in names(windowed=True) if info(n).compression != "dense"]

@@ -45,7 +45,7 @@ def test_bf16_llama_keeps_every_dtype_through_prepare_save_and_load(name, tmp_pa
         assert found <= set(state_dtypes(name).items())
 
     windowed = info(name).windowed
-    low_rank = {"window_p" if windowed else "projector", "error"}
+    low_rank = {"window_p" if windowed else "exp_avg", "error"}
     expected = {"low rank": low_rank, "sparse": {"window_indices", "error"}, "dense": {"window_rows"}}
     accelerator, model, optimizer = prepared()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

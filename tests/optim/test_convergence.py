@@ -67,7 +67,7 @@ def test_small_mlp(name):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
     # A window of rank-1 rows spans up to 16 directions; a method without one has no more than its rank.
-    rank = {} if info(name).windowed else {"rank": 4}
+    rank = {} if info(name).windowed else {"rank": 4, "adjust_lr_fn": "match_rms_adamw"}
     optimizer = build(name, model.parameters(), 0.01, window_size=16, **rank)
     order = torch.randperm(len(labels) - 297, generator=torch.Generator().manual_seed(0))
     for batch in order.repeat(6).split(64):
