@@ -11,6 +11,7 @@ Where processes hold some rows of a each, S or its norms are summed over them, s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,12 @@ class Columns:
         self.short, self.long = (layout.rows, layout.cols) if self.left else (layout.cols, layout.rows)
         self.rank = min(rank, self.short)
         self._ell, self._method, self._here, self._total = ell_norm, method, here, total
+
+    @classmethod
+    def of(cls, s: Any, o: Any) -> Columns:
+        """Make it for a stack and the options of `ColumnsOptions`."""
+        start = s.turn.origin[0]
+        return cls(s.layout, o.rank, o.ell_norm, o.dct_method, slice(start, start + s.shape[0]), s.total)
 
     def spec(self) -> Spec:
         """Declare i, (r,) int32, the same on every process."""

@@ -5,5 +5,17 @@ from .ggt import DenseGGT, LowRankGGT, SparseGGT
 from .ldadamw import LDAdamW
 from .mfac import DenseMFAC, LowRankMFAC, SparseMFAC
 from .microadam import MicroAdam
+from .trion import Trion
 
-__all__ = ["DCTAdamW", "DenseGGT", "DenseMFAC", "LDAdamW", "LowRankGGT", "LowRankMFAC", "MicroAdam", "SparseGGT", "SparseMFAC"]
+__all__ = [
+    "DCTAdamW",
+    "DenseGGT",
+    "DenseMFAC",
+    "LDAdamW",
+    "LowRankGGT",
+    "LowRankMFAC",
+    "MicroAdam",
+    "SparseGGT",
+    "SparseMFAC",
+    "Trion",
+]

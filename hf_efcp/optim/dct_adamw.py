@@ -58,12 +58,6 @@ class DCTAdamWOptions(ColumnsOptions, SubspaceOptions, AdamWOptions, StateOption
 MEASURED: Mapping[str, Any] = MappingProxyType({"error_format": "int8", "adjust_lr_fn": "match_rms_adamw"})
 
 
-def columns_of(s: TensorStack, o: Any) -> Columns:
-    """Make what chooses the columns."""
-    start = s.turn.origin[0]
-    return Columns(s.layout, o.rank, o.ell_norm, o.dct_method, slice(start, start + s.shape[0]), s.total)
-
-
 def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
     """Declare i and both moments (long x r)."""
     columns, dtype = Columns(layout, o.rank), o.moment_dtype or layout.dtype
@@ -77,7 +71,7 @@ def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
 
 def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
     """Give u as factors; the equations are above."""
-    columns, i0 = columns_of(s, o), s.indices.read().long()
+    columns, i0 = Columns.of(s, o), s.indices.read().long()
     i, h = choose(columns, a, t, i0, o.update_interval)
     d = columns.vectors(i)
     h = without_noise(h, 1, as_it_is if columns.left else a.total or as_it_is)

@@ -78,6 +78,14 @@ def test_the_counts_of_dct_adamw():
     assert counts["update"].bytes == 2 * 3120 * 4
 
 
+def test_the_counts_of_trion():
+    """64 x 48, whose 48 columns are transformed, r = 16, M in bf16: five times two products and a square; AdamW as above."""
+    counts = started("efcp_trion", "rank=16,error_dtype=bf16")[0].costs()
+    assert counts["compress"].bytes == 3120 * 4 + 2 * (2 * 3072 + 4) + 2 * (4 * 2 * 48 + 4)
+    steps = 5 * (2 * 2 * 64 * 16**2 + 2 * 16**3)
+    assert counts["compress"].fp32 == pytest.approx(3072 * (4 * 16 + 2.5 * math.log2(48) + 2) + steps + 12 * 48)
+
+
 def test_counts_follow_the_options():
     def total(optim_args, name="efcp_lowrank_mfac", dtype=torch.float32):
         counts = started(name, with_common(optim_args), dtype=dtype)[0].costs()
