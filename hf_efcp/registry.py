@@ -15,7 +15,7 @@ import torch
 
 from .engine.asked import merged
 from .engine.base import EngineOptimizer
-from .optim import DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
+from .optim import DCTAdamW, DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC, Trion
 from .options import GroupOptions, OptionError, build, field_types, unknown_name
 
 
@@ -120,6 +120,22 @@ for _info in (
         family="ldadam",
         windowed=False,
         **{**_LOW_RANK, "paper": "2410.16103"},
+    ),
+    OptimizerInfo(
+        "efcp_dct_adamw",
+        DCTAdamW,
+        "AdamW in chosen columns of a cosine basis, with error feedback; AdamW for embeddings, head and vectors",
+        family="dct_adamw",
+        windowed=False,
+        **{**_LOW_RANK, "paper": "2505.17967"},
+    ),
+    OptimizerInfo(
+        "efcp_trion",
+        Trion,
+        "Muon in chosen columns of a cosine basis, error feedback in its momentum; AdamW for embeddings, head and vectors",
+        family="trion",
+        windowed=False,
+        **{**_LOW_RANK, "paper": "2505.17967", "exact": {"rank": 10_000, "momentum": 0.0}},
     ),
     OptimizerInfo(
         "efcp_microadam",
