@@ -55,6 +55,6 @@ def _plot(args: argparse.Namespace) -> int:
     for panel in (*figures.of_metrics(runs), *figures.of_diagnostics(runs)):
         name = f"{panel.title} {panel.x.split(' ')[0]}" if panel.large else panel.title
         file = folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.png"
-        figures.save(figures.figure(panel, *figures.ON_WHITE), file)
+        figures.save(figures.figure(panel, *figures.ON_WHITE, titled=True), file)
         print(file)
     return 0
