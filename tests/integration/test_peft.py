@@ -12,6 +12,7 @@ from transformers import Trainer
 from tests.integration.peft_runs import (
     LOSSY,
     adapters,
+    by_few_names,
     by_name,
     copies,
     lora,
@@ -30,7 +31,7 @@ from tests.reference import info, known_to, rate_of_adam
 # Training -----------------------------------------------------------------------------------------------------------------
 
 
-@by_name
+@by_few_names
 def test_bf16_llama_keeps_every_dtype_through_prepare_save_and_load(name, tmp_path):
     """And goes on from the saved state bit for bit."""
 
@@ -104,7 +105,7 @@ def test_other_methods_of_peft(name, config):
     assert loss_of(model) < 0.98 * before and moved(start, params) == set(params)
 
 
-@by_name
+@by_few_names
 def test_trainer_trains_adapters_and_modules_to_save(name, make_args, tiny_bert, token_data):
     """The saved module is a copy: it trains, its original does not."""
     model = with_lora(tiny_bert, task_type="SEQ_CLS", modules_to_save=["classifier"])

@@ -67,7 +67,7 @@ def test_logistic_regression(name):
     assert (model(features).argmax(1) == labels).float().mean() > 0.97
 
 
-@pytest.mark.parametrize("name", each())
+@pytest.mark.parametrize("name", few_names())
 def test_small_mlp(name):
     data = load_digits()
     features, labels = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
