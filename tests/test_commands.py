@@ -43,8 +43,8 @@ _STANDS_FOR = {"MODEL": "minilm", "path/to/model": "minilm", "NAME": "minilm", "
 _STANDS_FOR |= {"RATE": "1e-4", "FOLDER": "outputs"}
 # Flags of the scripts that the pages start, beside those of TrainingArguments.
 _SCRIPTS = {"model_name_or_path", "dataset_name", "model", "dataset", "stage", "do_train", "template"}
-# Options of programs whose parsers are not asked.
-_OF_OTHERS = {"--index"}
+# The beginnings of pip's options --index-url and --no-deps, whose parser is not asked.
+_OF_OTHERS = {"--index", "--no"}
 _QUICK = ("list", "estimate", "advise", "status", "report")  # commands of hf-efcp; the others are parsed
 _OTHER = {"python -m venv .venv", "python3 -m venv .venv", "pre-commit install", ".venv/bin/ruff format .", "trl sft"}
 
