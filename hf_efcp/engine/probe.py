@@ -117,7 +117,7 @@ class Probe:
         return rows_of_u
 
     def see(self, s: Any, rows: slice, u: Tensor) -> None:
-        """Add up rows `rows` of a stack's u, (n, rows, cols), beside those of the gradients and the parameters."""
+        """Add up rows `rows` of a stack's u, (n, rows, cols), beside the same sums of the gradients and the parameters."""
         if not (live := _live(s)):
             return
         pieces, u = [s.pieces[i] for i in live], u[live] if s.turn.absent else u

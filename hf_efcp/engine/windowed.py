@@ -226,6 +226,6 @@ def _new_row(stacks: Iterable[WindowStack], dots: Sequence[Tensor], gram: GramMa
 
 
 def _coefficients_of(c: Tensor, s: WindowStack, scope: str) -> Tensor:
-    """Give the stack's coefficients, (n, ...), from those of the groups."""
+    """Take the stack's coefficients, (n, ...), from the groups' coefficients."""
     c = c.to(s.device)
     return c.index_select(0, s.ids) if scope == "layer" else c.expand(len(s.pieces), *c.shape[1:])

@@ -12,7 +12,7 @@ from ..options import OptionError
 from .catalogue import CATALOGUE, Entry
 from .read import Run, metrics
 
-# Of the lines, one for each run or kind; light and dark, each legible on its ground (WCAG 3:1).
+# Colours of the lines, one for each run or kind, light and dark. Each is legible on its ground (WCAG 3:1).
 COLOURS = (
     ("#1f6fb4", "#6cb4f0"),
     ("#c2410c", "#fb923c"),

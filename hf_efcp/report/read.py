@@ -13,7 +13,7 @@ from ..options import OptionError
 
 RECORD, STATE, VERSION = "efcp_run.json", "trainer_state.json", 1
 PREFIX = "efcp_"
-# Of a log, what is no metric.
+# Names in a log that are no metrics.
 _NO_METRIC = {"step", "epoch", "total_flos", "grad_norm", "learning_rate"}
 
 
