@@ -15,7 +15,7 @@ import torch
 
 from .engine.asked import merged
 from .engine.base import EngineOptimizer
-from .optim import DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
+from .optim import DASH, DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
 from .options import GroupOptions, OptionError, build, field_types, unknown_name
 
 
@@ -131,6 +131,15 @@ for _info in (
         windowed=False,
         lossy={"density": 0.2, "block_size": 16, "window_dtype": None, "error_format": "plain"},
         exact={"density": 1.0, "window_dtype": None, "error_format": "plain"},
+    ),
+    OptimizerInfo(
+        "efcp_dash",
+        DASH,
+        "DASH: Shampoo of blocks, whose inverse roots are formed together, with the size of Adam's updates",
+        family="shampoo",
+        compression="dense",
+        paper="2602.02016",
+        windowed=False,
     ),
 ):
     add_optimizer(_info)

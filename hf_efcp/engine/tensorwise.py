@@ -93,6 +93,7 @@ class TensorStack(Stack):
         if taken := [name for name in names if hasattr(self, name)]:
             raise ValueError(f"state entries {', '.join(taken)}: a stack has attributes of these names, choose others")
         self.cells = {name: self.cell(name) for name in names}
+        self._quiet = 0  # so many steps certainly are none that something is due in
 
     def __getattr__(self, name: str) -> Cell:
         """Give the cell of a state entry by its name."""
@@ -108,6 +109,25 @@ class TensorStack(Stack):
         counts = t.flatten().tolist()
         self.begun = not readable(t.device) and min(counts) > 1
         return [i for i, count in enumerate(counts) if count == 1 and i not in self.turn.absent]
+
+    def due(self, t: Tensor, interval: int, first: int = 1) -> list[int]:
+        """Give the positions of the tensors whose count is `first`, or a larger multiple of `interval`.
+
+        A GPU is asked when a count may be one of these, and after it was: a step may turn out to be refused.
+
+        Args:
+            t: (n, 1, 1), counts each tensor's gradients, this one included.
+            interval: in steps.
+            first: the first count.
+        """
+        if self._quiet:
+            self._quiet -= 1
+            return []
+        counts = [int(count) for count in t.flatten().tolist()]
+        due = [i for i, count in enumerate(counts) if count == first or (count > first and count % interval == 0)]
+        if not due and not readable(t.device):
+            self._quiet = min(interval - count % interval if count >= first else first - count for count in counts) - 1
+        return [i for i in due if i not in self.turn.absent]
 
     def update(self, l2: Floats, options: Any) -> Tensor | Unformed:
         """Make the update, and the state of the next step."""
