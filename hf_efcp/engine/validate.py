@@ -78,6 +78,8 @@ def _check_section(section: Any) -> None:
         raise OptionError(f"checkpoint is damaged: its format has to be at least 1, got {section['format']}")
     _expect("its class", section["class"], str, "a name")
     _expect("its options", section["options"], Mapping, "a dict")
+    for name in section["options"]:
+        _expect("an option's name", name, str, "text")
     _list_of("numbered", section.get("numbered", ()), int)
     sums = section.get("checksums", {})
     _expect("checksums", sums, Mapping, "a dict")
