@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .groups import parameter_groups
 from .integrations.wrapped import diagnostics
-from .optim import DASH, DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
+from .optim import DASH, DCTAdamW, DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC, Trion
 from .options import OptionError
 from .registry import create_optimizer, list_optimizers, optim_defaults
 
@@ -62,6 +62,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "DASH",
+    "DCTAdamW",
     "DenseGGT",
     "DenseMFAC",
     "EFCPCallback",
@@ -75,6 +76,7 @@ __all__ = [
     "OptionError",
     "SparseGGT",
     "SparseMFAC",
+    "Trion",
     "__version__",
     "create_optimizer",
     "diagnostics",

@@ -1,3 +1,3 @@
 """The version, alone in a file that setup.cfg can read without importing torch."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

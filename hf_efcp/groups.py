@@ -34,7 +34,7 @@ def parameter_groups(
     Args:
         model: any module; frozen parameters are left out, shared ones occur once.
         weight_decay: of the parameters that decay; the others get 0.
-        decay_names: which parameters decay, as in `model.named_parameters()`; None: those of kinds other than `vector`.
+        decay_names: which parameters decay, as in `model.named_parameters()`; None: all but kind `vector`.
         target_modules: whose matrices are compressed: "all-linear" (but not the head), a name or part of one, a regular
             expression for the whole name, or several of these. The rest enters the window whole, as GaLore's other
             parameters are optimized whole: window_size numbers for each entry; a method without a window trains it by AdamW.

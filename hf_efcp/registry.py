@@ -15,7 +15,7 @@ import torch
 
 from .engine.asked import merged
 from .engine.base import EngineOptimizer
-from .optim import DASH, DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC
+from .optim import DASH, DCTAdamW, DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC, Trion
 from .options import GroupOptions, OptionError, build, field_types, unknown_name
 
 
@@ -32,7 +32,8 @@ class OptimizerInfo:
         compression: what is kept of a gradient, "low rank", "sparse" or "dense".
         paper: arXiv number.
         windowed: whether it keeps a window of gradients and their Gram matrix.
-        lossy: option values under which small tensors (12 x 30) lose something in compression; empty: nothing ever does.
+        lossy: option values under which small tensors (12 x 30) are handled as large ones are: they lose something in
+            compression, or are cut into the smallest blocks; empty: nothing is ever lost or cut.
         exact: option values under which compression loses nothing.
     """
 
@@ -122,6 +123,22 @@ for _info in (
         **{**_LOW_RANK, "paper": "2410.16103"},
     ),
     OptimizerInfo(
+        "efcp_dct_adamw",
+        DCTAdamW,
+        "AdamW in chosen columns of a cosine basis, with error feedback; AdamW for embeddings, head and vectors",
+        family="dct_adamw",
+        windowed=False,
+        **{**_LOW_RANK, "paper": "2505.17967"},
+    ),
+    OptimizerInfo(
+        "efcp_trion",
+        Trion,
+        "Muon in chosen columns of a cosine basis, error feedback in its momentum; AdamW for embeddings, head and vectors",
+        family="trion",
+        windowed=False,
+        **{**_LOW_RANK, "paper": "2505.17967", "exact": {"rank": 10_000, "momentum": 0.0}},
+    ),
+    OptimizerInfo(
         "efcp_microadam",
         MicroAdam,
         "MicroAdam: Adam's moments from the last block top-k gradients, error feedback in 4 bits",
@@ -140,6 +157,7 @@ for _info in (
         compression="dense",
         paper="2602.02016",
         windowed=False,
+        lossy={"block_size": 1},
     ),
 ):
     add_optimizer(_info)

@@ -30,7 +30,8 @@ import hf_efcp
 from hf_efcp.demo.bbc import bbc_news, minilm_folder
 from hf_efcp.demo.running import costs, parse, summary
 
-PRINTED = ["loss", "learning_rate", "grad_norm", "kappa", "error_share", "eval_accuracy", "eval_loss"]  # kept and tracked: all
+# Of a log; kept and tracked: all.
+PRINTED = ["loss", "learning_rate", "grad_norm", "efcp_kappa", "efcp_error_share", "eval_accuracy", "eval_loss"]
 
 
 @dataclass
@@ -250,8 +251,7 @@ def train_epoch(accelerator, model, optimizer, scheduler, loader, progress: Prog
             values = {"loss": statistics.mean(progress.recent), "learning_rate": learning_rate}
             if args.max_grad_norm:
                 values["grad_norm"] = float(grad_norm)
-            if hasattr(optimizer.optimizer, "diagnostics"):  # accelerate wraps it
-                values |= optimizer.optimizer.diagnostics()
+            values |= hf_efcp.diagnostics(optimizer)  # none of AdamW
             log(accelerator, progress, progress.epoch + progress.batch / len(loader), values)
             progress.recent.clear()
         if args.checkpointing_steps not in (None, "epoch") and progress.global_step % int(args.checkpointing_steps) == 0:

@@ -45,6 +45,11 @@ class Arguments:
     validation_file: str | None = HfArg(default=None, help="Local validation data, needed beside --train_file.")
     gaps: int = HfArg(default=480, help=f"{OFFLINE}: questions made of other articles' sentences, to learn from first.")
     repeats: int = HfArg(default=3, help=f"{OFFLINE}: how often an epoch has the questions written by hand.")
+    held_out_articles: int = HfArg(
+        default=0,
+        help=f"{OFFLINE}: to choose settings, evaluate on the questions of so many training articles, left out of training; "
+        "0: evaluate on the test questions.",
+    )
     max_seq_length: int = HfArg(default=320, help="Longest window of question and context in tokens; longer contexts are cut.")
     doc_stride: int = HfArg(default=96, help="Tokens that a window has in common with the next.")
     max_answer_length: int = HfArg(default=30, help="Longest answer in tokens.")
@@ -64,10 +69,12 @@ class Arguments:
             file = getattr(self, name)
             if file and not (file.endswith((".json", ".jsonl")) and Path(file).is_file()):
                 raise OptionError(f"--{name} {file!r}: must be a .json or .jsonl file that exists")
-        least = {"gaps": 0, "repeats": 1, "doc_stride": 0, "max_answer_length": 1, "n_best_size": 1}
+        least = {"gaps": 0, "repeats": 1, "held_out_articles": 0, "doc_stride": 0, "max_answer_length": 1, "n_best_size": 1}
         for name, bound in (least | {"max_train_samples": 1, "max_eval_samples": 1}).items():
             if getattr(self, name) is not None and getattr(self, name) < bound:
                 raise OptionError(f"--{name} {getattr(self, name)}: must be at least {bound}")
+        if self.held_out_articles and (self.train_file or self.dataset_name not in (None, OFFLINE)):
+            raise OptionError(f"--held_out_articles {self.held_out_articles}: only {OFFLINE} has articles to hold out")
 
 
 @dataclass
@@ -122,6 +129,8 @@ def load_questions(ours: Arguments, seed: int) -> DatasetDict:
         data = {"train": read_file(ours.train_file), "validation": read_file(ours.validation_file)}
     elif ours.dataset_name in (None, OFFLINE):
         questions = bbc_questions()
+        if ours.held_out_articles:
+            questions = hold_out(questions["train"], ours.held_out_articles)
         parts = ([bbc_gaps(ours.gaps)] if ours.gaps else []) + [questions["train"]] * ours.repeats
         shuffled = [part.shuffle(seed=seed + i) for i, part in enumerate(parts)]
         data = {"train": concatenate_datasets(shuffled), "validation": questions["test"]}
@@ -142,6 +151,16 @@ def load_questions(ours: Arguments, seed: int) -> DatasetDict:
     if len(set(data["validation"]["id"])) < len(data["validation"]):
         raise OptionError("validation data: two questions have the same id")
     return DatasetDict(data)
+
+
+def hold_out(rows: Dataset, count: int) -> DatasetDict:
+    """Split training questions by article: those of `count` articles, spread evenly over the topics, become the test split."""
+    articles = sorted(set(rows["title"]))
+    if count >= len(articles):
+        raise OptionError(f"--held_out_articles {count}: must be less than {len(articles)}, the number of training articles")
+    chosen = {articles[i * len(articles) // count] for i in range(count)}
+    test = [i for i, title in enumerate(rows["title"]) if title in chosen]
+    return DatasetDict({"train": rows.select(sorted(set(range(len(rows))) - set(test))), "test": rows.select(test)})
 
 
 def windows(batch, tokenizer, ours: Arguments) -> dict[str, list]:

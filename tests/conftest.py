@@ -13,9 +13,21 @@ if not torch.cuda.is_available():  # Triton reads this when it is first imported
 logging.getLogger("hf_efcp.compiling").setLevel(logging.ERROR)  # which test compiles first is chance
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Begin with what takes longest, since at the end one worker would wait for it."""
+    """Begin with what takes longest, since at the end one worker would wait for it; run one variant a test of some names."""
+    from tests.reference import briefly
+
     items.sort(key=lambda item: "test_every_kernel_compiles" not in item.nodeid)
+    chosen, seen = briefly(), set()
+    for item in items:
+        name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+        if name in chosen:
+            key = item.nodeid.partition("[")[0], name
+            if key in seen:
+                item.add_marker(pytest.mark.slow)
+            elif not item.get_closest_marker("slow"):
+                seen.add(key)
 
 
 def pytest_collection_finish():

@@ -42,6 +42,11 @@ def few_names(chosen=NAMES):
     return few(chosen, {next(iter(names(windowed=w))) for w in (True, False)}.__contains__)
 
 
+def briefly():
+    """The names whose tests run by hand, but for the first variant of each: others without a window run all."""
+    return [*names(windowed=False, compression="low rank")[1:], *names(windowed=False, compression="dense")]
+
+
 def compressed_names():
     """The names whose windows leave something of a gradient out."""
     return [n for n in names(windowed=True) if info(n).compression != "dense"]
@@ -74,7 +79,13 @@ def args_known_to(name, optim_args):
 
 def make(name, params, **options):
     """The optimizer `name` with lossy compression, unless the options say otherwise; a method without one of them ignores it."""
-    return info(name).cls(params, **{"lr": 1.0, **lossy_options(name), **known_to(name, options)})
+    rates = known_to(name, {"adam_lr_ratio": 1.0})  # one for all tensors
+    return info(name).cls(params, **{"lr": 1.0, **rates, **lossy_options(name), **known_to(name, options)})
+
+
+def rate_of_adam(name, rate):
+    """The rate at which a method's updates are those of AdamW at `rate` in its first steps: Muon's have 0.2 of their size."""
+    return 5 * rate if "ns_schedule" in info(name).options() else rate
 
 
 def parameters(shapes=SHAPES, dtype=torch.float64, seed=0):

@@ -41,7 +41,7 @@ from .reporting import launches_text, text, versions_used
 from .sweep import add_arguments as add_sweep_arguments
 from .sweep import sweep
 
-# Of the memory that is free, what parameters, gradients and states may take; the rest is for temporaries.
+# The share of the free memory that parameters, gradients and states may take. The rest is for temporaries.
 _SHARE = 0.8
 # What a peer whose needs are not known is taken for, in bytes per parameter.
 _PEER_BYTES = 16
@@ -53,26 +53,41 @@ def add_parser(commands: Any) -> None:
         commands,
         "bench",
         run,
-        help="times of optimizer steps, their phases, and the machine's limit for them",
-        description="Times steps of our optimizers on random gradients of a model's shapes, with full windows, and compares them "
-        "with the least that the machine needs for them (docs/benchmarks/roofline.md).",
+        help="measure how long an optimizer's step takes for a model",
+        description="Measures how long a step of each optimizer takes on this machine. The model is not trained: the "
+        "gradients are random numbers of its shapes. Each time stands beside the least time in which this machine could "
+        "move and compute the same numbers (docs/benchmarks/roofline.md says how that is found).",
         needs_model=False,
     )
-    parser.add_argument("--peers", action="store_true", help="also other packages' optimizers")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each, by turns (default 10)")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before, with the window full (default 2)")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="measure the optimizers of other installed packages too, such as bitsandbytes and GaLore",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10, help="number of timed steps of each optimizer (default 10). The optimizers take turns"
+    )
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=2,
+        help="number of steps before the first timed one (default 2). The window is already full then",
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is a GPU)")
+    parser.add_argument("--threads", type=int, help="number of CPU threads (default: torch's)")
     parser.add_argument(
         "--cpu_time",
         action="store_true",
-        help="measure CPU time, not wall time, on one CPU thread: for a machine that has other things to do",
+        help="measure CPU time instead of wall time, on one CPU thread. Use this on a machine that is busy with other work",
     )
-    parser.add_argument("--memory", metavar="SIZE", help="what may be used, such as 20GiB; default: most of what is free")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="memory that the command may use, such as 20GiB (default: most of what is free)"
+    )
     parser.add_argument(
         "--launches",
         action="store_true",
-        help="time nothing, but count without a GPU what a step asks of one: launches, bytes of operands, waits",
+        help="measure no time. Count, without a GPU, what a step would do on one: kernel launches, bytes read and "
+        "written, and waits",
     )
     add_sweep_arguments(parser)
 
@@ -170,7 +185,7 @@ def bench(
         optimizers: name -> options, as `chosen` gives them.
         device: where.
         targets: `optim_target_modules`.
-        peers: also those of `PEERS` that can be used.
+        peers: whether the `PEERS` that are installed are measured too.
         steps, warmup: timed and untimed steps of each.
         memory: bytes that parameters, gradients and states may take; those that do not fit are skipped, those that do not fit
             together run one batch after the other.

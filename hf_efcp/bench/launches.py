@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..cli.common import build
+from ..core import dct
 from ..core.deferred import NUMBERS, SIZES, WAITS
 from ..engine.phases import heard_by
 from ..kernels import calls
@@ -87,7 +88,7 @@ class Counted:
     """What was counted in a step.
 
     Attributes:
-        phases: those of `PHASES`.
+        phases: names out of `PHASES`.
         missing: operations of `hf_efcp.kernels` whose kernel raises or is not there, so that torch did them.
     """
 
@@ -271,6 +272,7 @@ def _without_launches(counter: _Counter) -> Iterator[None]:
     """Let `counter` hear of Triton launches inside, in place of a GPU; what failed inside is forgotten afterwards."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(calls, "FAILED", set()))
+        stack.enter_context(_replaced(dct, "MADE", {}))  # a fake basis serves no real step
         stack.enter_context(_replaced(FakeTensor, "data_ptr", lambda x: counter.address(x)))
         if has_triton():
             from triton.runtime.interpreter import InterpretedFunction

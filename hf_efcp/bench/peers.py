@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..groups import parameter_groups
 
 LR = 1e-4
-# Of the projections of GaLore and APOLLO; their papers' own choices for models of this size.
+# Settings of the projections of GaLore and APOLLO. They are their papers' choices for models of this size.
 _RANK = 128
 
 
@@ -81,7 +81,7 @@ ADAMW = ("torch AdamW foreach", "torch AdamW fused")
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None: it is not installed."""
+    """Give the version of an installed package; None: it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -20,9 +20,15 @@ _DEFAULT = "efcp_lowrank_mfac,efcp_sparse_mfac"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sweep's flags."""
-    parser.add_argument("--sweep", action="store_true", help="instead of a model: numbers of parameters times window sizes")
-    parser.add_argument("--sweep_parameters", default="1e6,4e6,16e6", help="numbers d, in matrices of 1024 x 1024")
-    parser.add_argument("--sweep_windows", default="32,128,512", help="window sizes m")
+    parser.add_argument(
+        "--sweep", action="store_true", help="measure every number of parameters with every window size, instead of a model"
+    )
+    parser.add_argument(
+        "--sweep_parameters",
+        default="1e6,4e6,16e6",
+        help="the numbers of parameters, in matrices of 1024 x 1024 (default: 1e6,4e6,16e6)",
+    )
+    parser.add_argument("--sweep_windows", default="32,128,512", help="the window sizes (default: 32,128,512)")
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
 
 

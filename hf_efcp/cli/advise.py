@@ -54,17 +54,20 @@ def add_parser(commands: Any) -> None:
         "advise",
         run,
         help="suggest a command line for a model and a GPU",
-        description="Suggests an optimizer and its options for a model, a task and a GPU, says why, and what it costs. Warns of "
-        "settings that are known to fail.",
+        description="Prints a command line for a model, a task and a GPU. It says why it chose this optimizer and these "
+        "options, and how much memory they take beside AdamW. It warns of settings that are known to fail.",
         writes=False,
+        optim="an optimizer that you want, as `hf-efcp list` names it (default: the command chooses one)",
     )
     parser.add_argument("--task", default="classification", help=f"what is trained: {', '.join(TASKS)} (default: classification)")
-    parser.add_argument("--gpu", metavar="SIZE", help="memory of one GPU: 24GiB, 80GB, or a GPU such as l4, a100, h100")
+    parser.add_argument(
+        "--gpu", metavar="SIZE", help="the memory of one GPU: a size such as 24GiB, or a GPU such as l4, a100 or h100"
+    )
     parser.add_argument("--num_processes", type=int, default=1, help="number of GPUs (default 1)")
     parser.add_argument(
-        "--reserve", type=float, default=0.3, help="share of the GPU's memory that is left for activations (default 0.3)"
+        "--reserve", type=float, default=0.3, help="the part of the GPU's memory to leave for activations (default 0.3)"
     )
-    parser.add_argument("--lora_r", type=int, default=8, help="rank of the adapters, with --task lora (default 8)")
+    parser.add_argument("--lora_r", type=int, default=8, help="rank of the LoRA adapters, with --task lora (default 8)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -217,15 +220,15 @@ def known_to_fail(name: str, options: dict[str, Any], task: Task, experts: bool 
     value = {field.name: getattr(merged, field.name) for field in dataclasses.fields(merged)}.get
     if value("scope") == "layer" and value("rms_mode") == "adam":
         yield (
-            "scope=layer with rms_mode=adam: every tensor's update gets the same norm, whatever its size, and nothing is learned "
-            "(docs/benchmarks/matrix.md, k_per_tensor). Take scope=model."
+            "scope=layer with rms_mode=adam: every tensor's update gets the same norm, whatever its size, and nothing is "
+            "learned (docs/benchmarks/matrix.md, k_per_tensor). Take scope=model."
         )
     if info.windowed and value("update_rms") is None:
         yield "update_rms=none: the update has another size than Adam's. AdamW's learning rates do not work: search the rate."
     if info.windowed and value("metric") == "none" and task.scratch:
         yield (
-            "metric=none from scratch: the test loss on digits was 0.84, with metric=factored 0.11 (docs/benchmarks/quality.md). "
-            "Take metric=factored."
+            "metric=none from scratch: the test loss on digits was 0.84, with metric=factored 0.11 "
+            "(docs/benchmarks/quality.md). Take metric=factored."
         )
     if info.windowed and value("metric") != "none" and value("window_momentum") == 0:
         yield "window_momentum=0: the test loss on digits was 0.16, at the default 0.11 (docs/benchmarks/quality.md)."

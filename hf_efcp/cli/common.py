@@ -35,6 +35,7 @@ def add_command(
     description: str,
     needs_model: bool = True,
     writes: bool = True,
+    optim: str = "the optimizers to compare, as `hf-efcp list` names them (default: all)",
 ) -> argparse.ArgumentParser:
     """Add a command about models and optimizers, with MODEL, --optim, --optim_args, --optim_target_modules and --dtype.
 
@@ -44,6 +45,7 @@ def add_command(
         run: does it, and gives the exit status.
         needs_model: whether MODEL must be given.
         writes: whether it has --json and --plot.
+        optim: the help of --optim.
     """
     parser = commands.add_parser(name, help=help, description=description)
     parser.set_defaults(handler=run)
@@ -51,21 +53,24 @@ def add_command(
         "model",
         metavar="MODEL",
         nargs=None if needs_model else "?",
-        help=f"the model: {BUILT_IN_HELP}, a name on the hub, a folder or file with a configuration, or a .json file of shapes "
-        "({name: [rows, cols]} or a list). No weights are needed",
+        help=f"the model. A name from this list: {BUILT_IN_HELP}. Or a name on the hub, a folder or file with a "
+        "configuration, or a .json file of shapes, {name: [rows, cols]} or a list. Weights are not read",
     )
-    parser.add_argument(
-        "--optim", metavar="NAME[,NAME]", help="the optimizers to compare, as `hf-efcp list` names them (default: all)"
-    )
+    parser.add_argument("--optim", metavar="NAME[,NAME]", help=optim)
     parser.add_argument("--optim_args", help='options of the optimizers, as in training: "rank=8,window_size=64" or JSON')
-    parser.add_argument("--optim_target_modules", help="the modules whose matrices are compressed, as in training (default: all)")
     parser.add_argument(
-        "--dtype", default="float32", help="dtype of the parameters: float32 (default), bfloat16, float16 or float64"
+        "--optim_target_modules",
+        help="the modules whose matrices are compressed, as in training: names, parts of names, or all-linear (default: all)",
+    )
+    parser.add_argument(
+        "--dtype", default="float32", help="number format of the parameters: float32 (default), bfloat16, float16 or float64"
     )
     if not writes:
         return parser
-    parser.add_argument("--json", metavar="FILE", help="write all figures to this file too, with exact bytes")
-    parser.add_argument("--plot", metavar="FILE", help="draw the figures into this file too (.png, .svg, .pdf; needs matplotlib)")
+    parser.add_argument("--json", metavar="FILE", help="also write all figures to this file, with exact bytes")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="also draw the figures into this file: .png, .svg or .pdf. This needs matplotlib"
+    )
     return parser
 
 
@@ -76,7 +81,7 @@ def check_plot(file: str | None) -> None:
     if Path(file).suffix not in (".png", ".svg", ".pdf") or not Path(file).absolute().parent.is_dir():
         raise OptionError(f"plot={file!r}: must be a .png, .svg or .pdf file in a folder that exists")
     if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError(f"plot={file!r}: matplotlib is not installed: pip install hf_efcp[report]")
+        raise OptionError(f'plot={file!r}: matplotlib is not installed: pip install "hf_efcp[report]"')
 
 
 def check_integers(args: argparse.Namespace, **least: int) -> None:

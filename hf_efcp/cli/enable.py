@@ -26,10 +26,12 @@ def add_parsers(commands: Any) -> None:
     """Add the three commands."""
     for name, run, text in (
         ("enable", _enable, "let --optim take our names in every program of this Python environment"),
-        ("disable", _disable, "undo enable"),
+        ("disable", _disable, "undo hf-efcp enable"),
         ("status", _status, "tell whether this Python environment is enabled"),
     ):
-        about = f"{text}. HF_EFCP=0 in the environment turns them off for one process; a file {FILE} in site-packages does it."
+        about = (
+            f"{text[0].upper()}{text[1:]}. The file {FILE} in site-packages does this. HF_EFCP=0 turns it off for one process."
+        )
         commands.add_parser(name, help=text, description=about).set_defaults(handler=run)
 
 

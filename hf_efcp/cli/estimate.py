@@ -39,21 +39,27 @@ def add_parser(commands: Any) -> None:
         "estimate",
         run,
         help="print how many bytes of state an optimizer will take for a model",
-        description="Prints the bytes of optimizer state for a model, by kind, beside those of AdamW. Nothing is allocated. "
-        "memory_footprint() measures the same bytes in training.",
+        description="Prints how many bytes the optimizer's state will take for a model, beside AdamW's. The columns are "
+        "the parts of the state: the window of gradients, the compression error, and so on. Nothing is allocated. "
+        "Training takes the same bytes, and optimizer.memory_footprint() measures them.",
     )
     parser.add_argument(
         "--num_processes",
         type=int,
         default=1,
-        help="processes that share the state (default 1); the table shows the one that holds most",
+        help="number of processes (GPUs) that share the state (default 1). The table shows the process that holds most",
     )
-    parser.add_argument("--fsdp", action="store_true", help="the processes share the parameters too, as under FSDP2")
+    parser.add_argument("--fsdp", action="store_true", help="the processes also share the parameters, as under FSDP2")
     parser.add_argument(
-        "--gpu", metavar="SIZE", help="say what fits into this memory: 24GiB, 80GB, or a GPU such as l4, a100, h100"
+        "--gpu",
+        metavar="SIZE",
+        help="say which optimizers fit into this memory: a size such as 24GiB, or a GPU such as l4, a100 or h100",
     )
     parser.add_argument(
-        "--lora_r", type=int, metavar="R", help="train LoRA adapters of this rank on the query and value matrices"
+        "--lora_r",
+        type=int,
+        metavar="R",
+        help="count only LoRA adapters of this rank as trained, on the query and value matrices",
     )
 
 

@@ -17,8 +17,21 @@ from .._version import __version__
 from ..bench import command as bench
 from ..options import GroupOptions, OptionError, as_text, described, field_types
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, optim_defaults
-from . import advise, enable, estimate, report
+from . import advise, completion, enable, estimate, report
 
+_ABOUT = """\
+Trains Hugging Face models with optimizers that use how the gradients of all weights vary together. Your script takes one in
+place of AdamW, unchanged and at the same learning rate.
+
+What it costs: a training step takes longer (BERT-base on an H100: 50 ms instead of 28). The optimizer's state takes about 3
+bytes per parameter for models like BERT (AdamW: 8), and 11 bytes per trained parameter for LoRA adapters of rank 8.
+
+What to type:
+  hf-efcp run train.py --optim efcp_lowrank_mfac --learning_rate 1e-4 ...    train your script with one
+  hf-efcp advise bert-base --gpu 24GiB                                       get a command line for your model
+  hf-efcp estimate bert-base --gpu 24GiB                                     see how much memory it takes
+  hf-efcp bench bert-base                                                    see how long a step takes here
+  hf-efcp report OUTPUT_DIR                                                  see what a run did, and what to change"""
 _HEADER = ("option", "type", "class default", "--optim default", "meaning")
 # Options that the Trainer takes from arguments of its own.
 _TRAINER_DEFAULTS = {"lr": "--learning_rate", "weight_decay": "--weight_decay"}
@@ -48,14 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-efcp",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # the version stays one line
-        description="Optimizers for Hugging Face that use how the gradients of all weights vary together.\n\n"
-        "  hf-efcp run train.py --optim efcp_lowrank_mfac --learning_rate 1e-4 ...    train with one\n"
-        "  hf-efcp estimate bert-base --gpu 24GiB                                     see what memory it takes\n"
-        "  hf-efcp bench bert-base                                                    see what time it takes",
+        description=_ABOUT,
     )
     parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("run", help="run a script, a module (-m) or a program in which --optim takes our names")
+    commands.add_parser(
+        "run", help="run your script, a module (-m) or a program; its --optim then takes the names of hf-efcp list"
+    )
     enable.add_parsers(commands)
     lister = commands.add_parser("list", help="list the optimizers that --optim takes")
     lister.add_argument("pattern", nargs="?", default="*", help='list only the names that match, for example "*lowrank*"')
@@ -66,11 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     advise.add_parser(commands)
     bench.add_parser(commands)
     report.add_parsers(commands)
+    completion.add_parser(commands, _parser)
     return parser
 
 
 def _versions() -> str:
-    """Name our version, and those of what we run on."""
+    """Name our version, and the versions of torch, transformers, accelerate and Python."""
     others = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "accelerate")]
     return ", ".join([f"hf_efcp {__version__}", *others, f"Python {platform.python_version()}"])
 

@@ -12,23 +12,27 @@ from ..options import OptionError
 
 def add_parsers(commands: Any) -> None:
     """Add both commands."""
-    about = "output folders of training runs; efcp_run.json (--efcp_report true) or trainer_state.json is read"
+    about = (
+        "output folders of training runs. In each folder efcp_run.json is read, which --efcp_report true writes, or else "
+        "trainer_state.json"
+    )
     report = commands.add_parser(
         "report",
         help="write one HTML page about a training run, or about several side by side",
-        description="Writes one HTML page about training runs: curves of loss and metrics, diagnostics, memory, options, "
-        "environment, and what to change next. The page needs no network.",
+        description="Writes one HTML page about one or more training runs. It has the curves of loss and metrics, the "
+        "optimizer's diagnostics, its memory beside AdamW's, the options, the environment, and what to change next. The "
+        "page needs no network.",
     )
     plot = commands.add_parser(
         "plot",
         help="draw the curves of training runs as PNG files",
-        description="Draws one PNG file for each curve of training runs.",
+        description="Draws the curves of one or more training runs, each curve into a PNG file of its own.",
     )
     for parser in (report, plot):
         parser.add_argument("folders", metavar="OUTPUT_DIR", nargs="+", help=about)
-    report.add_argument("--output", metavar="FILE", help="the page (default: report.html in the first folder)")
+    report.add_argument("--output", metavar="FILE", help="the page to write (default: report.html in the first folder)")
     report.set_defaults(handler=_report)
-    plot.add_argument("--output", metavar="FOLDER", help="folder of the PNG files (default: plots in the first folder)")
+    plot.add_argument("--output", metavar="FOLDER", help="the folder for the PNG files (default: plots in the first folder)")
     plot.set_defaults(handler=_plot)
 
 
@@ -51,6 +55,6 @@ def _plot(args: argparse.Namespace) -> int:
     for panel in (*figures.of_metrics(runs), *figures.of_diagnostics(runs)):
         name = f"{panel.title} {panel.x.split(' ')[0]}" if panel.large else panel.title
         file = folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.png"
-        figures.save(figures.figure(panel, *figures.ON_WHITE), file)
+        figures.save(figures.figure(panel, *figures.ON_WHITE, titled=True), file)
         print(file)
     return 0

@@ -84,7 +84,7 @@ class Spec:
             copies), or "each" process its own.
         start: the number that a fresh entry is filled with.
         cols: numbers in a row, where the entry is codes and one code is not one element.
-        values: the numbers that are allowed in it; None: those of its dtype, see `values_of`.
+        values: the numbers that are allowed in it; None: all numbers of its dtype, see `values_of`.
     """
 
     name: str
@@ -181,7 +181,7 @@ class Cell:
         self.cols = buffer.shape[-1] if buffer.ndim > 1 else 1
 
     def read(self, rows: slice = ALL) -> Tensor:
-        """Give the numbers, or those of some rows, (n, rows, ...) in `dtype`; may share memory with the state."""
+        """Give all numbers, or some rows of them, (n, rows, ...) in `dtype`. The result may share memory with the state."""
         return part(self.buffer, rows).to(self.dtype)
 
     def write(self, x: Tensor, rows: slice = ALL) -> None:

@@ -126,7 +126,7 @@ class PowerIteration(Compressor):
         self._next: Tensor | None = None
 
     def compress(self, a: Accumulated, step: Tensor) -> LowRankEntry:
-        """See Compressor. Of a large tensor, a is formed anew for each product."""
+        """See Compressor. For a large tensor, a is formed anew for each product."""
         q = self.start(step).to(a.dtype)
         for i in range(self.power_iterations):
             p = orthonormalize(a.times(unit_columns(q) if i else q), a.total)

@@ -31,6 +31,8 @@ def room_bytes(device: torch.device) -> int:
     return CHUNK_BYTES.get(kind(device), CHUNK_BYTES["cuda"])
 
 
+# A vector this many rounding errors long, beside the longest of its kind, is made of nothing else.
+_NOISE = 32
 # Eigenvalues of a correlation matrix in fp64 below this fraction of the largest are rounding noise.
 _DEPENDENT = 1e-14
 
@@ -157,6 +159,27 @@ def add_scaled_(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
 def reciprocal(x: Tensor) -> Tensor:
     """Give 1 / x, elementwise; 0 where x is not above 0."""
     return torch.where(x > 0, 1 / x, 0.0)
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    """Give x: the sum over the processes, where there is one."""
+    return x
+
+
+def lengths(x: Tensor, dim: int, total: Callable[[Tensor], Tensor] = as_it_is) -> Tensor:
+    """Give the 2-norms of x (n, ..., ...) along `dim`, which stays, in fp64; `total` sums over the processes that share it."""
+    return total(torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64).square()).sqrt()
+
+
+def without_noise(x: Tensor, dim: int, total: Callable[[Tensor], Tensor] = as_it_is) -> Tensor:
+    """Give x (n, ..., ...), with 0 for vectors along `dim` that are rounding errors beside the longest: Adam blows them up.
+
+    Args:
+        x, dim, total: as for `lengths`.
+    """
+    length = lengths(x, dim, total)
+    longest = length.amax(3 - dim, keepdim=True)
+    return torch.where(length > _NOISE * torch.finfo(x.dtype).eps * longest, x, 0.0)
 
 
 def orthonormalize(a: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:

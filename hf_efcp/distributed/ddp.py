@@ -63,6 +63,7 @@ class DDPShards(Replicas):
     def __init__(self, group: dist.ProcessGroup | None = None):
         super().__init__(group)
         self.shards = self.size
+        self.publishes = self.size > 1
 
     def sum(self, t: Tensor) -> Tensor:
         """See Placement."""

@@ -32,6 +32,7 @@ class Placement:
         shards: into how many parts the state is divided.
         alone: whether nobody else trains with this process.
         follows: whether the parameters themselves are divided, and the state follows their rows.
+        publishes: whether processes hand each other the parameters that they have updated.
         apart: whether the state of each process is saved in a folder beside `state_dict`, which then is a stub.
         flat: whether each parameter is a flat piece of several; then vectors are compressed too.
         parts: of this process's flat piece; None: parameters are no flat pieces.
@@ -43,6 +44,7 @@ class Placement:
     shards = 1
     alone = True
     follows = False
+    publishes = False
     apart = False
     flat = False
     parts: Parts | None = None

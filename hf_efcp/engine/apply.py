@@ -47,7 +47,7 @@ def apply(
 
     Args:
         stack: whose parameters.
-        update: rows -> u (n, rows, cols) in the compute dtype. Of a refused step on a GPU, u is zero.
+        update: rows -> u (n, rows, cols) in the compute dtype. In a refused step on a GPU, u is zero.
         lr: learning rate; on a GPU a tensor, zero where the step is refused.
         weight_decay: decoupled; a number, or one of each piece.
         rounding: 0-D int64, the number of the step, by which stochastic rounding is counted; None: to nearest.

@@ -31,7 +31,7 @@ from .setup import Setup
 from .stacks import batches_of, key_of, treatments_of, unfilled
 from .torn import Torn
 
-# Index of a group, and those of its parameters that have state.
+# Index of a group, and the parameters of the group that have state.
 Trained = list[tuple[int, list[Tensor]]]
 # See Builder.copied.
 Copied = tuple[dict[Tensor, Owners], int, dict[Tensor, tuple[str, ...]] | None]

@@ -22,7 +22,7 @@ class Defaults(dict[str, Any]):
         """Whether groups have the key; torch's OneCycleLR and CyclicLR ask for these two, and would name no remedy."""
         if key in ("momentum", "betas") and sys._getframe(1).f_globals.get("__name__") == "torch.optim.lr_scheduler":
             raise OptionError(
-                "cycle_momentum=True: momentum is an option of the whole optimizer here, which no schedule varies; pass "
+                "cycle_momentum=True: here momentum is an option of the whole optimizer, and no schedule varies it: pass "
                 "cycle_momentum=False"
             )
         return super().__contains__(key)

@@ -22,7 +22,7 @@ def of_last_step(setup: Setup) -> dict[str, float]:
         cosine_update_row: between u and the newest entry. cosine_rows: mean |cosine| of the newest entry to the others.
         kappa: (sum c_i^2 |c_i|^2)^1/2 / |u|, the cancellation in G^T c; 1 to 3 is healthy.
         weight_newest: share of the newest entry in sum_i |c_i| |entry_i|. weight_age: mean age under these shares, in steps.
-        Of a probed step also (see `of_window`):
+        A probed step also has (see `of_window`):
         condition: largest over smallest eigenvalue of K. directions: (sum of them)^2 / sum of their squares.
         weight_age_0, weight_age_1, weight_age_2_3, ...: shares of the entries of these ages.
         error_norm: |e|. error_share: |e|^2 / (|e|^2 + |c_j|^2), what compression holds back. Neither where several processes

@@ -46,7 +46,7 @@ class Figures(_Base):
             Bytes by kind, of the process that holds most.
 
         Raises:
-            OptionError: such a run would be refused.
+            OptionError: the run would be refused.
         """
         return self.builder.estimate(self.param_groups, self.state, processes, fsdp)[1]
 
@@ -61,7 +61,7 @@ class Figures(_Base):
     def diagnostics(self) -> dict[str, float]:
         """Give figures of the last accepted step, by name (docs/diagnostics.md); nothing before the first step.
 
-        Of a probed step there are more of them. Processes do not meet here: one of them may ask alone.
+        A probed step has more of them. Processes do not meet here, so one of them may ask alone.
         """
         there = self.builder.setup
         if there is None:

@@ -21,7 +21,7 @@ Group = Mapping[str, Any]
 def matched(saved: Sequence[Group], groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Give the groups of a checkpoint in the order of an optimizer's, with `params` in the order of theirs.
 
-    So groups may stand in another order: those of parameter_groups did, before group 0 was one that decays.
+    So groups may stand in another order: parameter_groups gave another one, before group 0 was one that decays.
 
     Args:
         saved: of the checkpoint; `params` are keys of its state.

@@ -14,7 +14,7 @@ from .factor_sync import FactorSync
 from .setup import Setup
 from .stacks import Piece
 
-# Of a matrix and of a vector.
+# The shapes of a matrix and of a vector.
 _EXAMPLES = Layout(64, 64, torch.float32), Layout(1, 64, torch.float32, vector=True)
 # A parameter group, as torch.optim has it.
 Group = Mapping[str, Any]

@@ -204,3 +204,33 @@ class SparseOptions:
         allowed="an integer in [1, 32768] (indices are int16)",
         check=lambda x: 1 <= x <= 32768,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class SubspaceOptions:
+    """Option of AdamW in a subspace."""
+
+    adjust_lr_fn: str = option(
+        "original",
+        "match_rms_adamw: updates of low-rank matrices times sqrt(side / r), which gives them the size of AdamW's; original: "
+        "smaller ones",
+        choices=("original", "match_rms_adamw"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnsOptions:
+    """Options of methods that project onto columns of the cosine basis."""
+
+    rank: int = option(
+        128, "number r of columns of the cosine basis, clamped to min(rows, cols)", allowed="an integer >= 1", check=positive
+    )
+    ell_norm: int = option(
+        1, "norm by which the columns are chosen: the largest ones of a times the basis; 2: least is lost", choices=(1, 2)
+    )
+    dct_method: str = option(
+        "auto",
+        "how a times the basis is formed; matmul: by the matrix; fft: by a Fourier transform; auto: whichever was measured to be "
+        "faster for the size, on CPUs",
+        choices=("auto", "matmul", "fft"),
+    )

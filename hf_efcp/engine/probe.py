@@ -98,26 +98,26 @@ class Probe:
         e = None if cell is None else _own(s, cell.read())
         self._read_operand(Accumulated(s.gradients(s.each(self.l2)), None, s.turn.absent), e)
 
-    def seen(self, s: Any, u: Any) -> Any:
-        """Give u, or what gives rows of it, so that this hears of it; and read the errors of the stack."""
+    def seen(self, s: Any, u: Any, rate: float = 1.0) -> Any:
+        """Give u, or what gives rows of it, so that this hears of it, times the rule's rate; and read the errors of the stack."""
         if (cell := s.cells.get("error")) is not None:
             squares = _squares(_own(s, cell.read()))
             self._add("error2", squares.sum())
             self._add("lost2", squares[_live(s)].sum())
         if isinstance(u, Tensor):
             for rows in self._parts(s):
-                self.see(s, rows, u[:, rows])
+                self.see(s, rows, rate * u[:, rows])
             return u
 
         def rows_of_u(rows: slice) -> Tensor:
             part = u(rows)
-            self.see(s, rows, part)
+            self.see(s, rows, rate * part)
             return part
 
         return rows_of_u
 
     def see(self, s: Any, rows: slice, u: Tensor) -> None:
-        """Add up rows `rows` of a stack's u, (n, rows, cols), beside those of the gradients and the parameters."""
+        """Add up rows `rows` of a stack's u, (n, rows, cols), beside the same sums of the gradients and the parameters."""
         if not (live := _live(s)):
             return
         pieces, u = [s.pieces[i] for i in live], u[live] if s.turn.absent else u

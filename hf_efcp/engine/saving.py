@@ -201,7 +201,7 @@ class Saving:
 def check(
     params: Sequence[tuple[str, Tensor]], specs: Mapping[Tensor, Specs], entries: Mapping[Tensor, State], with_window: bool
 ) -> None:
-    """Raise OptionError where a checkpoint's entries are not those of these parameters and options.
+    """Raise OptionError if a checkpoint's entries do not belong to these parameters and options.
 
     Args:
         params: what to call a parameter, and it.
@@ -263,7 +263,7 @@ def complete(saved: dict[str, Any], builder: Builder, groups: Sequence[Group], s
 
 
 def copies(entry: Any, specs: Specs, with_window: bool) -> Any:
-    """Copy an entry's tensors, since a view would drag its stack along; those of the window where `with_window`."""
+    """Copy an entry's tensors, because a view would drag its stack along. The window's: only with `with_window`."""
     if not isinstance(entry, Mapping):  # not ours
         return entry
     kept = {name: t for name, t in entry.items() if name not in specs or with_window or not specs[name].window}

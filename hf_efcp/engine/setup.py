@@ -52,6 +52,7 @@ class Setup:
         started: whether a step was taken.
         writing: whether a step has begun to change state and parameters, and has not ended.
         skips: the number of refused steps, as far as the host knows.
+        exchange: of messages in place of parameters (exchange.py); None: not made yet.
         probe: what reads this step, if somebody asked for it; it has the figures of the last step until the next one.
         doubt: whether K may not be that of this process's entries, which others may have changed.
         heard: on how many processes there is a doubt, 0-D; None: there is one process. `doubts` tells the host.
@@ -73,6 +74,7 @@ class Setup:
         self._idle = 0
         self.watch: Watch | None = None
         self.probe: Any = None
+        self.exchange: Any = None
         self.counters: Any = None
         self.heard: Tensor | None = None
         self.doubts = DelayedFlag()  # never a new one: all processes have to hear of a doubt in the same step
@@ -137,7 +139,9 @@ class Setup:
         self, last: Tensor | None = None, ok: bool | Tensor = True, size: Tensor | float = 0.0, rest: Tensor | float = 0.0
     ) -> None:
         """End a step: hand out the parameters, and remember coefficients, size and rest, if any, where the step was accepted."""
-        self.placement.publish(self.params, self.owners)
+        travelling = () if self.exchange is None else self.exchange.params
+        if params := [p for p in self.params if p not in travelling]:
+            self.placement.publish(params, self.owners)
         if isinstance(ok, Tensor):
             size = torch.ones((), dtype=torch.float64, device=ok.device) * size
         self.last, self.size, self.rest = (

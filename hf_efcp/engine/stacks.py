@@ -140,7 +140,7 @@ class Stack:
         return [piece.param for piece in self.pieces]
 
     def each(self, number: Callable[[int], _X]) -> _X | list[_X]:
-        """Ask for the number of each group, by its index; give the one that all have, or else those of the n pieces."""
+        """Ask for the number of each group, by its index. Give one number if all are the same, else one for each of n pieces."""
         of_groups = {group: number(group) for group in self.groups}
         numbers = list(of_groups.values())
         if len(numbers) == 1 or all(isinstance(x, float) and x == numbers[0] for x in numbers):

@@ -16,11 +16,13 @@ from ..core.deferred import masked, readable
 from ..core.values import COUNT_FP32
 from .apply import apply, move_at_once
 from .costs import Count
+from .exchange import Exchange
 from .factor_sync import FactorSync
+from .intervals import Interval
 from .method import Group
 from .phases import PHASES, listener
 from .setup import Setup, l2_of
-from .stacks import Floats, Number, Piece, Stack, times
+from .stacks import Floats, Number, Numbers, Piece, Stack, times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +39,24 @@ class Unformed:
     add_to: Callable[[list[Tensor], float, float], bool] = lambda params, scale, decay: False
 
 
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """What u is made of, where it is smaller than the parameter: processes that share the state send it, not the parameters.
+
+    Attributes:
+        specs: (layout, options) -> the parts for one whole tensor.
+        form: (stack, parts (n, ...), options) -> u.
+    """
+
+    specs: Callable[[Layout, Any], tuple[Spec, ...]]
+    form: Callable[[TensorStack, Sequence[Tensor], Any], U]
+
+
 # u, (n, rows, cols); a function alone stands for `Unformed(function)`.
 U = Tensor | Callable[[slice], Tensor] | Unformed
 # What makes an update: (stack, a, t, options) -> u. a = e + g; t, (n, 1, 1) in the compute dtype, counts each tensor's own
 # gradients, this one included.
-Update = Callable[["TensorStack", Accumulated, Tensor, Any], U]
+Update = Callable[["TensorStack", Accumulated, Tensor, Any], "U | tuple[Tensor, ...]"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +71,8 @@ class Rule:
         operations: (n, rows, cols, options) -> operations of a step in the compute dtype, for the roofline.
         vectors: whether the rule is for vectors too. They are whole then: FSDP2 gives a process a part of each, and the processes
             exchange their gradients and all hold their state.
+        message: what `update` gives in place of u, where the rule has one: a tuple of its parts.
+        rate: options -> the rule's learning rate over that of the parameter's group.
     """
 
     specs: Callable[[Layout, Any], tuple[Spec, ...]]
@@ -63,6 +80,8 @@ class Rule:
     lossy: bool | Callable[[Any], bool] = False
     operations: Callable[[int, int, int, Any], float] = lambda n, rows, cols, options: 0.0
     vectors: bool = False
+    message: Message | None = None
+    rate: Callable[[Any], float] = lambda options: 1.0
 
     def keeps_error(self, options: Any) -> bool:
         """Tell whether e is state."""
@@ -93,7 +112,7 @@ class TensorStack(Stack):
         if taken := [name for name in names if hasattr(self, name)]:
             raise ValueError(f"state entries {', '.join(taken)}: a stack has attributes of these names, choose others")
         self.cells = {name: self.cell(name) for name in names}
-        self._quiet = 0  # so many steps certainly are none that something is due in
+        self.interval = Interval()
 
     def __getattr__(self, name: str) -> Cell:
         """Give the cell of a state entry by its name."""
@@ -110,27 +129,18 @@ class TensorStack(Stack):
         self.begun = not readable(t.device) and min(counts) > 1
         return [i for i, count in enumerate(counts) if count == 1 and i not in self.turn.absent]
 
-    def due(self, t: Tensor, interval: int, first: int = 1) -> list[int]:
-        """Give the positions of the tensors whose count is `first`, or a larger multiple of `interval`.
+    def message(self, options: Any) -> tuple[Spec, ...]:
+        """Give the parts of a message; none where the rule has no message."""
+        return () if self.rule.message is None else self.rule.message.specs(self.layout, options)
 
-        A GPU is asked when a count may be one of these, and after it was: a step may turn out to be refused.
+    def formed(self, message: Sequence[Tensor], options: Any) -> Tensor | Unformed:
+        """Form u of the parts of a message, (n, ...) each."""
+        assert self.rule.message is not None
+        u = self.rule.message.form(self, message, options)
+        return u if isinstance(u, Tensor | Unformed) else Unformed(u)
 
-        Args:
-            t: (n, 1, 1), counts each tensor's gradients, this one included.
-            interval: in steps.
-            first: the first count.
-        """
-        if self._quiet:
-            self._quiet -= 1
-            return []
-        counts = [int(count) for count in t.flatten().tolist()]
-        due = [i for i, count in enumerate(counts) if count == first or (count > first and count % interval == 0)]
-        if not due and not readable(t.device):
-            self._quiet = min(interval - count % interval if count >= first else first - count for count in counts) - 1
-        return [i for i in due if i not in self.turn.absent]
-
-    def update(self, l2: Floats, options: Any) -> Tensor | Unformed:
-        """Make the update, and the state of the next step."""
+    def update(self, l2: Floats, options: Any) -> Tensor | Unformed | tuple[Tensor, ...]:
+        """Make the update, or what it is made of, and the state of the next step."""
         t = self.cells["step"].read() + 1
         self.cells["step"].write(t)
         gradients, total = self.gradients(l2), self.total
@@ -141,8 +151,8 @@ class TensorStack(Stack):
         if isinstance(ok, Tensor):  # a decomposition raises for what is not finite, and whether it is nobody waits to hear
             a.gradients = [masked(ok, g, 0.0) for g in a.gradients]
         u = self.rule.update(self, a, t.to(self.layout.dtype).view(-1, 1, 1), options)
-        u = u if isinstance(u, Tensor | Unformed) else Unformed(u)
-        return u if not whole else (u if isinstance(u, Tensor) else u.rows(ALL))[..., self.columns]
+        u = u if isinstance(u, Tensor | Unformed | tuple) else Unformed(u)
+        return u if not whole or isinstance(u, tuple) else (u if isinstance(u, Tensor) else u.rows(ALL))[..., self.columns]
 
     def _whole(self, gradients: Sequence[Tensor]) -> Tensor:
         """Make whole vectors, (n, 1, cols), of the parts that the processes have."""
@@ -156,6 +166,16 @@ class TensorStack(Stack):
         """Which part of its vectors this process has."""
         start = self.pieces[0].origin[1]
         return slice(start, start + self.shape[1])
+
+    def rates(self, groups: Sequence[Group], options: Any) -> tuple[Numbers, Numbers]:
+        """See Stack; at the rule's own rate."""
+        lr, weight_decay = super().rates(groups, options)
+        if (by := self.rule.rate(options)) == 1.0:
+            return lr, weight_decay
+        if not isinstance(lr, list):
+            return lr * by, weight_decay
+        shrink = [x * by for x in weight_decay] if isinstance(weight_decay, list) else weight_decay * by
+        return [x * by for x in lr], shrink
 
     def apply(self, u: Tensor | Unformed, groups: Sequence[Group], options: Any) -> None:
         """Compute p <- (1 - lr*wd) p - lr u, for the tensors that have a gradient."""
@@ -236,6 +256,19 @@ class Tensorwise:
         """See Method."""
         return Counters(device)
 
+    def exchange(self, setup: Setup, groups: Sequence[Group], options: Any) -> Exchange:
+        """Give the tensors whose messages travel: those that one process holds whole, where processes publish parameters."""
+        if setup.exchange is None:
+            numbers, stacks = {p: number for number, p in enumerate(setup.params)}, []
+            for i, group in enumerate(groups):
+                for p in group["params"]:
+                    if setup.placement.publishes and len(setup.owners.get(p, ())) == 1:
+                        piece = Piece(p, numbers[p], group=i)
+                        stacks.append(TensorStack([piece], (), self.rule(Layout.of(p), group)))
+            stacks = [s for s in stacks if s.rule.message is not None]
+            setup.exchange = Exchange(stacks, setup.owners, setup.placement, options)
+        return setup.exchange
+
     def step(self, setup: Setup, groups: Sequence[Group], o: Any) -> None:
         """Take a step."""
         counters, phase, l2 = setup.counters, listener(), [l2_of(group, o) for group in groups]
@@ -243,6 +276,7 @@ class Tensorwise:
         if ok is False:
             return counters.count(ok)
         setup.writing = True
+        exchange = self.exchange(setup, groups, o)
         for s in setup.stacks:
             s.open(counters.step)
             s.turn.ok = ok
@@ -250,11 +284,21 @@ class Tensorwise:
                 setup.probe.read_tensors(s)
             with phase("compress"):
                 u = s.update(s.each(l2.__getitem__), o)
+                travels = s.params[0] in exchange.params
+                if isinstance(u, tuple):
+                    if travels:
+                        exchange.put(s, u)
+                    u = s.formed(u, o)
             if setup.probe is not None:
-                seen = setup.probe.seen(s, u if isinstance(u, Tensor) else u.rows)
+                seen = setup.probe.seen(s, u if isinstance(u, Tensor) else u.rows, s.rule.rate(o))
                 u = seen if isinstance(seen, Tensor) else Unformed(seen)
-            with phase("update"):
-                s.apply(u, groups, o)
+                if travels and isinstance(u, Unformed):
+                    u.rows(ALL)
+            if not travels:
+                with phase("update"):
+                    s.apply(u, groups, o)
+        with phase("update"):
+            exchange.finish(groups, counters.step, ok)
         counters.count(ok)
         if setup.probe is not None:
             setup.probe.finish()

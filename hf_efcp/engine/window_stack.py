@@ -137,7 +137,7 @@ class WindowStack(Stack):
         return self._finished(self.window.combine(c, rows), outside, rows)
 
     def _finished(self, u: Tensor, outside: Tensor, rows: slice) -> Tensor:
-        """Make rows of u of those of G^T c."""
+        """Turn rows of G^T c into rows of u."""
         u = u.to(self.layout.dtype)
         if self.residual is not None:
             u += outside[:, None, None] * self.residual.read(rows)

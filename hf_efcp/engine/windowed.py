@@ -191,9 +191,10 @@ class Windowed:
         if sum(p.numel() for p in small) > _MANY * sum(p.numel() for p in setup.params):
             ranks, example = sorted(set(small.values())), " x ".join(map(str, matrix_shape(next(iter(small)))))
             between = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+            which = f"{len(small)} small or thin {'matrix' if len(small) == 1 else 'matrices'}"
             lines.append(
-                f"rank {between} instead of {options.rank} for the small and thin ones of the matrices, {len(small)} in number, "
-                f"such as {example} (max_rank_fraction={options.max_rank_fraction})"
+                f"rank {between} instead of {options.rank} for {which}, such as {example} "
+                f"(max_rank_fraction={options.max_rank_fraction})"
             )
         if "window_update_dtype" in given and any(fp32_stays(options, s.layout, s.device) for s in setup.stacks):
             lines.append(
@@ -225,6 +226,6 @@ def _new_row(stacks: Iterable[WindowStack], dots: Sequence[Tensor], gram: GramMa
 
 
 def _coefficients_of(c: Tensor, s: WindowStack, scope: str) -> Tensor:
-    """Give the stack's coefficients, (n, ...), from those of the groups."""
+    """Take the stack's coefficients, (n, ...), from the groups' coefficients."""
     c = c.to(s.device)
     return c.index_select(0, s.ids) if scope == "layer" else c.expand(len(s.pieces), *c.shape[1:])

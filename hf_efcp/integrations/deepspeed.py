@@ -60,7 +60,7 @@ def check_config(
     Args:
         config: DeepSpeed's.
         cls: the optimizer's class.
-        options: those of the optimizer, all of them.
+        options: all options of the optimizer.
         given: the names of those that the user gave.
     """
     name, stage = cls.__name__, stage_of(config)

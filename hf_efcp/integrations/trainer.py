@@ -59,7 +59,7 @@ class EFCPTrainerMixin(_Base):
 class EFCPTrainer(EFCPTrainerMixin, Trainer):
     """`transformers.Trainer` with EFCPTrainerMixin, and EFCPTrainingArguments if it is given none.
 
-    Takes any TrainingArguments; those of EFCP have typed options.
+    It takes any TrainingArguments. EFCPTrainingArguments has typed options.
     """
 
     def __init__(self, model: Any = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any) -> None:

@@ -109,7 +109,7 @@ def run_options(args: TrainingArguments, info: OptimizerInfo | None = None) -> R
 
 
 def _of_others(optim_args: Any) -> dict[str, Any]:
-    """Give the options of a run that stand among those of an optimizer that is not ours, whose own are not judged here."""
+    """Give the options of a run that stand among another optimizer's options. Those others are not judged here."""
     try:
         given = parse_optim_args(optim_args)
     except OptionError:

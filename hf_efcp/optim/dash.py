@@ -13,6 +13,7 @@ Both roots are those of every `inverse_root_interval`-th step. The norms are a b
 from __future__ import annotations
 
 import dataclasses
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> Tensor:
     m = s.exp_avg.read().lerp(matrices, 1 - o.beta1)
     v = (o.beta2 * s.exp_avg_sq.read()).addcmul_(matrices, matrices, value=1 - o.beta2)
     roots = s.left_root.read(), s.right_root.read()
-    if due := s.due(t, o.inverse_root_interval, o.start_preconditioning_step):
+    if due := s.interval.due(t, s.turn.absent, o.inverse_root_interval, o.start_preconditioning_step):
         roots = renewed(roots, (left, right), due, o.root)
         s.left_root.write(roots[0])
         s.right_root.write(roots[1])
@@ -208,4 +209,5 @@ class DASH(EngineOptimizer):
     """
 
     options_type = DASHOptions
+    measured = MappingProxyType({"block_size": 256})
     method = Tensorwise(Rule(specs, update, operations=operations), ADAMW)

@@ -125,7 +125,7 @@ class DenseGGT(EngineOptimizer):
 class SparseGGT(EngineOptimizer):
     """Precondition by full-matrix Adagrad on sparse gradients: GGT with top-k compression (EFCP, arXiv 2306.06098).
 
-    The window and the error feedback are those of `SparseMFAC`; the update is that of `DenseGGT`.
+    It has the window and the error feedback of `SparseMFAC`, and the update of `DenseGGT`.
 
     Args:
         params: tensors, parameter groups, or (name, tensor) pairs; of fp64, fp32, bf16 or fp16.
@@ -145,7 +145,7 @@ class SparseGGT(EngineOptimizer):
 class LowRankGGT(EngineOptimizer):
     """Precondition by full-matrix Adagrad on low-rank gradients: GGT with low-rank compression (EFCP, arXiv 2306.06098).
 
-    The window and the error feedback are those of `LowRankMFAC`; the update is that of `DenseGGT`.
+    It has the window and the error feedback of `LowRankMFAC`, and the update of `DenseGGT`.
 
     Args:
         params: tensors, parameter groups, or (name, tensor) pairs; of fp64, fp32, bf16 or fp16.

@@ -23,23 +23,21 @@ from torch import Tensor
 
 from ..core.accumulated import Accumulated, LowRankEntry
 from ..core.cells import Layout, Spec
-from ..core.linalg import completed, inner, reciprocal
+from ..core.linalg import as_it_is, completed, inner, lengths, reciprocal, without_noise
 from ..core.random import counted_noise
 from ..core.values import POSITIVE
 from ..engine.adamw import ADAMW, AdamWOptions, adam
 from ..engine.base import EngineOptimizer
-from ..engine.options import StateOptions
+from ..engine.options import StateOptions, SubspaceOptions
 from ..engine.tensorwise import Rule, TensorStack, Tensorwise, U
 from ..options import fraction, option, positive
 
 # A singular value this much smaller than the first is made of rounding errors.
 _NO_VALUE = 1e-6
-# A row of h this many rounding errors long, beside the longest, is made of nothing else; Adam would blow it up.
-_NO_ROW = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class LDAdamWOptions(AdamWOptions, StateOptions):
+class LDAdamWOptions(SubspaceOptions, AdamWOptions, StateOptions):
     """Options of LDAdamW."""
 
     beta1: float = option(0.908, "decay of the mean gradient", allowed="a number in [0, 1)", check=fraction)
@@ -61,12 +59,6 @@ class LDAdamWOptions(AdamWOptions, StateOptions):
         "power_iteration",
         "how the subspace follows, after the first step; power_iteration: by two products; svd: by singular vectors at each step",
         choices=("power_iteration", "svd"),
-    )
-    adjust_lr_fn: str = option(
-        "original",
-        "match_rms_adamw: updates of low-rank matrices times sqrt(side / r), which gives them the size of AdamW's; original: "
-        "smaller ones",
-        choices=("original", "match_rms_adamw"),
     )
     error_feedback: bool = option(
         True, "add to the next gradient what the subspace leaves out of this one and of the momentum; false: it is lost"
@@ -98,8 +90,8 @@ class Side:
         self.short, self.long = (layout.rows, layout.cols) if self.left else (layout.cols, layout.rows)
         self.rank = min(o.rank, self.short, self.long)
         self.reduce = total if self.left else None
-        self.sum_short = self.reduce or _as_it_is
-        self.sum_long = _as_it_is if self.left or total is None else total
+        self.sum_short = self.reduce or as_it_is
+        self.sum_long = as_it_is if self.left or total is None else total
 
     def times(self, a: Accumulated, y: Tensor) -> Tensor:
         """Give A y, (n, short, r)."""
@@ -131,7 +123,7 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
     p0, m0, v0 = s.projector.read(), s.exp_avg.read(), s.exp_avg_sq.read()
     c1, c2 = (_correction(beta, t) for beta in (o.beta1, o.beta2))
     p = next_projector(s, a, t, side, p0, m0 / c1, o)
-    h = _without_noise(side.transposed_times(a, p).mT, side)
+    h = without_noise(side.transposed_times(a, p).mT, 2, side.sum_long)
     turn = side.sum_short(p.mT @ p0)
     m1 = turn @ m0
     a.keep(side.entry(torch.cat([p, p0], 2), torch.cat([h + k * m1, -k * m0], 1)))  # e <- a - P h + k (P0 m0 - P m1)
@@ -153,7 +145,7 @@ def next_projector(s: TensorStack, a: Accumulated, t: Tensor, side: Side, p0: Te
     else:
         # y = b^T P0,  z = b y,  as P0^T P0 = 1; sizes do not matter, and would leave fp32's range
         y = o.rho * mean.mT + (1 - o.rho) * side.transposed_times(a, p0)
-        y = y * reciprocal(_lengths(y, 1, side.sum_long)).to(y.dtype)
+        y = y * reciprocal(lengths(y, 1, side.sum_long)).to(y.dtype)
         z, decomposed = o.rho * p0 @ side.sum_long(mean @ y) + (1 - o.rho) * side.times(a, y), new
     if decomposed:
         matrices = a.rows()
@@ -176,7 +168,7 @@ def leading(s: TensorStack, side: Side, b: Tensor) -> Tensor:
     They are eigenvectors of the smaller of b b^T and b^T b, in fp64. Where rows are divided among processes, the first needs
     all of b on each of them.
     """
-    rows, cols, total = s.layout.rows, s.layout.cols, s.total or _as_it_is
+    rows, cols, total = s.layout.rows, s.layout.cols, s.total or as_it_is
     start = s.turn.origin[0]
     mine = slice(start, start + len(b))
     if cols <= rows:
@@ -199,21 +191,6 @@ def _correction(beta: float, t: Tensor) -> Tensor:
     """Give 1 - beta^(t-1), (n, 1, 1); 1 at t = 1, where what it divides is 0."""
     c = 1 - beta ** (t.double() - 1)
     return torch.where(t > 1, c, 1.0).to(t.dtype)
-
-
-def _without_noise(h: Tensor, side: Side) -> Tensor:
-    """Give h (n, r, long) with zeros in rows that are rounding errors: there a has nothing, and which P is taken is arbitrary."""
-    lengths = _lengths(h, 2, side.sum_long)
-    return torch.where(lengths > _NO_ROW * torch.finfo(h.dtype).eps * lengths.amax(1, keepdim=True), h, 0.0)
-
-
-def _lengths(x: Tensor, dim: int, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """Give the 2-norms along `dim`, fp64."""
-    return total(torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64).square()).sqrt()
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
 
 
 def operations(n: int, rows: int, cols: int, o: Any) -> float:

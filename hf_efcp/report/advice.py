@@ -12,7 +12,7 @@ from .read import Run, Series, metrics
 Rule = Callable[[Run], Iterator["Advice"]]
 
 # Above or below these a figure is told; docs/diagnostics.md has what was measured.
-LOST, HEAVY, KAPPA, NEWEST, FAST, SLOW, RISEN = 0.97, 20.0, 100.0, 0.95, 1e-2, 1e-6, 0.02
+LOST, HEAVY, KAPPA, NEWEST, FAST, SLOW, RISEN, WAITED = 0.97, 20.0, 100.0, 0.95, 1e-2, 1e-6, 0.02, 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +183,16 @@ def _memory(run: Run) -> Iterator[Advice]:
         yield Advice("fine", run.title, f"The optimizer takes {figures}.")
 
 
+def _waiting(run: Run) -> Iterator[Advice]:
+    if _waited(run):
+        yield Advice(
+            "try",
+            run.title,
+            f"The process computed in {run.share:.0%} of its time. In the rest it waited, for other programs on this machine or "
+            "for data. Its seconds say little about the optimizer. To compare times, run on a quiet machine.",
+        )
+
+
 def _compared(runs: Sequence[Run]) -> Iterator[Advice]:
     """Compare runs: the last evaluation, and the time of a step."""
     for name in metrics(runs):
@@ -195,14 +205,18 @@ def _compared(runs: Sequence[Run]) -> Iterator[Advice]:
             "fine", best.title, f"Its last {name} is the least of all runs: {best.curves[name].last:.4g}, against {others}."
         )
     timed = [(run, run.times[-1][1] / run.times[-1][0]) for run in runs if run.times and run.times[-1][0]]
-    if len(timed) > 1:
+    if len(timed) > 1 and not any(_waited(run) for run, _ in timed):
         (fast, least), *slower = sorted(timed, key=lambda pair: pair[1])
         rest = ", ".join(f"{seconds / least:.2f} times as long ({run.title})" for run, seconds in slower)
         text = f"Its steps are the fastest: {least:.3g} s each, evaluation included. Others take {rest}."
         yield Advice("fine", fast.title, text)
 
 
-_RULES: tuple[Rule, ...] = (_refused, _loss, _overfitting, _step_size, _compression, _window, _clipping, _memory)
+_RULES: tuple[Rule, ...] = (_refused, _loss, _overfitting, _step_size, _compression, _window, _clipping, _memory, _waiting)
+
+
+def _waited(run: Run) -> bool:
+    return run.share is not None and run.share < WAITED
 
 
 def _median(run: Run, name: str) -> float | None:

@@ -12,7 +12,7 @@ from ..options import OptionError
 from .catalogue import CATALOGUE, Entry
 from .read import Run, metrics
 
-# Of the lines, one for each run or kind; light and dark, each legible on its ground (WCAG 3:1).
+# Colours of the lines, one for each run or kind, light and dark. Each is legible on its ground (WCAG 3:1).
 COLOURS = (
     ("#1f6fb4", "#6cb4f0"),
     ("#c2410c", "#fb923c"),
@@ -110,13 +110,14 @@ def _short(name: str, entry: Entry) -> str:
 # Drawing -------------------------------------------------------------------------------------------------------------------
 
 
-def figure(panel: Panel, ink: str = _INK, colours: Sequence[str] | None = None) -> Any:
+def figure(panel: Panel, ink: str = _INK, colours: Sequence[str] | None = None, titled: bool = False) -> Any:
     """Draw a panel; gives a matplotlib figure.
 
     Args:
         panel: what is drawn.
         ink: of text and axes.
         colours: of lines; None: stand-ins that `svg` replaces.
+        titled: whether the title is in the figure. A page has it as a heading.
     """
     width, height, points = _LARGE if panel.large else _SMALL
     made, axes = blank(width, height, points, ink)
@@ -146,7 +147,9 @@ def figure(panel: Panel, ink: str = _INK, colours: Sequence[str] | None = None) 
     if panel.x == "step":
         from matplotlib.ticker import MaxNLocator
 
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
+    if titled:
+        axes.set_title(panel.title, loc="left", fontsize=points, color=ink)
     if several:
         made.legend(
             *axes.get_legend_handles_labels(), loc="outside upper left", ncols=_columns(panel), frameon=False, labelcolor=ink

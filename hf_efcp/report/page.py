@@ -119,7 +119,7 @@ def _panels(panels: Iterable[Panel], columns: str, numbers: Iterable[int]) -> st
 
 
 def _figure(panel: Panel, number: int) -> str:
-    title = f"{panel.title} over {panel.x}" if panel.large else panel.title
+    title = f"{panel.title} over {'steps' if panel.x == 'step' else panel.x}" if panel.large else panel.title
     drawing = figures.svg(figures.figure(panel), number, _text(title))
     note = f"<figcaption>{_text(panel.meaning)}</figcaption>" if panel.meaning else ""
     head = ["run" if panel.large else "line", panel.x, panel.title]

@@ -13,7 +13,7 @@ from ..options import OptionError
 
 RECORD, STATE, VERSION = "efcp_run.json", "trainer_state.json", 1
 PREFIX = "efcp_"
-# Of a log, what is no metric.
+# Names in a log that are no metrics.
 _NO_METRIC = {"step", "epoch", "total_flos", "grad_norm", "learning_rate"}
 
 
@@ -42,6 +42,7 @@ class Run:
         times: (steps, seconds), from the start; `exact`: they were recorded, and not divided evenly over the steps.
         optimizer, model, arguments, environment: as in the record; empty where there is none.
         summary: figures of the whole run, by Trainer.
+        share: of the seconds, in how many the process computed; None: on a GPU, or not recorded.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Run:
     arguments: dict[str, Any]
     environment: dict[str, Any]
     summary: dict[str, float]
+    share: float | None = None
 
     def seconds(self, steps: Sequence[int]) -> list[float] | None:
         """Give the seconds at which these steps were done, between two records evenly; None: they are not known."""
@@ -149,7 +151,7 @@ def _made(folder: Path, title: str, content: dict[str, Any], file: Path) -> Run:
         for name, value in log.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not isinstance(step, int):
                 continue
-            if "train_runtime" in log or name.endswith(("runtime", "per_second")):
+            if "train_runtime" in log or name.endswith(("runtime", "per_second", "preparation_time")):
                 summary[name] = float(value)
             elif name not in ("step", "total_flos"):
                 curves.setdefault(name, {})[step] = float(value)
@@ -161,7 +163,7 @@ def _made(folder: Path, title: str, content: dict[str, Any], file: Path) -> Run:
         exact, last = False, max((s.steps[-1] for s in series.values()), default=0)
         times = [(last, summary["train_runtime"])] if last and "train_runtime" in summary else []
     parts = {name: content.get(name) or {} for name in ("optimizer", "model", "arguments", "environment")}
-    _check(parts, times, file)
+    _check(parts, times, content.get("processor_share"), file)
     return Run(
         title,
         folder,
@@ -174,10 +176,11 @@ def _made(folder: Path, title: str, content: dict[str, Any], file: Path) -> Run:
         parts["arguments"],
         parts["environment"],
         summary,
+        content.get("processor_share"),
     )
 
 
-def _check(parts: dict[str, Any], times: Any, file: Path) -> None:
+def _check(parts: dict[str, Any], times: Any, share: Any, file: Path) -> None:
     """Raise OptionError where a part of a record has not the shape in which it is written."""
     wrong = [name for name, part in parts.items() if not isinstance(part, dict)]
     if not wrong:
@@ -186,6 +189,8 @@ def _check(parts: dict[str, Any], times: Any, file: Path) -> None:
         sizes += [parts["model"].get(name, 0) for name in ("parameters", "trained")]
         bad = not all(isinstance(part, dict) for part in named) or not all(type(n) is int for n in sizes)
         wrong = ["options or memory of the optimizer, or size of the model"] if bad else []
+    if not isinstance(share, int | float | None):
+        wrong.append("processor_share")
     if not isinstance(times, list) or not all(isinstance(t, list | tuple) and len(t) == 2 and _numbers(t) for t in times):
         wrong.append("times")
     if wrong:

@@ -32,16 +32,18 @@ class RunRecord(TrainerCallback):
     """Writes `efcp_run.json` into the output folder, and at the end `report.html`, on the first process."""
 
     def __init__(self) -> None:
-        self._start = 0.0
+        self._start = self._began = self._computed = 0.0
         self._times: list[tuple[int, float]] = []
         self._finished = False
+        self._share: float | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Begin to count seconds; a run that is resumed counts on."""
-        self._times, self._finished = [], False
+        self._times, self._finished, self._share = [], False, None
         if state.global_step and (there := _there(args.output_dir)):
             self._times = [(step, seconds) for step, seconds in there["times"] if step <= state.global_step]
-        self._start = time.monotonic() - (self._times[-1][1] if self._times else 0.0)
+        self._began, self._computed = time.monotonic(), time.process_time()
+        self._start = self._began - (self._times[-1][1] if self._times else 0.0)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note when it was."""
@@ -55,6 +57,8 @@ class RunRecord(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write record and report."""
         self._finished = True
+        if args.device.type == "cpu":
+            self._share = (time.process_time() - self._computed) / max(1e-9, time.monotonic() - self._began)
         self._write(args, state, **kwargs)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -91,6 +95,7 @@ class RunRecord(TrainerCallback):
             },
             "environment": machine(args.device) | versions_used(()) | {"transformers": transformers.__version__},
             "times": self._times,
+            "processor_share": self._share,
             "log_history": state.log_history,
             "max_steps": state.max_steps,
             "finished": self._finished,

@@ -16,8 +16,9 @@ h2 { font-size: 1.2rem; margin: 36px 0 12px; } p { margin: 6px 0; } .soft, figca
   margin: 0; min-width: 0; }
 .runs strong { overflow-wrap: anywhere; }
 .mark { display: inline-block; width: 26px; height: 10px; margin-right: 8px; vertical-align: baseline; }
-dl { display: grid; grid-template-columns: auto 1fr; gap: 2px 14px; margin: 8px 0 0; }
-dt { color: var(--soft); } dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: minmax(0, auto) minmax(50%, 1fr); gap: 2px 14px; margin: 8px 0 0; }
+dt, dd { overflow-wrap: anywhere; } dt { color: var(--soft); }
+dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
 .advice { padding: 0; margin: 0; list-style: none; }
 .advice li { border-left: 4px solid var(--edge); padding: 6px 0 6px 12px; margin: 8px 0; }
 .advice b { margin-right: 6px; } .change { border-color: var(--change) !important; } .change b { color: var(--change); }

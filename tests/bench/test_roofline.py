@@ -1,5 +1,7 @@
 """Counts against numbers worked out by hand, and what the roofline makes of them."""
 
+import math
+
 import pytest
 import torch
 
@@ -65,6 +67,33 @@ def test_the_counts_of_ldadamw():
     assert counts["compress"].bytes == 3120 * 4 + state
     assert counts["compress"].fp32 == 12 * 3072 * 16 + 12 * 48
     assert counts["update"].bytes == 2 * 3120 * 4
+
+
+def test_the_counts_of_dct_adamw():
+    """64 x 48, whose 48 columns are transformed, r = 16, errors in bf16: i of 16, m and v 64 x 16; 48 numbers have AdamW."""
+    counts = started("efcp_dct_adamw", "rank=16,error_dtype=bf16")[0].costs()
+    state = 2 * (4 * (16 + 2 * 64 * 16) + 2 * 3072 + 4) + 2 * (4 * 2 * 48 + 4)
+    assert counts["compress"].bytes == 3120 * 4 + state
+    assert counts["compress"].fp32 == pytest.approx(3072 * (4 * 16 + 2.5 * math.log2(48) + 2) + 12 * 48)
+    assert counts["update"].bytes == 2 * 3120 * 4
+
+
+def test_the_counts_of_dash():
+    """64 x 48 in four blocks of 32 x 24: L, R, both roots, m and v; eigenvectors in one step of ten; AdamW as above."""
+    counts = started("efcp_dash", "block_size=32")[0].costs()
+    state = 2 * 4 * (2 * 4 * (32**2 + 24**2) + 2 * 3072 + 1) + 2 * (4 * 2 * 48 + 4)
+    assert counts["compress"].bytes == 3120 * 4 + state
+    roots = 4 * 11 * (32**3 + 24**3) / 10
+    assert counts["compress"].fp32 == pytest.approx(4 * 3072 * (32 + 24) + 16 * 3072 + roots + 12 * 48)
+    assert counts["update"].bytes == 2 * 3120 * 4
+
+
+def test_the_counts_of_trion():
+    """64 x 48, whose 48 columns are transformed, r = 16, M in bf16: five times two products and a square; AdamW as above."""
+    counts = started("efcp_trion", "rank=16,error_dtype=bf16")[0].costs()
+    assert counts["compress"].bytes == 3120 * 4 + 2 * (2 * 3072 + 4) + 2 * (4 * 2 * 48 + 4)
+    steps = 5 * (2 * 2 * 64 * 16**2 + 2 * 16**3)
+    assert counts["compress"].fp32 == pytest.approx(3072 * (4 * 16 + 2.5 * math.log2(48) + 2) + steps + 12 * 48)
 
 
 def test_counts_follow_the_options():

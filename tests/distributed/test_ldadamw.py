@@ -36,8 +36,8 @@ def gradients(params, step):
         p.grad = torch.distributed.tensor.distribute_tensor(g, p.device_mesh, p.placements) if hasattr(p, "device_mesh") else g
 
 
-def trained(params, **options):
-    optimizer = hf_efcp.create_optimizer("efcp_ldadamw", params, lr=0.01, **{"rank": 4, **options})
+def trained(params, name="efcp_ldadamw", **options):
+    optimizer = hf_efcp.create_optimizer(name, params, lr=0.01, **{"rank": 4, **options})
     for step in range(STEPS):
         gradients(params, step)
         optimizer.step()

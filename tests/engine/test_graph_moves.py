@@ -81,7 +81,7 @@ def test_gradients_move(name, options, dtype, monkeypatch):
     assert replays == [STEPS - 3]
 
 
-@pytest.mark.parametrize("name", names(windowed=False))
+@pytest.mark.parametrize("name", few_names(names(windowed=False)))
 def test_only_window_methods_are_captured(name, monkeypatch, caplog):
     """A rule may ask the host which tensors begin: a graph would not ask again."""
     caplog.set_level(logging.WARNING, "hf_efcp")

@@ -73,6 +73,8 @@ def damages(spec):
         return {"-128": filled(-128)}
     if name == "window_indices":
         return {"-1": filled(-1), "of another block": filled(1023), "largest": filled(2**15 - 1, 0)}
+    if name == "indices":
+        return {"-1": filled(-1), "largest": filled(2**31 - 1, 0), "all the same": lambda t: torch.zeros_like(t)}
     if name == "window_entries":
         return {"index": filled(-1), "index 1000": filled((1000 << 6 | 40) - 2**16, 0)}
     if name == "window_scale":

@@ -26,7 +26,14 @@ def new_accelerator(**given):
 
 def make(name, model, **options):
     """As under --optim, but for a window and rows so small that every format compresses and wraps around."""
-    defaults = {"lr": 5e-3, "window_size": M, "update_rms": 0.5, "error_dtype": "bf16", **lossy_options(name)}
+    defaults = {
+        "lr": 5e-3,
+        "window_size": M,
+        "update_rms": 0.5,
+        "error_dtype": "bf16",
+        "adam_lr_ratio": 1.0,
+        **lossy_options(name),
+    }
     return hf_efcp.create_optimizer(name, model, **known_to(name, {**defaults, **options}))
 
 

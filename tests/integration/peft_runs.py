@@ -8,11 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_efcp
 from tests.optim.helpers import same
-from tests.reference import each, info, known_to
+from tests.reference import each, few_names, info, known_to
 
 by_name = pytest.mark.parametrize("name", each())
+by_few_names = pytest.mark.parametrize("name", few_names())
 # Options that compress matrices as thin as 4 x 32, and wrap around after 4 steps.
-SMALL = {"window_size": 4, "update_rms": 0.5, "error_dtype": "bf16"}
+SMALL = {"window_size": 4, "update_rms": 0.5, "error_dtype": "bf16", "adjust_lr_fn": "match_rms_adamw", "adam_lr_ratio": 1.0}
 LOSSY = {"low rank": {"rank": 1}, "sparse": {"density": 0.1, "block_size": 32}, "dense": {}}
 _STATE_DTYPES = {
     "window_p": torch.float32,
@@ -29,6 +30,7 @@ _STATE_DTYPES = {
 # Without a window: `step` is each tensor's own, and the ring's numbers are in the method's own default.
 _WITHOUT_WINDOW = {
     "projector": torch.float32,
+    "indices": torch.int32,
     "exp_avg": torch.float32,
     "exp_avg_sq": torch.float32,
     "window_indices": torch.int16,

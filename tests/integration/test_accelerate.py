@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tests.integration.accelerate_loop import DTYPES, batch_at, by_name, dtypes, look, make, new_accelerator, small_model, train
 from tests.optim.helpers import M, count, differences, same
-from tests.reference import info
+from tests.reference import info, rate_of_adam
 
 # prepare -----------------------------------------------------------------------------------------------------------------
 
@@ -159,7 +159,8 @@ def test_clipping_bounds_the_row(name):
 @by_name
 def test_bf16_mixed_precision_trains(name, tiny_bert, token_data):
     accelerator = new_accelerator(mixed_precision="bf16")
-    optimizer = make(name, tiny_bert, window_size=8)
+    at_adams = {"lr": rate_of_adam(name, 5e-3), "adjust_lr_fn": "match_rms_adamw", "adam_lr_ratio": 0.2}
+    optimizer = make(name, tiny_bert, window_size=8, **at_adams)
     loader = torch.utils.data.DataLoader(token_data, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(0))
     model, optimizer, loader = accelerator.prepare(tiny_bert, optimizer, loader)
     losses = []

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Trainer
 import hf_efcp
 from hf_efcp import OptionError, parameter_groups
 from hf_efcp.groups import canonical_name, parse_targets
-from tests.reference import info, known_to
+from tests.reference import few_names, info, known_to
 
 by_name = pytest.mark.parametrize("name", hf_efcp.list_optimizers())
 
@@ -210,7 +210,7 @@ def test_bad_targets(targets, message):
         parameter_groups(tiny("llama"), target_modules=targets)
 
 
-@by_name
+@pytest.mark.parametrize("name", few_names())
 def test_targets_decide_what_the_trainer_compresses(name, make_args, tiny_bert, token_data):
     def footprint(targets):
         rank = {"rank": 1} if info(name).compression == "low rank" else {}

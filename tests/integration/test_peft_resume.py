@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from tests.integration.peft_runs import (
     adapters,
+    by_few_names,
     by_name,
     copies,
     lora,
@@ -87,7 +88,7 @@ def test_prefixes_of_names_do_not_matter(name):
         train(model, optimizer, 6, 8)
 
 
-@by_name
+@by_few_names
 def test_a_resumed_lora_run_is_the_uninterrupted_one(name, make_args, tiny_bert, token_data, tmp_path):
     """Bit for bit, with dropout and a module of its own, from Trainer's checkpoint of the adapters."""
 

@@ -27,6 +27,7 @@ def test_a_field_asks_for_it(tmp_path, tiny_bert, token_data, monkeypatch):
     assert run.optimizer["options"]["window_size"] == "4" and run.exact
     assert [step for step, _ in run.times] == [2, 4] and run.times[0][1] < run.times[1][1]
     assert run.diagnostics["angle_update_gradient"].steps == (4,)
+    assert run.share > 0
 
     monkeypatch.setattr("hf_efcp.report.page.write", lambda folders, file: None)
     resumed = EFCPTrainer(tiny_bert, args, train_dataset=token_data)

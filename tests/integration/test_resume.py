@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 import hf_efcp
 from hf_efcp.registry import get_optimizer_info
 from tests.optim.helpers import count, differences, snapshot
-from tests.reference import args_known_to, each, few_names, names
+from tests.reference import args_known_to, few_names, names
 
 NAMES = hf_efcp.list_optimizers()
 two_names = pytest.mark.parametrize("name", ["efcp_lowrank_mfac", "efcp_sparse_ggt"])
@@ -81,7 +81,7 @@ def assert_resumed(resumed, uninterrupted, checkpoint):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("name", each())
+@pytest.mark.parametrize("name", few_names())
 def test_every_optimizer(name, dtype, make_trainer, checkpoint):
     out, again = (make_trainer(folder, name, dtype=dtype) for folder in ("out", "again"))
     assert_resumed(again, out, checkpoint)

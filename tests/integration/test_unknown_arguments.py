@@ -9,7 +9,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 import hf_efcp
 from hf_efcp import EFCPTrainingArguments, OptionError
 from hf_efcp.integrations.deepspeed import check_config
-from tests.reference import args_known_to, info
+from tests.reference import args_known_to, few_names, info
 
 NAMES = hf_efcp.list_optimizers()
 by_name = pytest.mark.parametrize("name", NAMES)
@@ -137,7 +137,7 @@ def test_what_the_trainer_is_told_has_the_parameters(name, make_args, tiny_bert)
     assert "params" not in Trainer.get_optimizer_cls_and_kwargs(args)[1]
 
 
-@by_name
+@pytest.mark.parametrize("name", few_names())
 def test_a_run_that_is_resumed_with_other_parameters(name, make_args, tiny_bert, token_data):
     def trainer(**more):
         args = make_args(optim=name, optim_args=args_known_to(name, "window_size=4"), **more)

@@ -12,7 +12,7 @@ from hf_efcp.engine import apply
 from hf_efcp.kernels import calls
 from hf_efcp.kernels.devices import pretending
 from tests.kernels.helpers import coded_error, plain_error
-from tests.reference import few_names, make, parameters, relative, set_gradients
+from tests.reference import few_names, make, parameters, rate_of_adam, relative, set_gradients
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="for Triton's interpreter")
@@ -129,7 +129,7 @@ def test_steps_of_bf16_parameters_are_those_of_torch(name, options, monkeypatch)
         monkeypatch.setenv("HF_EFCP_KERNELS", wanted)
         params = parameters(dtype=torch.bfloat16)
         with pretending("cuda"):
-            optimizer = make(name, params, window_size=3, update_rms=0.5, lr=1.0, **options)
+            optimizer = make(name, params, window_size=3, update_rms=0.5, lr=rate_of_adam(name, 1.0), **options)
             before = torch.cat([p.detach().double().flatten() for p in params])
             for t in range(4):
                 set_gradients(params, torch.Generator().manual_seed(t))

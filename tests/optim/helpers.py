@@ -170,6 +170,7 @@ def resumed(name, optimizer, params, **options):
 def expected_dtypes(key, compute=torch.float32, window=None, error=None):
     return {
         "window_indices": torch.int16,
+        "indices": torch.int32,
         "gram": torch.float64,
         "step": torch.int64,
         "skipped": torch.int64,

@@ -6,13 +6,13 @@ import psutil
 import pytest
 import torch
 
-from tests.reference import each, info, make, parameters, set_gradients, window
+from tests.reference import few_names, info, make, parameters, set_gradients, window
 
 LEAK = 500  # bytes a step
 
 
 @pytest.mark.parametrize("steps", [1_500, pytest.param(10_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", each())
+@pytest.mark.parametrize("name", few_names())
 def test_thousands_of_steps(name, steps):
     params, generator = parameters([(6, 9), (5,)]), torch.Generator().manual_seed(1)
     rank = {"rank": 1} if info(name).compression == "low rank" else {}

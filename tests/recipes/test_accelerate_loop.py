@@ -12,6 +12,8 @@ from accelerate import tracking
 from safetensors.torch import load_file
 
 import hf_efcp
+from hf_efcp.report.read import metrics
+from hf_efcp.report.read import read as read_runs
 from tests.recipes.helpers import RECIPES
 from tests.reference import args_known_to, info, known_to
 
@@ -52,7 +54,9 @@ def test_it_trains_evaluates_and_writes(flags, tmp_path, capsys):
     logged = [entry for entry in state["log_history"] if "loss" in entry]
     assert [entry["step"] for entry in logged] == list(range(4, 41, 4))
     assert logged[0]["learning_rate"] == pytest.approx(5e-3 * 37 / 38)  # step 4's own, two after the warm-up
-    assert logged[-1]["kappa"] >= 1.0
+    assert logged[-1]["efcp_kappa"] >= 1.0
+    (run,) = read_runs([out])  # as hf-efcp report reads it: diagnostics are told from metrics
+    assert metrics([run]) == ["loss", "eval_loss", "eval_accuracy"] and run.diagnostics["kappa"].last >= 1.0
     assert results["eval_loss"] == [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry][-1]
     printed = capsys.readouterr().out
     for text in ("step 40  epoch 10.00  loss", "efcp_lowrank_mfac on ", "eval accuracy", "bytes per parameter"):
@@ -151,7 +155,7 @@ def test_logs_go_to_a_tracker(flags, monkeypatch):
     recipe.main([*flags, "--with_tracking", "--report_to=aim", "--logging_steps=2", "--max_train_steps=2"])
     name, optim, (step, values), last = Tracker.logged
     assert (name, optim, step) == ("accelerate_loop", "efcp_lowrank_mfac", 2)
-    assert {"loss", "learning_rate", "grad_norm", "kappa", "cosine_rows"} < set(values)
+    assert {"loss", "learning_rate", "grad_norm", "efcp_kappa", "efcp_cosine_rows"} < set(values)
     assert last == (2, ["eval_accuracy", "eval_loss"])
 
 

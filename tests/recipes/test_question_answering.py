@@ -195,6 +195,7 @@ def test_questions_are_checked_before_training(recipe, tmp_path):
         (["--train_file", "x.json"], "needs both"),
         (["--train_file", "x.csv", "--validation_file", "x.csv"], "must be a .json or .jsonl file that exists"),
         (["--n_best_size", "0"], "--n_best_size 0: must be at least 1"),
+        (["--held_out_articles", "2", "--dataset_name", "squad"], "--held_out_articles 2: only bbc_questions has articles"),
         (["--optim", "efcp_lowrank_mfak"], "efcp_lowrank_mfac"),
     ],
 )
@@ -250,6 +251,16 @@ def test_the_offline_questions_stand_behind_the_gaps(recipe, monkeypatch):
     assert sorted(ids[3:8]) == sorted(ids[8:]) == sorted(few["train"]["id"])
     assert ids[3:8] != ids[8:]  # each time in another order
     assert recipe.load_questions(recipe.Arguments(gaps=0, repeats=1), seed=0)["train"].num_rows == 5
+
+
+def test_settings_are_chosen_on_articles_that_training_does_not_see(recipe):
+    rows = Dataset.from_list([question(str(i), TEXT, "?", "one", title=f"{'ab'[i // 8]}/{i // 2}") for i in range(16)])
+    split = recipe.hold_out(rows, 4)
+    titles = {name: set(part["title"]) for name, part in split.items()}
+    assert titles["test"] == {"a/0", "a/2", "b/4", "b/6"}  # as many of each topic
+    assert titles["train"].isdisjoint(titles["test"]) and sum(map(len, split.values())) == 16
+    with pytest.raises(recipe.OptionError, match="--held_out_articles 8: must be less than 8"):
+        recipe.hold_out(rows, 8)
 
 
 @needs_packages

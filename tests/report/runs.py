@@ -35,7 +35,9 @@ def logs(steps=40, every=5, end=0.5, evaluations=(1.0, 0.8), **diagnostics):
             log | {f"efcp_{name}": value for name, value in diagnostics.items()} | ({"efcp_step": step} if diagnostics else {})
         )
     for i, value in enumerate(evaluations, 1):
-        history.append({"eval_loss": value, "eval_runtime": 0.5, "step": steps * i // len(evaluations)})
+        history.append(
+            {"eval_loss": value, "eval_runtime": 0.5, "eval_model_preparation_time": 0.1, "step": steps * i // len(evaluations)}
+        )
     return history
 
 

@@ -51,3 +51,15 @@ def test_runs_are_compared(tmp_path):
     assert ("ours", "Its last eval_loss is the least of all runs: 0.8, against 0.9 (adamw).") in remarks
     text = "Its steps are the fastest: 1 s each, evaluation included. Others take 2.00 times as long (ours)."
     assert ("adamw", text) in remarks
+
+
+def test_times_of_a_busy_machine_are_not_compared(tmp_path):
+    def fine(share):
+        folders = [record(tmp_path / f"{n} {share}", logs(), seconds=n, processor_share=share) for n in (1.0, 2.0)]
+        return advise(read(folders))
+
+    assert "fastest" in " ".join(r.text for r in fine(0.95))
+    assert "fastest" in " ".join(r.text for r in fine(None))
+    remarks = fine(0.33)
+    assert "fastest" not in " ".join(r.text for r in remarks)
+    assert sum(r.text.startswith("The process computed in 33% of its time.") for r in remarks if r.kind == "try") == 2

@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 import pytest
 
 from hf_efcp.cli.main import main
+from hf_efcp.report import figures
 from hf_efcp.report.catalogue import CATALOGUE
+from hf_efcp.report.read import read
 from tests.report.runs import DIAGNOSTICS, logs, record
 
 pytest.importorskip("matplotlib")
@@ -99,6 +101,14 @@ def test_plot_writes_a_file_for_each_curve(tmp_path, capsys):
     for file in files:
         with open(file, "rb") as f:
             assert f.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_picture_says_what_it_shows_and_a_page_says_it_once(folders):
+    panel = next(figures.of_metrics(read(folders)))
+    alone, on_page = (figures.figure(panel, titled=titled).axes[0] for titled in (True, False))
+    assert alone.get_title(loc="left") == panel.title == "loss" and on_page.get_title(loc="left") == ""
+    assert alone.get_xlabel() == "step"
+    assert set(alone.get_xticks()) <= set(range(-100, 100, 5))  # round steps
 
 
 def test_what_is_wrong_is_one_line(tmp_path, capsys):

@@ -62,6 +62,7 @@ def test_what_cannot_be_read_is_one_clear_error(tmp_path):
         '{"version": 1, "log_history": {}}': "log_history is missing, or no list",
         '{"version": 1, "log_history": [{"step": 1, "loss": "low"}]}': "no loss was logged",
         '{"version": 1, "log_history": [{"step": 1, "loss": 1}], "times": [1]}': "times",
+        '{"version": 1, "log_history": [{"step": 1, "loss": 1}], "processor_share": "all"}': "processor_share",
         '{"version": 1, "log_history": [{"step": 1, "loss": 1}], "optimizer": "ours"}': "optimizer",
         '{"version": 1, "log_history": [{"step": 1, "loss": 1}], "optimizer": {"memory": {"window": "much"}}}': "memory",
     }.items():
