@@ -80,7 +80,10 @@ class BlockTopK(Compressor):
         if device not in self._offsets:
             full = torch.arange(self.full, device=device).repeat_interleave(self.kept) * self.block
             tail = torch.full((self.kept_tail,), self.full * self.block, device=device)
-            self._offsets[device] = torch.cat([full, tail])
+            offsets = torch.cat([full, tail])
+            if type(offsets) is not Tensor:  # one without numbers, of a step that is only counted
+                return offsets
+            self._offsets[device] = offsets
         return self._offsets[device]
 
     def columns(self, indices: Tensor) -> Tensor:

@@ -93,6 +93,15 @@ def usable(spec: Spec) -> Spec:
     return Spec(**{**vars(spec), "families": families})
 
 
+def check_names(spec: Spec, options: argparse.Namespace) -> None:
+    """Raise SpecError for a task or contender of the flags that the spec does not have."""
+    contenders = {name for f, members in spec.families.items() for name in (f, *(c.name for c in members))}
+    for flag, given, known in (("--tasks", options.tasks, spec.tasks), ("--contenders", options.contenders, contenders)):
+        for name in given or []:
+            if name not in known:
+                raise SpecError(f"{flag} {name}: {options.spec.name} has {', '.join(sorted(known))}")
+
+
 def selected(spec: Spec, results: dict, options: argparse.Namespace) -> list[Run]:
     """The wanted runs that the flags select."""
     names = {c.name for f, members in spec.families.items() for c in members if f in (options.contenders or [])}
@@ -168,7 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the workers too
     try:
-        spec = usable(read_spec(options.spec))
+        spec = read_spec(options.spec)
+        check_names(spec, options)
+        spec = usable(spec)
     except SpecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

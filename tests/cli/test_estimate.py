@@ -204,11 +204,11 @@ def test_a_budget_says_what_it_chooses(tmp_path, capsys):
 
 
 def test_what_fits(tmp_path, capsys):
-    found = estimated(tmp_path, "minilm", "--gpu", "300MiB")
+    found = estimated(tmp_path, "minilm", "--gpu", "310MiB")
     size = 4 * 22713216
     for name, entry in found["optimizers"].items():
         assert entry["needs"] == 2 * size + entry["total"]
-        assert entry["fits"] == (entry["needs"] <= 300 * 2**20) == (name in NAMES and info(name).compression != "dense")
+        assert entry["fits"] == (entry["needs"] <= 310 * 2**20) == (name in NAMES and info(name).compression != "dense")
     assert "activations" in capsys.readouterr().out
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hf_efcp.core.accumulated import Accumulated
 from hf_efcp.core.cells import Cell, Turn
@@ -111,3 +112,10 @@ def test_more_rounds_stay_in_range(scale):
     a = low_rank(3, 20, 30, scale).float()
     p, q = factors(power(2, 30, 3, torch.float32, power_iterations=3), a)
     assert (p.double() @ q.double().mT - a.double()).norm() / a.double().norm() < 1e-5
+
+
+def test_places_of_a_step_that_is_only_counted_are_not_kept():
+    grid = BlockTopK(10, 0.5, 4)
+    with FakeTensorMode():
+        assert isinstance(grid.offsets(torch.device("cpu")), FakeTensor)
+    assert grid.offsets(torch.device("cpu")).tolist() == [0, 0, 4, 4, 8]

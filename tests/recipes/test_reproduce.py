@@ -220,6 +220,14 @@ def test_a_divergence_is_recorded():
     json.dumps(record, allow_nan=False)
 
 
+@pytest.mark.parametrize("flag", ["--tasks", "--contenders"])
+def test_a_name_that_the_spec_does_not_have_is_refused(flag, spec_file, tmp_path, capsys):
+    path = spec_file()
+    assert run.main([str(path), "--results", str(tmp_path / "results"), flag, "adamww"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {flag} adamww: {path.name} has ") and message.count("\n") == 1
+
+
 def test_a_command_makes_what_is_missing_and_repeats_nothing(spec_file, tmp_path, capfd):
     """Two runs side by side give what each gives alone; a torn last line is a run that is made again."""
     spec, folder = spec_file(seeds=[0, 1]), tmp_path / "results"
