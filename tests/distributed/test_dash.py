@@ -28,7 +28,7 @@ def together(rank):
     results["FSDP2"] = fsdp2.flat(params), 0
     params = list(fsdp2.divided().parameters())
     try:
-        DASH(params, shard="auto", **OPTIONS, block_size=1000)
+        DASH(params, shard="auto", **OPTIONS, block_size=1000).setup()
     except OptionError as error:
         results["refused"] = str(error)
     return results
