@@ -290,12 +290,8 @@ def options() -> set[str]:
     from accelerate.commands.launch import launch_command_parser
     from torch.distributed.run import get_args_parser
 
-    parsers = [
-        HfArgumentParser((EFCPTrainingArguments, Seq2SeqTrainingArguments)),
-        launch_command_parser(),
-        get_args_parser(),
-        _parser(),
-    ]
+    parsers = [*map(HfArgumentParser, (EFCPTrainingArguments, Seq2SeqTrainingArguments)), launch_command_parser()]
+    parsers += [get_args_parser(), _parser()]
     parsers += next(a for a in parsers[-1]._actions if isinstance(a, argparse._SubParsersAction)).choices.values()
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     for file in (
