@@ -47,6 +47,11 @@ def briefly():
     return [*names(windowed=False, compression="low rank")[1:], *names(windowed=False, compression="dense")]
 
 
+def has_error(name):
+    """Whether the method feeds back what it leaves out of a gradient."""
+    return "error_format" in info(name).options()
+
+
 def compressed_names():
     """The names whose windows leave something of a gradient out."""
     return [n for n in names(windowed=True) if info(n).compression != "dense"]
