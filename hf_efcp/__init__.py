@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .groups import parameter_groups
 from .integrations.wrapped import diagnostics
-from .optim import DCTAdamW, DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC, Trion
+from .optim import DASH, DCTAdamW, DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC, Trion
 from .options import OptionError
 from .registry import create_optimizer, list_optimizers, optim_defaults
 
@@ -61,6 +61,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "DASH",
     "DCTAdamW",
     "DenseGGT",
     "DenseMFAC",

@@ -15,7 +15,7 @@ import torch
 
 from .engine.asked import merged
 from .engine.base import EngineOptimizer
-from .optim import DCTAdamW, DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC, Trion
+from .optim import DASH, DCTAdamW, DenseGGT, DenseMFAC, LDAdamW, LowRankGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC, Trion
 from .options import GroupOptions, OptionError, build, field_types, unknown_name
 
 
@@ -32,7 +32,8 @@ class OptimizerInfo:
         compression: what is kept of a gradient, "low rank", "sparse" or "dense".
         paper: arXiv number.
         windowed: whether it keeps a window of gradients and their Gram matrix.
-        lossy: option values under which small tensors (12 x 30) lose something in compression; empty: nothing ever does.
+        lossy: option values under which small tensors (12 x 30) are handled as large ones are: they lose something in
+            compression, or are cut into the smallest blocks; empty: nothing is ever lost or cut.
         exact: option values under which compression loses nothing.
     """
 
@@ -147,6 +148,16 @@ for _info in (
         windowed=False,
         lossy={"density": 0.2, "block_size": 16, "window_dtype": None, "error_format": "plain"},
         exact={"density": 1.0, "window_dtype": None, "error_format": "plain"},
+    ),
+    OptimizerInfo(
+        "efcp_dash",
+        DASH,
+        "DASH: Shampoo of blocks, whose inverse roots are formed together, with the size of Adam's updates",
+        family="shampoo",
+        compression="dense",
+        paper="2602.02016",
+        windowed=False,
+        lossy={"block_size": 1},
     ),
 ):
     add_optimizer(_info)

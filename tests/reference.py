@@ -43,8 +43,13 @@ def few_names(chosen=NAMES):
 
 
 def briefly():
-    """The names whose tests run by hand, but for the first variant of each: another one without a window has such factors too."""
-    return names(windowed=False, compression="low rank")[1:]
+    """The names whose tests run by hand, but for the first variant of each: others without a window run all."""
+    return [*names(windowed=False, compression="low rank")[1:], *names(windowed=False, compression="dense")]
+
+
+def has_error(name):
+    """Whether the method feeds back what it leaves out of a gradient."""
+    return "error_format" in info(name).options()
 
 
 def compressed_names():

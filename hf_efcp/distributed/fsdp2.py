@@ -176,7 +176,8 @@ def check_cuts(specs: Mapping[Tensor, Specs], processes: int) -> None:
                     "exact window_dtype"
                 )
         by = unit(entries)
-        if p.ndim and processes > 1 and -(-len(p) // processes) % by:
+        if p.ndim and processes > 1 and (rows := -(-len(p) // processes)) % by:
             raise OptionError(
-                f"under FSDP2 on {processes} processes a parameter {tuple(p.shape)} would be cut inside a block of {by} rows"
+                f"under FSDP2 on {processes} processes a parameter {tuple(p.shape)} would be cut inside a block of {by} rows: "
+                f"each process has {rows}, which blocks have to divide"
             )

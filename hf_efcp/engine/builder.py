@@ -327,5 +327,5 @@ def _named(options: Any, check: Callable[[], None]) -> None:
     try:
         check()
     except OptionError as error:
-        names = [name for name in ("window_format", "window_dtype", "error_format") if hasattr(options, name)]
+        names = [name for name in ("window_format", "window_dtype", "error_format") if hasattr(options, name)] or ["block_size"]
         raise OptionError(f"{', '.join(f'{name}={getattr(options, name)!r}' for name in names)}: {error}") from None

@@ -33,8 +33,8 @@ LOW_RANK: Mapping[str, Any] = MappingProxyType(
 
 
 @dataclasses.dataclass(frozen=True)
-class StateOptions:
-    """Options of every method with error feedback."""
+class StepOptions:
+    """Options of every method."""
 
     preset: str = option(
         "paper",
@@ -43,17 +43,6 @@ class StateOptions:
     )
     weight_decay_mode: str = option(
         "decoupled", "p <- (1 - lr*wd) p, or l2: g += wd*p before compression", choices=("decoupled", "l2")
-    )
-    error_dtype: torch.dtype | None = option(
-        None,
-        "dtype of the error feedback, bf16 rounded stochastically; none: fp64 for fp64 parameters, else fp32",
-        choices=STATE_DTYPES,
-    )
-    error_format: str = option(
-        "plain",
-        "how the error feedback is stored; plain: in error_dtype; int8, int4: with a scale for each 256 numbers, rounded "
-        "stochastically",
-        choices=("plain", "int8", "int4"),
     )
     stochastic_rounding: bool = option(
         False,
@@ -64,6 +53,23 @@ class StateOptions:
         "off",
         "auto: where torch.distributed runs, its processes share the state; off: unless given a process_group",
         choices=("off", "auto"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StateOptions(StepOptions):
+    """Options of every method with error feedback."""
+
+    error_dtype: torch.dtype | None = option(
+        None,
+        "dtype of the error feedback, bf16 rounded stochastically; none: fp64 for fp64 parameters, else fp32",
+        choices=STATE_DTYPES,
+    )
+    error_format: str = option(
+        "plain",
+        "how the error feedback is stored; plain: in error_dtype; int8, int4: with a scale for each 256 numbers, rounded "
+        "stochastically",
+        choices=("plain", "int8", "int4"),
     )
 
 

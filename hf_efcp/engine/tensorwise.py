@@ -18,6 +18,7 @@ from .apply import apply, move_at_once
 from .costs import Count
 from .exchange import Exchange
 from .factor_sync import FactorSync
+from .intervals import Interval
 from .method import Group
 from .phases import PHASES, listener
 from .setup import Setup, l2_of
@@ -111,6 +112,7 @@ class TensorStack(Stack):
         if taken := [name for name in names if hasattr(self, name)]:
             raise ValueError(f"state entries {', '.join(taken)}: a stack has attributes of these names, choose others")
         self.cells = {name: self.cell(name) for name in names}
+        self.interval = Interval()
 
     def __getattr__(self, name: str) -> Cell:
         """Give the cell of a state entry by its name."""

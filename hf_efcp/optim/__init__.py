@@ -1,5 +1,6 @@
 """The optimizers. Plain torch: nothing here imports a Hugging Face package."""
 
+from .dash import DASH
 from .dct_adamw import DCTAdamW
 from .ggt import DenseGGT, LowRankGGT, SparseGGT
 from .ldadamw import LDAdamW
@@ -8,6 +9,7 @@ from .microadam import MicroAdam
 from .trion import Trion
 
 __all__ = [
+    "DASH",
     "DCTAdamW",
     "DenseGGT",
     "DenseMFAC",

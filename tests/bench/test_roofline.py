@@ -78,6 +78,16 @@ def test_the_counts_of_dct_adamw():
     assert counts["update"].bytes == 2 * 3120 * 4
 
 
+def test_the_counts_of_dash():
+    """64 x 48 in four blocks of 32 x 24: L, R, both roots, m and v; eigenvectors in one step of ten; AdamW as above."""
+    counts = started("efcp_dash", "block_size=32")[0].costs()
+    state = 2 * 4 * (2 * 4 * (32**2 + 24**2) + 2 * 3072 + 1) + 2 * (4 * 2 * 48 + 4)
+    assert counts["compress"].bytes == 3120 * 4 + state
+    roots = 4 * 11 * (32**3 + 24**3) / 10
+    assert counts["compress"].fp32 == pytest.approx(4 * 3072 * (32 + 24) + 16 * 3072 + roots + 12 * 48)
+    assert counts["update"].bytes == 2 * 3120 * 4
+
+
 def test_the_counts_of_trion():
     """64 x 48, whose 48 columns are transformed, r = 16, M in bf16: five times two products and a square; AdamW as above."""
     counts = started("efcp_trion", "rank=16,error_dtype=bf16")[0].costs()

@@ -111,7 +111,7 @@ def replicated(optimizer):
 
 def footprints(rank):
     found = {}
-    for name in NAMES:
+    for name in names(windowed=True):
         _, optimizer = model_and_optimizer(name)
         found[name] = sum(optimizer.memory_footprint().values()), replicated(optimizer), optimizer.sharding_plan()
     return found

@@ -116,7 +116,8 @@ def test_each_process_holds_its_share(processes):
         total = sum(bytes_ for kind, bytes_ in everybody[0][name, "alone"].items() if kind != "gram")
         for found in everybody:
             held = sum(bytes_ for kind, bytes_ in found[name][0].items() if kind != "gram")
-            assert held <= 1.1 * total / processes, name
+            uneven = 1.4 if "shampoo_beta" in info(name).options() else 1.1  # blocks of 1,000 rows are whole on a process
+            assert held <= uneven * total / processes, name
             assert found[name][1] == everybody[0][name][1]
 
 

@@ -96,6 +96,9 @@ def test_a_gram_matrix_of_other_entries_is_refused(name):
     record.check(14)
 
 
+SIZES = "window_size", "density", "block_size"  # a block may be larger than all matrices
+
+
 def edits(saved):
     """Name -> a state dict that is built otherwise."""
 
@@ -147,8 +150,8 @@ def edits(saved):
         "lr NaN": put(float("nan"), "param_groups", 0, "lr"),
         "lr a list": put([0.1], "param_groups", 0, "lr"),
         "weight_decay -1": put(-1.0, "param_groups", 0, "weight_decay"),
-        "a window of a billion": put(10**9, "efcp", "options", "window_size"),
-        "a window of none": put(0, "efcp", "options", "window_size"),
+        **{f"{size} 0": put(0, "efcp", "options", size) for size in saved["efcp"]["options"] if size in SIZES},
+        **{f"{size} a billion": put(10**9, "efcp", "options", size) for size in saved["efcp"]["options"] if size in SIZES[:2]},
         "options with numbers as names": put({1: 2}, "efcp", "options"),
         "sharded a list": put([], "efcp", "sharded"),
         "sharded errors": put({"errors": -1}, "efcp", "sharded"),

@@ -29,6 +29,7 @@ _STATE_DTYPES = {
 }
 # Without a window: `step` is each tensor's own, and the ring's numbers are in the method's own default.
 _WITHOUT_WINDOW = {
+    **dict.fromkeys(("left", "right", "left_root", "right_root"), torch.float32),
     "projector": torch.float32,
     "indices": torch.int32,
     "exp_avg": torch.float32,

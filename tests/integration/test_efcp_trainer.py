@@ -19,7 +19,7 @@ from transformers import (
 
 import hf_efcp
 from hf_efcp import EFCPCallback, EFCPTrainer, EFCPTrainerMixin, EFCPTrainingArguments
-from tests.reference import each, info, known_to
+from tests.reference import each, has_error, info, known_to
 
 by_name = pytest.mark.parametrize("name", each())
 
@@ -47,7 +47,7 @@ def make(tmp_path):
 @by_name
 def test_diagnostics_are_in_the_history_and_reach_every_reporter(name, make, tiny_bert, token_data):
     reporter = Recorder()
-    figure = "efcp_kappa" if info(name).windowed else "efcp_error_norm"
+    figure = "efcp_kappa" if info(name).windowed else "efcp_error_norm" if has_error(name) else "efcp_step"
     args = make(optim=name, efcp_window_size=known_to(name, {"window_size": 4}).get("window_size"))
     trainer = EFCPTrainer(tiny_bert, args, train_dataset=token_data, callbacks=[reporter])
     trainer.train()

@@ -151,7 +151,7 @@ def test_a_frozen_base_takes_no_memory(name):
     footprint = everything.memory_footprint()
     assert footprint == trainable.memory_footprint()
     elements = [value for entry in everything.state.values() for value in entry.values()]
-    assert sum(footprint.values()) == sum(v.numel() * v.element_size() for v in elements) < 0.1 * whole
+    assert sum(footprint.values()) == sum(v.numel() * v.element_size() for v in elements) < 0.11 * whole
 
 
 class QuantizedLinear(nn.Linear):

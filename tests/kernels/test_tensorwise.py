@@ -10,7 +10,7 @@ from hf_efcp.core.compressors import BlockTopK
 from hf_efcp.core.sparse_window import SparseWindow, adam, move
 from hf_efcp.kernels import calls
 from tests.kernels.helpers import allocated, plain_error, turn_of
-from tests.reference import NAMES, info, relative
+from tests.reference import NAMES, info, known_to, relative
 
 pytest.importorskip("numba")
 STEP = torch.tensor(4)
@@ -107,7 +107,7 @@ def test_a_run_is_that_of_plain_torch(name, monkeypatch):
     for on in ("0", "1"):
         monkeypatch.setenv("HF_EFCP_KERNELS", on)
         params = [torch.nn.Parameter(random(*shape)) for shape in [(20, 30), (30, 20), (20, 30), (9,)]]
-        options = {**optim_defaults(name), "error_format": "plain", "error_dtype": torch.float32}
+        options = {**optim_defaults(name), **known_to(name, {"error_format": "plain", "error_dtype": torch.float32})}
         optimizer = create_optimizer(name, params, lr=1e-2, weight_decay=0.1, **options)
         for seed in range(5):
             for i, p in enumerate(params):

@@ -23,7 +23,7 @@ def weights():
 
 def size_of(info):
     """The option that says how much the method keeps."""
-    return "window_size" if "window_size" in info.options() else "rank"
+    return next(option for option in ("window_size", "rank", "block_size") if option in info.options())
 
 
 @INFOS
@@ -93,7 +93,7 @@ def test_a_program_that_fills_in_all_defaults_goes_on_with_the_checkpoints_optio
 @INFOS
 def test_options_of_one_optimizer_make_another(info):
     """Not a program's defaults: a value that the class has by default, given under a preset that has another, is kept."""
-    option = "adjust_lr_fn" if "adjust_lr_fn" in info.cls.measured else "window_size"
+    option = "window_size" if info.windowed else next(iter(info.cls.measured), size_of(info))
     kept = getattr(info.cls.options_type(), option)
     options = info.cls(weights(), 0.1, preset="measured", **{option: kept}).options
     assert getattr(options, option) == kept
@@ -119,13 +119,14 @@ def test_a_command_line_made_of_the_constructor(info):
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(torch.optim.Optimizer, "optimizer", skip={"params"}, instantiate=False)
-    asked = {size_of(info): 4, "error_dtype": "bfloat16", **known_to(info.name, {"memory_budget": "1MiB"}), "preset": "measured"}
+    some = known_to(info.name, {"error_dtype": "bfloat16", "memory_budget": "1MiB"})
+    asked = {size_of(info): 4, **some, "preset": "measured"}
     argv = [f"--optimizer=hf_efcp.{info.cls.__name__}", "--optimizer.lr=0.1"]
     argv += [f"--optimizer.{option}={value}" for option, value in asked.items()]
     given = parser.parse_args(argv).optimizer.init_args
     assert {f.name for t in (GroupOptions, info.cls.options_type) for f in dataclasses.fields(t)} <= set(vars(given))
     optimizer = info.cls(weights(), **given)
-    expected = {size_of(info): 4, "error_dtype": torch.bfloat16, **known_to(info.name, {"memory_budget": 2**20})}
+    expected = {size_of(info): 4, **known_to(info.name, {"error_dtype": torch.bfloat16, "memory_budget": 2**20})}
     assert {option: getattr(optimizer.options, option) for option in expected} == expected
     assert optimizer.builder.asked.given == asked.keys()
     with pytest.raises(jsonargparse.ArgumentError, match="windw_size"):

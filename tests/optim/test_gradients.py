@@ -57,7 +57,7 @@ def test_an_absent_gradient_is_a_zero_row_and_keeps_its_error(name, absent, opti
 
 
 @SCOPES
-@pytest.mark.parametrize("name", names(compression="dense"))
+@pytest.mark.parametrize("name", names(compression="dense", windowed=True))
 def test_an_absent_gradient_does_to_the_others_what_zeros_do_where_entries_are_exact(name, scope):
     """The window, K and the other tensors are bit for bit those of a gradient of zeros; the tensor and its momentum stay."""
     options = {"scope": scope, "weight_decay": 0.1, "momentum": 0.5, "update_rms": None, "lr": 1e-6}

@@ -10,7 +10,7 @@ from hf_efcp.options import OptionError
 from tests.optim.helpers import differences, resumed, snapshot, started, train
 from tests.reference import info, make, names, parameters, relative
 
-WITH_PRODUCTS = [*names(windowed=True, compression="low rank"), *names(compression="dense")]
+WITH_PRODUCTS = [*names(windowed=True, compression="low rank"), *names(windowed=True, compression="dense")]
 BF16 = {"window_update_dtype": "bf16"}
 STORED = [{}, {"window_dtype": "bf16"}, {"window_format": "low_bit"}]
 EVERY = pytest.mark.parametrize("name", WITH_PRODUCTS)
