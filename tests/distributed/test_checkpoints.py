@@ -96,6 +96,7 @@ def test_two_processes_go_on_bit_for_bit(saved_by_two):
     assert_they_go_on_bit_for_bit(before, folder, {})
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_bit_for_bit_in_bf16(tmp_path):
     assert_they_go_on_bit_for_bit(run(2, save_half_way, tmp_path, BF16), tmp_path, BF16)
 

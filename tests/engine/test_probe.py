@@ -111,7 +111,7 @@ def test_only_the_next_step_is_probed():
     assert "gradient_norm" not in optimizer.diagnostics()
 
 
-@pytest.mark.parametrize("name", compressed_names())
+@pytest.mark.parametrize("name", each(compressed_names()))
 def test_stacks_that_are_taken_together(name, monkeypatch):
     pytest.importorskip("numba")
     shapes, found = [(8 + i % 4, 9 + i // 2) for i in range(10)] + [(7,)], []

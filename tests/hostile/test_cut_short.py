@@ -13,6 +13,7 @@ from hf_efcp.engine import together
 from hf_efcp.kernels import calls
 from tests.hostile.conftest import Record
 from tests.optim.helpers import EVERY, compressed_names, differences, gradients_at, snapshot, started
+from tests.reference import each
 
 SHAPES = ((7,), (12, 30), (12, 30), (40, 11), (3, 4), ())
 FORMATS = (
@@ -161,7 +162,7 @@ def test_at_a_kernel(name, options):
     faults_at_kernels(name, options)
 
 
-@pytest.mark.parametrize("name", compressed_names())
+@pytest.mark.parametrize("name", each(compressed_names()))
 def test_at_a_kernel_that_takes_many_shapes_together(name, monkeypatch):
     pytest.importorskip("numba")
     monkeypatch.setattr(together, "_MANY", 2)

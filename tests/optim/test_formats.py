@@ -14,6 +14,7 @@ from tests.reference import (
     NAMES,
     each,
     error,
+    few_names,
     ggt_oracle,
     info,
     make,
@@ -161,7 +162,7 @@ def left_of_the_loss(name, steps=150, **formats):
     return sum(losses[-20:]) / 20 / losses[0]
 
 
-@WINDOWED
+@pytest.mark.parametrize("name", few_names(names(windowed=True)))
 def test_small_formats_train_a_toy_as_plain_ones_do(name):
     plain, small = left_of_the_loss(name), left_of_the_loss(name, **SMALL)
     assert plain < 0.5

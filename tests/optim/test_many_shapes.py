@@ -5,7 +5,7 @@ import torch
 
 from hf_efcp.engine import together
 from tests.optim.helpers import M, compressed_names, gradients_at, step_quietly
-from tests.reference import make, parameters
+from tests.reference import each, make, parameters
 
 pytest.importorskip("numba")
 
@@ -38,7 +38,7 @@ def trained(name, least, monkeypatch, dtype=torch.float64, **options):
     [pytest.param(VARIANTS[0], marks=pytest.mark.slow), *VARIANTS[1:]],
     ids=["error", "residual in bf16", "error in bf16, layer"],
 )
-@pytest.mark.parametrize("name", compressed_names())
+@pytest.mark.parametrize("name", each(compressed_names()))
 def test_taken_together_they_train_as_apart(name, options, monkeypatch):
     apart, optimizer = trained(name, 1000, monkeypatch, **options)
     assert not optimizer.setup().together

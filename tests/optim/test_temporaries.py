@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tests.optim.helpers import EVERY
-from tests.reference import info, make
+from tests.reference import NAMES, few, info, make, names
 
 MIB = 2**20
 
@@ -30,7 +29,7 @@ LOW_BIT = {"window_format": "low_bit", "error_format": "int4", "stochastic_round
 
 @pytest.mark.parametrize("formats", [{}, LOW_BIT], ids=["plain", "low-bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
-@EVERY
+@pytest.mark.parametrize("name", few(NAMES, names(family="mfac").__contains__))
 def test_a_step_allocates_little_more_than_the_largest_tensor(name, dtype, formats, tmp_path):
     """Three times as much is in tensors of middle size: the whole model is never held."""
     if formats and not (info(name).family == "mfac" and dtype == torch.bfloat16):
