@@ -44,26 +44,31 @@ def trained(params, name="efcp_ldadamw", **options):
     return optimizer
 
 
-def train_everything(rank):
+def train_everything(rank, variants, name="efcp_ldadamw"):
+    """Key of a variant and place -> parameters at the end, plan; variants: key -> options."""
     results = {}
-    for key, options in OPTIONS.items():
+    for key, options in variants.items():
         params = problem()
-        optimizer = trained(params, process_group=dist.group.WORLD, **options)
+        optimizer = trained(params, name, process_group=dist.group.WORLD, **options)
         results[key, "DDP"] = fsdp2.flat(params), optimizer.sharding_plan()
         params = list(fsdp2.divided().parameters())
-        trained(params, shard="auto", **options)
+        trained(params, name, shard="auto", **options)
         results[key, "FSDP2"] = fsdp2.flat(params), ""
     return results
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_parameters_are_those_of_one_process(processes):
-    everybody = run(processes, train_everything)
-    for key, options in OPTIONS.items():
+def assert_they_are_those_of_one_process(everybody, variants, name="efcp_ldadamw"):
+    """What `train_everything` gave on every process is what one process gets."""
+    for key, options in variants.items():
         for place, alone in (("DDP", problem()), ("FSDP2", list(fsdp2.Parameters().parameters()))):
-            trained(alone, **options)
+            trained(alone, name, **options)
             for results in everybody:
                 params, plan = results[key, place]
-                assert torch.equal(params, everybody[0][key, place][0])
+                assert params.equal(everybody[0][key, place][0])
                 assert relative(params, fsdp2.flat(alone)) < 1e-9, (key, place)
                 assert place == "FSDP2" or "parameter 0: rank 0 rows 0-" in plan
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_parameters_are_those_of_one_process(processes):
+    assert_they_are_those_of_one_process(run(processes, train_everything, OPTIONS), OPTIONS)

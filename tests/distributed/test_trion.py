@@ -4,11 +4,9 @@ import pytest
 import torch.distributed as dist
 
 import hf_efcp
-from tests.distributed import fsdp2
 from tests.distributed.processes import run
-from tests.distributed.test_ldadamw import gradients, trained
+from tests.distributed.test_ldadamw import assert_they_are_those_of_one_process, gradients, train_everything
 from tests.distributed.test_sharding import problem
-from tests.reference import relative
 
 NAME = "efcp_trion"
 OPTIONS = {"default": {"adam_lr_ratio": 0.5}, "full rank": {"rank": 100, "scaling_type": "kimi"}}
@@ -32,30 +30,15 @@ def published(rank):
     return shapes, [tuple(p.shape) for p in params if len(owners[p]) == 1 and p.ndim == 2]
 
 
-def train_everything(rank):
-    results = {"published": published(rank)}
-    for key, options in OPTIONS.items():
-        params = problem()
-        optimizer = trained(params, NAME, process_group=dist.group.WORLD, **options)
-        results[key, "DDP"] = fsdp2.flat(params), optimizer.sharding_plan()
-        params = list(fsdp2.divided().parameters())
-        trained(params, NAME, shard="auto", **options)
-        results[key, "FSDP2"] = fsdp2.flat(params), ""
-    return results
+def train(rank):
+    return published(rank), train_everything(rank, OPTIONS, NAME)
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_parameters_are_those_of_one_process(processes):
-    everybody = run(processes, train_everything)
-    for shapes, matrices in (results["published"] for results in everybody):
+    heard, everybody = zip(*run(processes, train), strict=True)
+    for shapes, matrices in heard:
         assert matrices
         for shape in matrices:
             assert shape not in shapes and (max(shape), 2) in shapes and (2,) in shapes
-    for key, options in OPTIONS.items():
-        for place, alone in (("DDP", problem()), ("FSDP2", list(fsdp2.Parameters().parameters()))):
-            trained(alone, NAME, **options)
-            for results in everybody:
-                params, plan = results[key, place]
-                assert params.equal(everybody[0][key, place][0])
-                assert relative(params, fsdp2.flat(alone)) < 1e-9, (key, place)
-                assert place == "FSDP2" or "parameter 0: rank 0 rows 0-" in plan
+    assert_they_are_those_of_one_process(everybody, OPTIONS, NAME)
