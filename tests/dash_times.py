@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m tests.dash_times [--shape 768 3072] [--block_size 128] [--root_method newton] [--steps 10]
 
-Both take turns, and invert in every step unless `--interval` says otherwise. CPU time of one thread: medians, and the median of
-the ratios of steps side by side.
+Both take turns, and invert in every step unless `--interval` says otherwise. CPU time of one thread, or with `--device cuda` wall
+time until the GPU is done: medians, and the median of the ratios of steps side by side.
 """
 
 import argparse
@@ -38,11 +38,15 @@ class Block:
         self.p.sub_(u * (adam.norm() / (u.norm() + 1e-16)), alpha=lr)
 
 
-def seconds(call):
-    """CPU time of this thread for a call."""
-    began = time.thread_time()
+def seconds(call, device):
+    """CPU time of this thread for a call, or wall time until the GPU is done."""
+    clock = time.thread_time if device == "cpu" else time.perf_counter
+    wait = (lambda: None) if device == "cpu" else torch.cuda.synchronize
+    wait()
+    began = clock()
     call()
-    return time.thread_time() - began
+    wait()
+    return clock() - began
 
 
 def main():
@@ -52,10 +56,11 @@ def main():
     parser.add_argument("--root_method", default="eigh", choices=METHODS)
     parser.add_argument("--interval", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    gradient = torch.randn(given.shape, generator=torch.Generator().manual_seed(0))
-    whole = nn.Parameter(torch.zeros(given.shape))
+    gradient = torch.randn(given.shape, generator=torch.Generator().manual_seed(0)).to(given.device)
+    whole = nn.Parameter(torch.zeros_like(gradient))
     whole.grad = gradient
     options = {"block_size": given.block_size, "root_method": given.root_method, "inverse_root_interval": given.interval}
     together = DASH([whole], lr=1e-3, **options)
@@ -66,7 +71,7 @@ def main():
             for block in row:
                 block.step(1e-3)
 
-    pairs = [(seconds(together.step), seconds(loop)) for _ in range(given.steps + 1)][1:]
+    pairs = [(seconds(together.step, given.device), seconds(loop, given.device)) for _ in range(given.steps + 1)][1:]
     apart = torch.cat([torch.cat([block.p for block in row], 1) for row in rows])
     a, b = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)

@@ -73,6 +73,7 @@ class Rule:
             exchange their gradients and all hold their state.
         message: what `update` gives in place of u, where the rule has one: a tuple of its parts.
         rate: options -> the rule's learning rate over that of the parameter's group.
+        decomposes: whether `update` calls a decomposition that raises for what is not finite, as `torch.linalg.eigh` does.
     """
 
     specs: Callable[[Layout, Any], tuple[Spec, ...]]
@@ -82,6 +83,7 @@ class Rule:
     vectors: bool = False
     message: Message | None = None
     rate: Callable[[Any], float] = lambda options: 1.0
+    decomposes: bool = False
 
     def keeps_error(self, options: Any) -> bool:
         """Tell whether e is state."""
@@ -148,7 +150,7 @@ class TensorStack(Stack):
         g = self._whole(gradients) if whole else gradients
         a = Accumulated(g, self.cells.get("error"), self.turn.absent, total, wide=True)
         ok = self.turn.ok
-        if isinstance(ok, Tensor):  # a decomposition raises for what is not finite, and whether it is nobody waits to hear
+        if isinstance(ok, Tensor) and self.rule.decomposes:  # nobody waits to hear whether the gradients are finite
             a.gradients = [masked(ok, g, 0.0) for g in a.gradients]
         u = self.rule.update(self, a, t.to(self.layout.dtype).view(-1, 1, 1), options)
         u = u if isinstance(u, Tensor | Unformed | tuple) else Unformed(u)
@@ -340,6 +342,6 @@ def _gate(setup: Setup) -> bool | Tensor:
         for dtype in dict.fromkeys(g.dtype for g in gradients):
             alike = [g for g in gradients if g.dtype == dtype]
             norms = torch._foreach_norm(alike, 2, torch.promote_types(dtype, torch.float32))
-            square += torch.stack([norm.to(device, torch.float64) for norm in norms]).square().sum()
+            square += torch.stack([norm.to(device) for norm in norms]).double().square().sum()
     finite = setup.placement.sum(square).isfinite()
     return bool(finite) if readable(device) else finite

@@ -210,4 +210,4 @@ class DASH(EngineOptimizer):
 
     options_type = DASHOptions
     measured = MappingProxyType({"block_size": 256})
-    method = Tensorwise(Rule(specs, update, operations=operations), ADAMW)
+    method = Tensorwise(Rule(specs, update, operations=operations, decomposes=True), ADAMW)

@@ -212,5 +212,7 @@ class LDAdamW(EngineOptimizer):
     options_type = LDAdamWOptions
     measured = MEASURED
     method = Tensorwise(
-        Rule(specs, update, lossy=lambda o: o.error_feedback, operations=operations), ADAMW, other_kinds=("embedding", "head")
+        Rule(specs, update, lossy=lambda o: o.error_feedback, operations=operations, decomposes=True),
+        ADAMW,
+        other_kinds=("embedding", "head"),
     )
