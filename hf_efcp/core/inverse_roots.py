@@ -27,6 +27,8 @@ SCALINGS = ("power_iteration", "power_iteration_multi", "frobenius")
 HEURISTICS = ("shampoo", "abs", "abs_add", "relu")
 # The power iteration's steps, and its starts where there are several.
 _STEPS, _STARTS = 10, 16
+# Most eigendecompositions in one call on a GPU: the library takes about 1.6 MB of workspace for each, of whatever size.
+_AT_ONCE = 512
 # Added to a matrix of length 1: a power iteration of zeros is none.
 _SHIFT = 1e-6
 # Points at which a function is read for its Chebyshev coefficients.
@@ -90,6 +92,13 @@ def spectral(x: Tensor, p: int, eps: float, heuristic: str = "shampoo") -> Tenso
             abs_add: |l - eps| + eps. relu: l - eps; where it is below eps the result has 0 (a pseudo-inverse).
     """
     x = _shifted(x, eps)
+    if not readable(x.device) and len(x) > _AT_ONCE:
+        return torch.cat([_spectral(part, p, eps, heuristic) for part in x.split(_AT_ONCE)])
+    return _spectral(x, p, eps, heuristic)
+
+
+def _spectral(x: Tensor, p: int, eps: float, heuristic: str) -> Tensor:
+    """Give x^(-1/p) for x + eps I."""
     try:
         values, vectors = torch.linalg.eigh(x)
     except torch.linalg.LinAlgError:  # fp32 may be too few digits for the library's iteration

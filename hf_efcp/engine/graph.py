@@ -1,4 +1,7 @@
-"""A step as a CUDA graph: the host launches one thing instead of hundreds. Off unless HF_EFCP_CUDA_GRAPH=1.
+"""A step as a CUDA graph: the host launches one thing instead of hundreds.
+
+HF_EFCP_CUDA_GRAPH=0 turns graphs off; 1 asks for them, and the log says why where there is none. Otherwise models have them whose
+trained parameters are small beside the GPU's memory: a graph keeps the temporaries of a step.
 
 A graph repeats its launches on the same memory. Parameters and state stay where they are, but gradients may come at other places
 in each step (`zero_grad(set_to_none=True)`), so that nothing in a graph may know where they are:
@@ -13,6 +16,7 @@ device, is in no graph. The trial is the second step in a row with the same key,
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import weakref
@@ -35,6 +39,8 @@ from .setup import RATE, Setup
 _log = logging.getLogger("hf_efcp")
 # Graphs that are made before it is clear that something else than gradients changes all the time.
 _MOST = 8
+# The share of a GPU's memory that trained parameters may take for steps by a graph without being asked.
+_SMALL = 1 / 40
 # Operations that only make a view. All others, other views included, are taken for readers.
 _VIEWS = {"view", "detach", "alias"}
 # In a trial, tables of addresses still come from the host.
@@ -54,15 +60,18 @@ class StepGraph:
         self._rates: list[Tensor] = []
         self._rates_for: tuple | None = None
         self._said: set[str] = set()
+        self._level = logging.DEBUG
 
     def step(self, method: Method, setup: Setup, groups: Sequence[Group], options: Any) -> None:
         """Take a step: by a graph where one is wanted and possible.
 
         Where it is, every step reads its rate on the device: a run gives the same bits whenever its graph is made.
         """
-        if os.environ.get("HF_EFCP_CUDA_GRAPH") != "1":
+        asked = os.environ.get("HF_EFCP_CUDA_GRAPH")
+        if asked == "0":
             return method.step(setup, groups, options)
-        if (reason := _unfit(method, setup)) is not None:
+        self._level = logging.WARNING if asked == "1" else logging.DEBUG
+        if (reason := _unfit(method, setup) or (_large(setup) if asked != "1" else None)) is not None:
             self._say(reason)
             return method.step(setup, groups, options)
         own = self._with_rates(setup, groups)
@@ -122,7 +131,7 @@ class StepGraph:
     def _say(self, reason: str) -> None:
         """Log, once, why there is no graph."""
         if reason not in self._said:
-            _log.warning("no CUDA graph of a step: %s", reason)
+            _log.log(self._level, "no CUDA graph of a step: %s", reason)
             self._said.add(reason)
 
 
@@ -238,6 +247,21 @@ def _unfit(method: Method, setup: Setup) -> str | None:
     if any(p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_neg()) for p in setup.params):
         return "a gradient is sparse, or stands for its negative"
     return None
+
+
+def _large(setup: Setup) -> str | None:
+    """Tell why there is no graph unless it is asked for; None: there may be one."""
+    taken, whole = sum(p.nbytes for p in setup.params), _memory(setup.counters.step.device)
+    if taken <= _SMALL * whole:
+        return None
+    share = round(1 / _SMALL)
+    return f"the trained parameters take more than 1/{share} of the GPU's memory; HF_EFCP_CUDA_GRAPH=1 makes one all the same"
+
+
+@functools.cache
+def _memory(device: torch.device) -> int:
+    """Give the bytes of a GPU's memory."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def _key(setup: Setup, groups: Sequence[Group], options: Any, gradients: Mapping[int, Tensor]) -> tuple:

@@ -143,7 +143,8 @@ def test_backward_and_step_return_while_the_device_is_busy(options, tmp_path):
         sync = optimizer.builder.sync
         sync.replicas = Replicas()
         model.register_comm_hook(
-            None, torch.no_grad()(lambda _, b: sync.reduce(b, optimizer.setup(), optimizer.param_groups, optimizer.options))
+            None,
+            torch.no_grad()(lambda _, bucket: sync.reduce(bucket, optimizer.setup(), optimizer.param_groups, optimizer.options)),
         )
         x = torch.randn(8, 64, device="cuda")
         for sleeping in (False, False, False, False, True):

@@ -1,5 +1,7 @@
 """Steps with the learning rate on the device, as a CUDA graph takes them; and, on a GPU, steps by a graph."""
 
+import gc
+
 import pytest
 import torch
 
@@ -120,6 +122,8 @@ def test_the_memory_of_a_graph(name, dtype, monkeypatch, record_property):
     monkeypatch.setenv("HF_EFCP_CUDA_GRAPH", "1")
     params = [torch.nn.Parameter(torch.randn(1024, 1024, device="cuda").to(dtype)) for _ in range(8)]
     optimizer = make(name, params, window_size=8, lr=0.01)
+    gc.collect()  # graphs of other tests
+    torch.cuda.empty_cache()
     before = _in_pools()
     for _ in range(6):
         for p in params:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_efcp.kernels import calls
-from tests.reference import NAMES, make, names, parameters, relative, set_gradients, update_of
+from tests.reference import NAMES, info, make, names, parameters, relative, set_gradients, update_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -45,8 +45,9 @@ def test_cuda_gives_the_update_of_the_cpu(name, options):
             for p, g in zip(there, grads, strict=True):
                 p.grad = g.to(p.device)
             u, v = update_of(cpu, here), update_of(gpu, there).cpu()
-            # A state in few bits may round a tie the other way, and top-k may break one.
-            assert relative(v, u) < (1e-1 if options is LOW_BIT else 2e-2 if options in (BF16, PRESET) else 1e-3)
+            # A state in few bits may round a tie the other way, and top-k may break one. Newton-Schulz is in bf16 on a GPU.
+            bound = 1e-1 if options is LOW_BIT else 2e-2 if options in (BF16, PRESET) else 1e-3
+            assert relative(v, u) < max(bound, 5e-2 if "ns_schedule" in info(name).options() else 0.0)
         assert all(t.device.type == there[0].device.type for entry in gpu.state.values() for t in entry.values())
         assert torch.get_float32_matmul_precision() == "high"
     finally:
