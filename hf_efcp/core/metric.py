@@ -290,12 +290,10 @@ class OfParts(Uniform):
         """See Metric."""
         n, numel, parts = len(gradients), gradients[0].numel(), self.layout.parts or ()
         count, mean = self.cells["count"].buffer, self.cells["mean"].buffer.double()
-        lengths = torch.tensor([part.stop - part.start for part in parts], dtype=torch.float64, device=mean.device)
         self.means = torch.zeros_like(mean)
         for i, g in enumerate(gradients):
             for j, part in enumerate(parts):
-                self.means[i, j] = square_sums([g[:, part]])[0]
-        self.means /= lengths
+                self.means[i, j] = square_sums([g[:, part]])[0] / (part.stop - part.start)
         divisor = 1 - self.beta ** count.double()
         d = torch.where(count > 0, mean / torch.where(count > 0, divisor, 1.0), self.means)
         self.square = (d.sqrt() * lengths).sum(1)

@@ -42,7 +42,7 @@ def _summed(setup: Setup, parts: list[Tensor]) -> list[Tensor]:
     """Sum fp64 tensors over the processes, with whether one of them has a doubt."""
     if setup.placement.alone:
         return parts
-    sent = [*parts, parts[0].new_tensor(float(setup.doubt))]
+    sent = [*parts, parts[0].new_full((), float(setup.doubt))]
     message = setup.placement.sum(torch.cat([t.flatten() for t in sent]))
     *parts, setup.heard = (part.view(t.shape) for part, t in zip(message.split([t.numel() for t in sent]), sent, strict=True))
     return parts
