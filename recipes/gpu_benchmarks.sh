@@ -50,7 +50,7 @@ profile() { # name, seconds, arguments of the recipe
 }
 
 ours=efcp_lowrank_mfac,efcp_sparse_mfac
-family=efcp_ldadamw,efcp_dct_adamw,efcp_trion,efcp_dash,efcp_microadam
+family=efcp_ldadamw,efcp_dct_adamw,efcp_trion,efcp_microadam
 workers=()
 
 checks() {
@@ -60,6 +60,7 @@ checks() {
   part machine 20 "$python" -c 'import torch; from hf_efcp.bench.measuring import machine; print(machine(torch.device("cuda")))'
   beside part compile 200 "$python" tests/kernels/compile_kernels.py "$capability"
   tests steps 300 tests/optim/test_cuda.py
+  tests trainer 200 tests/integration/test_gpu_trainer.py
   tests graph_and_hook 200 tests/bench/test_measuring.py tests/engine/test_graph.py tests/distributed/test_factors_waits.py
   tests kernels 300 tests/kernels/test_on_gpu.py
   if [ -n "${DRY_RUN:-}" ] || command -v compute-sanitizer > /dev/null; then
@@ -73,22 +74,19 @@ checks() {
 }
 
 figures() {
-  local m
-  part bert_base_graph 40 env HF_EFCP_CUDA_GRAPH=1 "$python" -m hf_efcp.cli.main bench bert-base --optim "$ours" \
-    --optim_args window_size=32 --device cuda --json "$out/$which/bert_base_graph.json"
-  profile step_profile 60 --model bert-base --optim "$ours" # with a CUDA graph and without
-  part training_step_graph 45 env HF_EFCP_CUDA_GRAPH=1 "$python" recipes/training_step.py --device cuda --precision bf16 \
-    --optim_args window_size=32 --json "$out/$which/training_step_graph.json"
-  part training_step 60 "$python" recipes/training_step.py --device cuda --precision bf16 --optim "$ours,$family" \
-    --optim_args "" --json "$out/$which/training_step.json"
-  for m in 32 128 1024; do # among the peers is fused AdamW
-    bench "bert_base_m$m" 45 bert-base --optim "$ours" --optim_args "window_size=$m" --device cuda --steps 6
+  local training=("$python" recipes/training_step.py --device cuda --precision bf16 --optim_args "" --steps 12)
+  profile step_profile 50 --model bert-base --optim "$ours" # with a CUDA graph and without
+  part training_step 55 "${training[@]}" --json "$out/$which/training_step.json"
+  part training_step_no_graph 55 env HF_EFCP_CUDA_GRAPH=0 "${training[@]}" --json "$out/$which/training_step_no_graph.json"
+  bench bert_base_family 50 bert-base --optim "$ours,$family" --device cuda --steps 6
+  bench bert_base_m128 35 bert-base --optim "$ours" --optim_args window_size=128 --device cuda --steps 6
+  bench bert_base_m1024 60 bert-base --optim "$ours" --optim_args window_size=1024 --device cuda --steps 6
+  bench bert_base_dash 40 bert-base --optim efcp_dash --device cuda --steps 3
+  bench bert_base_peers 70 bert-base --optim efcp_lowrank_mfac --device cuda --steps 4 --peers # among them is fused AdamW
+  bench llama_1b_m128 45 llama-1b --dtype bfloat16 --optim "$ours" --optim_args window_size=128 --device cuda --steps 5
+  for method in eigh newton; do
+    part "dash_$method" 25 "$python" -m tests.dash_times --device cuda --block_size 128 --root_method "$method" --steps 4
   done
-  bench bert_base_family 90 bert-base --optim "$family" --device cuda --steps 6 --peers
-  for m in 128 1024; do
-    bench "llama_1b_m$m" 45 llama-1b --dtype bfloat16 --optim "$ours" --optim_args "window_size=$m" --device cuda --steps 6
-  done
-  part dash 40 "$python" -m tests.dash_times --device cuda --block_size 128 --steps 6
 }
 
 case "$which" in

@@ -49,7 +49,8 @@ def seconds(call, device):
     return clock() - began
 
 
-def main():
+def parse(argv=None):
+    """The command's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", type=int, nargs=2, default=(768, 3072))
     parser.add_argument("--block_size", type=int, default=128)
@@ -57,7 +58,11 @@ def main():
     parser.add_argument("--interval", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    given = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    given = parse()
     torch.set_num_threads(1)
     gradient = torch.randn(given.shape, generator=torch.Generator().manual_seed(0)).to(given.device)
     whole = nn.Parameter(torch.zeros_like(gradient))

@@ -290,13 +290,14 @@ class OfParts(Uniform):
         """See Metric."""
         n, numel, parts = len(gradients), gradients[0].numel(), self.layout.parts or ()
         count, mean = self.cells["count"].buffer, self.cells["mean"].buffer.double()
+        lengths = [part.stop - part.start for part in parts]
         self.means = torch.zeros_like(mean)
         for i, g in enumerate(gradients):
             for j, part in enumerate(parts):
-                self.means[i, j] = square_sums([g[:, part]])[0] / (part.stop - part.start)
+                self.means[i, j] = square_sums([g[:, part]])[0] / lengths[j]
         divisor = 1 - self.beta ** count.double()
         d = torch.where(count > 0, mean / torch.where(count > 0, divisor, 1.0), self.means)
-        self.square = (d.sqrt() * lengths).sum(1)
+        self.square = torch.stack([d[:, j].sqrt() * length for j, length in enumerate(lengths)], 1).sum(1)
         x = inverse_root(d).to(self.layout.dtype)
         y = x.new_zeros(n, numel)
         for j, part in enumerate(parts):

@@ -50,7 +50,7 @@ class DASHOptions(AdamWOptions, StepOptions):
     root_method: str = option(
         "eigh",
         "how inverse roots are formed; eigh: by eigenvectors; newton: coupled Newton; newton_db: Newton-Denman-Beavers; "
-        "chebyshev: a polynomial",
+        "chebyshev: a polynomial; auto: newton on a GPU, else eigh",
         choices=METHODS,
     )
     inverse_root_interval: int = option(
@@ -86,7 +86,7 @@ class DASHOptions(AdamWOptions, StepOptions):
 
     def __post_init__(self) -> None:
         """Refuse a division by zero."""
-        if self.root_eps == 0 and self.root_method in ("eigh", "chebyshev"):
+        if self.root_eps == 0 and self.root_method in ("eigh", "auto", "chebyshev"):
             raise OptionError(f"root_eps=0: must be > 0 with root_method={self.root_method}, which divides by it")
 
     @property
@@ -209,5 +209,5 @@ class DASH(EngineOptimizer):
     """
 
     options_type = DASHOptions
-    measured = MappingProxyType({"block_size": 256})
+    measured = MappingProxyType({"block_size": 256, "root_method": "auto"})
     method = Tensorwise(Rule(specs, update, operations=operations, decomposes=True), ADAMW)

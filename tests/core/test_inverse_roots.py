@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_efcp.core import inverse_roots
 from hf_efcp.core.inverse_roots import (
     LIMITS,
     InverseRoot,
@@ -13,6 +14,7 @@ from hf_efcp.core.inverse_roots import (
     scale_of,
     spectral,
 )
+from hf_efcp.kernels.devices import pretending
 
 EASY = (1.0, 0.6, 0.3, 0.1, 0.05, 0.01)
 STEEP = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8)
@@ -140,3 +142,23 @@ def test_the_power_iteration_finds_the_largest_eigenvalue():
     torch.testing.assert_close(scale_of(x, "power_iteration"), torch.full((3, 1, 1), 2.0, dtype=torch.float64), rtol=1e-3, atol=0)
     torch.testing.assert_close(scale_of(x, "power_iteration_multi"), torch.ones(3, 1, 1, dtype=torch.float64), rtol=1e-3, atol=0)
     assert torch.equal(scale_of(torch.zeros(2, 3, 3), "power_iteration") > 0, torch.ones(2, 1, 1, dtype=torch.bool))
+
+
+def test_auto_is_newton_where_eigendecompositions_are_slow():
+    a = torch.randn(3, 12, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = a @ a.mT
+    root = InverseRoot("auto", eps=1e-8)
+    assert torch.equal(root(x, 4), InverseRoot("eigh", eps=1e-8)(x, 4))
+    with pretending("cuda"):
+        assert torch.equal(root(x, 4), InverseRoot("newton", eps=1e-8)(x, 4))
+
+
+def test_on_a_gpu_many_matrices_are_decomposed_in_parts(monkeypatch):
+    a = torch.randn(7, 5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, sizes, eigh = a @ a.mT, [], torch.linalg.eigh
+    whole = spectral(x, 4, 1e-8)
+    monkeypatch.setattr(inverse_roots, "_AT_ONCE", 3)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda x: (sizes.append(len(x)), eigh(x))[1])
+    with pretending("cuda"):
+        torch.testing.assert_close(spectral(x, 4, 1e-8), whole, rtol=1e-12, atol=1e-12)
+    assert sizes == [3, 3, 1]

@@ -46,6 +46,24 @@ def test_without_a_gpu_there_is_no_graph(monkeypatch):
     assert optimizer.builder.graph._made == 0
 
 
+@pytest.mark.parametrize(("asked", "memory", "level"), [(None, 39, "DEBUG"), (None, 41, None), ("1", 39, None), ("0", 39, None)])
+def test_models_that_are_small_for_the_gpu_have_graphs(asked, memory, level, monkeypatch, caplog):
+    """The memory is given in sizes of the parameters; whether a step goes on to a graph is seen by its rates on the device."""
+    params = parameters()
+    optimizer = make("efcp_lowrank_mfac", params, window_size=3)
+    monkeypatch.setattr(graph, "_memory", lambda device: memory * sum(p.nbytes for p in params))
+    monkeypatch.setattr(graph, "_unfit", lambda method, setup: None)
+    monkeypatch.delenv("HF_EFCP_CUDA_GRAPH", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("HF_EFCP_CUDA_GRAPH", asked)
+    set_gradients(params, torch.Generator().manual_seed(0))
+    with caplog.at_level("DEBUG", "hf_efcp"):
+        optimizer.step()
+    assert bool(optimizer.builder.graph._rates) == (level is None and asked != "0")
+    said = [r.levelname for r in caplog.records if "no CUDA graph" in r.message]
+    assert said == ([level] if level else [])
+
+
 def _moving(params, numbers, kept):
     """Put gradients elsewhere; those of the step before become NaN, and stay, so that no address comes again."""
     kept.append([p.grad for p in params])

@@ -13,6 +13,7 @@ import torch
 from hf_efcp.cli.common import build, chosen, dtype_of
 from hf_efcp.cli.main import _parser
 from hf_efcp.cli.shapes import load
+from tests import dash_times
 from tests.recipes.helpers import RECIPES  # and the recipes on the path
 
 ROOT = RECIPES.parent
@@ -47,7 +48,8 @@ def test_every_command_parses_and_the_limits_stay_below_nine_minutes(part):
 
     listed = commands(part)
     assert len({name for name, _, _ in listed}) == len(listed) >= 7
-    assert sum(seconds for _, seconds, _ in listed) <= 535
+    limits = [seconds for _, seconds, _ in listed]
+    assert (sum(limits) if part == "figures" else limits[0] + max(limits)) <= 535  # checks run side by side after the first
     for name, _, words in listed:
         match of_python(words):
             case ["-m", "hf_efcp.cli.main", *argv]:
@@ -64,6 +66,8 @@ def test_every_command_parses_and_the_limits_stay_below_nine_minutes(part):
                 chosen(args.optim, args.optim_args)
             case ["tests/kernels/compile_kernels.py", capability]:
                 assert int(capability) > 0 and (ROOT / "tests/kernels/compile_kernels.py").exists()
+            case ["-m", "tests.dash_times", *argv]:
+                dash_times.parse(argv)
             case ["-c", program]:
                 compile(program, name, "exec")
             case other:
@@ -81,7 +85,7 @@ def test_all_that_is_timed_fits():
         for name, options in chosen(args.optim, args.optim_args).items():
             state = sum(build(name, options, model, None).estimate_footprint().values())
             largest = max(largest, own + state)
-    assert ROOM / 3 < largest <= ROOM
+    assert ROOM / 6 < largest <= ROOM
 
 
 def test_the_sanitizer_gets_tests():
@@ -106,7 +110,7 @@ def test_what_ran_and_what_failed_is_said_and_kept(broken, tmp_path):
         assert done.returncode == bool(fails)
         assert f"\nfailed: {' '.join(fails) or 'nothing'}\n" in done.stdout
         (ran,) = (line for line in done.stdout.splitlines() if line.startswith("ran: "))
-        assert [name for name in ran.split()[1:] if name != "memcheck"] == names
+        assert sorted(set(ran.split()[1:]) - {"memcheck"}) == sorted(names)
         with tarfile.open(tmp_path / "out" / f"{part}.tar.gz") as archive:
             files = set(archive.getnames())
         assert {f"{part}/summary.txt"} | {f"{part}/{name}.{end}" for name in names for end in ("md", "err")} <= files
