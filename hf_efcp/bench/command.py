@@ -11,7 +11,7 @@ import functools
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -36,13 +36,15 @@ from . import roofline
 from .contenders import Contender, Workload
 from .launches import count, has_triton
 from .measuring import Rates, cpu_time, machine
-from .peers import PEERS, version
+from .peers import PEERS, named, version
 from .reporting import launches_text, text, versions_used
 from .sweep import add_arguments as add_sweep_arguments
 from .sweep import sweep
 
 # The share of the free memory that parameters, gradients and states may take. The rest is for temporaries.
 _SHARE = 0.8
+# Exit status after Ctrl-C, as shells have it.
+_CUT_SHORT = 130
 # What a peer whose needs are not known is taken for, in bytes per parameter.
 _PEER_BYTES = 16
 
@@ -61,8 +63,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--peers",
-        action="store_true",
-        help="measure the optimizers of other installed packages too, such as bitsandbytes and GaLore",
+        metavar="NAMES",
+        nargs="?",
+        const="all",
+        help="measure optimizers of torch and of other installed packages too: all that there are, or those that have one of "
+        "these words in their names, such as soap,muon. Some take half a minute for a step on a CPU",
     )
     parser.add_argument(
         "--steps", type=int, default=10, help="number of timed steps of each optimizer (default 10). The optimizers take turns"
@@ -104,14 +109,15 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(f"cpu_time: it is that of one CPU thread; got --device {device.type} --threads {args.threads}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if args.cpu_time else args.threads or threads)
-    settings = {"peers": args.peers, "steps": args.steps, "warmup": args.warmup, "memory": memory, "quick": args.quick}
+    peers = named(args.peers) if args.peers else []
+    settings = {"peers": peers, "steps": args.steps, "warmup": args.warmup, "memory": memory, "quick": args.quick}
     try:
         with cpu_time(args.cpu_time):
             result = _run_timed(args, device, dtype, settings)
     finally:
         torch.set_num_threads(threads)
     write_json(args.json, result)
-    return 0
+    return _CUT_SHORT if result.get("cut_short") else 0
 
 
 def _run_timed(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +178,7 @@ def bench(
     device: torch.device,
     *,
     targets: str | None = None,
-    peers: bool = False,
+    peers: Collection[str] = (),
     steps: int = 10,
     warmup: int = 2,
     memory: int = 2**63,
@@ -185,14 +191,17 @@ def bench(
         optimizers: name -> options, as `chosen` gives them.
         device: where.
         targets: `optim_target_modules`.
-        peers: whether the `PEERS` that are installed are measured too.
+        peers: names of `PEERS` that are measured too, if they are installed.
         steps, warmup: timed and untimed steps of each.
         memory: bytes that parameters, gradients and states may take; those that do not fit are skipped, those that do not fit
             together run one batch after the other.
         quick: rates from small samples, for tests.
 
     Returns:
-        As written to JSON; see docs/benchmarks.
+        As written to JSON; see docs/benchmarks. After Ctrl-C: what was timed until then, and "cut_short" is true.
+
+    Raises:
+        KeyboardInterrupt: if nothing was timed.
     """
     skipped: dict[str, str] = {}
     contenders = [
@@ -209,18 +218,30 @@ def bench(
     own = 2 * sum(p.nbytes for p in params)
     if peers:
         m = (contenders[0].options or {}).get("window_size", 1024)
-        contenders += _installed_peers(m, count * _PEER_BYTES, skipped)
+        contenders += _installed_peers(peers, m, count * _PEER_BYTES, skipped)
     work = Workload(model, device)
     rates = Rates(device, quick)
     entries: dict[str, dict[str, Any]] = {}
-    batches = list(_batches(contenders, memory - own, skipped))
+    batches, cut = list(_batches(contenders, memory - own, skipped)), False
     for batch in batches:
-        _measure(batch, work, rates, steps, warmup, skipped)
+        try:
+            if not cut:
+                _measure(batch, work, rates, steps, warmup, skipped)
+        except KeyboardInterrupt:
+            cut = True
         for c in batch:
-            if c.optimizer is not None:
-                entries[c.name] = c.report(work)
+            try:
+                if c.optimizer is not None and c.times:
+                    entries[c.name] = c.report(work, apart=not cut)
+            except KeyboardInterrupt:
+                cut = True
+                entries[c.name] = c.report(work, apart=False)
+            if cut and not c.times:
+                skipped.setdefault(c.name, "the run was cut short before its first timed step")
             c.optimizer = None
         gc.collect()
+    if cut and not entries:
+        raise KeyboardInterrupt
     usual, best = ({name: rate[which] for name, rate in rates.report().items()} for which in ("median", "max"))
     for entry in entries.values():
         if entry["counts"] is not None:
@@ -239,6 +260,7 @@ def bench(
         "rates": rates.report(),
         "optimizers": entries,
         "skipped": skipped,
+        "cut_short": cut,
     }
 
 
@@ -271,8 +293,9 @@ def _guarded(skipped: dict[str, str], c: Contender, call: Callable[[Contender], 
         _say(f"{c.name}: {skipped[c.name]}")
 
 
-def _installed_peers(m: int, size: int, skipped: dict[str, str]) -> Iterator[Contender]:
-    for name, (package, make) in PEERS.items():
+def _installed_peers(names: Collection[str], m: int, size: int, skipped: dict[str, str]) -> Iterator[Contender]:
+    for name in names:
+        package, make = PEERS[name]
         if version(package) is None:
             skipped[name] = f"not installed: pip install {package}"
         else:

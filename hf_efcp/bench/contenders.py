@@ -106,8 +106,12 @@ class Contender:
         """Take a timed step."""
         self.times.append(seconds(self.running.step, work.device))
 
-    def report(self, work: Workload) -> dict[str, Any]:
+    def report(self, work: Workload, apart: bool = True) -> dict[str, Any]:
         """What has been measured, and what is measured apart: phases and temporaries.
+
+        Args:
+            work: what the optimizer stepped on.
+            apart: whether to measure what is measured apart, by more steps.
 
         Returns:
             As written to JSON, with "counts" (phase -> Count, or None where nobody has counted) in place of the roofline.
@@ -124,13 +128,14 @@ class Contender:
             "counts": None,
         }
         if isinstance(self.running, EngineOptimizer):
-            entry |= self._phases(work)
+            entry |= self._phases(work) if apart else {}
             entry["counts"] = self.running.costs()
         elif self.name in ADAMW:
             entry["counts"] = roofline.adamw(work.params)
-        work.new_gradients()
-        entry["temporaries"] = temporaries(self.running.step, work.device)
-        entry["peak_bytes"] = work.held_bytes() + total + entry["temporaries"]
+        if apart:
+            work.new_gradients()
+            entry["temporaries"] = temporaries(self.running.step, work.device)
+            entry["peak_bytes"] = work.held_bytes() + total + entry["temporaries"]
         return entry
 
     def _phases(self, work: Workload) -> dict[str, dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.metadata
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..groups import parameter_groups
+from ..options import OptionError
 
 LR = 1e-4
 # Settings of the projections of GaLore and APOLLO. They are their papers' choices for models of this size.
@@ -57,11 +59,28 @@ def _sparse_mfac(model: nn.Module, m: int) -> torch.optim.Optimizer:
     return cls(list(model.parameters()), lr=LR, damp=1e-6, m=m, k_init=0.01, weight_decay=0.0, use_bf16=False)
 
 
+def _torch_muon(model: nn.Module, m: int) -> torch.optim.Optimizer:
+    matrices, others = split_matrices(model)
+    rest = torch.optim.AdamW(others, lr=LR, fused=True)
+
+    class Muon(torch.optim.Muon):  # torch has it since 2.9
+        """Muon for matrices, AdamW for the other tensors."""
+
+        def step(self, closure: Any = None) -> Any:
+            """Take a step of both."""
+            super().step(closure)
+            rest.step()
+            self.state.update(rest.state)
+
+    return Muon(matrices, lr=LR)
+
+
 # name -> (package, function of the model and the window size m).
 PEERS: dict[str, tuple[str, Callable[[nn.Module, int], torch.optim.Optimizer]]] = {
     "torch AdamW foreach": ("torch", _torch("AdamW", foreach=True)),
     "torch AdamW fused": ("torch", _torch("AdamW", fused=True)),
     "torch Adafactor": ("torch", _torch("Adafactor")),
+    "torch Muon": ("torch", _torch_muon),
     "GaLore AdamW": ("galore-torch", _low_rank("galore_torch", "GaLoreAdamW", scale=0.25)),
     "APOLLO AdamW": ("apollo-torch", _low_rank("apollo_torch", "APOLLOAdamW", scale=1.0, proj="random", scale_type="channel")),
     "torchao AdamW8bit": ("torchao", _plain("torchao.optim", "AdamW8bit")),
@@ -78,6 +97,26 @@ PEERS: dict[str, tuple[str, Callable[[nn.Module, int], torch.optim.Optimizer]]] 
 }
 # AdamW in plain fp32: their roofline is known too.
 ADAMW = ("torch AdamW foreach", "torch AdamW fused")
+
+
+def named(words: str) -> list[str]:
+    """Give the peers that have one of the words in their names, in upper or lower case.
+
+    Args:
+        words: such as "soap,muon", or "all".
+
+    Raises:
+        OptionError: for a word that is in no name.
+    """
+    found: set[str] = set()
+    for word in [w.strip() for w in words.split(",") if w.strip()]:
+        fitting = [name for name in PEERS if word == "all" or word.lower() in name.lower()]
+        if not fitting:
+            near = difflib.get_close_matches(word.lower(), {w.lower() for name in PEERS for w in name.split()}, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise OptionError(f"peers={word!r}: no peer has this in its name; {hint}there are {', '.join(PEERS)}")
+        found |= set(fitting)
+    return [name for name in PEERS if name in found]
 
 
 def version(package: str) -> str | None:

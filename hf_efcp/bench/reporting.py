@@ -42,6 +42,8 @@ def text(report: dict[str, Any]) -> str:
     if timed:
         lines += ["Milliseconds by phase, and the least for it:", "", _phases(timed), ""]
     lines += ["State:", "", _state(report["optimizers"])]
+    if report["cut_short"]:
+        lines += ["", "The run was cut short: phases and temporaries were not measured for all, nor all steps."]
     if len(report["batches"]) > 1:
         together = "; ".join(", ".join(batch) for batch in report["batches"])
         lines += ["", f"Not all fit into memory together. By turns ran: {together}"]
@@ -78,7 +80,7 @@ def _times(entries: dict[str, Any], skipped: dict[str, str]) -> str:
     for name, e in entries.items():
         step, roof = e["step_ms"], e.get("roofline")
         limit = (_ms(roof["ms"]), roof["bound"], f"{e['ratio']:.2f}", f"{e['best_ratio']:.2f}") if roof else ("",) * 4
-        state = f"{e['bytes_per_parameter']:.2f}", gibibytes(e["temporaries"])
+        state = f"{e['bytes_per_parameter']:.2f}", _bytes(e, "temporaries")
         rows.append((name, _ms(step["median"]), f"{_ms(step['q1'])} to {_ms(step['q3'])}", *limit, *state))
     rows += [(name, textwrap.shorten(why, _REASON), *("",) * 7) for name, why in skipped.items() if name in PEERS]
     note = "ratio: median step over the roofline at median rates; best: least step over the roofline at the highest rates."
@@ -99,8 +101,13 @@ def _state(entries: dict[str, Any]) -> str:
     for name, e in entries.items():
         kinds = sorted(((k, n) for k, n in e["bytes"].items() if n >= 4096), key=lambda item: -item[1])
         shown = ", ".join(f"{kind} {gibibytes(n)}" for kind, n in kinds)
-        rows.append((name, shown, gibibytes(e["total"]), gibibytes(e["peak_bytes"])))
+        rows.append((name, shown, gibibytes(e["total"]), _bytes(e, "peak_bytes")))
     return table(rows)
+
+
+def _bytes(entry: dict[str, Any], name: str) -> str:
+    """Give a figure that a run which was cut short does not have."""
+    return gibibytes(entry[name]) if name in entry else ""
 
 
 def launches_text(report: dict[str, Any]) -> str:

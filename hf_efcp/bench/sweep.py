@@ -59,6 +59,8 @@ def sweep(args: argparse.Namespace, bench: Callable[..., dict[str, Any]], dtype:
                 point = {"optimizer": name, "parameters": last["parameters"], "window_size": window, "step_ms": e["step_ms"]}
                 points.append({**point, "roofline_ms": e["roofline"]["ms"], "ratio": e["ratio"]})
             write_json(args.json, {"points": points})  # if the rest is not waited for
+            if last["cut_short"]:
+                raise KeyboardInterrupt
     result = {
         "points": points,
         "exponents": {name: {by: _exponent(points, name, by) for by in ("parameters", "window_size")} for name in optimizers},

@@ -1,5 +1,6 @@
 """`hf-efcp bench`: what it writes and says, what does not fit, and what it refuses."""
 
+import json
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from hf_efcp.bench import command as bench
 from hf_efcp.bench import measuring, peers, reporting
 from hf_efcp.cli.common import chosen
 from hf_efcp.cli.main import main
+from hf_efcp.options import OptionError
 from tests.bench.helpers import CPU, LIST, phases_of, started
 from tests.cli.helpers import assert_one_line_of_error, write_shapes, written
 from tests.reference import NAMES, args_known_to, known_to
@@ -107,3 +109,50 @@ def test_bad_input_is_one_line(flags, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_cuda_is_said(capsys):
     assert_one_line_of_error(capsys, "no CUDA device", "bench", "minilm", "--device", "cuda")
+
+
+def test_peers_are_chosen_by_words():
+    assert peers.named("all") == list(peers.PEERS)
+    assert peers.named("SOAP, torch muon") == ["torch Muon", "pytorch-optimizer SOAP"]
+    with pytest.raises(OptionError, match="peers='sopa': no peer has this in its name; did you mean 'soap'"):
+        peers.named("sopa")
+
+
+def test_torchs_muon_is_a_peer(shape_file, capsys):
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has no Muon")
+    assert (
+        main(["bench", shape_file, "--optim", NAMES[0], "--steps", "1", "--quick", "--device", "cpu", "--peers", "torch muon"])
+        == 0
+    )
+    rows = [row.split("|")[1].strip() for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    assert rows[1:3] == [NAMES[0], "torch Muon"]
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_run_that_is_cut_short_prints_what_it_has(at, tmp_path, shape_file, monkeypatch, capsys):
+    """Ctrl-C in the `at`-th step of a peer: at 1 nothing is timed, at 3 its and our first step are."""
+
+    class Interrupted(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure=None):
+            self.steps += 1
+            if self.steps == at:
+                raise KeyboardInterrupt
+            super().step(closure)
+
+    monkeypatch.setitem(peers.PEERS, "torch stopped", ("torch", lambda model, m: Interrupted(model.parameters(), lr=0.1)))
+    file = tmp_path / "bench.json"
+    command = ["bench", shape_file, "--optim", NAMES[0], "--steps", "4", "--warmup", "0", "--quick", "--device", "cpu"]
+    command += ["--peers", "stopped", "--json", str(file)]
+    if at == 1:
+        with pytest.raises(KeyboardInterrupt):
+            main(command)
+        assert not file.exists()
+        return
+    assert main(command) == 130
+    found = json.loads(file.read_text())
+    assert found["cut_short"] and set(found["optimizers"]) == {NAMES[0], "torch stopped"}
+    printed = capsys.readouterr().out
+    assert f"| {NAMES[0]} " in printed and "was cut short" in printed
