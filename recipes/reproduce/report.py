@@ -157,13 +157,12 @@ class Report:
         return [*page, "## What it ran on", "", *self._machine()]
 
     def summary(self) -> list[str]:
-        """The table for README: the first comparison of the spec, a row for each task that has results of both.
+        """The short table: the first comparison of the spec, a row for each task that has results of both.
 
-        Raises:
-            ValueError: the spec compares nothing.
+        Of a spec that compares nothing: all contenders on its first task, at the best rate of the grid.
         """
         if not self.spec.compare:
-            raise ValueError(f"{self.spec_path} compares nothing: its key compare has the pair of the short table")
+            return self._all_on(next(iter(self.spec.tasks)))
         ours, reference = self.spec.compare[0]
         header = ["task", f"`{reference}`", f"`{ours}`", "difference", "difference at the usual rate", "bytes per parameter"]
         rows, missing = [], []
@@ -179,6 +178,18 @@ class Report:
             rows.append([task.title, *texts, self._cost(best, task.steps)[0]])
         left = textwrap.wrap(f"Not run yet: {'; '.join(missing)}.", 120, break_on_hyphens=False) if missing else []
         return [*table(header, rows), *left]
+
+    def _all_on(self, label: str) -> list[str]:
+        task, rows = self.spec.tasks[label], []
+        for family in self.spec.families_of(label):
+            cell = self.chosen[label, family]
+            if not cell.done or any(map(math.isinf, cell.losses.values())):
+                rows.append([f"`{family}`", "", NOT_RUN if not cell.done else "diverged", "", ""])
+                continue
+            cost = f"{cell.mean('train_seconds'):.0f}", f"{cell.mean('bytes_per_parameter'):.2f}"
+            rows.append([f"`{family}`", f"{cell.runs[0].rate:g}", cell.quality() or cell.text(), *cost])
+        number = "perplexity" if task.perplexity else "accuracy"
+        return table(["optimizer", "learning rate", number, "seconds", "bytes per parameter"], rows)
 
     def _introduction(self) -> list[str]:
         spec, wanted = self.spec, self.spec.wanted(self.results)
