@@ -11,7 +11,7 @@ from torch import nn
 
 from ..options import OptionError, as_text, unknown_name
 from ..registry import get_optimizer_info, list_optimizers, optim_defaults
-from .common import add_command, chosen, dtype_of, gibibytes, size_of, table
+from .common import GPU_HELP, add_command, chosen, dtype_of, gibibytes, size_of, table
 from .estimate import ADAMW, estimate
 from .shapes import load, with_adapters
 
@@ -61,11 +61,16 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--task", default="classification", help=f"what is trained: {', '.join(TASKS)} (default: classification)")
     parser.add_argument(
-        "--gpu", metavar="SIZE", help="the memory of one GPU: a size such as 24GiB, or a GPU such as l4, a100 or h100"
+        "--gpu",
+        metavar="SIZE",
+        help=f"the memory of one GPU: {GPU_HELP}",
     )
     parser.add_argument("--num_processes", type=int, default=1, help="number of GPUs (default 1)")
     parser.add_argument(
-        "--reserve", type=float, default=0.3, help="the part of the GPU's memory to leave for activations (default 0.3)"
+        "--reserve",
+        type=float,
+        default=0.3,
+        help="the fraction of the GPU's memory to leave for activations, from 0 to below 1 (default 0.3)",
     )
     parser.add_argument("--lora_r", type=int, default=8, help="rank of the LoRA adapters, with --task lora (default 8)")
 

@@ -24,6 +24,8 @@ DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 # Bytes of memory that usual GPUs are sold with.
 GPUS = {"t4": 16, "v100": 32, "a10": 24, "l4": 24, "rtx3090": 24, "rtx4090": 24, "rtx5090": 32, "l40s": 48, "a100-40gb": 40}
 GPUS |= {"a100": 80, "h100": 80, "h200": 141, "b200": 180}
+GPU_HELP = "a size such as 24GiB, or a GPU such as l4 (24 GiB), a100-40gb, a100 (80 GiB) or h100 (80 GiB)"
+_OPTIMIZERS = "the optimizers to compare, as `hf-efcp list` names them (default: all)"
 
 
 def add_command(
@@ -35,7 +37,7 @@ def add_command(
     description: str,
     needs_model: bool = True,
     writes: bool = True,
-    optim: str = "the optimizers to compare, as `hf-efcp list` names them (default: all)",
+    optim: str = _OPTIMIZERS,
 ) -> argparse.ArgumentParser:
     """Add a command about models and optimizers, with MODEL, --optim, --optim_args, --optim_target_modules and --dtype.
 
@@ -56,11 +58,12 @@ def add_command(
         help=f"the model. A name from this list: {BUILT_IN_HELP}. Or a name on the hub, a folder or file with a "
         "configuration, or a .json file of shapes, {name: [rows, cols]} or a list. Weights are not read",
     )
-    parser.add_argument("--optim", metavar="NAME[,NAME]", help=optim)
+    parser.add_argument("--optim", metavar="NAME[,NAME]" if optim == _OPTIMIZERS else "NAME", help=optim)
     parser.add_argument("--optim_args", help='options of the optimizers, as in training: "rank=8,window_size=64" or JSON')
     parser.add_argument(
         "--optim_target_modules",
-        help="the modules whose matrices are compressed, as in training: names, parts of names, or all-linear (default: all)",
+        help="the modules whose gradients are compressed, as in training: names, parts of names, or all-linear (default: all). "
+        "All other parameters are trained too",
     )
     parser.add_argument(
         "--dtype", default="float32", help="number format of the parameters: float32 (default), bfloat16, float16 or float64"

@@ -13,6 +13,7 @@ from ..engine.choices import BUDGETED, shown
 from ..options import OptionError, as_text
 from ..report import figures
 from .common import (
+    GPU_HELP,
     add_command,
     build,
     check_integers,
@@ -41,7 +42,7 @@ def add_parser(commands: Any) -> None:
         help="print how many bytes of state an optimizer will take for a model",
         description="Prints how many bytes the optimizer's state will take for a model, beside AdamW's. The columns are "
         "the parts of the state: the window of gradients, the compression error, and so on. Nothing is allocated. "
-        "Training takes the same bytes, and optimizer.memory_footprint() measures them.",
+        "In training the optimizer's state takes the same bytes, and optimizer.memory_footprint() measures them.",
     )
     parser.add_argument(
         "--num_processes",
@@ -53,7 +54,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--gpu",
         metavar="SIZE",
-        help="say which optimizers fit into this memory: a size such as 24GiB, or a GPU such as l4, a100 or h100",
+        help=f"say which optimizers fit into this memory: {GPU_HELP}",
     )
     parser.add_argument(
         "--lora_r",

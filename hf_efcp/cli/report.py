@@ -13,8 +13,8 @@ from ..options import OptionError
 def add_parsers(commands: Any) -> None:
     """Add both commands."""
     about = (
-        "output folders of training runs. In each folder efcp_run.json is read, which --efcp_report true writes, or else "
-        "trainer_state.json"
+        "output folders of training runs. The command reads efcp_run.json in each folder, if it is there, and otherwise "
+        "trainer_state.json. --optim_args report=true writes efcp_run.json in any script, and --efcp_report true in the recipes"
     )
     report = commands.add_parser(
         "report",
