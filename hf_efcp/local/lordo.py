@@ -91,9 +91,16 @@ class LoRDOOptions(SubspaceOptions, AdamWOptions, StateOptions):
 MEASURED: Mapping[str, Any] = MappingProxyType({"error_dtype": torch.bfloat16, "adjust_lr_fn": "match_rms_adamw"})
 
 
+def side_of(layout: Layout, o: Any) -> Side:
+    """Give the projected side. Its rank may be the whole side, also where that is the longer one: Q is the identity then."""
+    side = Side(layout, o)
+    side.rank = min(o.rank, side.short)
+    return side
+
+
 def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
     """Declare Q (short x r) and both moments (r x long)."""
-    side = Side(layout, o)
+    side = side_of(layout, o)
     moment = (side.rank, side.long)
     return (
         Spec("projector", (side.short, side.rank), layout.dtype),
@@ -106,7 +113,7 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
     """Give the update; the equations are above."""
     if a.total is not None:
         raise OptionError("LoRDO trains whole matrices on every worker: neither FSDP2 nor a process_group can divide them")
-    side, g = Side(s.layout, o), a.gradients
+    side, g = side_of(s.layout, o), a.gradients
     q = _started(s, a, t, side, o)
     h = without_noise(side.transposed_times(a, q).mT, 2)
     a.keep(side.entry(q, h))
@@ -169,12 +176,13 @@ def joined(z: Tensor, q0: Tensor) -> Tensor:
     """Give an orthonormal basis, (short, r), of z's columns and, where they have less than rank r, of directions of q0.
 
     Args:
-        z: (short, r).
+        z: (short, r), or fewer columns.
         q0: (short, r), of rank r.
     """
-    q, r = torch.linalg.qr(z.double())
-    sizes = r.diagonal().abs()
-    if bool(sizes.min() > _NO_VALUE * sizes.max()):
+    rank = q0.shape[1]
+    q, triangle = torch.linalg.qr(z.double())
+    sizes = triangle.diagonal().abs()
+    if z.shape[1] == rank and bool(sizes.min() > _NO_VALUE * sizes.max()):
         return q.to(z.dtype)
     found: list[Tensor] = []  # column after column: what QR makes up for one that depends on others may be anything
     for x in (z.double(), q0.double()):
@@ -183,7 +191,7 @@ def joined(z: Tensor, q0: Tensor) -> Tensor:
             for _ in range(2):
                 for other in found:
                     rest = rest - (other @ rest) * other
-            if len(found) < z.shape[1] and bool(rest.norm() > noise):
+            if len(found) < rank and bool(rest.norm() > noise):
                 found.append(rest / rest.norm())
     return torch.stack(found, 1).to(z.dtype)
 
@@ -219,7 +227,7 @@ class LoRDO(EngineOptimizer):
 
     def projected(self) -> list[Tensor]:
         """Give the parameters that have a Q which changes, in order; at full rank it is the identity for ever."""
-        return [p for s, _, p in self._places() if (side := Side(s.layout, self.options)).rank < side.short]
+        return [p for s, _, p in self._places() if (side := side_of(s.layout, self.options)).rank < side.short]
 
     @torch.no_grad()
     def bases(self, matrices: Mapping[Tensor, Tensor], first: bool = False) -> dict[Tensor, Tensor]:
@@ -233,7 +241,7 @@ class LoRDO(EngineOptimizer):
         for s, i, p in self._places():
             if p not in matrices:
                 continue
-            side, delta = Side(s.layout, self.options), matrices[p].reshape(matrix_shape(p)).to(s.layout.dtype)
+            side, delta = side_of(s.layout, self.options), matrices[p].reshape(matrix_shape(p)).to(s.layout.dtype)
             q0 = s.projector.read()[i]
             if first or not q0.any():
                 found[p] = first_basis(s, i, side, delta if self.options.first_projector == "gradient" else None)
