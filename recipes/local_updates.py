@@ -11,9 +11,9 @@ A run is a name, or name:option=value,...  Names:
 
 Options are those of LocalUpdates (sync_every, ...), of the optimizer (rank, omega, ...) and lr. The workers are processes of this
 machine with one thread each, which gloo connects. Every worker takes its share of each batch. Writes OUTPUT.json (every run, also
-its losses by step) and OUTPUT.md, and draws OUTPUT.png if --plot is given. Runs that OUTPUT.json has already are not repeated.
+its losses by step) and OUTPUT.md. Runs that OUTPUT.json has already are not repeated.
 
-    python recipes/local_updates.py --runs lordo:sync_every=8 --num_processes 3 --min_workers 2 --kill_at_step 20
+    python recipes/local_updates.py --runs lordo:sync_every=8 --num_processes 3 --batch_size 18 --min_workers 2 --kill_at_step 20
 
 lets the last worker die after 20 steps: the others go on at their next synchronisation. Without --min_workers they stop.
 """
@@ -71,7 +71,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worker_timeout", type=float, default=20.0, help="seconds to wait for a worker, with --min_workers")
     parser.add_argument("--kill_at_step", type=int, default=None, help="after this step the last worker dies")
     parser.add_argument("--output", type=Path, default=Path("outputs/local_updates"), help="path without suffix")
-    parser.add_argument("--plot", action="store_true", help="draw loss over bytes sent into OUTPUT.png (needs matplotlib)")
+    parser.add_argument(
+        "--plot", type=Path, default=None, help="draw losses over steps and over bytes sent here (needs matplotlib)"
+    )
     arguments = parser.parse_args(argv)
     try:
         for run in arguments.runs:
@@ -150,10 +152,10 @@ def build_model(arguments: argparse.Namespace, labels: int) -> tuple[torch.nn.Mo
     return model, AutoTokenizer.from_pretrained(source)
 
 
-def train(run: str, seed: int, arguments: argparse.Namespace, folder: Path) -> None:
-    """Train one run on this worker, evaluate its share, and write both into `folder`."""
+def train(run: str, seed: int, arguments: argparse.Namespace, texts: tuple, folder: Path) -> None:
+    """Train one run on this worker with the texts of `texts_of`, evaluate its share, and write both into `folder`."""
     name, local_options, optimizer_options, lr = options_of(run)
-    data, test, labels = texts_of(arguments)
+    data, test, labels = texts
     set_seed(seed)
     accelerator = Accelerator(cpu=True)
     model, tokenizer = build_model(arguments, labels)
@@ -248,10 +250,11 @@ def worker(rank: int, arguments: argparse.Namespace, wanted: list[tuple[str, int
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         # A store in a file outlives every worker; that of torchrun would too, but torchrun ends all workers when one dies.
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=arguments.num_processes)
+    texts = texts_of(arguments)
     for number, (run, seed) in enumerate(wanted):
         place = Path(folder, str(number))
         place.mkdir(exist_ok=True)
-        train(run, seed, arguments, place)
+        train(run, seed, arguments, texts, place)
         if rank == 0:
             print(f"{run}, seed {seed}: trained", flush=True)
     if arguments.num_processes > 1:
@@ -395,7 +398,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     arguments.output.with_suffix(".md").write_text(page)
     print(page)
     if arguments.plot:
-        plot(results, arguments.output.with_suffix(".png"))
+        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
+        plot(results, arguments.plot)
     return results
 
 

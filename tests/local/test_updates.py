@@ -1,6 +1,8 @@
 """Local updates on one worker: what it leaves alone, the outer step, Accelerate, Trainer, and what is refused."""
 
 import logging
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from hf_efcp.options import OptionError
 from tests.integration.accelerate_loop import batch_at, new_accelerator
 from tests.local.runs import flat, model, optimizer_of, train
 from tests.reference import relative
+from tests.test_docs import tiny_bert
 
 
 @pytest.mark.parametrize("kind", ["adamw", "lordo", "efcp_lowrank_mfac"])
@@ -141,6 +144,18 @@ def test_trainer_trains_and_resumes_bit_for_bit(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "first/checkpoint-5"))
     assert torch.equal(flat(first.model), flat(again.model))
     assert not first.args.average_tokens_across_devices
+
+
+def test_the_python_of_local_md_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/local.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    data = [{"input_ids": torch.arange(8), "labels": torch.tensor(i % 2)} for i in range(8)]
+    for block in blocks:
+        namespace = {"model": tiny_bert(), "data": data, "loader": torch.utils.data.DataLoader(data, batch_size=4)}
+        exec(compile(block, "docs/local.md", "exec"), namespace)
+    assert namespace["trainer"]._lordo == {"preset": "measured", "rank": 64}
 
 
 def test_what_trainer_is_refused(tmp_path):
