@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..distributed.fsdp2 import is_sharded
 from ..engine.base import EngineOptimizer
@@ -96,3 +96,14 @@ def refuse_divided(accelerator: Any, model: nn.Module, optimizer: torch.optim.Op
                 f"shard={options.shard!r}: each worker has a state of its own with local updates; give "
                 f"{type(optimizer).__name__} shard=off and no process_group"
             )
+
+
+def refuse_newcomers(optimizer: torch.optim.Optimizer, known: Container[Tensor]) -> None:
+    """Raise OptionError where a parameter is trained that no synchronisation knows of."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and p not in known:
+                raise OptionError(
+                    f"a parameter of shape {tuple(p.shape)} is trained now, and was frozen or not the optimizer's when "
+                    "LocalUpdates was made: synchronize before, detach, and make it anew"
+                )

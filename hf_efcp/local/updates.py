@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..options import OptionError, build
-from .asked import LocalOptions, periods, refuse_divided, unwrapped
+from .asked import LocalOptions, periods, refuse_divided, refuse_newcomers, unwrapped
 from .lordo import LoRDO
 from .saving import load_worker, save_worker
 from .workers import WorkerError, Workers
@@ -137,6 +137,7 @@ class LocalUpdates:
         """
         if not self._steps:
             return
+        refuse_newcomers(self.optimizer, self._master)
         deltas, buffers, states, bases = self.workers.together(self._exchange)
         if self._alone:
             for p in self._params:

@@ -205,6 +205,17 @@ def test_what_cannot_train_alone_is_refused(tmp_path):
         local.load(tmp_path)
 
 
+def test_a_parameter_that_is_trained_later_is_refused():
+    net = model()
+    net[0].bias.requires_grad_(False)
+    optimizer = optimizer_of("adamw", net)
+    LocalUpdates(None, net, optimizer, sync_every=2)
+    train(net, optimizer, 1)
+    net[0].bias.requires_grad_(True)
+    with pytest.raises(OptionError, match=r"a parameter of shape \(16,\) is trained now, and was frozen"):
+        train(net, optimizer, 1)
+
+
 def test_weights_that_are_not_finite_are_named(caplog):
     caplog.set_level(logging.ERROR)
     net = model()
