@@ -267,7 +267,7 @@ def worker(rank: int, arguments: argparse.Namespace, wanted: list[tuple[str, int
 
 
 def make_runs(wanted: list[tuple[str, int]], arguments: argparse.Namespace) -> list[dict]:
-    """Start the workers, and give the results of the runs."""
+    """Start the workers, and give the results of the runs that they finish."""
     with tempfile.TemporaryDirectory() as folder:
         if arguments.num_processes == 1:
             worker(0, arguments, wanted, folder)
@@ -285,7 +285,8 @@ def make_runs(wanted: list[tuple[str, int]], arguments: argparse.Namespace) -> l
             files = sorted(Path(folder, str(number)).glob("*.json"))
             parts = [json.loads(file.read_text()) for file in files]
             if not parts or {int(file.stem) for file in files} < set(parts[0]["members"]):
-                sys.exit(f"error: {run}, seed {seed}: a worker did not finish, see above")
+                print(f"error: {run}, seed {seed}: a worker did not finish, see above", file=sys.stderr)
+                break
             samples = sum(part["samples"] for part in parts)
             found.append(
                 {
@@ -393,7 +394,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
         known[result["run"], result["seed"]] = result
         there.append(result)
     file.write_text("[\n" + ",\n".join(json.dumps(r) for r in there) + "\n]\n")
-    results = [known[w] for w in wanted]
+    if len(done := [w for w in wanted if w in known]) < len(wanted):
+        sys.exit(1)
+    results = [known[w] for w in done]
     page = f"`{command()}`\n\n{table(results, arguments)}" if argv is None else table(results, arguments)
     arguments.output.with_suffix(".md").write_text(page)
     print(page)
