@@ -280,30 +280,35 @@ def make_runs(wanted: list[tuple[str, int]], arguments: argparse.Namespace) -> l
                 process.start()
             for process in started:
                 process.join()
-        found = []
-        for number, (run, seed) in enumerate(wanted):
-            files = sorted(Path(folder, str(number)).glob("*.json"))
-            parts = [json.loads(file.read_text()) for file in files]
-            if not parts or {int(file.stem) for file in files} < set(parts[0]["members"]):
-                print(f"error: {run}, seed {seed}: a worker did not finish, see above", file=sys.stderr)
-                break
-            samples = sum(part["samples"] for part in parts)
-            found.append(
-                {
-                    "run": run,
-                    "seed": seed,
-                    "settings": settings(arguments),
-                    "accuracy": sum(part["right"] for part in parts) / samples,
-                    "eval_loss": sum(part["loss"] for part in parts) / samples,
-                    "eval_samples": samples,
-                    "losses": [round(statistics.mean(step), 5) for step in zip(*(part["losses"] for part in parts), strict=True)],
-                    "bytes": [max(step) for step in zip(*(part["bytes"] for part in parts), strict=True)],
-                    "rounds": parts[0]["rounds"],
-                    "workers_left": len(parts[0]["members"]),
-                    "trained": parts[0]["trained"],
-                    "cpu_seconds": sum(part["cpu_seconds"] for part in parts),
-                }
-            )
+        return collected(Path(folder), wanted, arguments)
+
+
+def collected(folder: Path, wanted: list[tuple[str, int]], arguments: argparse.Namespace) -> list[dict]:
+    """Put together what the workers have written of each run, as far as they have finished."""
+    found = []
+    for number, (run, seed) in enumerate(wanted):
+        files = sorted((folder / str(number)).glob("*.json"))
+        parts = [json.loads(file.read_text()) for file in files]
+        if not parts or {int(file.stem) for file in files} < set(parts[0]["members"]):
+            print(f"error: {run}, seed {seed}: a worker did not finish, see above", file=sys.stderr)
+            break
+        samples = sum(part["samples"] for part in parts)
+        found.append(
+            {
+                "run": run,
+                "seed": seed,
+                "settings": settings(arguments),
+                "accuracy": sum(part["right"] for part in parts) / samples,
+                "eval_loss": sum(part["loss"] for part in parts) / samples,
+                "eval_samples": samples,
+                "losses": [round(statistics.mean(step), 5) for step in zip(*(part["losses"] for part in parts), strict=True)],
+                "bytes": [max(step) for step in zip(*(part["bytes"] for part in parts), strict=True)],
+                "rounds": parts[0]["rounds"],
+                "workers_left": len(parts[0]["members"]),
+                "trained": parts[0]["trained"],
+                "cpu_seconds": sum(part["cpu_seconds"] for part in parts),
+            }
+        )
     return found
 
 

@@ -20,15 +20,15 @@ def process(rank, folder, where, least):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     net = model()
-    optimizer = optimizer_of("lordo", net)
-    options = {"min_workers": least, "worker_timeout": 40.0} if least else {}
+    optimizer = optimizer_of("adamw", net)
+    options = {"min_workers": least, "worker_timeout": 25.0} if least else {}
     local = LocalUpdates(None, net, optimizer, sync_every=3, **options)
     train(net, optimizer, 4, rank)
     die = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     if rank == 2 and where == "between":
         die()
     if rank == 2:
-        local.workers.shared = die  # the others are in the same synchronisation
+        local.workers.mean = die  # the others wait for it in the same synchronisation
     try:
         train(net, optimizer, 8, rank, start=4)
         torch.save({"weights": flat(net), "members": local.workers.members, "rounds": local.rounds}, f"{folder}/{rank}.pt")
