@@ -16,6 +16,7 @@ ALLOWED = {
     "distributed": {"core", "distributed", "options"},
     "engine": {"core", "distributed", "engine", "kernels", "options"},
     "optim": {"core", "distributed", "engine", "optim", "options"},
+    "local": {"core", "distributed", "engine", "local", "optim", "options"},
     "demo": {"demo", "options"},
 }
 

@@ -127,7 +127,7 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
     turn = side.sum_short(p.mT @ p0)
     m1 = turn @ m0
     a.keep(side.entry(torch.cat([p, p0], 2), torch.cat([h + k * m1, -k * m0], 1)))  # e <- a - P h + k (P0 m0 - P m1)
-    v1 = c2 * (turn.square() @ (v0 / c2 - (m0 / c1).square()) + (m1 / c1).square()).abs()  # variance, and squared mean
+    v1 = turned(v0, m0, m1, turn, c1, c2)
     m = o.beta1 * m1 + (1 - o.beta1) * h
     v = o.beta2 * v1 + (1 - o.beta2) * h.square()
     s.projector.write(p)
@@ -135,6 +135,11 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
     s.exp_avg_sq.write(v)
     size = (side.short / side.rank) ** 0.5 if o.adjust_lr_fn == "match_rms_adamw" else 1.0
     return side.entry(p, size * adam(m, v, t, o)).dense
+
+
+def turned(v0: Tensor, m0: Tensor, m1: Tensor, turn: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
+    """Give v0 (n, r, long) in another basis, T = `turn`, m1 = T m0: the turned variance plus m1^2, both unbiased."""
+    return c2 * (turn.square() @ (v0 / c2 - (m0 / c1).square()) + (m1 / c1).square()).abs()
 
 
 def next_projector(s: TensorStack, a: Accumulated, t: Tensor, side: Side, p0: Tensor, mean: Tensor, o: Any) -> Tensor:
