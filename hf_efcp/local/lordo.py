@@ -217,7 +217,9 @@ class LoRDO(EngineOptimizer):
     options_type = LoRDOOptions
     measured = MEASURED
     method = Tensorwise(
-        Rule(specs, update, lossy=lambda o: o.error_feedback, operations=operations), ADAMW, other_kinds=("embedding", "head")
+        Rule(specs, update, lossy=lambda o: o.error_feedback, operations=operations, decomposes=True),
+        ADAMW,
+        other_kinds=("embedding", "head"),
     )
 
     @property
