@@ -17,6 +17,7 @@ ALLOWED = {
     "engine": {"core", "distributed", "engine", "kernels", "options"},
     "optim": {"core", "distributed", "engine", "optim", "options"},
     "demo": {"demo", "options"},
+    "pruning": {"core", "integrations", "optim", "options", "pruning"},
 }
 
 # Files that are imported only where they are used, and what they may need.
