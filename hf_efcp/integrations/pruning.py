@@ -73,7 +73,9 @@ class IOBSCallback(TrainerCallback):
             raise OptionError(f"stages={stages}: pattern={pattern!r} has one sparsity; use stages=1")
         self.sparsity, self.pattern, self.modules, self.seed = parsed.sparsity(sparsity), pattern, modules, seed
         self.options = build(PruningOptions, options, type(self).__name__)
-        self._given = options
+        if self.options.training != "masked":
+            raise OptionError(f"training={self.options.training!r}: call prune() before the Trainer is made")
+        self._given = {name: value for name, value in options.items() if name != "training"}
         self._due = [start_step + i * stage_steps for i in range(stages)]
         self._calibration = None if calibration is None else list(calibration)
         self._batches = calibration_batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .banded import Banded
 from .masks import Masks
 from .model import prune
 from .options import PruningOptions
@@ -22,4 +23,4 @@ def __getattr__(name: str) -> Any:
         raise ImportError("hf_efcp.pruning.IOBSCallback needs transformers: pip install transformers") from None
 
 
-__all__ = ["IOBSCallback", "Masks", "PruningOptions", "prune"]
+__all__ = ["Banded", "IOBSCallback", "Masks", "PruningOptions", "prune"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..options import OptionError, build
+from .banded import Banded
 from .layers import Layer, Moments, layers_of, moments_of
 from .masks import Masks
 from .options import PruningOptions
@@ -67,6 +68,18 @@ class Problem:
         return float(model_value(w, self.solution, self.hessian).sum() / self._scale.clamp_min(1e-300))
 
 
+@overload
+def prune(
+    model: nn.Module,
+    calibration: Iterable[Any] | None = None,
+    sparsity: float | None = None,
+    pattern: str = "unstructured",
+    *,
+    modules: Sequence[str] | str | None = None,
+    training: Literal["banded"],
+    band: float = ...,
+) -> Banded: ...
+@overload
 def prune(
     model: nn.Module,
     calibration: Iterable[Any] | None = None,
@@ -75,8 +88,20 @@ def prune(
     *,
     modules: Sequence[str] | str | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    training: Literal["masked"] = "masked",
     **options: Any,
-) -> Masks:
+) -> Masks: ...
+def prune(
+    model: nn.Module,
+    calibration: Iterable[Any] | None = None,
+    sparsity: float | None = None,
+    pattern: str = "unstructured",
+    *,
+    modules: Sequence[str] | str | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    training: str = "masked",
+    **options: Any,
+) -> Masks | Banded:
     """Set weights of a model to zero, and change the others so that its layers compute almost what they did.
 
     Each iteration runs the present model on the calibration batches, makes every layer's problem from its inputs, takes a Newton
@@ -93,19 +118,26 @@ def prune(
         pattern: "unstructured", "N:M" such as "2:4" and "4:8", or blocks of R outputs times C inputs, "RxC".
         modules: parts of names of layers; None: all layers of the base model (a head is left alone).
         optimizer: for method="mfac", an M-FAC optimizer of ours that holds a window of the model's gradients.
+        training: "masked": the zeros are chosen now. "banded" (arXiv 2506.01863): the layers compute with their largest weights
+            from now on, whichever these are, and training chooses; call it before the optimizer is made. It needs no calibration.
         **options: the fields of `PruningOptions`.
 
     Returns:
-        The masks; `masks.hold(optimizer)` keeps the zeros during later training.
+        The masks; `masks.hold(optimizer)` keeps the zeros during later training. With training="banded" a `Banded`, whose
+        `finish()` ends it.
 
     Raises:
         OptionError: a bad option or pattern, no layer, no calibration, or a layer without inputs.
     """
-    o = build(PruningOptions, options, "prune")
+    o = build(PruningOptions, options | {"training": training}, "prune")
     shape = Pattern.parse(pattern)
     share = shape.sparsity(sparsity)
     support = _support(o, shape)
     layers = layers_of(model, modules, shape)
+    if o.training == "banded":
+        if shape != Pattern("unstructured"):
+            raise OptionError(f"pattern={pattern!r}: training='banded' needs unstructured")
+        return Banded(model, layers, share, o.band)
     batches = [] if calibration is None else list(calibration)
     if not batches and o.method != "magnitude" and optimizer is None:
         raise OptionError(f"calibration={calibration!r}: method={o.method!r} needs batches of data")

@@ -31,3 +31,10 @@ class PruningOptions:
         choices=("layer", "dense"),
     )
     window_size: int = option(32, "m of the window that method=mfac fills", allowed=">= 1", check=positive)
+    training: str = option("masked", "zeros that are chosen once, or by training", choices=("masked", "banded"))
+    band: float = option(
+        0.3,
+        "p of training=banded: its band ends at the magnitude below which p + 1/2 of a normal variable lies",
+        allowed="> 0 and < 0.5",
+        check=lambda x: 0 < x < 0.5,
+    )
