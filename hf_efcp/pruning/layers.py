@@ -65,7 +65,7 @@ class Layer:
             return columns.mT.flatten(0, 1)
         if mask is not None and x.shape[:-1] == mask.shape:
             return x[mask.bool()]
-        return x.flatten(0, -2)
+        return x.reshape(-1, x.shape[-1])
 
 
 def _prunable(module: nn.Module) -> bool:

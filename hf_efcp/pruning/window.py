@@ -41,10 +41,14 @@ def filled_window(model: nn.Module, layers: Sequence[Layer], batches: Sequence[A
         o: `window_size` is m.
 
     Raises:
-        OptionError: the model returns no loss.
+        OptionError: the model returns no loss, or a weight is frozen.
     """
     batches = batches[-o.window_size :]
     params = [x.weight for x in layers]
+    for x in layers:
+        if not x.weight.requires_grad:
+            raise OptionError(f"method='mfac': {x.parameter} is frozen and has no gradient; choose layers by modules")
+    before = [p.grad for p in params]
     window = DenseMFAC(params, lr=0.0, window_size=max(1, len(batches)), damping=DAMPING, damping_mode="relative")
     with torch.enable_grad(), evaluating(model):
         for batch in batches:
@@ -52,11 +56,11 @@ def filled_window(model: nn.Module, layers: Sequence[Layer], batches: Sequence[A
             loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
             if loss is None:
                 raise OptionError("method='mfac': the model returned no loss; calibration batches need labels")
-            for p, gradient in zip(params, torch.autograd.grad(loss, params), strict=True):
+            for p, gradient in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
                 p.grad = gradient
             window.step()
-    for p in params:
-        p.grad = None
+    for p, gradient in zip(params, before, strict=True):
+        p.grad = gradient
     return window
 
 

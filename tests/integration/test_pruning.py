@@ -9,7 +9,7 @@ from transformers import Trainer
 from hf_efcp import OptionError
 from hf_efcp.pruning import IOBSCallback, Masks
 from tests.integration.test_resume import differences, everything
-from tests.reference import few_names
+from tests.reference import NAMES, few, names
 
 STEPS, SAVED = 8, 5
 
@@ -36,7 +36,7 @@ def callback(**given):
     return IOBSCallback(**{"sparsity": 0.75, "calibration_batches": 2, "iterations": 2, **given})
 
 
-@pytest.mark.parametrize("name", ["adamw_torch", *few_names()])
+@pytest.mark.parametrize("name", ["adamw_torch", *few(NAMES, names(windowed=True)[0].__eq__)])
 def test_zeros_hold_and_a_resumed_run_is_the_uninterrupted_one(name, make_trainer, tmp_path):
     whole, resumed = callback(start_step=2), callback(start_step=2)
     first, second = make_trainer("out", whole, optim=name), make_trainer("other", resumed, optim=name)
@@ -62,13 +62,13 @@ def test_the_order_of_training_and_its_random_numbers_stay(make_trainer):
 
 def test_stages_rise_to_the_sparsity(make_trainer, tmp_path):
     pruned = callback(start_step=1, stages=3, stage_steps=2)
-    make_trainer("out", pruned, optim="efcp_sparse_mfac", save_steps=1, save_total_limit=None).train()
+    make_trainer("out", pruned, save_steps=1, max_steps=5, optim="adamw_torch").train()
     shares = {
         step: Masks.load(pruned_model, tmp_path / f"out/checkpoint-{step}").sparsity()
-        for step in (1, 2, 3, 5, 8)
+        for step in (1, 2, 3, 5)
         for pruned_model in [make_trainer("unused", callback()).model]
     }
-    expected = [0.75 * (1 - (1 - i / 3) ** 3) for i in (1, 1, 2, 3, 3)]
+    expected = [0.75 * (1 - (1 - i / 3) ** 3) for i in (1, 1, 2, 3)]
     assert list(shares.values()) == pytest.approx(expected, abs=0.01)
     assert pruned.masks.are_zero()
 

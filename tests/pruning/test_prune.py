@@ -125,8 +125,11 @@ def test_the_sweep_is_sparsegpts_loop():
     assert torch.equal(keep, expected)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1x4", "4x4"])
-@pytest.mark.parametrize("support", [None, "magnitude", "greedy"])
+GREEDY_AGAIN = pytest.param("4:8", "greedy", marks=pytest.mark.slow)
+SUPPORTS_OF = [(p, s) for p in ("2:4", "4:8", "1x4", "4x4") for s in (None, "magnitude", "greedy") if (p, s) != ("4:8", "greedy")]
+
+
+@pytest.mark.parametrize(("pattern", "support"), [*SUPPORTS_OF, GREEDY_AGAIN])
 def test_patterns(pattern, support):
     blocks = "x" in pattern
     if support == "greedy" and blocks:
