@@ -61,11 +61,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--finetune_steps", type=int, help="steps after pruning (default: 60, digits 100); 0: none")
     parser.add_argument("--calibration_batches", type=int, default=16, help="batches of 32 training examples")
     parser.add_argument("--max_eval_samples", type=int, default=1000, help="test examples")
+    parser.add_argument(
+        "--layers", type=int, help="of task bbc: keep the first layers of MiniLM, out of 6, and freeze the embeddings"
+    )
     parser.add_argument("--output", type=Path, help="path without suffix (default: outputs/prune_TASK)")
     return parser.parse_args(argv)
 
 
-def bbc(seed: int, steps: int, batch: int, limit: int) -> tuple[torch.nn.Module, Batch, Batch]:
+def bbc(seed: int, steps: int, batch: int, limit: int, layers: int | None = None) -> tuple[torch.nn.Module, Batch, Batch]:
     """MiniLM with a new head, sentences of at most 32 tokens to train on, and others to evaluate on."""
     data, tokenizer = bbc_news("sentences", seed=seed), AutoTokenizer.from_pretrained(minilm_folder())
 
@@ -76,6 +79,9 @@ def bbc(seed: int, steps: int, batch: int, limit: int) -> tuple[torch.nn.Module,
 
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=5, dtype=torch.float32)
+    if layers is not None:
+        model.bert.encoder.layer = model.bert.encoder.layer[:layers]
+        model.bert.embeddings.requires_grad_(False)
     return model, encoded(data["train"], max(1000, steps * batch)), encoded(data["test"], limit)
 
 
@@ -236,6 +242,8 @@ def main(argv: list[str] | None = None) -> dict:
     for sparsity in options.sparsity:
         number = re.fullmatch(r"0?\.\d+", sparsity)
         Pattern.parse("unstructured" if number else sparsity).sparsity(float(sparsity) if number else None)
+    if options.layers is not None and (options.task != "bbc" or not 1 <= options.layers <= 6):
+        raise OptionError(f"--layers {options.layers}: must be 1 to 6, with --task bbc")
     steps, finetune, batch, rate, _ = TASKS[options.task]
     options.train_steps = steps if options.train_steps is None else options.train_steps
     options.finetune_steps = finetune if options.finetune_steps is None else options.finetune_steps
@@ -249,9 +257,8 @@ def main(argv: list[str] | None = None) -> dict:
         wanted = [(m, s, seed) for s in options.sparsity for m in options.methods if (m, s, seed) not in done]
         if not wanted:
             continue
-        dense, data, test = {"bbc": bbc, "digits": digits}[options.task](
-            seed, options.train_steps, batch, options.max_eval_samples
-        )
+        sizes = seed, options.train_steps, batch, options.max_eval_samples
+        dense, data, test = bbc(*sizes, options.layers) if options.task == "bbc" else digits(*sizes)
         train(dense, data, options.train_steps, batch, rate, seed, options.optim)
         results["dense"][str(seed)] = accuracy(dense, test)
         for method, sparsity, _ in wanted:

@@ -40,7 +40,8 @@ def test_texts(tiny_model, monkeypatch):
     rows = datasets.Dataset.from_dict({"text": ["the cat", "a dog s the horse", "a pear"] * 4, "label": [0, 1, 2] * 4})
     monkeypatch.setattr(recipe, "bbc_news", lambda task, seed: datasets.DatasetDict(train=rows, test=rows))
     monkeypatch.setattr(recipe, "minilm_folder", lambda: tiny_model)
-    model, train, test = recipe.bbc(1, 2, 4, 6)
+    model, train, test = recipe.bbc(1, 2, 4, 6, layers=1)
+    assert len(model.bert.encoder.layer) == 1 and not model.bert.embeddings.word_embeddings.weight.requires_grad
     assert len(train["labels"]) == 12 and len(test["labels"]) == 6 and train["input_ids"].shape[1] == 32
     assert recipe.cut(train, torch.tensor([0, 2]))["input_ids"].shape == (2, 4)
     recipe.train(model, train, 2, 4, 1e-3, 0, "adamw")
@@ -54,6 +55,7 @@ def test_texts(tiny_model, monkeypatch):
         (["--optim", "adamq"], "unknown optimizer 'adamq' for --optim: did you mean 'adamw'"),
         (["--sparsity", "0.5", "4:2"], "pattern='4:2'"),
         (["--sparsity", "1.5"], "pattern='1.5'"),
+        (["--layers", "7"], "--layers 7: must be 1 to 6, with --task bbc"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_loaded(argv, message, tmp_path):
