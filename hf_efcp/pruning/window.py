@@ -59,8 +59,8 @@ def filled_window(model: nn.Module, layers: Sequence[Layer], batches: Sequence[A
             for p, gradient in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
                 p.grad = gradient
             window.step()
-    for p, gradient in zip(params, before, strict=True):
-        p.grad = gradient
+    for p, former in zip(params, before, strict=True):
+        p.grad = former
     return window
 
 
