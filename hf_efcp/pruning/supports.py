@@ -44,15 +44,21 @@ def by_sweep(z: Tensor, hessian: Tensor, inverse: Tensor, pattern: Pattern, spar
     z, keep = z.clone(), torch.zeros_like(z, dtype=torch.bool)
     # Row j of R, with H^-1 = R^T R, holds what is left of H^-1 at column j, divided by its root.
     r = torch.linalg.cholesky(inverse, upper=True)
-    width = pattern.of or SWEEP_COLUMNS
+    part = pattern if pattern.of else Pattern("unstructured")
+    width = max(pattern.of, SWEEP_COLUMNS - SWEEP_COLUMNS % (pattern.of or 1))
     for start in range(0, z.shape[1], width):
         end = min(start + width, z.shape[1])
-        scores = (z[:, start:end] / r.diagonal()[start:end]).square()
-        part = pattern if pattern.of else Pattern("unstructured")
-        keep[:, start:end] = part.keep(scores, sparsity)
-        for j in range(start, end):
-            removed = torch.where(keep[:, j], 0.0, z[:, j] / r[j, j])
-            z[:, j:] -= removed[:, None] * r[j, j:]
+        block, together = z[:, start:end].mT.contiguous(), pattern.of or width  # (columns, rows): a column is in one piece
+        removed = torch.zeros_like(block)
+        for i, j in enumerate(range(start, end)):
+            if i % together == 0:
+                some = slice(i, i + together)
+                scores = (block[some] / r.diagonal()[start:end][some, None]).square().mT
+                keep[:, start:end][:, some] = part.keep(scores, sparsity)
+            torch.div(block[i], r[j, j], out=removed[i])
+            removed[i].masked_fill_(keep[:, j], 0)
+            block[i:].addr_(r[j, j:end], removed[i], alpha=-1)
+        z[:, end:].addmm_(removed.mT, r[start:end, end:], alpha=-1)  # columns behind the block, once
     return keep
 
 
