@@ -214,14 +214,15 @@ def plot(results: dict, options) -> None:
         for method in options.methods:
             groups: dict[str, list[float]] = {}
             for r in results["runs"]:
-                if r["method"] == method and r[name] is not None:
+                if r["method"] == method and r["seed"] in options.seeds and r[name] is not None:
                     groups.setdefault(r["sparsity"], []).append(100 * r[name])
             shares = sorted((float(s), statistics.mean(v)) for s, v in groups.items() if ":" not in s)
             axes.plot(*zip(*shares, strict=True) if shares else ((), ()), "o-", label=method, color=COLOURS[method], markersize=4)
             for s, v in groups.items():
                 if ":" in s:
                     axes.plot([1 - int(s[0]) / int(s[2:])], [statistics.mean(v)], "x", color=COLOURS[method])
-        axes.axhline(100 * statistics.mean(results["dense"].values()), color="black", linewidth=0.8, linestyle=":")
+        dense = [value for seed, value in results["dense"].items() if int(seed) in options.seeds]
+        axes.axhline(100 * statistics.mean(dense), color="black", linewidth=0.8, linestyle=":")
         axes.set(xlabel="share of zeros", title=f"{name} fine-tuning (dotted: dense; crosses: N:M)")
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.25)
