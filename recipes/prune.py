@@ -214,7 +214,8 @@ def plot(results: dict, options) -> None:
         for method in options.methods:
             groups: dict[str, list[float]] = {}
             for r in results["runs"]:
-                if r["method"] == method and r["seed"] in options.seeds and r[name] is not None:
+                chosen = r["method"] == method and r["seed"] in options.seeds and r["sparsity"] in options.sparsity
+                if chosen and r[name] is not None:
                     groups.setdefault(r["sparsity"], []).append(100 * r[name])
             shares = sorted((float(s), statistics.mean(v)) for s, v in groups.items() if ":" not in s)
             axes.plot(*zip(*shares, strict=True) if shares else ((), ()), "o-", label=method, color=COLOURS[method], markersize=4)
