@@ -18,6 +18,7 @@ ALLOWED = {
     "optim": {"core", "distributed", "engine", "optim", "options"},
     "local": {"core", "distributed", "engine", "local", "optim", "options"},
     "demo": {"demo", "options"},
+    "pruning": {"core", "integrations", "optim", "options", "pruning"},
 }
 
 # Files that are imported only where they are used, and what they may need.

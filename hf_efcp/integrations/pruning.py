@@ -1,0 +1,172 @@
+"""A Trainer callback that prunes a model while it is trained, and holds its zeros, over a resume too."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..options import OptionError, build
+from ..pruning.masks import FILE, Masks
+from ..pruning.model import prune
+from ..pruning.options import PruningOptions
+from ..pruning.patterns import Pattern
+from .checkpoints import unwrapped
+
+logger = logging.getLogger(__name__)
+
+
+class IOBSCallback(TrainerCallback):
+    """Prunes a Trainer's model by `prune`, at once or in stages, and keeps the zeros during the steps that follow.
+
+    The zeros hold with every optimizer. A checkpoint has the masks in `pruning_masks.pt`. A resumed run takes them from there,
+    or, if that file is missing, from the zeros of the weights that it has loaded.
+
+    Args:
+        sparsity: the share of zeros after the last stage, as for `prune`.
+        pattern: as for `prune`.
+        start_step: the first stage comes after this many steps; 0: before the first one.
+        stages: number of stages; sparsity rises from stage i = 1 on as sparsity * (1 - (1 - i / stages)^3) (arXiv 1710.01878).
+        stage_steps: steps from one stage to the next.
+        calibration: batches, as for `prune`; None: drawn from the training data.
+        calibration_batches: how many of them, of the Trainer's training batch size.
+        seed: of the draw.
+        modules: as for `prune`.
+        **options: the other options of `prune`. With method="mfac" the window of the Trainer's own optimizer is taken, if that is
+            of the M-FAC family and has a window.
+
+    Attributes:
+        masks: what is pruned; None before the first stage.
+
+    Raises:
+        OptionError: a bad option; N:M or a method without a share of zeros in several stages.
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        pattern: str = "unstructured",
+        *,
+        start_step: int = 0,
+        stages: int = 1,
+        stage_steps: int = 100,
+        calibration: Iterable[Any] | None = None,
+        calibration_batches: int = 16,
+        seed: int = 0,
+        modules: Any = None,
+        **options: Any,
+    ):
+        limits = {"start_step": (start_step, 0), "stages": (stages, 1), "stage_steps": (stage_steps, 1)}
+        limits["calibration_batches"] = calibration_batches, 1
+        for name, (value, least) in limits.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise OptionError(f"{name}={value!r}: must be an integer >= {least}")
+        parsed = Pattern.parse(pattern)
+        if parsed.of and stages > 1:
+            raise OptionError(f"stages={stages}: pattern={pattern!r} has one sparsity; use stages=1")
+        self.sparsity, self.pattern, self.modules, self.seed = parsed.sparsity(sparsity), pattern, modules, seed
+        self.options = build(PruningOptions, options, type(self).__name__)
+        if self.options.training != "masked":
+            raise OptionError(f"training={self.options.training!r}: call prune() before the Trainer is made")
+        self._given = {name: value for name, value in options.items() if name != "training"}
+        self._due = [start_step + i * stage_steps for i in range(stages)]
+        self._calibration = None if calibration is None else list(calibration)
+        self._batches = calibration_batches
+        self.masks: Masks | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Prune, if the first stage is before the first step; take the masks of a run that goes on.
+
+        Raises:
+            OptionError: DeepSpeed or FSDP, whose weights are not whole here.
+        """
+        if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
+            raise OptionError("IOBSCallback: DeepSpeed and FSDP divide the weights; use DDP, or prune before with prune()")
+        if any(step <= state.global_step for step in self._due) and state.global_step > 0:
+            self.masks = self._saved(args, state, model).hold()
+        elif self._due[0] == 0:
+            self._prune(args, 0, model, kwargs)
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Undo what the optimizer did to pruned weights."""
+        if self.masks is not None:
+            self.masks.apply()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Prune, if a stage is due."""
+        if state.global_step > 0 and state.global_step in self._due:
+            self._prune(args, self._due.index(state.global_step), model, kwargs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the masks beside the weights."""
+        if self.masks is not None and state.is_world_process_zero:
+            self.masks.save(_checkpoint(args, state))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let the weights go; they have their zeros."""
+        if self.masks is not None:
+            self.masks.release()
+
+    def _prune(self, args: TrainingArguments, stage: int, model: nn.Module, kwargs: dict[str, Any]) -> None:
+        batches = self._calibration
+        if batches is None:
+            batches = drawn(kwargs["train_dataloader"], args, self._batches, self.seed)
+        batches = batches[args.process_index :: args.world_size] or batches
+        share = None if Pattern.parse(self.pattern).of else self.sparsity * (1 - (1 - (stage + 1) / len(self._due)) ** 3)
+        if self.masks is not None:
+            self.masks.release()
+        self.masks = prune(
+            model,
+            batches,
+            share,
+            self.pattern,
+            modules=self.modules,
+            optimizer=_window(kwargs.get("optimizer")) if self.options.method == "mfac" else None,
+            **self._given,
+        ).hold()
+        logger.info("stage %d of %d: %.1f%% of the weights are zero", stage + 1, len(self._due), 100 * self.masks.sparsity())
+
+    def _saved(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> Masks:
+        """Find the masks of the checkpoint that was loaded: those whose zeros the weights have."""
+        given = args.resume_from_checkpoint
+        for folder in [*([Path(given)] if isinstance(given, str) else []), _checkpoint(args, state)]:
+            if (folder / FILE).is_file():
+                masks = Masks.load(model, folder)
+                if masks.are_zero():
+                    return masks
+        logger.warning("no %s of the checkpoint that was resumed: a weight that is zero is taken for a pruned one", FILE)
+        return Masks.of_zeros(model, self.modules)
+
+
+def drawn(loader: Any, args: TrainingArguments, number: int, seed: int) -> list[Any]:
+    """Draw batches of the training data for calibration; the order of training and the random numbers do not change."""
+    data, size = loader.dataset, args.per_device_train_batch_size
+    known = hasattr(data, "__len__")  # a stream is taken from its beginning
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        batches = DataLoader(data, size, shuffle=known, collate_fn=loader.collate_fn, generator=generator)
+        return list(islice(batches, number))
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+
+
+def _window(optimizer: Any) -> Any:
+    """Give the optimizer if it has the window of M-FAC; else None."""
+    ours = unwrapped(optimizer)
+    if ours is None or not hasattr(ours.options, "damping") or not hasattr(ours.options, "window_size"):
+        return None
+    return ours if int(ours.setup().counters.step) > 0 else None
