@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..options import OptionError
 
 RANK_SCALES = ("none", "sqrt", "rank")
 KINDS = ("matryoshka", "dylora", "lora")
@@ -67,14 +66,14 @@ def aurac(ranks: Sequence[int], accuracies: Sequence[float], version: int = 2) -
         The area; of a single rank its accuracy.
 
     Raises:
-        OptionError: another version, no rank, a rank twice or below 1, or not one accuracy for each rank.
+        ValueError: another version, no rank, a rank twice or below 1, or not one accuracy for each rank.
     """
     if version not in (1, 2):
-        raise OptionError(f"version={version!r}: must be 1 (over the rank) or 2 (over log2 of the rank)")
+        raise ValueError(f"version={version!r}: must be 1 (over the rank) or 2 (over log2 of the rank)")
     if not len(ranks) or len(ranks) != len(accuracies):
-        raise OptionError(f"ranks, accuracies: there must be one accuracy for each rank, got {len(ranks)} and {len(accuracies)}")
+        raise ValueError(f"ranks, accuracies: there must be one accuracy for each rank, got {len(ranks)} and {len(accuracies)}")
     if min(ranks) < 1 or len(set(ranks)) < len(ranks):
-        raise OptionError(f"ranks={list(ranks)}: must be different integers >= 1")
+        raise ValueError(f"ranks={list(ranks)}: must be different integers >= 1")
     points = sorted(zip(ranks, map(float, accuracies), strict=True))
     x = [float(rank) if version == 1 else math.log2(rank) for rank, _ in points]
     a = [accuracy for _, accuracy in points]

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from hf_efcp import OptionError
 from hf_efcp.core.nested import RANK_SCALES, aurac, masks, powers_of_two, rank_scale_of, staircase, training_diagonals
 
 S = [1, 2, 4, 8, 16, 32]
@@ -90,7 +89,7 @@ def test_aurac_of_doublings_weighs_each_the_same_in_any_order():
      ([0, 1], [0.5, 0.6], 2, "integers >= 1"), ([1], [0.5], 3, "version=3: must be 1")],
 )  # fmt: skip
 def test_aurac_says_what_is_wrong(ranks, accuracies, version, message):
-    with pytest.raises(OptionError, match=message):
+    with pytest.raises(ValueError, match=message):
         aurac(ranks, accuracies, version=version)
 
 
