@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 RANK_SCALES = ("none", "sqrt", "rank")
 KINDS = ("matryoshka", "dylora", "lora")
 
