@@ -53,7 +53,7 @@ def compress(w: Tensor, name: str) -> Tensor:
             levels = (LEVELS[part] * w[w != 0].square().mean().sqrt()).to(w.dtype)
             nearest = levels[torch.bucketize(w, (levels[1:] + levels[:-1]) / 2)]
             w = torch.where(w == 0, 0.0, nearest)
-        elif part.startswith("sparse="):
+        elif part[:7] == "sparse=":
             kept = max(1, round((1 - float(part[7:])) * w.numel()))
             w = w * (w.abs() >= w.abs().flatten().kthvalue(w.numel() - kept + 1).values)
         else:
@@ -83,7 +83,7 @@ def train(name: str, width: int, band: float | None, seed: int, options: argpars
 
     def logits(x: Tensor) -> Tensor:
         for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-            if name.startswith("sparse=") and band is not None:
+            if name[:7] == "sparse=" and band is not None:
                 w = banded(w, 1 - float(name[7:]), p=band)
             elif name:
                 w = w + (compress(w.detach(), name) - w).detach()
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     curve = [(runs[0]["weights"], statistics.mean(run["loss"] for run in runs)) for runs in dense.values()]
     rows = []
     for name in options.formats:
-        for band in (None, options.band) if name.startswith("sparse=") and "*" not in name else (None,):
+        for band in (None, options.band) if name[:7] == "sparse=" and "*" not in name else (None,):
             runs = [train(name, options.width, band, seed, options) for seed in options.seeds]
             found = worth(statistics.mean(run["loss"] for run in runs), curve) / runs[0]["weights"]
             row = {"format": name, "banded": band is not None, "predicted": predicted[name], "measured": found}
