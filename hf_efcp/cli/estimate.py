@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..engine.choices import BUDGETED, shown
 from ..options import OptionError, as_text
 from ..report import figures
+from .capacity import beside_bytes, shown_beside_bytes
 from .common import (
     GPU_HELP,
     add_command,
@@ -62,6 +63,11 @@ def add_parser(commands: Any) -> None:
         metavar="R",
         help="count only LoRA adapters of this rank as trained, on the query and value matrices",
     )
+    parser.add_argument(
+        "--capacity",
+        action="store_true",
+        help="also print what the window and the error of each optimizer are worth, as `hf-efcp capacity` measures formats",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,9 +81,13 @@ def run(args: argparse.Namespace) -> int:
         model = with_adapters(model, args.lora_r)
     result = estimate(model, optimizers, args.optim_target_modules, args.num_processes, args.fsdp, gpu)
     result = {"model": args.model, **result}
+    if args.capacity:
+        result["capacity"] = beside_bytes(result["optimizers"], _usual_shape(model), result["parameters"])
     write_json(args.json, result)
     _draw(result, args.plot)
     print(_report(result, single=args.optim is not None and len(optimizers) == 1))
+    if args.capacity:
+        print("\n".join(shown_beside_bytes(result["capacity"])))
     return 0
 
 
@@ -142,6 +152,18 @@ def estimate(
         "gpu_bytes": gpu,
         "optimizers": entries,
     }
+
+
+def _usual_shape(model: nn.Module) -> tuple[int, int]:
+    """Give rows and columns of the matrices that hold most of the trained parameters."""
+    held: dict[tuple[int, int], int] = {}
+    for p in model.parameters():
+        if p.requires_grad and p.ndim >= 2 and p.numel():
+            shape = p.shape[0], p[0].numel()
+            held[shape] = held.get(shape, 0) + p.numel()
+    if not held:
+        raise OptionError("capacity: the model has no trainable matrix")
+    return max(held, key=lambda shape: held[shape])
 
 
 def adamw_bytes(params: Sequence[Tensor], shares: int = 1) -> dict[str, int]:

@@ -17,7 +17,7 @@ from .._version import __version__
 from ..bench import command as bench
 from ..options import GroupOptions, OptionError, as_text, described, field_types
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, optim_defaults
-from . import advise, completion, enable, estimate, report
+from . import advise, capacity, completion, enable, estimate, report
 
 _ABOUT = """\
 Trains Hugging Face models with optimizers that use how the gradients of all weights vary together. Your script takes one in
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     lister.add_argument("--markdown", action="store_true", help="print one Markdown table of all options, as in docs/options.md")
     lister.set_defaults(handler=lambda args: _list(args.pattern, args.options, args.markdown))
     estimate.add_parser(commands)
+    capacity.add_parser(commands)
     advise.add_parser(commands)
     bench.add_parser(commands)
     report.add_parsers(commands)

@@ -83,6 +83,18 @@ def tiny_llama(dtype=torch.float32, linear=None):
     return model.to(dtype) if linear is None else model
 
 
+class QuantizedLinear(nn.Linear):
+    """A linear layer as QLoRA's: its weight is a frozen parameter of bytes, made floating for every product."""
+
+    def __init__(self, source: nn.Linear):
+        super().__init__(source.in_features, source.out_features, bias=False)
+        self.register_buffer("scale", source.weight.detach().abs().amax(1, keepdim=True) / 127)
+        self.weight = nn.Parameter(((source.weight / self.scale).round() + 128).to(torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        return x @ ((self.weight.to(x.dtype) - 128) * self.scale.to(x.dtype)).T
+
+
 def with_lora(model, seed=1, adapter_dtype=None, **given):
     """The model with adapters, always the same ones."""
     with torch.random.fork_rng(devices=[]):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import IA3Config, PromptTuningConfig, get_peft_model
-from torch import nn
 from transformers import Trainer
 
 from tests.integration.peft_runs import (
     LOSSY,
+    QuantizedLinear,
     adapters,
     by_few_names,
     by_name,
@@ -152,18 +152,6 @@ def test_a_frozen_base_takes_no_memory(name):
     assert footprint == trainable.memory_footprint()
     elements = [value for entry in everything.state.values() for value in entry.values()]
     assert sum(footprint.values()) == sum(v.numel() * v.element_size() for v in elements) < 0.11 * whole
-
-
-class QuantizedLinear(nn.Linear):
-    """A linear layer as QLoRA's: its weight is a frozen parameter of bytes, made floating for every product."""
-
-    def __init__(self, source: nn.Linear):
-        super().__init__(source.in_features, source.out_features, bias=False)
-        self.register_buffer("scale", source.weight.detach().abs().amax(1, keepdim=True) / 127)
-        self.weight = nn.Parameter(((source.weight / self.scale).round() + 128).to(torch.uint8), requires_grad=False)
-
-    def forward(self, x):
-        return x @ ((self.weight.to(x.dtype) - 128) * self.scale.to(x.dtype)).T
 
 
 @pytest.mark.parametrize("base", [torch.uint8, torch.bfloat16], ids=str)
