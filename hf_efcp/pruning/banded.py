@@ -1,8 +1,7 @@
 """Training under a mask that follows the weights, with a band around its threshold where they stand still (arXiv 2506.01863).
 
-The layer computes with the k weights of largest magnitude; T_k is the least of these. The gradient passes where
-|theta| < min(T_p, T_k) or |theta| > max(T_p, T_k), with T_p = RMS(theta) Phi^-1(1/2 + p): a removed weight may grow back, and one
-near to the threshold does not flip to and fro.
+The layers compute with their largest weights. A removed weight may grow back, and one near to the threshold does not flip to and
+fro: `core.banded` has the equations.
 """
 
 from __future__ import annotations
@@ -14,47 +13,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..core.banded import banded
 from .layers import Layer
 from .masks import Masks
 
 
-class _Masked(torch.autograd.Function):
-    """theta where |theta| >= T_k, else 0; the gradient stays out of the band."""
-
-    @staticmethod
-    def forward(ctx: Any, theta: Tensor, lower: Tensor, upper: Tensor, threshold: Tensor) -> Tensor:
-        size = theta.abs()
-        ctx.save_for_backward((size < lower) | (size > upper))
-        return torch.where(size >= threshold, theta, 0)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (passes,) = ctx.saved_tensors
-        return torch.where(passes, gradients[0], 0), None, None, None
-
-
 class BandedMask(nn.Module):
-    """The parametrization of a weight: its k largest entries; see the module.
+    """The parametrization of a weight: its largest entries, see `core.banded`.
 
     Args:
-        kept: k; 0 < k.
+        density: the share that is kept, in (0, 1].
         band: p, in (0, 0.5).
     """
 
-    def __init__(self, kept: int, band: float):
+    def __init__(self, density: float, band: float):
         super().__init__()
-        self.kept, self.band = kept, band
-        self.quantile = float(torch.special.ndtri(torch.tensor(0.5 + band, dtype=torch.float64)))
-
-    def threshold(self, theta: Tensor) -> Tensor:
-        """Give T_k, 0-D."""
-        flat = theta.detach().abs().flatten()
-        return flat.kthvalue(len(flat) - self.kept + 1).values
+        self.density, self.band = density, band
 
     def forward(self, theta: Tensor) -> Tensor:
         """Give the sparse weight."""
-        t_k, t_p = self.threshold(theta), theta.detach().square().mean().sqrt() * self.quantile
-        return _Masked.apply(theta, torch.minimum(t_p, t_k), torch.maximum(t_p, t_k), t_k)
+        return banded(theta, self.density, p=self.band)
 
 
 class Banded:
@@ -73,8 +51,7 @@ class Banded:
     def __init__(self, model: nn.Module, layers: Sequence[Layer], sparsity: float, band: float):
         self._model, self._layers = model, layers
         for x in layers:
-            kept = max(1, x.weight.numel() - round(sparsity * x.weight.numel()))
-            parametrize.register_parametrization(x.module, "weight", BandedMask(kept, band))
+            parametrize.register_parametrization(x.module, "weight", BandedMask(1 - sparsity, band))
 
     @torch.no_grad()
     def sparsity(self) -> float:
