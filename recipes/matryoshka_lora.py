@@ -143,11 +143,11 @@ def accuracy(model: nn.Module, split: list[torch.Tensor]) -> float:
     return 100 * sum(int((model(*inputs).argmax(1) == labels).sum()) for *inputs, labels in parts) / len(split[-1])
 
 
-def at_ranks(model: nn.Module, data: Data, ranks: list) -> dict[str, list[float]]:
+def at_ranks(model: nn.Module, data: Data, ranks: list, weights: str = "own") -> dict[str, list[float]]:
     """Accuracy at each rank: "validation" and "test"."""
     found: dict[str, list[float]] = {"validation": [], "test": []}
     for rank in ranks:
-        with at_rank(model, rank):
+        with at_rank(model, rank, weights=weights):
             for split, values in found.items():
                 values.append(accuracy(model, data[split]))
     return found
@@ -166,6 +166,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> dict:
             found["runs"].setdefault(kind, {})[str(rate)] = at_ranks(model, data, options.ranks)
             if kind == "matryoshka":  # what is trained: the sum of all nested adapters, which no rank deploys
                 found["runs"].setdefault("sum", {})[str(rate)] = at_ranks(model, data, ["sum"])
+                found["runs"].setdefault("trained", {})[str(rate)] = at_ranks(model, data, options.ranks, "trained")
     for rank in options.ranks:
         for rate in options.learning_rates:
             model = train(base, data, targets, "lora", rank, rate, seed, options)
@@ -190,13 +191,14 @@ def chosen(runs: list[dict], options: argparse.Namespace) -> dict[str, list[list
         rate = max(options.learning_rates, key=score)
         return [r["runs"][name][str(rate)]["test"] for r in runs]
 
-    found = {kind: best(kind, options.ranks) for kind in ("matryoshka", "dylora", "cut")} | {"sum": best("sum", [1])}
+    found = {kind: best(kind, options.ranks) for kind in ("matryoshka", "trained", "dylora", "cut")} | {"sum": best("sum", [1])}
     alone = [best(f"lora_{rank}", [rank]) for rank in options.ranks]
     return found | {"lora": [[values[i][0] for values in alone] for i in range(len(runs))]}
 
 
 NAMES = {
     "matryoshka": "MatryoshkaLoRA, trained once",
+    "trained": 'the same, with `weights="trained"`',
     "dylora": "DyLoRA, trained once",
     "lora": "LoRA, trained for each rank",
     "cut": "LoRA of the largest rank, cut",
@@ -256,7 +258,7 @@ def draw(runs: list[dict], options: argparse.Namespace) -> None:
     found = chosen(runs, options)
     figure = Figure(figsize=(6, 3.8), layout="constrained")
     axes = figure.subplots()
-    for marker, (kind, name) in zip("osD^", NAMES.items(), strict=True):
+    for marker, (kind, name) in zip("oPsD^", NAMES.items(), strict=True):
         means = [statistics.mean(column) for column in zip(*found[kind], strict=True)]
         axes.plot(options.ranks, means, marker=marker, markersize=5, label=name)
     axes.set_xscale("log", base=2)

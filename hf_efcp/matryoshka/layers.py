@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..core.nested import masks, training_diagonals
+from ..core.nested import masks, staircase, training_diagonals
 from ..options import OptionError
 
 SUM = "sum"
+# What weighs the leading columns at a rank: "own", s_rho, as the paper has it; "trained", the P of training, which is ours.
+WEIGHTS = ("own", "trained")
 
 
 class Draw:
@@ -53,6 +55,7 @@ class NestedLinear(nn.Linear):
         p: buffer (k, r), P / s_r of every draw, fp32 (fp64 where the weight is), whatever the model is cast to. Not saved: the
             configuration tells it.
         rank: the rank outside of training: an integer, or "sum" for the whole P.
+        weights: of the leading columns, one of WEIGHTS.
     """
 
     p: Tensor
@@ -62,6 +65,7 @@ class NestedLinear(nn.Linear):
         self.weight = weight
         self.kind, self.train_ranks, self.rank_scale, self.draw = kind, train_ranks, rank_scale, draw
         self.rank: int | str = self.out_features
+        self.weights = WEIGHTS[0]
         self.register_buffer("p", None, persistent=False)
         self._write()
 
@@ -73,9 +77,14 @@ class NestedLinear(nn.Linear):
 
     def of_rank(self) -> Tensor | None:
         """The diagonal of the chosen rank, (r,), over s_r; None: all ones."""
-        if self.rank == self.out_features:
+        if self.rank == self.out_features and self.weights == "own":
             return None
-        return self._over_s_r(training_diagonals("matryoshka", *self._plan()) if self.rank == SUM else self._mask())[0]
+        if self.rank == SUM or self.weights == "trained":
+            p = staircase(*self._plan())
+            if self.rank != SUM:
+                p[self.rank :] = 0
+            return self._over_s_r(p)
+        return self._over_s_r(self._mask()[0])
 
     @contextlib.contextmanager
     def folded(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_efcp import OptionError
 from hf_efcp.core.nested import masks, staircase
-from hf_efcp.matryoshka import MatryoshkaConfig, at_rank, set_rank
+from hf_efcp.matryoshka import MatryoshkaConfig, at_rank, set_rank, truncate
 from tests.matryoshka.models import filled, layers_of, mlp
 
 SCALES = {"none": lambda rho: 1.0, "sqrt": lambda rho: 1 / math.sqrt(rho), "rank": lambda rho: 1 / rho}
@@ -204,3 +204,31 @@ def test_a_bad_rank_is_refused():
     model.merge_adapter()
     with pytest.raises(OptionError, match="is merged; unmerge it first"):
         set_rank(model, 2)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_trained_weights_are_the_leading_entries_of_p(use_rslora):
+    model = one(lora_alpha=5.0, use_rslora=use_rslora, train_ranks=[1, 4, 8]).eval()
+    p = staircase(8, [1, 4, 8]) * model.peft_config["default"].scale(8) / SCALES["sqrt"](8)
+    for rank in (1, 3, 8):
+        with at_rank(model, rank, weights="trained"):
+            _, a, b, x, added = only(model)
+        torch.testing.assert_close(added, (x @ a[:, :rank] * p[:rank]) @ b[:rank], rtol=1e-12, atol=1e-12)
+        name = truncate(model, rank, weights="trained")
+        model.set_adapter(name)
+        layer = layers_of(model)[0]
+        plain = layer(x).detach() - layer.base_layer(x).detach()
+        torch.testing.assert_close(plain, added, rtol=1e-12, atol=1e-12)
+        model.set_adapter("default")
+    assert layers_of(model)[0].lora_A["default"].weights == "own"
+    with at_rank(model, "sum"):
+        whole = only(model)[-1]
+    with at_rank(model, 8, weights="trained"):
+        torch.testing.assert_close(only(model)[-1], whole, rtol=1e-12, atol=1e-12)
+
+
+def test_bad_weights_are_refused():
+    with pytest.raises(OptionError, match="unknown weights 'train': did you mean 'trained'"):
+        set_rank(one(), 2, weights="train")
+    with pytest.raises(OptionError, match="kind='dylora' trains with another P"):
+        set_rank(one(kind="dylora"), 2, weights="trained")
