@@ -114,7 +114,7 @@ def worth(loss: float, dense: list[tuple[int, float]]) -> float:
 def rank_correlation(x: list[float], y: list[float]) -> float:
     """Spearman's: the correlation of the places."""
     places = [[sorted(v).index(value) for value in v] for v in (x, y)]
-    return statistics.correlation(*places)
+    return statistics.correlation(*places) if len(set(x)) > 1 and len(set(y)) > 1 else float("nan")
 
 
 def mean_and_error(values: list[float]) -> str:

@@ -20,6 +20,7 @@ lets the last worker die after 20 steps: the others go on at their next synchron
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
 import platform
@@ -80,6 +81,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             options_of(run)
     except OptionError as error:
         parser.error(str(error))
+    for name in ("num_processes", "max_steps", "batch_size"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)}: must be an integer >= 1")
+    if (arguments.train_file is None) != (arguments.validation_file is None):
+        parser.error("--train_file and --validation_file: give both, or none for BBC sentences")
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error(f"--plot {arguments.plot}: needs matplotlib: pip install matplotlib")
     if arguments.batch_size % arguments.num_processes:
         parser.error(f"--batch_size {arguments.batch_size}: must be a multiple of --num_processes {arguments.num_processes}")
     if arguments.kill_at_step is not None and len(arguments.runs) * len(arguments.seeds) > 1:

@@ -221,7 +221,8 @@ def plot(results: dict, options) -> None:
             axes.plot(*zip(*shares, strict=True) if shares else ((), ()), "o-", label=method, color=COLOURS[method], markersize=4)
             for s, v in groups.items():
                 if ":" in s:
-                    axes.plot([1 - int(s[0]) / int(s[2:])], [statistics.mean(v)], "x", color=COLOURS[method])
+                    n, m = map(int, s.split(":"))
+                    axes.plot([1 - n / m], [statistics.mean(v)], "x", color=COLOURS[method])
         dense = [value for seed, value in results["dense"].items() if int(seed) in options.seeds]
         axes.axhline(100 * statistics.mean(dense), color="black", linewidth=0.8, linestyle=":")
         axes.set(xlabel="share of zeros", title=f"{name} fine-tuning (dotted: dense; crosses: N:M)")
@@ -230,6 +231,11 @@ def plot(results: dict, options) -> None:
     panels[0].set(ylabel="test accuracy, %")
     panels[0].legend(frameon=False)
     figure.savefig(options.output.with_suffix(".png"), dpi=110)
+
+
+def settings(options) -> dict:
+    """What all runs of a file have in common."""
+    return {k: v for k, v in vars(options).items() if k not in ("output", "seeds", "sparsity", "methods")}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -254,6 +260,11 @@ def main(argv: list[str] | None = None) -> dict:
     transformers.logging.set_verbosity_error()
     file = options.output.with_suffix(".json")
     results = json.loads(file.read_text()) if file.exists() else {"dense": {}, "runs": []}
+    made_with = settings(options)
+    if results["runs"] and results.get("settings") != made_with:
+        changed = sorted(k for k in made_with if made_with[k] != results.get("settings", {}).get(k))
+        raise OptionError(f"--output {options.output}: has runs with other {', '.join(changed)}; give another --output")
+    results["settings"] = made_with
     done = {(r["method"], r["sparsity"], r["seed"]) for r in results["runs"]}
     for seed in options.seeds:
         wanted = [(m, s, seed) for s in options.sparsity for m in options.methods if (m, s, seed) not in done]

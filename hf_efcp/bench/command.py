@@ -109,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError(f"cpu_time: it is that of one CPU thread; got --device {device.type} --threads {args.threads}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if args.cpu_time else args.threads or threads)
+    if args.peers and args.model is None and not args.sweep:
+        raise OptionError(f"--peers {args.peers}: this word is taken for peers; write MODEL before --peers")
     peers = named(args.peers) if args.peers else []
     settings = {"peers": peers, "steps": args.steps, "warmup": args.warmup, "memory": memory, "quick": args.quick}
     try:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from ..core.capacity import FITS, Fit, capacity, effective_bits, ideal, sparse
+from ..core.cells import Layout
+from ..engine.formats import LowRankFormat
 from ..options import OptionError, unknown_name
 from ..registry import get_optimizer_info
 from ..report import figures
@@ -138,25 +140,44 @@ def of_model(folder: str, fit: Fit, samples: int) -> dict[str, Any]:
     quantized = parse(name, samples).capacity(fit) if name else 1.0
     total = zeros = 0
     weighed = 0.0
-    for count, none in _matrices(place):
+    for count, none, codes in _matrices(place, name):
         total, zeros = total + count, zeros + none
-        weighed += count * quantized * (fit.L if none == 0 else capacity(sparse(none / count).value, fit))
+        if codes:
+            weighed += count * quantized
+        else:
+            weighed += count * (fit.L if none == 0 else capacity(sparse(none / count).value, fit))
     if not total:
         raise OptionError(f"model={folder!r}: its .safetensors files hold no matrix")
     return {"folder": folder, "quantization": name, "parameters": total, "zeros": zeros / total, "capacity": weighed / total}
 
 
-def _matrices(folder: Path) -> Iterator[tuple[int, int]]:
-    """Size and number of zeros of every matrix; codes of a quantized one are not looked into."""
+# What quantized layers store beside their codes.
+_BESIDE = ("scales", "qzeros", "g_idx", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "position_ids", "SCB")
+
+
+def _matrices(folder: Path, quantization: str | None) -> Iterator[tuple[int, int, bool]]:
+    """Size in parameters, number of zeros, and whether it is quantized, of every matrix; codes are not looked into.
+
+    GPTQ and AWQ pack their codes into integers of 32 bits, and bitsandbytes packs two of 4 bits into a byte.
+    """
     from safetensors import safe_open
+
+    bits = 8
+    if quantization is not None and (found := re.match(r"minmax(\d+)=", quantization)):
+        bits = int(found[1])
+    elif quantization is not None and quantization.endswith("=64"):
+        bits = 4
 
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 tensor = tensors.get_tensor(name)
-                if tensor.ndim >= 2:
-                    codes = not tensor.is_floating_point()
-                    yield tensor.numel(), 0 if codes else int((tensor == 0).sum())
+                if tensor.ndim < 2 or name.rpartition(".")[2] in _BESIDE:
+                    continue
+                if tensor.is_floating_point() and tensor.element_size() > 1:
+                    yield tensor.numel(), int((tensor == 0).sum()), False
+                else:
+                    yield tensor.numel() * 8 * tensor.element_size() // bits, 0, True
 
 
 def _quantization(config: dict[str, Any]) -> str | None:
@@ -200,9 +221,10 @@ def of_optimizer(name: str, options: dict[str, Any], shape: Sequence[int]) -> li
             density = getattr(merged, "density", 0.01)
             parts.append(("window", f"low_bit_top={density:g}" if low_bit else f"top={density:g}*{values}"))
         elif info.compression == "low rank":
-            rank = min(merged.rank, *shape[:2])
+            form = LowRankFormat(Layout(shape[0], shape[1], torch.float32), merged)
             factors = "window_int8" if low_bit else values
-            parts.append(("window", f"rank={rank}/{shape[0]}x{shape[1]}*{factors}"))
+            stored = f"rank={form.rank}/{shape[0]}x{shape[1]}*" if form.pays() else ""  # else whole
+            parts.append(("window", stored + factors))
         else:
             parts.append(("window", "window_int8" if low_bit else values))
     if "error_format" in info.options():
@@ -221,7 +243,7 @@ def beside_bytes(entries: dict[str, Any], shape: Sequence[int], count: int, samp
 
     Args:
         entries: "optimizers" of an estimate.
-        shape: of the model's largest matrix.
+        shape: of the matrices that hold most parameters.
         count: of parameters.
         samples: as of `parse`.
     """

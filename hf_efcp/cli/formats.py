@@ -108,7 +108,7 @@ def _single(name: str, samples: int) -> Format:
         if found:
             try:
                 bits, gmse = make(samples, *found.groups())
-            except ValueError as error:
+            except (ValueError, ArithmeticError) as error:
                 raise OptionError(f"format={name!r}: {error}") from None
             return Format(name, bits, gmse)
     raise OptionError(unknown_name("format", name, _HELP))

@@ -54,7 +54,7 @@ def threshold_from_kept(theta: Tensor, density: float, a: float) -> Tensor:
     """
     if not 0 <= a <= 1:
         raise ValueError(f"a={a}: must be in [0, 1]")
-    rms = _rms(theta)
+    rms = _rms(theta).clamp_min(torch.finfo(theta.dtype).tiny)
     share = torch.special.ndtr((threshold(theta, density) / rms).double()) - 0.5
     return rms * torch.special.ndtri(0.5 + (1 - a) * share).to(theta.dtype)
 
@@ -62,7 +62,8 @@ def threshold_from_kept(theta: Tensor, density: float, a: float) -> Tensor:
 def trained(theta: Tensor, t_k: Tensor, t_p: Tensor) -> Tensor:
     """Mask of the weights that get a gradient, bool like theta: those outside of the band between both thresholds."""
     size = theta.abs()
-    return (size < torch.minimum(t_p, t_k)) | (size > torch.maximum(t_p, t_k))
+    outside = (size < torch.minimum(t_p, t_k)) | (size > torch.maximum(t_p, t_k))
+    return outside | (t_k == 0)  # with fewer weights than are kept there is no threshold
 
 
 class _Banded(torch.autograd.Function):

@@ -59,9 +59,7 @@ class InverseRoot:
 
     def __call__(self, x: Tensor, p: int) -> Tensor:
         """Give x^(-1/p), (k, n, n), for symmetric x (k, n, n), p = 2 or 4."""
-        method = self.method
-        if method == "auto":
-            method = "eigh" if readable(x.device) else "newton"
+        method = self.on(x.device)
         if method == "eigh":
             return spectral(x, p, self.eps, self.heuristic)
         polynomial = method == "chebyshev"
@@ -76,8 +74,17 @@ class InverseRoot:
             root = newton_db(y, p, self.steps)
         return root * scale ** (-1 / p)
 
+    def on(self, device: torch.device) -> str:
+        """Give the method that is taken on a device."""
+        if self.method != "auto":
+            return self.method
+        return "eigh" if readable(device) else "newton"
+
     def operations(self, n: int) -> float:
-        """Count the operations for one matrix, p = 4; a product has 2 n^3, and an eigendecomposition about 9 n^3."""
+        """Count the operations for one matrix, p = 4; a product has 2 n^3, and an eigendecomposition about 9 n^3.
+
+        For auto they are those of eigh, the fewer: a roofline is the least that is needed.
+        """
         if self.method in ("eigh", "auto"):
             return 11.0 * n**3
         products = {"newton": 4 * self.steps, "newton_db": 6 * self.steps - 4, "chebyshev": self.degree}[self.method]

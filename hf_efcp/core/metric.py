@@ -297,7 +297,9 @@ class OfParts(Uniform):
                 self.means[i, j] = square_sums([g[:, part]])[0] / lengths[j]
         divisor = 1 - self.beta ** count.double()
         d = torch.where(count > 0, mean / torch.where(count > 0, divisor, 1.0), self.means)
-        self.square = torch.stack([d[:, j].sqrt() * length for j, length in enumerate(lengths)], 1).sum(1)
+        self.square = d.new_zeros(n)
+        for j, length in enumerate(lengths):
+            self.square += d[:, j].sqrt() * length
         x = inverse_root(d).to(self.layout.dtype)
         y = x.new_zeros(n, numel)
         for j, part in enumerate(parts):

@@ -32,6 +32,7 @@ from ..core.deferred import NUMBERS, SIZES, WAITS
 from ..distributed.placement import Alone
 from ..kernels.devices import kind
 from ..kernels.tables import Spans, Tables
+from ..options import OptionError
 from .method import Group, Method
 from .phases import listener
 from .setup import RATE, Setup
@@ -67,9 +68,11 @@ class StepGraph:
 
         Where it is, every step reads its rate on the device: a run gives the same bits whenever its graph is made.
         """
-        asked = os.environ.get("HF_EFCP_CUDA_GRAPH")
+        asked = os.environ.get("HF_EFCP_CUDA_GRAPH") or None
         if asked == "0":
             return method.step(setup, groups, options)
+        if asked not in (None, "1"):
+            raise OptionError(f"HF_EFCP_CUDA_GRAPH={asked!r}: must be 0 or 1")
         self._level = logging.WARNING if asked == "1" else logging.DEBUG
         if (reason := _unfit(method, setup) or (_large(setup) if asked != "1" else None)) is not None:
             self._say(reason)
@@ -112,7 +115,8 @@ class StepGraph:
             self._graph = _Graph(trial, method, setup, groups, options)
         except Exception as error:  # of CUDA's libraries, of kernels: the step can be taken as usual
             self._made = _MOST
-            self._say(f"{type(error).__name__}: {error}. What the attempt took of the GPU's memory may not come back")
+            lost = "What the attempt took of the GPU's memory may not come back; HF_EFCP_CUDA_GRAPH=0 attempts none"
+            self._say(f"{type(error).__name__}: {error}. {lost}", logging.WARNING)
             if stream is not None:
                 torch.cuda.set_stream(stream)  # where a capture ends in an error, torch leaves its own stream current
             return False
@@ -128,10 +132,10 @@ class StepGraph:
             rate.fill_(float(group["lr"]))
         return [{**group, RATE: rate} for group, rate in zip(groups, self._rates, strict=True)]
 
-    def _say(self, reason: str) -> None:
+    def _say(self, reason: str, level: int | None = None) -> None:
         """Log, once, why there is no graph."""
         if reason not in self._said:
-            _log.log(self._level, "no CUDA graph of a step: %s", reason)
+            _log.log(level or self._level, "no CUDA graph of a step: %s", reason)
             self._said.add(reason)
 
 

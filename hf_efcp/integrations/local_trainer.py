@@ -86,6 +86,8 @@ class LocalUpdateTrainerMixin(_Base):
 
     def _begin(self) -> None:
         """Start, now that Accelerate has prepared everything and a checkpoint is loaded."""
+        if self.local is not None:  # of a train() that was interrupted
+            self.local.detach()
         self.local = LocalUpdates(self.accelerator, self.model_wrapped, self.optimizer, **self.local_options)
         if self._local_folder is not None:
             self.local.load(self._local_folder)

@@ -18,6 +18,7 @@ from ..pruning.masks import FILE, Masks
 from ..pruning.model import prune
 from ..pruning.options import PruningOptions
 from ..pruning.patterns import Pattern
+from ..pruning.window import refuse_unfit
 from .checkpoints import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ class IOBSCallback(TrainerCallback):
             self.masks = self._saved(args, state, model).hold()
         elif self._due[0] == 0:
             self._prune(args, 0, model, kwargs)
+        if self.options.method == "mfac" and (ours := _mfac(kwargs.get("optimizer"))) is not None:
+            refuse_unfit(ours)  # now, and not at the stage
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Undo what the optimizer did to pruned weights."""
@@ -114,8 +117,14 @@ class IOBSCallback(TrainerCallback):
             self.masks.save(_checkpoint(args, state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let the weights go; they have their zeros."""
+        """Let the weights go; they have their zeros, unless Trainer has loaded an earlier checkpoint as the best one."""
         if self.masks is not None:
+            if not self.masks.are_zero():
+                logger.warning(
+                    "load_best_model_at_end has loaded a checkpoint of before the last stage: weights that were pruned are not "
+                    "zero. Take a checkpoint of after step %d, or prune() the model now",
+                    self._due[-1],
+                )
             self.masks.release()
 
     def _prune(self, args: TrainingArguments, stage: int, model: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -161,12 +170,20 @@ def drawn(loader: Any, args: TrainingArguments, number: int, seed: int) -> list[
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+    """Give the folder of the checkpoint of this step; in a hyperparameter search it is in the trial's own folder."""
+    name = f"checkpoint-{state.global_step}"
+    folders = [Path(str(args.output_dir), name), *sorted(Path(str(args.output_dir)).glob(f"run-*/{name}"))]
+    there = [folder for folder in folders if folder.is_dir()]
+    return max(there, key=lambda folder: folder.stat().st_mtime) if there else folders[0]
 
 
 def _window(optimizer: Any) -> Any:
-    """Give the optimizer if it has the window of M-FAC; else None."""
+    """Give the optimizer if it has the window of M-FAC, with entries; else None."""
+    ours = _mfac(optimizer)
+    return ours if ours is not None and int(ours.setup().counters.step) > 0 else None
+
+
+def _mfac(optimizer: Any) -> Any:
+    """Give the optimizer if it is of the M-FAC family; else None."""
     ours = unwrapped(optimizer)
-    if ours is None or not hasattr(ours.options, "damping") or not hasattr(ours.options, "window_size"):
-        return None
-    return ours if int(ours.setup().counters.step) > 0 else None
+    return ours if ours is not None and hasattr(ours.options, "damping") and hasattr(ours.options, "window_size") else None

@@ -12,7 +12,10 @@ def __getattr__(name: str) -> Any:
     if name != "LocalUpdateTrainerMixin":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # Importing transformers' Trainer takes seconds.
-    return importlib.import_module("hf_efcp.integrations.local_trainer").LocalUpdateTrainerMixin
+    try:
+        return importlib.import_module("hf_efcp.integrations.local_trainer").LocalUpdateTrainerMixin
+    except ModuleNotFoundError:
+        raise ImportError("hf_efcp.local.LocalUpdateTrainerMixin needs transformers: pip install transformers") from None
 
 
 __all__ = ["LoRDO", "LocalUpdateTrainerMixin", "LocalUpdates", "WorkerError"]

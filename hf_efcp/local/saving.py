@@ -23,6 +23,9 @@ def save_worker(folder: Path, position: int, optimizer: torch.optim.Optimizer, c
     folder.mkdir(parents=True, exist_ok=True)
     if position == 0:
         torch.save(common, folder / _COMMON)
+        for file in folder.glob("worker_*.pt"):
+            if int(file.stem.partition("_")[2]) >= common["workers"]:
+                file.unlink()
     torch.save(optimizer.state_dict(), _file(folder, position))
 
 
@@ -52,7 +55,8 @@ def load_worker(
         for number, p in enumerate(params):
             for name in averaged:
                 if name in (entry := optimizer.state.get(p, {})):
-                    terms = [state[number][name].to(entry[name].device, torch.float64) for state in states]
+                    have = [state[number][name] for state in states if name in state.get(number, {})]
+                    terms = [t.to(entry[name].device, torch.float64) for t in have]
                     entry[name].copy_(torch.stack(terms).mean(0))
     return common
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..options import OptionError, build
+from ..options import OptionError, build, unknown_name
 from .asked import LocalOptions, periods, refuse_divided, refuse_newcomers, unwrapped
 from .lordo import LoRDO
 from .saving import load_worker, save_worker
@@ -107,9 +107,11 @@ class LocalUpdates:
     def _before_step(self, *_: Any) -> None:
         """Make LoRDO's first projections of the workers' mean gradient: as large a message as one of DDP."""
         lordo = self._lordo
-        if lordo is None or self._steps or self.rounds or self.workers.size == 1 or lordo.begun:
+        if lordo is None or self._steps or self.workers.size == 1:
             return
-        params = lordo.projected()
+        params = [p for p in self._projected() if not lordo.state[p]["projector"].any()]
+        if not params:
+            return
 
         def exchange() -> dict[Tensor, Tensor]:
             gradients = [torch.zeros_like(_full(p)) if p.grad is None else _full(p.grad) for p in params]
@@ -147,8 +149,9 @@ class LocalUpdates:
                 p.copy_(self._master[p].add_(delta))
         for b, mean in zip(self._buffers, buffers, strict=True):
             b.copy_(mean)
-        for (entry, name), mean in zip(self._averaged(), states, strict=True):
-            entry[name].copy_(mean)
+        for (p, name), mean in zip(self._averaged(), states, strict=True):
+            if name in (entry := self.optimizer.state.get(p, {})):
+                entry[name].copy_(mean)
         if self._lordo is not None:
             self._lordo.setup().note()
             self._lordo.turn(bases)
@@ -171,10 +174,10 @@ class LocalUpdates:
                 f"{self._steps} steps alone ({'not ' if here else ''}this one's): a smaller learning rate?"
             )
         buffers = self.workers.mean([b.detach() for b in self._buffers])
-        states = self.workers.mean([entry[name] for entry, name in self._averaged()])
+        states = self.workers.mean([self._own(p, name) for p, name in self._averaged()])
         bases: dict[Tensor, Tensor] = {}
         if self._lordo is not None:
-            params = self._lordo.projected()
+            params = self._projected()
             of = dict(zip(self._params, deltas, strict=True))
             bases = self._bases(self._lordo, params, [of[p] for p in params], first=False)
         return deltas, buffers, states, bases
@@ -215,11 +218,22 @@ class LocalUpdates:
     def _kept(self, t: Tensor) -> Tensor:
         return _full(t).to("cpu" if self.options.offload else t.device, copy=True)
 
-    def _averaged(self) -> list[tuple[dict[str, Any], str]]:
-        """Give the entries of the state, (entry, name), whose mean is due at the present synchronisation."""
+    def _averaged(self) -> list[tuple[Tensor, str]]:
+        """Give the entries of the state, (parameter, name), whose mean is due at the present synchronisation."""
         due = [name for name, period in self.average_state.items() if (self.rounds + 1) % period == 0]
-        params = self._params if self._lordo is None else self._lordo.projected()
-        return [(self.optimizer.state[p], name) for p in params for name in due if name in self.optimizer.state.get(p, {})]
+        params = self._params if self._lordo is None else self._projected()
+        return [(p, name) for p in params for name in due]
+
+    def _own(self, p: Tensor, name: str) -> Tensor:
+        """Give an entry of the state; a parameter that has had no gradient here, but maybe elsewhere, has zeros."""
+        entry = self.optimizer.state.get(p, {})
+        if entry and name not in entry:
+            raise OptionError(f"average_state: {unknown_name('state entry', name, [k for k in entry if k != 'step'])}")
+        return entry[name] if entry else torch.zeros_like(p)
+
+    def _projected(self) -> list[Tensor]:
+        """Give those of the trained parameters that have a Q which changes."""
+        return [] if self._lordo is None else [p for p in self._lordo.projected() if p in self._master]
 
     def save(self, folder: str | Path) -> None:
         """Synchronize, and write what the model's and the first worker's files lack; to be called on every worker.

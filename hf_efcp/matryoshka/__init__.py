@@ -3,6 +3,11 @@
 Importing this package tells PEFT how to build and to read adapters of a `MatryoshkaConfig`.
 """
 
+import importlib.util
+
+if importlib.util.find_spec("peft") is None:
+    raise ImportError("hf_efcp.matryoshka needs peft: pip install peft")
+
 from ..core.nested import aurac
 from .adapters import at_rank, save_truncated, set_rank, truncate
 from .config import MatryoshkaConfig, tell_peft

@@ -104,9 +104,10 @@ def prune(
 ) -> Masks | Banded:
     """Set weights of a model to zero, and change the others so that its layers compute almost what they did.
 
-    Each iteration runs the present model on the calibration batches, makes every layer's problem from its inputs, takes a Newton
-    (or gradient) step towards the dense weights, which may refill zeros, chooses the weights to keep, and solves for them
-    exactly (Iterative Optimal Brain Surgeon, arXiv 2408.17163). The first iteration alone is one-shot OBS. The work is in fp64.
+    Each iteration runs the present model on the calibration batches, makes every layer's problem from its inputs, takes a
+    Newton (or gradient) step towards the dense weights, which may refill zeros, chooses the weights to keep, and solves for
+    them exactly (Iterative Optimal Brain Surgeon, arXiv 2408.17163). The first iteration alone is one-shot OBS. Sums over
+    batches and all that is solved are in fp64.
 
     Under torch.distributed every process calls this, with its share of the batches; all of them get the first one's result.
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.linalg import chunks, ieee_matmul
@@ -34,6 +35,8 @@ _LEAST = 1e-12
 def filled_window(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], o: PruningOptions) -> DenseMFAC:
     """Fill an M-FAC window with the gradients of the loss on the last m batches; no weight moves.
 
+    Several processes have the mean of their gradients, and all call this.
+
     Args:
         model: returns the loss, as `output.loss` or `output["loss"]`, for batches with labels.
         layers: whose weights count.
@@ -43,24 +46,34 @@ def filled_window(model: nn.Module, layers: Sequence[Layer], batches: Sequence[A
     Raises:
         OptionError: the model returns no loss, or a weight is frozen.
     """
-    batches = batches[-o.window_size :]
     params = [x.weight for x in layers]
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    fewest = torch.tensor(min(len(batches), o.window_size), device=params[0].device)
+    if several:
+        dist.all_reduce(fewest, dist.ReduceOp.MIN)
+    batches = batches[len(batches) - int(fewest) :]
     for x in layers:
         if not x.weight.requires_grad:
             raise OptionError(f"method='mfac': {x.parameter} is frozen and has no gradient; choose layers by modules")
     before = [p.grad for p in params]
-    window = DenseMFAC(params, lr=0.0, window_size=max(1, len(batches)), damping=DAMPING, damping_mode="relative")
-    with torch.enable_grad(), evaluating(model):
-        for batch in batches:
-            output = called(model, on_device(batch, params[0].device))
-            loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
-            if loss is None:
-                raise OptionError("method='mfac': the model returned no loss; calibration batches need labels")
-            for p, gradient in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
-                p.grad = gradient
-            window.step()
-    for p, former in zip(params, before, strict=True):
-        p.grad = former
+    size = max(1, len(batches))
+    window = DenseMFAC(params, lr=0.0, window_size=size, damping=DAMPING, damping_mode="relative", shard="off")
+    try:
+        with torch.enable_grad(), evaluating(model):
+            for batch in batches:
+                output = called(model, on_device(batch, params[0].device))
+                loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
+                if loss is None:
+                    raise OptionError("method='mfac': the model returned no loss; calibration batches need labels")
+                for p, gradient in zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
+                    p.grad = gradient
+                    if several and gradient is not None:
+                        dist.all_reduce(gradient)
+                        gradient.div_(dist.get_world_size())
+                window.step()
+    finally:
+        for p, former in zip(params, before, strict=True):
+            p.grad = former
     return window
 
 
@@ -102,6 +115,19 @@ def prune_by_window(optimizer: Any, layers: Sequence[Layer], pattern: Pattern, s
     return keep
 
 
+def refuse_unfit(optimizer: Any) -> None:
+    """Raise OptionError for a window of M-FAC that is not one matrix for the whole model, in this process."""
+    options = optimizer.options
+    if options.centered:
+        raise OptionError("centered=True: pruning with method='mfac' needs centered=False")
+    if options.scope != "model":
+        raise OptionError(f"scope={options.scope!r}: pruning with method='mfac' needs scope='model'")
+    if not optimizer.setup().placement.alone:
+        raise OptionError(
+            f"shard={options.shard!r}: pruning with method='mfac' needs a window that is not divided; set shard=off"
+        )
+
+
 class WindowCurvature:
     """F of an M-FAC optimizer's window.
 
@@ -121,11 +147,8 @@ class WindowCurvature:
         options: Any = getattr(optimizer, "options", None)
         if not hasattr(options, "damping") or not hasattr(options, "window_size"):
             raise OptionError(f"optimizer={type(optimizer).__name__}: method='mfac' needs one of the M-FAC family")
+        refuse_unfit(optimizer)
         setup = optimizer.setup()
-        if options.centered:
-            raise OptionError("optimizer: method='mfac' needs centered=False")
-        if options.scope != "model" or not setup.placement.alone:
-            raise OptionError("optimizer: method='mfac' needs scope='model' and a window that is not divided among processes")
         gram = setup.counters
         if not int(gram.filled):
             raise OptionError("optimizer: its window is empty; take steps first")

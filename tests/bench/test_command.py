@@ -118,6 +118,10 @@ def test_peers_are_chosen_by_words():
         peers.named("sopa")
 
 
+def test_a_model_behind_peers_is_taken_for_a_word(capsys):
+    assert_one_line_of_error(capsys, "write MODEL before --peers", "bench", "--peers", "minilm")
+
+
 def test_torchs_muon_is_a_peer(shape_file, capsys):
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("torch has no Muon")

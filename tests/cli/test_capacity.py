@@ -72,6 +72,8 @@ def test_every_format_that_is_shown_is_known(text):
         (["int4", "--samples", "10"], "samples=10: must be an integer >= 10000"),
         (["--model", "nowhere"], "model='nowhere': must be a folder with a config.json"),
         (["int4", "--plot", "x.txt"], "plot='x.txt'"),
+        (["vq=1024x1"], "format='vq=1024x1'"),
+        (["rank=0/0x768"], "format='rank=0/0x768'"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )
@@ -109,6 +111,23 @@ def test_a_quantized_model(tmp_path, config, name):
     found = written("capacity", tmp_path, "--model", folder, *FEW)["model"]
     assert found["quantization"] == name
     assert found["capacity"] == pytest.approx(parse(name, 10_000).capacity(core.FITS["llama"]), abs=1e-12)
+
+
+def test_a_gptq_checkpoint_counts_parameters_and_not_codes(tmp_path):
+    """A layer of 32 x 8 in 4 bits, whose codes are 4 x 8 integers, and an embedding that is not quantized."""
+    layer = {"a.qweight": torch.zeros(4, 8, dtype=torch.int32), "a.scales": torch.ones(1, 8), "a.qzeros": torch.zeros(1, 1).int()}
+    folder = model(tmp_path / "m", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, e=torch.ones(16, 8), **layer)
+    found = written("capacity", tmp_path, "--model", folder, "--fit", "olmo2", *FEW)["model"]
+    fit = core.FITS["olmo2"]
+    quantized = parse("minmax4=4096", 10_000).capacity(fit)
+    assert found["parameters"] == 32 * 8 + 16 * 8
+    assert found["capacity"] == pytest.approx((2 * quantized + fit.L) / 3, abs=1e-12)
+
+
+def test_thin_matrices_are_stored_at_another_rank_or_whole():
+    defaults = {"lr": 1e-4, **optim_defaults("efcp_lowrank_mfac")}
+    assert dict(of_optimizer("efcp_lowrank_mfac", defaults, (8, 768)))["window"].startswith("rank=2/8x768*")
+    assert "rank" not in dict(of_optimizer("efcp_lowrank_mfac", defaults, (4, 768)))["window"]
 
 
 def test_a_quantization_that_is_not_known(tmp_path, capsys):

@@ -82,3 +82,10 @@ def test_bad_numbers_are_refused(given, message):
         banded(weights(), 0.3, **given)
     with pytest.raises(ValueError, match="density=0"):
         banded(weights(), 0, p=0.1)
+
+
+@pytest.mark.parametrize("given", [{"p": 0.3}, {"a": 0.5}], ids=str)
+def test_a_layer_of_zeros_is_trained(given):
+    theta = torch.zeros(5, 4, dtype=torch.float64, requires_grad=True)
+    (banded(theta, 0.5, **given) * 3).sum().backward()
+    assert (theta.grad == 3).all()

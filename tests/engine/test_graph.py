@@ -64,6 +64,15 @@ def test_models_that_are_small_for_the_gpu_have_graphs(asked, memory, level, mon
     assert said == ([level] if level else [])
 
 
+def test_another_value_of_the_variable_is_refused(monkeypatch):
+    monkeypatch.setenv("HF_EFCP_CUDA_GRAPH", "false")
+    params = parameters()
+    optimizer = make("efcp_lowrank_mfac", params, window_size=3)
+    set_gradients(params, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="HF_EFCP_CUDA_GRAPH='false': must be 0 or 1"):
+        optimizer.step()
+
+
 def _moving(params, numbers, kept):
     """Put gradients elsewhere; those of the step before become NaN, and stay, so that no address comes again."""
     kept.append([p.grad for p in params])

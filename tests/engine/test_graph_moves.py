@@ -297,7 +297,7 @@ def test_a_table_that_begins_inside_of_a_gradient_is_refused():
         tables.follow(Spans({0: gradient}))
 
 
-def test_no_graph_is_wanted_by_default(monkeypatch):
+def test_a_model_that_is_large_for_the_gpu_has_no_graph_by_default(monkeypatch):  # a CPU has a memory of 0
     with graphs(monkeypatch) as made:
         monkeypatch.delenv("HF_EFCP_CUDA_GRAPH")
         p = torch.nn.Parameter(torch.ones(6, 10))

@@ -224,3 +224,27 @@ def test_weights_that_are_not_finite_are_named(caplog):
     net[0].weight.data[0, 0] = torch.nan
     with pytest.raises(RuntimeError, match=r"worker 0: the weights of 1 of 1 workers are not finite after 1 steps"):
         train(net, optimizer, 1)
+
+
+def test_an_entry_that_the_optimizer_does_not_have_is_named():
+    net = model()
+    optimizer = optimizer_of("adamw", net)
+    LocalUpdates(None, net, optimizer, sync_every=2, average_state={"exp_avgs": 1})
+    with pytest.raises(OptionError, match="unknown state entry 'exp_avgs': did you mean 'exp_avg'"):
+        train(net, optimizer, 2)
+
+
+def test_a_matrix_that_is_trained_later_gets_its_basis_with_all_workers():
+    """Frozen at first, and then trained by new LocalUpdates: the frozen one's state does not stand in the way."""
+    net = model()
+    optimizer = optimizer_of("lordo", net)
+    local = LocalUpdates(None, net, optimizer, sync_every=2)
+    train(net, optimizer, 2)
+    local.detach()
+    first = next(p for p in net.parameters() if p.ndim == 2)
+    first.requires_grad_(False)
+    again = LocalUpdates(None, net, optimizer, sync_every=2)
+    first.grad = None
+    before = first.detach().clone()
+    train(net, optimizer, 4)
+    assert again.rounds == 2 and torch.equal(first, before)

@@ -21,7 +21,7 @@ def test_every_method_has_an_accuracy_at_every_rank(tmp_path, capsys):
     runs = main([*flags, "--seeds", "1", "2"])
     assert [r["seed"] for r in runs] == [1, 2] and all(r["eval_samples"] == 797 for r in runs)
     found = chosen(runs, parse_arguments(flags))
-    for kind in ("matryoshka", "dylora", "lora", "cut"):
+    for kind in ("matryoshka", "trained", "dylora", "lora", "cut"):
         assert [len(values) for values in found[kind]] == [2, 2]
     for values, run in zip(found["dylora"], runs, strict=True):
         tried = {rate: [r["runs"]["dylora"][rate]["validation"] for r in runs] for rate in ("0.01", "0.1")}
@@ -45,7 +45,7 @@ def test_sentences(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(matryoshka_lora, "minilm_folder", lambda: tiny_model)
     flags = ["--task", "sentences", "--layers", "1", "--max_eval_samples", "12", "--learning_rates", "1e-2", "--seeds", "3"]
     (run,) = main([*SHORT, *flags, "--output", str(tmp_path / "out")])
-    assert run["eval_samples"] == 12 and set(run["runs"]) == {"matryoshka", "sum", "dylora", "lora_1", "lora_2", "cut"}
+    assert run["eval_samples"] == 12 and set(run["runs"]) == {"matryoshka", "sum", "trained", "dylora", "lora_1", "lora_2", "cut"}
     assert run["runs"]["cut"]["0.01"]["test"][-1] == run["runs"]["lora_2"]["0.01"]["test"][0]
 
 

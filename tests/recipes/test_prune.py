@@ -64,3 +64,13 @@ def test_mistakes_are_found_before_anything_is_loaded(argv, message, tmp_path):
     with pytest.raises(OptionError, match=message):
         recipe.main([*argv, "--output=out/short"])
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_of_other_settings_are_not_mixed(tmp_path):
+    pytest.importorskip("sklearn")
+    import prune as recipe
+
+    argv = ["--task=digits", "--sparsity", "0.6", "--methods", "magnitude", *SHORT]
+    recipe.main(argv)
+    with pytest.raises(OptionError, match="has runs with other train_steps; give another --output"):
+        recipe.main([*argv, "--train_steps=5"])
