@@ -167,14 +167,9 @@ class LocalUpdates:
         own = [_full(p) - _full(self._master[p].to(p.device, p.dtype)) for p in self._params]
         deltas = self.workers.mean(own)
         if not _finite(deltas):
-            here, n = _finite(own), self.workers.size
-            good = float(self.workers.mean([torch.tensor([float(here)], device=own[0].device)])[0])
-            raise WorkerError(
-                f"worker {self.workers.rank}: the weights of {round((1 - good) * n)} of {n} workers are not finite after "
-                f"{self._steps} steps alone ({'not ' if here else ''}this one's): a smaller learning rate?"
-            )
+            raise _not_finite(self.workers, own, self._steps)
         buffers = self.workers.mean([b.detach() for b in self._buffers])
-        states = self.workers.mean([self._own(p, name) for p, name in self._averaged()])
+        states = self.workers.mean([_own(self.optimizer, p, name) for p, name in self._averaged()])
         bases: dict[Tensor, Tensor] = {}
         if self._lordo is not None:
             params = self._projected()
@@ -223,13 +218,6 @@ class LocalUpdates:
         due = [name for name, period in self.average_state.items() if (self.rounds + 1) % period == 0]
         params = self._params if self._lordo is None else self._projected()
         return [(p, name) for p in params for name in due]
-
-    def _own(self, p: Tensor, name: str) -> Tensor:
-        """Give an entry of the state; a parameter that has had no gradient here, but maybe elsewhere, has zeros."""
-        entry = self.optimizer.state.get(p, {})
-        if entry and name not in entry:
-            raise OptionError(f"average_state: {unknown_name('state entry', name, [k for k in entry if k != 'step'])}")
-        return entry[name] if entry else torch.zeros_like(p)
 
     def _projected(self) -> list[Tensor]:
         """Give those of the trained parameters that have a Q which changes."""
@@ -286,6 +274,24 @@ class LocalUpdates:
             handle.remove()
         self._handles = []
         _all_reduce(self.model, True)
+
+
+def _own(optimizer: torch.optim.Optimizer, p: Tensor, name: str) -> Tensor:
+    """Give an entry of the state; a parameter that has had no gradient here, but maybe elsewhere, has zeros."""
+    entry = optimizer.state.get(p, {})
+    if entry and name not in entry:
+        raise OptionError(f"average_state: {unknown_name('state entry', name, [k for k in entry if k != 'step'])}")
+    return entry[name] if entry else torch.zeros_like(p)
+
+
+def _not_finite(workers: Workers, own: list[Tensor], steps: int) -> WorkerError:
+    """Make the error that says whose weights are not finite; to be called on every worker."""
+    here, n = _finite(own), workers.size
+    good = float(workers.mean([torch.tensor([float(here)], device=own[0].device)])[0])
+    return WorkerError(
+        f"worker {workers.rank}: the weights of {round((1 - good) * n)} of {n} workers are not finite after "
+        f"{steps} steps alone ({'not ' if here else ''}this one's): a smaller learning rate?"
+    )
 
 
 def _all_reduce(model: nn.Module, on: bool) -> None:
