@@ -6,6 +6,7 @@ from pathlib import Path
 
 import causal_lm as recipe
 import datasets
+import peft
 import pytest
 import torch
 
@@ -84,6 +85,14 @@ def test_perplexity_of_a_uniform_guess():
     found = recipe.held_out({"eval_loss": math.log(256)}, bytes_per_token=2.0)
     assert found["eval_perplexity"] == pytest.approx(256) and found["eval_bits_per_byte"] == pytest.approx(4)
     assert recipe.held_out({"eval_loss": 1e4}, 1.0)["eval_perplexity"] == math.inf
+
+
+def test_the_usual_rate_of_a_new_model_a_pretrained_one_and_adapters():
+    ours = recipe.ModelArguments(hidden_size=64, num_hidden_layers=1)
+    model = recipe.load_model(ours, learn_tokenizer(TEXTS, vocab_size=300), 16)
+    assert recipe.usual_rate(model, new=True) == 1e-3 and recipe.usual_rate(model, new=False) == 1e-4
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    assert recipe.usual_rate(adapted, new=True) == recipe.usual_rate(adapted, new=False) == 1 / 64
 
 
 # Runs ---------------------------------------------------------------------------------------------------------------------
