@@ -1,5 +1,7 @@
 """The slow references that the fast code is tested against: dense rows, fp64, brute force."""
 
+import os
+
 import pytest
 import torch
 
@@ -45,6 +47,20 @@ def few_names(chosen=NAMES):
 def briefly():
     """The names whose tests run by hand, but for the first variant of each: others without a window run all."""
     return [*names(windowed=False, compression="low rank")[1:], *names(windowed=False, compression="dense")]
+
+
+def one_of_each_kind():
+    """Low rank and sparse, each with a window and without, and dense GGT. DASH has tests of its own."""
+    windowed = [names(windowed=True, compression=c)[0] for c in ("low rank", "sparse")]
+    return [
+        *windowed,
+        *names(family="ggt", compression="dense"),
+        *(names(windowed=False, compression=c)[0] for c in ("low rank", "sparse")),
+    ]
+
+
+# For tests that take the names in turn on several processes, where a name costs seconds.
+IN_TURN = NAMES if os.environ.get("HF_EFCP_TEST_NAMES") == "all" else one_of_each_kind()
 
 
 def has_error(name):

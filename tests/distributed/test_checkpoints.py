@@ -11,7 +11,7 @@ from hf_efcp import OptionError
 from tests.distributed.processes import run
 from tests.distributed.test_sharding import build, flat, problem, train
 from tests.optim.helpers import differences, snapshot
-from tests.reference import NAMES, relative
+from tests.reference import IN_TURN, relative
 
 HALF, END = 8, 16  # the window of 6 has wrapped around
 BF16 = {"scope": "layer", "error_dtype": "bf16", "window_dtype": "bf16"}
@@ -27,7 +27,7 @@ def start(name, **options):
 def save_half_way(rank, folder, options):
     """Train, save, go on to the end."""
     ends = {}
-    for name in NAMES:
+    for name in IN_TURN:
         optimizer, params = start(name, **options)
         train(optimizer, params, 0, HALF)
         optimizer.save_shards(folder / name)
@@ -41,7 +41,7 @@ def save_half_way(rank, folder, options):
 def resume(rank, folder, options):
     """From what was saved to the end."""
     ends = {}
-    for name in NAMES:
+    for name in IN_TURN:
         optimizer, params = start(name, **options)
         state, values = torch.load(folder / f"{name}.pt", weights_only=True)
         with torch.no_grad():
@@ -55,7 +55,7 @@ def resume(rank, folder, options):
 
 
 def save_alone(folder, options):
-    for name in NAMES:
+    for name in IN_TURN:
         optimizer, params = start(name, **options)
         train(optimizer, params, 0, HALF)
         torch.save([optimizer.state_dict(), [p.detach().clone() for p in params]], folder / f"{name}.pt")
@@ -64,7 +64,7 @@ def save_alone(folder, options):
 @functools.cache
 def alone():
     ends = {}
-    for name in NAMES:
+    for name in IN_TURN:
         optimizer, params = start(name)
         train(optimizer, params, 0, END)
         ends[name] = flat(params)
@@ -86,7 +86,7 @@ def saved(saved_by_two):
 def assert_they_go_on_bit_for_bit(before, folder, options):
     after = run(2, resume, folder, options)
     for mine, again in zip(before, after, strict=True):
-        for name in NAMES:
+        for name in IN_TURN:
             assert torch.equal(mine[name][0], again[name][0]), name
             assert differences(mine[name][1], again[name][1]) == [], name
 
@@ -105,14 +105,14 @@ def test_two_processes_go_on_bit_for_bit_in_bf16(tmp_path):
 def test_two_processes_save_others_go_on(processes, saved):
     ends = [resume(0, saved, {})] if processes == 1 else run(processes, resume, saved, {})
     for end in ends:
-        for name in NAMES:
+        for name in IN_TURN:
             assert relative(end[name][0], alone()[name]) <= 1e-9, name
 
 
 def test_one_process_saves_two_go_on(tmp_path):
     save_alone(tmp_path, {})
     for end in run(2, resume, tmp_path, {}):
-        for name in NAMES:
+        for name in IN_TURN:
             assert relative(end[name][0], alone()[name]) <= 1e-9, name
 
 

@@ -8,7 +8,7 @@ from tests.distributed import fsdp2, test_sharding
 from tests.distributed.processes import run
 from tests.optim.entry_runs import KINDS
 from tests.optim.helpers import same
-from tests.reference import NAMES, names, relative
+from tests.reference import IN_TURN, names, relative
 
 OPTIONS = {"momentum": 0.5, "metric": "factored", "error_dtype": "bf16"}
 PLACEMENTS = ["DDP", "FSDP2"]
@@ -29,7 +29,7 @@ def start(placement, name, steps=4):
 def changed(rank, placement):
     """Where a run with a change differs from one with the same change written in place."""
     found = []
-    for name in NAMES:
+    for name in IN_TURN:
         for kind in ("replaced by copies", "zeros", "popped"):
             for which in (slice(1, 2), slice(None)):
                 runs = []
@@ -92,7 +92,7 @@ def test_a_change_has_the_effect_that_it_has_on_one_process(placement):
 def resumed(rank, folder):
     """Under DDP, with the state elsewhere when it is saved, and a wrapper's entries in it."""
     found = []
-    for name in NAMES:
+    for name in IN_TURN:
         optimizer, params, train = start("DDP", name)
         KINDS["replaced by copies"][0](optimizer.state, [p for p in params if p in optimizer.state])
         for i, p in enumerate(params):
@@ -120,7 +120,7 @@ def test_a_state_that_is_elsewhere_is_saved_and_what_is_not_ours_too(tmp_path):
 def saved_as_dtensors(rank):
     """Under FSDP2 a state that is elsewhere, or has lost an entry, is saved as ever: DTensors of the whole shape."""
     found = []
-    for name in NAMES:
+    for name in IN_TURN:
         optimizer, params, _ = start("FSDP2", name)
         expected = optimizer.state_dict()["state"]
         KINDS["replaced by copies"][0](optimizer.state, params)

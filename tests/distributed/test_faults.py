@@ -11,12 +11,12 @@ from hf_efcp import OptionError
 from tests.distributed.processes import run
 from tests.distributed.test_sharding import build, flat, gradients, problem, train
 from tests.optim.helpers import differences, snapshot
-from tests.reference import NAMES, info
+from tests.reference import IN_TURN, info
 
 
 def one_gradient_not_finite(rank):
     found = {}
-    for name in NAMES:
+    for name in IN_TURN:
         params = problem()
         optimizer = build(name, params, process_group=dist.group.WORLD, momentum=0.5)
         train(optimizer, params, 0, 4)
@@ -36,7 +36,7 @@ def one_gradient_not_finite(rank):
 
 def test_all_skip_together():
     first, second = run(2, one_gradient_not_finite)
-    for name in NAMES:
+    for name in IN_TURN:
         assert first[name][:2] == second[name][:2] == ([], 1.0), name
         assert torch.equal(first[name][2], second[name][2]), name
 

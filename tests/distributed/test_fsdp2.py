@@ -13,7 +13,7 @@ from hf_efcp import OptionError
 from tests.distributed.fsdp2 import BF16, HSDP, Parameters, divided, flat, full, gradients, runs_models, train
 from tests.distributed.processes import run
 from tests.distributed.test_sharding import VARIANTS, build, variants_of
-from tests.reference import NAMES, info, known_to, names, relative
+from tests.reference import IN_TURN, info, known_to, names, relative
 
 # Entries in a basis that is another one on another number of processes.
 _IN_A_BASIS = ("warm_start", "window_p", "window_q", "projector", "exp_avg")
@@ -21,7 +21,7 @@ _IN_A_BASIS = ("warm_start", "window_p", "window_q", "projector", "exp_avg")
 
 def train_everything(rank, dtype, layout, variants):
     results = {}
-    for name in NAMES:
+    for name in IN_TURN:
         for i in variants_of(name, variants):
             params = list(divided(dtype, layout).parameters())
             optimizer = build(name, params, shard="auto", **VARIANTS[i])
@@ -49,7 +49,7 @@ def ulp_apart(name, variant, expected, towards):
 )
 def test_the_parameters_are_those_of_one_process(processes, dtype, layout, variants):
     everybody = run(processes, train_everything, dtype, layout, variants)
-    for name in NAMES:
+    for name in IN_TURN:
         for i in variants_of(name, variants):
             alone = list(Parameters(dtype).parameters())
             optimizer = build(name, alone, **VARIANTS[i])
@@ -72,7 +72,7 @@ def state_after_a_step(optimizer, params):
 
 def first_states(rank):
     found = {}
-    for name in NAMES:
+    for name in IN_TURN:
         params = list(divided().parameters())
         found[name] = state_after_a_step(build(name, params, **BF16), params)
     return found
@@ -81,7 +81,7 @@ def first_states(rank):
 def test_the_state_is_that_of_one_process_in_shape_dtype_and_value():
     """Rounding to bf16 included, which draws numbers by an entry's place in the whole."""
     for everybody in run(4, first_states):
-        for name in NAMES:
+        for name in IN_TURN:
             params = list(Parameters().parameters())
             alone = state_after_a_step(build(name, params, **BF16), params)
             assert everybody[name].keys() == alone.keys()

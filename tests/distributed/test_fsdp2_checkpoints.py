@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from tests.distributed.fsdp2 import BF16, Parameters, divided, flat, train
 from tests.distributed.processes import run
 from tests.distributed.test_sharding import build
-from tests.reference import NAMES, info, relative
+from tests.reference import IN_TURN, info, relative
 
 HALF, END = 8, 16  # the window of 6 has wrapped around
 
@@ -22,7 +22,7 @@ def start(name, **options):
 
 def save_half_way(rank, folder, kind, options):
     ends = {}
-    for name in NAMES:
+    for name in IN_TURN:
         module, params, optimizer = start(name, **options)
         train(optimizer, params, 0, HALF)
         model_state, optimizer_state = get_state_dict(module, optimizer, options=KINDS[kind])
@@ -36,7 +36,7 @@ def save_half_way(rank, folder, kind, options):
     return ends
 
 
-def resume(rank, folder, kind, options, names=NAMES):
+def resume(rank, folder, kind, options, names=IN_TURN):
     ends = {}
     for name in names:
         module, params, optimizer = start(name, **options)
@@ -69,7 +69,7 @@ KINDS = {"sharded": StateDictOptions(), "full": StateDictOptions(full_state_dict
 def test_two_processes_go_on_bit_for_bit(options, tmp_path):
     before = run(2, save_half_way, tmp_path, "sharded", options)
     after = run(2, resume, tmp_path, "sharded", options)
-    for name in NAMES:
+    for name in IN_TURN:
         same = torch.equal(before[0][name], after[0][name])
         assert same == options.get("save_window", True), name
 
@@ -82,14 +82,14 @@ def test_two_processes_save_others_go_on(processes, kind, tmp_path):
     expected = run(2, save_half_way, tmp_path, kind, {})[0]
     ends = [resume(0, tmp_path, kind, {})] if processes == 1 else run(processes, resume, tmp_path, kind, {})
     for end in ends:
-        for name in NAMES:
+        for name in IN_TURN:
             assert relative(end[name], expected[name]) <= 1e-9, name
 
 
 @pytest.mark.parametrize("kind", ["sharded", pytest.param("full", marks=pytest.mark.slow)])
 def test_one_process_saves_two_go_on(kind, tmp_path):
     # Of a full state dict torch would scatter int16, the indices of sparse rows, which no backend sends.
-    names = [name for name in NAMES if kind == "sharded" or info(name).compression != "sparse"]
+    names = [name for name in IN_TURN if kind == "sharded" or info(name).compression != "sparse"]
     expected = save_half_way(0, tmp_path, kind, {})
     for end in run(2, resume, tmp_path, kind, {}, names):
         for name in names:

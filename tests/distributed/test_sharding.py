@@ -9,7 +9,7 @@ from torch import nn
 
 import hf_efcp
 from tests.distributed.processes import run
-from tests.reference import NAMES, info, known_to, make, relative
+from tests.reference import IN_TURN, info, known_to, make, relative
 
 STEPS = 24  # four windows long
 # The first is larger than all others together: it is divided by rows.
@@ -70,7 +70,7 @@ def ulp_apart(name, variant):
 
 def train_everything(rank, dtype):
     results = {}
-    for name in NAMES:
+    for name in IN_TURN:
         for i in variants_of(name):
             variant = VARIANTS[i]
             params = problem(dtype)
@@ -93,7 +93,7 @@ def train_everything(rank, dtype):
 )
 def test_the_parameters_are_those_of_one_process(processes, dtype):
     everybody = run(processes, train_everything, dtype)
-    for name in NAMES:
+    for name in IN_TURN:
         for i in variants_of(name):
             variant = VARIANTS[i]
             # All of them amplify rounding; which gets furthest is chance.
@@ -106,7 +106,7 @@ def test_the_parameters_are_those_of_one_process(processes, dtype):
 
 def footprints(rank):
     found = {}
-    for name in NAMES:
+    for name in IN_TURN:
         model = nn.Sequential(nn.Embedding(3000, 64), *(nn.Linear(64, 64) for _ in range(12)), nn.Linear(64, 256))
         options = {"low rank": {"rank": 4}, "sparse": {"density": 0.01}}.get(info(name).compression, {})
         options = known_to(name, {"lr": 0.1, "window_size": 32, **options})
@@ -119,7 +119,7 @@ def footprints(rank):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_each_process_holds_its_share(processes):
     everybody = run(processes, footprints)
-    for name in NAMES:
+    for name in IN_TURN:
         total = sum(bytes_ for kind, bytes_ in everybody[0][name, "alone"].items() if kind != "gram")
         for found in everybody:
             held = sum(bytes_ for kind, bytes_ in found[name][0].items() if kind != "gram")
