@@ -120,7 +120,7 @@ def rank_correlation(x: list[float], y: list[float]) -> float:
 def mean_and_error(values: list[float]) -> str:
     """As "0.52 ± 0.01"."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.3g} ± {error:.1g}"
+    return f"{statistics.mean(values):.3g} ± {float(f'{error:.1g}'):g}"
 
 
 def report(rows: list[dict], dense: dict[int, list[dict]], seconds: float, options: argparse.Namespace) -> str:
@@ -139,7 +139,8 @@ def report(rows: list[dict], dense: dict[int, list[dict]], seconds: float, optio
         f"CPU time, Python {platform.python_version()}, torch {torch.__version__}.",
         "",
         "Predicted: `hf-efcp capacity`, the fit of LLaMA models. Measured: the number of weights of the uncompressed network "
-        "with the same training loss, over the number of weights. `band`: trained by `hf_efcp.core.banded`.",
+        "with the same training loss, over the number of weights. `band`: trained by `hf_efcp.core.banded`. Losses and "
+        "accuracies are means over the seeds ± standard errors.",
         "",
         "| format | predicted | measured | training loss | accuracy, % |",
         "|---|---|---|---|---|",
@@ -154,7 +155,7 @@ def report(rows: list[dict], dense: dict[int, list[dict]], seconds: float, optio
         f"Rank correlation (Spearman) of predicted capacity with measured capacity: {rank_correlation(predicted, measured):.2f}; "
         f"with accuracy: {rank_correlation(predicted, accuracies):.2f} ({len(plain)} formats, without those with a band).",
         "",
-        "Without compression:",
+        "Without compression, at the widths of the two hidden layers:",
         "",
         "| width | weights | training loss | accuracy, % |",
         "|---|---|---|---|",

@@ -201,7 +201,13 @@ NAMES = {
     "trained": 'the same, with `weights="trained"`',
     "dylora": "DyLoRA, trained once",
     "lora": "LoRA, trained for each rank",
-    "cut": "LoRA of the largest rank, cut",
+    "cut": "LoRA of the largest rank, its first columns",
+}
+
+BASES = {
+    "digits": "The base model is a small network that knows scikit-learn's digits upright. Its adapters learn digits that lie on "
+    "their side.",
+    "sentences": "The base model is MiniLM's first layers with a fitted head. Its adapters learn the topics of BBC sentences.",
 }
 
 
@@ -220,6 +226,9 @@ def report(runs: list[dict], options: argparse.Namespace) -> str:
         "",
         f"`{command}`",
         "",
+        f"{BASES[options.task]} AURAC is the area under the curve of accuracy over rank, divided by its width: version 1 over "
+        "the rank, version 2 over the logarithm of the rank ([MatryoshkaLoRA](../matryoshka.md)).",
+        "",
         f"Task {options.task}, {options.max_steps} steps at batch {options.batch_size}, AdamW with linear decay, the best of the "
         f"rates {', '.join(f'{rate:g}' for rate in options.learning_rates)} on validation data, rank_scale={options.rank_scale}, "
         f"{runs[0]['eval_samples']} test examples, seeds {[r['seed'] for r in runs]}. Without an adapter: "
@@ -237,9 +246,9 @@ def report(runs: list[dict], options: argparse.Namespace) -> str:
         cells += [mean_and_error([aurac(ranks, values, version=v) for values in found[kind]]) for v in (1, 2)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     whole = mean_and_error([values[0] for values in found["sum"]])
-    lines += ["", f"The sum of all nested adapters, which MatryoshkaLoRA trains and no rank deploys: {whole}."]
-    lines += ["", "Differences of MatryoshkaLoRA, paired by seed:", ""]
-    lines += ["| to | " + " | ".join(f"rank {r}" for r in ranks) + " | AURAC v2 |", "|---" * (len(ranks) + 2) + "|"]
+    lines += ["", f"Accuracy of the sum of all nested adapters, which MatryoshkaLoRA trains and no rank has: {whole}."]
+    lines += ["", "Accuracy of MatryoshkaLoRA minus that of another method, paired by seed:", ""]
+    lines += ["| minus | " + " | ".join(f"rank {r}" for r in ranks) + " | AURAC v2 |", "|---" * (len(ranks) + 2) + "|"]
     for kind in ("lora", "dylora"):
         pairs = list(zip(found["matryoshka"], found[kind], strict=True))
         cells = [mean_and_error([ours[i] - other[i] for ours, other in pairs]) for i in range(len(ranks))]

@@ -117,7 +117,7 @@ def table(runs: list[dict], options: argparse.Namespace) -> str:
         f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, hf_efcp "
         f"{hf_efcp.__version__}.",
         "",
-        "| optimizer | lr | accuracy, % | +- s.e. | to first row | by seed | last training loss | s per run |",
+        "| optimizer | lr | accuracy, % | +- s.e. | minus first row | by seed | last training loss | s per run |",
         "|---|---|---|---|---|---|---|---|",
     ]
     first: dict[float, float] = {}

@@ -7,7 +7,6 @@ import argparse
 import math
 import statistics
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reproduce.plots import Curve, draw
 from reproduce.spec import Run, Spec, SpecError, loss, read_results, read_spec
+from reproduce.words import contenders, introduction, one_rate, wrapped
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_RUN = "not run"
@@ -144,8 +144,9 @@ class Report:
 
     def lines(self, image: str) -> list[str]:
         """The whole page; `image` is the name of a task's plot with {} for the task."""
-        page = [f"# {self.spec.title}", "", *self._introduction()]
-        for title, cells in (("At the best rate of the grid", self.chosen), ("At AdamW's usual rate", self.usual)):
+        page = [f"# {self.spec.title}", "", *introduction(self.spec, self.results, self.reference, self.spec_path)]
+        tables = [("At the best rate of the grid", self.chosen), ("At AdamW's usual rate", self.usual)]
+        for title, cells in tables[1:] if one_rate(self.spec) else tables:
             page += [f"## {title}", "", *self._overview(cells)]
         for first, second in self.spec.compare:
             page += [f"## {first} against {second}", "", *self._comparison(first, second)]
@@ -154,7 +155,7 @@ class Report:
             page += [f"### {label}: {task.title}", "", *self._task(label)]
             if any(self._curves(label)):
                 page += [f"![training loss of {label}]({image.format(label)})", ""]
-        return [*page, "## What it ran on", "", *self._machine()]
+        return [*page, "## Contenders", "", *contenders(self.spec), "## What it ran on", "", *self._machine()]
 
     def summary(self) -> list[str]:
         """The short table: the first comparison of the spec, a row for each task that has results of both.
@@ -176,7 +177,7 @@ class Report:
             usual = paired_text(self.usual[label, ours], self.usual[label, reference])
             texts = [other.text(), best.text(), paired_text(best, other), usual]
             rows.append([task.title, *texts, self._cost(best, task.steps)[0]])
-        left = textwrap.wrap(f"Not run yet: {'; '.join(missing)}.", 120, break_on_hyphens=False) if missing else []
+        left = wrapped(f"Not run yet: {'; '.join(missing)}.") if missing else []
         return [*table(header, rows), *left]
 
     def _all_on(self, label: str) -> list[str]:
@@ -190,24 +191,6 @@ class Report:
             rows.append([f"`{family}`", f"{cell.runs[0].rate:g}", cell.quality() or cell.text(), *cost])
         number = "perplexity" if task.perplexity else "accuracy"
         return table(["optimizer", "learning rate", number, "seconds", "bytes per parameter"], rows)
-
-    def _introduction(self) -> list[str]:
-        spec, wanted = self.spec, self.spec.wanted(self.results)
-        have = sum(run.key() in self.results for run in wanted)
-        lists = (spec.rates, spec.seeds, spec.final_seeds or spec.seeds)
-        rates, seeds, final = (", ".join(map(str, values)) for values in lists)
-        paragraphs = (
-            f"Written by `python recipes/reproduce/report.py {self.spec_path}`, never by hand. {have} of the {len(wanted)} runs "
-            "that are known to be needed have a result.",
-            f"Every contender of [the spec](../../{self.spec_path}) trains the same models on the same batches: gradient "
-            "clipping at 1.0, weight decay 0, warm-up over a tenth of the steps, then linear decay to 0. The seed decides new "
-            "weights, the order of the data and dropout. The splits are fixed and share no example (BBC News: no story).",
-            f"The grid has {rates} times the task's usual rate. It is widened up to {spec.widen} times, by a factor of 3, where "
-            f"the best rate lies on its edge. Seed {seeds} chooses the rate, and variants such as betas, by loss on the "
-            f"validation split. Seeds {final} give the tables: mean loss on the test split ± standard error, and differences to "
-            f"{self.reference} paired by seed. **Bold: {self.reference} is better.**",
-        )
-        return [line for text in paragraphs for line in (*textwrap.wrap(text, 120, break_on_hyphens=False), "")]
 
     def _overview(self, cells: Mapping[tuple[str, str], Cell]) -> list[str]:
         rows = []
@@ -238,7 +221,7 @@ class Report:
         task = self.spec.tasks[label]
         number = "perplexity" if task.perplexity else "accuracy"
         header = ["contender", "learning rate", "test loss", number, f"minus {self.reference}", "bytes per parameter"]
-        header += ["ms per step, of it optimizer", "command"]
+        header += ["ms per step, the optimizer's part", "command"]
         rows = []
         for family in self.spec.families_of(label):
             for name, cells in (("best", self.chosen), ("usual", self.usual)):
@@ -250,7 +233,14 @@ class Report:
                 row += [*self._cost(cell, task.steps), self.command(label, family)]
                 rows.append(row)
         settings = f"{task.steps} steps of {task.batch_size}; usual rate {task.rate:g}."
-        return [settings, "", *table(header, rows), "Validation loss on the grid, seed by seed averaged:", "", *self._grid(label)]
+        return [
+            settings,
+            "",
+            *table(header, rows),
+            "Validation loss on the grid, the least of each contender in italics:",
+            "",
+            *self._grid(label),
+        ]
 
     @staticmethod
     def _cost(cell: Cell, steps: int) -> list[str]:
