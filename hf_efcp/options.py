@@ -126,7 +126,7 @@ class GroupOptions:
 
     lr: float = option(1e-4, "learning rate", allowed="a finite number >= 0", check=non_negative)
     weight_decay: float = option(
-        0.0, "weight decay; decoupled: p <- (1 - lr*wd) p", allowed="a finite number >= 0", check=non_negative
+        0.0, "weight decay; weight_decay_mode says how it acts", allowed="a finite number >= 0", check=non_negative
     )
 
 

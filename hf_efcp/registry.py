@@ -99,7 +99,7 @@ for _info in (
     OptimizerInfo(
         "efcp_lowrank_mfac",
         LowRankMFAC,
-        "M-FAC on low-rank gradients with error feedback: the smallest window",
+        "M-FAC on low-rank gradients with error feedback",
         **_MFAC,
         **_LOW_RANK,
     ),

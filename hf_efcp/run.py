@@ -24,12 +24,13 @@ from . import startup
 from .startup.endings import listen, status_of
 
 USAGE = """\
-usage: python -m hf_efcp.run script.py [ARGS]
-       python -m hf_efcp.run -m module [ARGS]
-       python -m hf_efcp.run program [ARGS]
+usage: hf-efcp run script.py [ARGS]
+       hf-efcp run -m module [ARGS]
+       hf-efcp run program [ARGS]
 
-Runs the script or module as python would, or a program such as trl, found beside this python or on PATH, with the names of
-`hf-efcp list` valid for --optim, in the Python processes that it starts too. ARGS are not touched."""
+Runs a script or a module as python would, or a program such as trl, which is looked for beside this python and on PATH.
+--optim then takes the names of `hf-efcp list`, also in the Python processes that the script starts. ARGS are not changed.
+`python -m hf_efcp.run` does the same."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

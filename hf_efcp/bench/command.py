@@ -76,7 +76,8 @@ def add_parser(commands: Any) -> None:
         "--warmup",
         type=int,
         default=2,
-        help="number of steps before the first timed one (default 2). Copies of entries fill the rest of the window before them",
+        help="number of steps before the first timed one (default 2). The window is full in all of them: copies of entries fill "
+        "it first",
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is a GPU)")
     parser.add_argument("--threads", type=int, help="number of CPU threads (default: torch's)")

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import inspect
+import os
 import platform
 import sys
 import types
@@ -51,10 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run.main(argv[1:])
     args = _parser().parse_args(argv)
     try:
-        return args.handler(args)
+        status = args.handler(args)
+        sys.stdout.flush()
+        return status
     except OptionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `hf-efcp list | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else python complains when it flushes at the end
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,7 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         "run", help="run your script, a module (-m) or a program; its --optim then takes the names of hf-efcp list"
     )
     enable.add_parsers(commands)
-    lister = commands.add_parser("list", help="list the optimizers that --optim takes")
+    lister = commands.add_parser(
+        "list",
+        help="list the optimizers that --optim takes",
+        description="Lists the optimizers that --optim takes, each with a line about it.",
+    )
     lister.add_argument("pattern", nargs="?", default="*", help='list only the names that match, for example "*lowrank*"')
     lister.add_argument("--options", action="store_true", help="list the options of each optimizer too, with their defaults")
     lister.add_argument("--markdown", action="store_true", help="print one Markdown table of all options, as in docs/options.md")

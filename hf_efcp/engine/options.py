@@ -42,12 +42,15 @@ class StepOptions:
         choices=("paper", "measured"),
     )
     weight_decay_mode: str = option(
-        "decoupled", "p <- (1 - lr*wd) p, or l2: g += wd*p before compression", choices=("decoupled", "l2")
+        "decoupled",
+        "decoupled: parameters shrink by lr * weight_decay of themselves in each step, as with AdamW; l2: weight_decay times the "
+        "parameters is added to the gradient before compression",
+        choices=("decoupled", "l2"),
     )
     stochastic_rounding: bool = option(
         False,
-        "bf16 parameters: round each update stochastically, so that small ones count in the mean; needs no fp32 copy (refused "
-        "under DeepSpeed ZeRO, which trains one)",
+        "round each update of bf16 parameters stochastically, so that small updates count in the mean; this needs no fp32 copy "
+        "(refused under DeepSpeed ZeRO, which trains an fp32 copy)",
     )
     shard: str = option(
         "off",
@@ -80,40 +83,46 @@ class WindowOptions(StateOptions):
     window_size: int = option(1024, "number m of gradients in the window", allowed="an integer >= 1", check=positive)
     window_momentum: float = option(
         0.0,
-        "momentum before preconditioning, in the window's span: e_j becomes w_i = (1-beta) beta^age(i); takes no memory",
+        "momentum before preconditioning: the update starts from a running mean of the window's gradients with this decay; the "
+        "mean takes no memory",
         allowed="a number in [0, 1)",
         check=fraction,
     )
-    window_nesterov: bool = option(False, "weigh the newest gradient once more: w <- beta w + (1-beta) e_j")
+    window_nesterov: bool = option(False, "with window_momentum: the newest gradient counts once more, as in Nesterov's momentum")
     centered: bool = option(
         False, "precondition by the covariance of the window's entries around their mean, not by their second moment"
     )
     momentum: float = option(
-        0.0, "momentum after preconditioning: v <- mu v + (1-mu) u", allowed="a number in [0, 1)", check=fraction
+        0.0,
+        "momentum after preconditioning: a running mean of the updates with this decay; it is stored, 4 bytes per parameter",
+        allowed="a number in [0, 1)",
+        check=fraction,
     )
     scope: str = option("model", "one Gram matrix over all tensors, or one per tensor", choices=("model", "layer"))
     residual: str = option(
         "feedback",
-        "what compression leaves out of a gradient; feedback: it is added to the next gradient; momentum: its running mean, with "
-        "the decay window_momentum, is the update outside of the window",
+        "what becomes of the part of a gradient that compression leaves out; feedback: the part is added to the next gradient; "
+        "momentum: a running mean of these parts, with the decay window_momentum, is added to the update",
         choices=("feedback", "momentum"),
     )
     update_rms: float | None = option(
         None,
-        "rescale the whole update to this root mean square per coordinate (with a metric, a weighted one); none: the raw update",
+        "rescale the whole update to this root mean square per coordinate (a weighted one with a metric); none: the update is "
+        "not rescaled",
         allowed="a number > 0, or none",
         check=positive,
     )
     rms_mode: str = option(
         "constant",
-        "constant: the update has the size update_rms; adam: update_rms times the size of the averaged gradient relative to that "
-        "of one, as Adam's has, which is small where gradients are noise",
+        "size of the update; constant: always update_rms; adam: smaller where gradients are noise, as Adam's updates are: "
+        "update_rms times the size of the mean gradient, relative to the size of one gradient",
         choices=("constant", "adam"),
     )
     metric: str = option(
         "none",
-        "scale coordinates by a running second moment D of the gradient before the window and after it; factored: D by rows and "
-        "columns (0.02 bytes per parameter); diagonal: of each coordinate (4 bytes); tensor: of each tensor",
+        "scale gradients by a running mean of their squares before they enter the window, and scale the update likewise; "
+        "factored: a mean for each row and each column (0.02 bytes per parameter); diagonal: for each coordinate (4 bytes); "
+        "tensor: for each tensor",
         choices=("none", "factored", "diagonal", "tensor"),
     )
     metric_beta: float = option(0.99, "decay of the metric's running means", allowed="a number in [0, 1)", check=fraction)
@@ -130,8 +139,9 @@ class WindowOptions(StateOptions):
     )
     window_update_dtype: torch.dtype | None = option(
         None,
-        "bfloat16: the product G^T c in bf16, half the time where the processor has instructions for it; none: in the "
-        "arithmetic's dtype. For low-rank windows, and dense ones in bf16; refused with sparse ones",
+        "dtype in which the window's entries are added up to the update; bfloat16 takes half the time where the processor has "
+        "instructions for it; none: the arithmetic's dtype. For low-rank windows, and dense windows in bf16; refused with sparse "
+        "windows",
         choices=(torch.bfloat16,),
     )
     memory_budget: int | None = option(
@@ -143,10 +153,11 @@ class WindowOptions(StateOptions):
     )
     verify: bool = option(
         False,
-        "form the Gram matrix of a checkpoint anew from its window, and compare it, also where that takes more than a second",
+        "on loading a checkpoint, compute the Gram matrix from its window and compare it with the saved one, even if that takes "
+        "more than a second",
     )
     save_window: bool = option(
-        True, "false: checkpoints leave the window out, which is most of them; a resumed run starts with an empty window"
+        True, "false: checkpoints leave out the window, which is their largest part; a resumed run starts with an empty window"
     )
 
     def __post_init__(self) -> None:

@@ -44,7 +44,9 @@ class DASHOptions(AdamWOptions, StepOptions):
         0.95, "decay of the matrices L and R; 1: they are sums", allowed="a number in (0, 1]", check=lambda x: 0 < x <= 1
     )
     block_size: int = option(
-        1024, "most rows and columns of a block; blocks of a matrix are as large as each other", allowed="an integer >= 1",
+        1024,
+        "largest number of rows and of columns of a block; all blocks of a matrix have the same size",
+        allowed="an integer >= 1",
         check=positive,
     )  # fmt: skip
     root_method: str = option(
@@ -54,7 +56,7 @@ class DASHOptions(AdamWOptions, StepOptions):
         choices=METHODS,
     )
     inverse_root_interval: int = option(
-        10, "steps between two inversions, the first one apart", allowed="an integer >= 1", check=positive
+        10, "steps between two inversions, counted from the first one", allowed="an integer >= 1", check=positive
     )
     start_preconditioning_step: int = option(
         1, "step of the first inversion; Adam's update until then", allowed="an integer >= 1", check=positive
@@ -65,8 +67,8 @@ class DASHOptions(AdamWOptions, StepOptions):
     )  # fmt: skip
     root_scaling: str = option(
         "power_iteration",
-        "by what a matrix is divided before its root; power_iteration: twice an estimate of the largest eigenvalue; "
-        "power_iteration_multi: an estimate from 16 starts; frobenius: the norm",
+        "the number that divides a matrix before its root is taken; power_iteration: twice an estimate of the largest "
+        "eigenvalue; power_iteration_multi: an estimate from 16 starts; frobenius: the norm",
         choices=SCALINGS,
     )
     newton_steps: int = option(10, "steps of newton and newton_db", allowed="an integer >= 1", check=positive)
@@ -81,7 +83,7 @@ class DASHOptions(AdamWOptions, StepOptions):
         "abs_add: magnitudes plus root_eps; relu: those below root_eps are left out",
         choices=HEURISTICS,
     )
-    momentum: float = option(0.0, "mu, momentum over the preconditioned updates", allowed="a number in [0, 1)", check=fraction)
+    momentum: float = option(0.0, "momentum over the preconditioned updates", allowed="a number in [0, 1)", check=fraction)
     nesterov: bool = option(True, "the momentum looks one step ahead")
 
     def __post_init__(self) -> None:

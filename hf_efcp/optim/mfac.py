@@ -35,7 +35,8 @@ class MFACOptions:
     )
     divisor: str = option(
         "window",
-        "N: the window size m, or filled: the number of entries so far, as always with centered",
+        "number that the sum over the window is divided by; window: window_size; filled: the number of entries so far (always so "
+        "with centered)",
         choices=("window", "filled"),
     )
 

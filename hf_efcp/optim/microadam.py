@@ -36,8 +36,8 @@ class MicroAdamOptions(SparseOptions, AdamWOptions, StateOptions):
     window_size: int = option(10, "number m of gradients in the ring", allowed="an integer >= 1", check=positive)
     window_bias_correction: bool = option(
         False,
-        "divide the weights of the ring's gradients by their sum, so that updates have Adam's size; false: by Adam's "
-        "1 - beta^t, as the reference does, whose updates grow to 6.5 times Adam's",
+        "divide the weights of the ring's gradients by their sum, so that updates have Adam's size; false: divide them by Adam's "
+        "bias correction, as the reference does, whose updates grow to 6.5 times Adam's",
     )
     alpha: float = option(
         0.0,
@@ -51,8 +51,8 @@ class MicroAdamOptions(SparseOptions, AdamWOptions, StateOptions):
     error_format: str = option(
         "minmax4",
         "how the error feedback is stored; minmax4: 4 bits between the least and the largest of each 256 numbers, rounded to "
-        "nearest; int8, int4: with a scale for each 256 numbers, rounded stochastically; plain: in error_dtype, as it is where "
-        "only that is given",
+        "nearest; int8, int4: with a scale for each 256 numbers, rounded stochastically; plain: in error_dtype (the default if "
+        "you give error_dtype alone)",
         choices=("minmax4", "plain", "int8", "int4"),
     )
 

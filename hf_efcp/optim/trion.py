@@ -40,14 +40,14 @@ class TrionOptions(ColumnsOptions, SubspaceOptions, AdamWOptions, StateOptions):
 
     momentum: float = option(
         0.95,
-        "mu, decay of what the columns hold of the momentum; the rest of it does not decay",
+        "decay of the part of the momentum that lies in the chosen columns; the rest of the momentum does not decay",
         allowed="a number in [0, 1)",
         check=fraction,
     )
     scaling_type: str = option(
         "kj",
-        "size of a matrix's update, kappa; kj: sqrt(max(1, rows / cols)); none: 1; kimi: 0.2 sqrt(max(rows, cols)); dion: "
-        "sqrt(rows / cols)",
+        "factor of a matrix's update; kj: the square root of rows / cols, at least 1; none: 1; kimi: 0.2 times the square root "
+        "of the longer side; dion: the square root of rows / cols",
         choices=("kj", "none", "kimi", "dion"),
     )
     ns_schedule: str = option(
@@ -58,7 +58,7 @@ class TrionOptions(ColumnsOptions, SubspaceOptions, AdamWOptions, StateOptions):
     )
     adam_lr_ratio: float = option(
         0.015,
-        "AdamW's learning rate, for vectors, embeddings and the head, over the matrices'",
+        "learning rate of AdamW, which trains vectors, embeddings and the head, as a multiple of lr",
         allowed="a finite number > 0",
         check=positive,
     )

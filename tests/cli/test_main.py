@@ -1,6 +1,8 @@
 """What `hf-efcp` says without a command's help."""
 
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,3 +18,11 @@ def test_the_version_is_one_line(capsys):
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"hf_efcp {__version__}, torch {torch.__version__.partition('+')[0]}")
     assert line.endswith(f"Python {platform.python_version()}")
+
+
+def test_a_pipe_that_closes_early_is_no_error():
+    """As in `hf-efcp list --options | head -1`."""
+    command = [sys.executable, "-m", "hf_efcp.cli.main", "list", "--options"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 0
