@@ -85,8 +85,8 @@ def test_gradients_move(name, options, dtype, monkeypatch):
 def test_only_window_methods_are_captured(name, monkeypatch, caplog):
     """A rule may ask the host which tensors begin: a graph would not ask again."""
     caplog.set_level(logging.WARNING, "hf_efcp")
-    replays, _ = both(monkeypatch, name=name)
-    assert replays == []
+    _, made, _ = run(monkeypatch, True, name=name, steps=4)
+    assert made == []
     assert "only window methods" in caplog.text
 
 
@@ -140,9 +140,7 @@ def _load(optimizer, gradients, t):
 CHANGES = [_no_gradient, _no_gradient_for_a_step, _decay, _option, _elsewhere, _one_more, _load]
 
 
-@pytest.mark.parametrize(
-    "change", few(CHANGES, {_no_gradient, _option, _one_more, _load}.__contains__), ids=lambda f: f.__name__.strip("_")
-)
+@pytest.mark.parametrize("change", few(CHANGES, {_option, _load}.__contains__), ids=lambda f: f.__name__.strip("_"))
 def test_what_a_graph_is_made_for_changes(change, monkeypatch):
     replays, _ = both(monkeypatch, change, steps=9, shapes=((4, 10), (4, 10)))
     assert replays[0] == 1  # of the fourth step
@@ -206,7 +204,7 @@ def inside(x):
     return view
 
 
-@pytest.mark.parametrize("layout", few([transposed, inside], {transposed}.__contains__))
+@pytest.mark.parametrize("layout", few([transposed, inside], {inside}.__contains__))
 def test_gradients_lie_otherwise(layout, monkeypatch):
     replays, optimizer = both(monkeypatch, layout=layout, **METRIC)
     assert replays == [STEPS - 3]

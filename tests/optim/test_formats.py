@@ -201,7 +201,9 @@ def applied(p, update, step, rows=None, weight_decay=0.1):
     return p.detach()
 
 
-@pytest.mark.parametrize("shape", [(), (5,), (6, 40), (6, 4, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5,), (6, 4, 3, 3), *(pytest.param(s, marks=pytest.mark.slow) for s in ((), (6, 40)))], ids=str
+)
 def test_parameters_are_rounded_right_in_the_mean(shape):
     p = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16())
     if len(shape) == 4:

@@ -83,7 +83,7 @@ absences = st.sets(st.tuples(st.integers(0, 6), st.integers(0, 4)), max_size=6)
 
 
 @WINDOWED
-@examples(20)
+@examples(12)
 @given(data=st.data())
 def test_rows_and_error_are_the_sum_of_the_gradients(name, data):
     """Exactly up to the rounding of the dtype that they are kept in; rows that have left the window included."""
@@ -117,7 +117,7 @@ def test_rows_and_error_are_the_sum_of_the_gradients(name, data):
 
 
 @WINDOWED
-@examples(20)
+@examples(12)
 @given(data=st.data())
 def test_gram_matrix_is_that_of_the_stored_rows(name, data):
     params = model(data.draw(models), data.draw(dtypes))
@@ -134,7 +134,7 @@ def test_gram_matrix_is_that_of_the_stored_rows(name, data):
 
 
 @WINDOWED
-@examples(20)
+@examples(12)
 @given(data=st.data())
 def test_the_update_is_the_exact_one_on_the_stored_rows(name, data):
     """By a thin SVD of the window, which also says that the update lies in the span of the rows."""
@@ -185,7 +185,7 @@ def exact(name, g, t, m, beta, drawn, dtype):
 
 
 @EVERY
-@examples(20)
+@examples(12)
 @given(data=st.data())
 def test_save_and_resume_is_the_uninterrupted_run(name, data):
     drawn = data.draw(options(name))
@@ -207,7 +207,7 @@ def test_save_and_resume_is_the_uninterrupted_run(name, data):
 
 
 @EVERY
-@examples(20)
+@examples(12)
 @given(data=st.data())
 def test_footprint_is_the_sum_of_the_bytes_of_the_state(name, data):
     params = model(data.draw(models), data.draw(dtypes))
@@ -226,7 +226,7 @@ def test_footprint_is_the_sum_of_the_bytes_of_the_state(name, data):
 
 
 @WINDOWED
-@examples(20)
+@examples(12)
 @given(data=st.data())
 def test_update_rms_holds_for_any_model(name, data):
     dtype = data.draw(st.sampled_from(DTYPES[:2]))
