@@ -1,6 +1,6 @@
 """Products with few columns on CPUs, by numba, in tiles of 4 x 4: eight rows are read for sixteen products.
 
-Sums over terms have the order of the terms, whatever the tile.
+A sum keeps the order of its terms, whatever the tile; `multiply_tile` alone may reorder sums.
 """
 
 from __future__ import annotations
