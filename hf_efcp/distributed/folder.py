@@ -236,7 +236,7 @@ def check(index: Index, expected: Expected) -> None:
             theirs = "no tensor" if entry.dtype is None else f"{entry.shape} {entry.dtype}"
             raise CheckpointError(f"{index.folder}: {name} is {theirs} there, {shape} {dtype} here")
         if not tiled(entry):
-            raise CheckpointError(f"{index.folder} is damaged: {name} is not there as a whole, or twice")
+            raise CheckpointError(f"{index.folder} is damaged: a part of {name} is missing, or there twice")
 
 
 def read(index: Index, name: str, part: Part) -> Tensor:

@@ -103,7 +103,7 @@ class StepGraph:
     def _make(self, trial: _Trial, method: Method, setup: Setup, groups: Sequence[Group], options: Any) -> bool:
         """Make the graph; tell whether there is one now."""
         if self._made >= _MOST:
-            self._say(f"the step has changed too often, after {_MOST} graphs no more are made")
+            self._say(f"the step has changed too often: after {_MOST} graphs, no more graphs are made")
             return False
         if trial.stops:
             self._say(f"a step waits for the device, in {', '.join(sorted(trial.stops))}")
@@ -207,7 +207,7 @@ class _Graph:
             method.step(setup, groups, options)
         followed = self._tables.follow(spans)
         if wrong := watch.read | (spans.starts.keys() - followed):
-            raise RuntimeError(f"gradients {sorted(wrong)} are read otherwise than in the step before")
+            raise RuntimeError(f"gradients {sorted(wrong)} are read in another way than in the step before")
         self._moving = list(spans.starts)
         self._alike: dict[tuple, list[int]] = {}  # numbers of the gradients that one operation can copy
         for i in self._copies:

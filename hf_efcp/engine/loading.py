@@ -313,7 +313,7 @@ def _on(value: Any, device: torch.device) -> Any:
     """Put the tensors of a wrapper's entry on a device, as torch does; their dtypes stay."""
     if isinstance(value, Tensor):
         if value.is_meta:
-            raise OptionError("checkpoint has a meta tensor, without numbers, among what is not this optimizer's")
+            raise OptionError("checkpoint has a meta tensor, without numbers, among the values that are not this optimizer's")
         return value.to(device)
     if type(value) is dict:
         return {key: _on(part, device) for key, part in value.items()}

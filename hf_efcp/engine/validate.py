@@ -139,7 +139,7 @@ def check_entries(label: str, here: Mapping[str, Spec], there: Any) -> None:
         if not isinstance(t, Tensor):
             raise OptionError(f"{label}: {name} is of type {type(t).__name__} in the checkpoint, not a tensor")
         if kind := _strange(t):
-            raise OptionError(f"{label}: {name} is a {kind} tensor in the checkpoint, and has to be a plain one with numbers")
+            raise OptionError(f"{label}: {name} is a {kind} tensor in the checkpoint, but has to be a plain tensor with numbers")
         if t.dtype == spec.dtype and t.shape == spec.shape:
             continue
         widened = (spec.dtype, t.dtype) == (torch.int16, torch.int32)  # as it is saved under FSDP2

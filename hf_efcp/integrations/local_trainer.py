@@ -40,7 +40,7 @@ class LocalUpdateTrainerMixin(_Base):
     def __init__(self, *given: Any, local_updates: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         options = dict(local_updates or {})
         if options.get("min_workers") is not None:
-            raise OptionError("min_workers: Trainer itself needs every process to log and to save; it is for loops of your own")
+            raise OptionError("min_workers: Trainer needs every process to log and to save; use min_workers in your own loop")
         lordo = options.pop("lordo", None)
         self._lordo: dict[str, Any] | None = None if lordo is None else {"preset": "measured", **lordo}
         LocalUpdates.check(options)

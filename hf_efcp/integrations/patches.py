@@ -119,7 +119,7 @@ def _answered(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _decay_names(model: torch.nn.Module | None) -> list[str] | None:
-    """Give the names that the Trainer decays. Without an instance, a subclass's own rule is unknown here (EFCPTrainer knows it)."""
+    """Give the names that the Trainer decays. Without an instance, a subclass's rule is unknown here (EFCPTrainer knows it)."""
     from transformers.trainer import Trainer
 
     rule: Callable[..., list[str]] = Trainer.get_decay_parameter_names  # it does not look at its instance

@@ -121,8 +121,8 @@ class IOBSCallback(TrainerCallback):
         if self.masks is not None:
             if not self.masks.are_zero():
                 logger.warning(
-                    "load_best_model_at_end has loaded a checkpoint of before the last stage: weights that were pruned are not "
-                    "zero. Take a checkpoint of after step %d, or prune() the model now",
+                    "load_best_model_at_end has loaded a checkpoint from before the last stage: pruned weights are not zero. "
+                    "Take a checkpoint from after step %d, or prune() the model now",
                     self._due[-1],
                 )
             self.masks.release()

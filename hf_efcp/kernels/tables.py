@@ -87,7 +87,7 @@ class Tables:
         if not self.fixed:
             return None
         if self.entries > len(self._memory):
-            raise RuntimeError(f"more than {len(self._memory)} addresses, as many as the step before had")
+            raise RuntimeError(f"more than {len(self._memory)} addresses, which is how many the step before had")
         table = self._memory[start : start + len(addresses)]
         self._made[addresses] = start, table
         return table
