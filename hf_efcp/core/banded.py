@@ -20,20 +20,20 @@ _NORMAL = NormalDist()
 
 
 def kept(theta: Tensor, density: float) -> Tensor:
-    """Mask of the largest weights, bool like theta: at least one, and round(density * n) where no two are equal."""
+    """Give the mask of the largest weights, bool like theta: at least one, and round(density * n) where no two are equal."""
     if not 0 < density <= 1:
         raise ValueError(f"density={density}: must be in (0, 1]")
     return theta.abs() >= threshold(theta, density)
 
 
 def threshold(theta: Tensor, density: float) -> Tensor:
-    """T_k, (): the least magnitude that is kept."""
+    """Give T_k, (): the least magnitude that is kept."""
     count = max(1, round(density * theta.numel()))
     return theta.abs().flatten().kthvalue(theta.numel() - count + 1).values
 
 
 def second_threshold(theta: Tensor, p: float) -> Tensor:
-    """T_p, (): RMS * Phi^-1(0.5 + p). The share 2 p of normal weights is below T_p.
+    """Give T_p, (): RMS * Phi^-1(0.5 + p). The share 2 p of normal weights is below T_p.
 
     Args:
         theta: the weights.
@@ -45,7 +45,7 @@ def second_threshold(theta: Tensor, p: float) -> Tensor:
 
 
 def threshold_from_kept(theta: Tensor, density: float, a: float) -> Tensor:
-    """T_a, (), which takes the place of T_p: RMS * Phi^-1(0.5 + (1 - a) (Phi(T_k / RMS) - 0.5)).
+    """Give T_a, (), which takes the place of T_p: RMS * Phi^-1(0.5 + (1 - a) (Phi(T_k / RMS) - 0.5)).
 
     Args:
         theta: the weights.
@@ -60,7 +60,7 @@ def threshold_from_kept(theta: Tensor, density: float, a: float) -> Tensor:
 
 
 def trained(theta: Tensor, t_k: Tensor, t_p: Tensor) -> Tensor:
-    """Mask of the weights that get a gradient, bool like theta: those outside of the band between both thresholds."""
+    """Give the mask of the weights that get a gradient, bool like theta: those outside of the band between both thresholds."""
     size = theta.abs()
     outside = (size < torch.minimum(t_p, t_k)) | (size > torch.maximum(t_p, t_k))
     return outside | (t_k == 0)  # kept are all weights that are not zero: there is no threshold
@@ -80,7 +80,7 @@ class _Banded(torch.autograd.Function):
 
 
 def banded(theta: Tensor, density: float, p: float | None = None, a: float | None = None) -> Tensor:
-    """The weights to compute with, like theta: the largest weights, others zero. Gradients reach theta outside of the band.
+    """Give the weights to compute with, like theta: the largest weights, others zero. Gradients reach theta outside of the band.
 
     Args:
         theta: the trained weights, dense.

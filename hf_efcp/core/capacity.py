@@ -48,17 +48,17 @@ class Gmse:
 
 
 def effective_bits(gmse: float) -> float:
-    """log_{1/4} GMSE: the bits for each number of an ideal code with this error; 0 where zeros would have no larger error."""
+    """Give log_{1/4} GMSE: the bits for each number of an ideal code with this error; 0 where zeros have no larger error."""
     return max(0.0, -math.log(min(1.0, max(gmse, LEAST_GMSE))) / math.log(4))
 
 
 def capacity(gmse: float, fit: Fit = FITS["llama"]) -> float:
-    """rho of a GMSE: 0 where the GMSE is 1 or more (a scale that does not fit), L where the GMSE is 0."""
+    """Give rho of a GMSE: 0 where the GMSE is 1 or more (a scale that does not fit), L where the GMSE is 0."""
     return fit.L * math.tanh(fit.F * effective_bits(gmse)) ** fit.C
 
 
 def composed(capacities: Sequence[float]) -> float:
-    """The capacity of formats one after the other, such as sparse and then quantized: the product of their capacities.
+    """Give the capacity of formats one after the other, such as sparse and then quantized: the product of their capacities.
 
     The paper finds the product right to 1e-3 ... 1e-2, but wrong at 2 bits.
     """
@@ -69,7 +69,7 @@ def composed(capacities: Sequence[float]) -> float:
 
 
 def sparse(sparsity: float) -> Gmse:
-    """The share s of the numbers, those below a threshold t, are zero: s - 2 t phi(t), t = Phi^-1((1 + s) / 2)."""
+    """Give the GMSE where the smallest numbers, a share s of all, are zero: s - 2 t phi(t), t = Phi^-1((1 + s) / 2)."""
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity={sparsity}: must be from 0 to 1")
     if sparsity in (0, 1):
@@ -79,7 +79,7 @@ def sparse(sparsity: float) -> Gmse:
 
 
 def n_of_m(n: int, m: int) -> Gmse:
-    """The n largest of every m numbers are kept: the mean square of the others, by the densities of ordered numbers."""
+    """Give the GMSE where the n largest of every m numbers are kept: the others' mean square, by densities of ordered numbers."""
     if not 1 <= n <= m:
         raise ValueError(f"{n}:{m}: 1 <= n <= m is needed")
     x = torch.linspace(0, 12, 200_001, dtype=torch.float64)
@@ -95,7 +95,7 @@ def n_of_m(n: int, m: int) -> Gmse:
 
 
 def code(levels: Tensor) -> Gmse:
-    """Every number becomes the nearest of `levels`, (n,), integrated cell by cell."""
+    """Give the GMSE where every number becomes the nearest of `levels`, (n,), integrated cell by cell."""
     c = levels.double().sort().values
     edges = torch.cat([c.new_tensor([-torch.inf]), (c[1:] + c[:-1]) / 2, c.new_tensor([torch.inf])])
     finite = edges.clamp(-40, 40)
@@ -108,12 +108,12 @@ def code(levels: Tensor) -> Gmse:
 
 
 def scaled_code(levels: Tensor) -> Gmse:
-    """`code` at the scale of `levels` that makes the error least."""
+    """Give the GMSE of `code` at the scale of `levels` with the least error."""
     return code(at_best_scale(levels))
 
 
 def at_best_scale(levels: Tensor) -> Tensor:
-    """`levels`, (n,), at the scale with the least error of `code`, found by golden-section search; fp64."""
+    """Give `levels`, (n,), at the scale with the least error of `code`, found by golden-section search; fp64."""
     levels = levels.double() / levels.double().abs().max()
 
     def error(log_scale: float) -> float:
@@ -129,14 +129,14 @@ def at_best_scale(levels: Tensor) -> Tensor:
 
 
 def uniform(bits: int) -> Gmse:
-    """2^bits equally spaced levels around zero, at the best spacing."""
+    """Give the GMSE of 2^bits equally spaced levels around zero, at the best spacing."""
     if not 1 <= bits <= 12:
         raise ValueError(f"bits={bits}: must be an integer from 1 to 12")
     return scaled_code(torch.arange(2**bits, dtype=torch.float64) - (2**bits - 1) / 2)
 
 
 def ideal(bits: float) -> Gmse:
-    """The least error of any code with this many bits for each number: 4^-bits."""
+    """Give the least error of any code with this many bits for each number: 4^-bits."""
     return Gmse(4.0**-bits)
 
 
@@ -144,7 +144,7 @@ def ideal(bits: float) -> Gmse:
 
 
 def sampled(round_trip: Callable[[Tensor], Tensor], cols: int, samples: int = 1_000_000, seed: int = 0) -> Gmse:
-    """The error of any format, measured on standard normal numbers.
+    """Give the error of any format, measured on standard normal numbers.
 
     Args:
         round_trip: numbers (rows, cols) fp64 -> the decoded numbers; rows must not depend on each other.
@@ -158,7 +158,7 @@ def sampled(round_trip: Callable[[Tensor], Tensor], cols: int, samples: int = 1_
 
 
 def min_max(bits: int, block: int, samples: int = 1_000_000, seed: int = 0) -> Gmse:
-    """2^bits equally spaced levels from the least to the largest number of every block, which are both exact."""
+    """Give the GMSE of 2^bits equally spaced levels from the least to the largest number of every block, which are both exact."""
 
     def round_trip(x: Tensor) -> Tensor:
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
@@ -169,7 +169,7 @@ def min_max(bits: int, block: int, samples: int = 1_000_000, seed: int = 0) -> G
 
 
 def abs_max(levels: Tensor, block: int, samples: int = 1_000_000, seed: int = 0) -> Gmse:
-    """The nearest of `levels`, times the largest magnitude of every block; the largest level is 1."""
+    """Give the GMSE of the nearest of `levels` times the largest magnitude of every block; the largest level is 1."""
     levels = levels.double().sort().values
     edges = (levels[1:] + levels[:-1]) / 2
 
@@ -181,7 +181,7 @@ def abs_max(levels: Tensor, block: int, samples: int = 1_000_000, seed: int = 0)
 
 
 def vectors(dim: int, bits: float, samples: int = 100_000, seed: int = 0, rounds: int = 20) -> Gmse:
-    """A vector of `dim` numbers becomes the nearest of 2^(dim * bits) vectors, learned by Lloyd's rule on other samples.
+    """Give the GMSE where `dim` numbers become the nearest of 2^(dim * bits) vectors, learned by Lloyd's rule on other samples.
 
     The codebook is a local optimum: the best one may have a smaller error.
     """
@@ -208,7 +208,7 @@ def _nearest(x: Tensor, book: Tensor) -> Tensor:
 
 
 def low_rank(rank: int, rows: int, cols: int) -> Gmse:
-    """The best matrix of a rank, for a large matrix of normal numbers, by the Marchenko-Pastur law of its eigenvalues.
+    """Give the GMSE of a rank's best approximation of a large matrix of normal numbers, by the Marchenko-Pastur law.
 
     The law is exact for infinite sizes. For sides of 100 it is off by about 0.002.
     """

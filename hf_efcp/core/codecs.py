@@ -52,19 +52,19 @@ class BlockQuantizer:
         self.largest = LARGEST_INT8 if bits == 8 else LARGEST_INT4
 
     def shapes(self, *shape: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of codes and scales for numbers of `shape`."""
+        """Give the shapes of codes and scales for numbers of `shape`."""
         *lead, cols = shape
         return (*lead, -(-cols * self.bits // 8)), (*lead, -(-cols // BLOCK))
 
     def zeros(self, *shape: int, scale_dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Codes and scales of zeros of `shape`."""
+        """Give codes and scales of zeros of `shape`."""
         code_shape, scale_shape = self.shapes(*shape)
         # A scale of zero makes a block zero, whatever its codes.
         codes = torch.zeros(code_shape, dtype=torch.int8 if self.bits == 8 else torch.uint8, device=device)
         return codes, torch.zeros(scale_shape, dtype=scale_dtype, device=device)
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Codes, int8 or packed in uint8, and scales (..., blocks) of x (..., cols).
+        """Give codes, int8 or packed in uint8, and scales (..., blocks) of x (..., cols).
 
         Args:
             x: fp32 or fp64; the scales are in its dtype.
@@ -84,7 +84,7 @@ class BlockQuantizer:
         return codes.to(torch.int8) if self.bits == 8 else _pack(codes.to(torch.int8)), scale
 
     def decode(self, codes: Tensor, scale: Tensor, cols: int) -> Tensor:
-        """x (..., cols) in the dtype of the scales."""
+        """Give x (..., cols) in the dtype of the scales."""
         codes = codes if self.bits == 8 else _unpack(codes, cols)
         blocks = _blocks(codes.to(scale.dtype))
         return blocks.mul_(scale[..., None]).flatten(-2)[..., :cols]
@@ -110,12 +110,12 @@ class MinMaxQuantizer:
         self.dtype = dtype
 
     def shapes(self, *shape: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of codes, uint8, and bounds (..., runs, 2), bf16, for numbers of `shape`."""
+        """Give the shapes of codes, uint8, and bounds (..., runs, 2), bf16, for numbers of `shape`."""
         codes, runs = BlockQuantizer(4).shapes(*shape)
         return codes, (*runs, 2)
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Codes and bounds, lo and hi, of x (..., cols); code = floor((x - lo) / u + 1/2). `noise` is not used."""
+        """Give codes and bounds, lo and hi, of x (..., cols); code = floor((x - lo) / u + 1/2). `noise` is not used."""
         cols = x.shape[-1]
         lo, hi = _blocks(x, torch.inf).amin(-1), _blocks(x, -torch.inf).amax(-1)
         finite = (lo.isfinite() & hi.isfinite())[..., None]
@@ -126,18 +126,18 @@ class MinMaxQuantizer:
         return _pack_codes(codes), torch.where(finite, bounds, torch.nan)
 
     def decode(self, codes: Tensor, bounds: Tensor, cols: int) -> Tensor:
-        """x (..., cols) in `dtype`."""
+        """Give x (..., cols) in `dtype`."""
         first, unit = self._scales(bounds)
         return _blocks(unpack_codes(codes, cols).to(self.dtype)).mul_(unit).add_(first).flatten(-2)[..., :cols]
 
     def _scales(self, bounds: Tensor) -> tuple[Tensor, Tensor]:
-        """lo and u, (..., runs, 1)."""
+        """Give lo and u, (..., runs, 1)."""
         lo, hi = bounds.to(self.dtype).split(1, -1)
         return lo, (hi - lo) / INT4_MASK
 
 
 def _bf16_below(x: Tensor) -> Tensor:
-    """The largest bf16 number that is not above x, within `LARGEST_BOUND` in magnitude."""
+    """Give the largest bf16 number that is not above x, within `LARGEST_BOUND` in magnitude."""
     x = x.clamp(-LARGEST_BOUND, LARGEST_BOUND)
     single = x.float()
     single = torch.where(single > x, torch.nextafter(single, torch.full_like(single, -torch.inf)), single)
@@ -148,7 +148,7 @@ def _bf16_below(x: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor, filling: float = 0.0) -> Tensor:
-    """x (..., cols) as (..., blocks, BLOCK), or as one shorter block. The last block is filled up. May share memory with x."""
+    """Give x (..., cols) as (..., blocks, BLOCK), or as one shorter block, perhaps in x's memory. The last block is filled up."""
     cols = x.shape[-1]
     size = max(1, min(BLOCK, cols))
     if cols % size:
@@ -161,7 +161,7 @@ def _pack(codes: Tensor) -> Tensor:
 
 
 def _pack_codes(codes: Tensor) -> Tensor:
-    """Codes 0 ... 15, two to a byte."""
+    """Give codes 0 ... 15, two to a byte."""
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     codes = codes.to(torch.uint8)
@@ -173,12 +173,12 @@ def _unpack(codes: Tensor, cols: int) -> Tensor:
 
 
 def unpack_codes(codes: Tensor, cols: int) -> Tensor:
-    """Codes 0 ... 15 (..., cols), from codes that are packed two to a byte."""
+    """Give codes 0 ... 15 (..., cols), from codes that are packed two to a byte."""
     return torch.stack([codes & INT4_MASK, codes >> INT4_BITS], dim=-1).flatten(-2)[..., :cols]
 
 
 def encode_float8(x: Tensor) -> Tensor:
-    """x with |x| <= 1 as E4M3 (4 bits of exponent, 3 of mantissa), without a scale, in uint8.
+    """Give x with |x| <= 1 as E4M3 (4 bits of exponent, 3 of mantissa), without a scale, in uint8.
 
     Down to 6e-5 a number is off by at most 1/16 of itself; below, by at most 4e-6. The format is for orthonormal columns: it
     needs no maximum over a column, whose other rows may be on other processes.
@@ -187,7 +187,7 @@ def encode_float8(x: Tensor) -> Tensor:
 
 
 def decode_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers that `encode_float8` stored, exactly, in `dtype`."""
+    """Give the numbers that `encode_float8` stored, exactly, in `dtype`."""
     return codes.view(torch.float8_e4m3fn).to(dtype).mul_(1 / FLOAT8_SCALE)
 
 
@@ -213,7 +213,7 @@ class SparseCodec:
         self.blocks = full + (kept_tail > 0)
 
     def encode(self, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stored numbers (..., k) int16 and scales (..., blocks) uint8, for BlockTopK's indices and values (..., k)."""
+        """Give stored numbers (..., k) int16 and scales (..., blocks) uint8, for BlockTopK's indices and values (..., k)."""
         size, head = values.abs(), self.full * self.kept
         largest = size[..., :head].unflatten(-1, (self.full, self.kept)).amax(-1)
         if self.kept_tail:
@@ -227,12 +227,12 @@ class SparseCodec:
         return ((indices.int() << VALUE_BITS) | (codes + VALUE_ZERO)).to(torch.int16), scales
 
     def decode(self, numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Indices int64 and values in `dtype`, both (..., k). Decoding does not round."""
+        """Give indices int64 and values in `dtype`, both (..., k). Decoding does not round."""
         indices = (numbers.long() & LOWER_16_BITS) >> VALUE_BITS
         return indices, ((numbers & VALUE_MASK) - VALUE_ZERO).to(dtype).mul_(self._powers(scales, dtype))
 
     def _powers(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """2^e of every kept number's block, (..., k)."""
+        """Give 2^e of every kept number's block, (..., k)."""
         powers = (scales.int() << EXPONENT_SHIFT).view(torch.float32).to(dtype)
         head = powers[..., : self.full].repeat_interleave(self.kept, -1)
         if not self.kept_tail:

@@ -23,7 +23,7 @@ _FORGOTTEN = 1e-8
 
 
 def weights(gram: Tensor, ages: Tensor, momentum: float, nesterov: bool = False, normalized: bool = False) -> Tensor:
-    """The weights w of the vector G^T w that is preconditioned: e_j, or w_i = (1-beta) beta^age(i).
+    """Give the weights w of the vector G^T w that is preconditioned: e_j, or w_i = (1-beta) beta^age(i).
 
     Zero entries get no weight: they have no direction, and only add to the null space of K.
 
@@ -53,7 +53,7 @@ def mfac(
     entry_dtype: torch.dtype,
     centered: Tensor | None = None,
 ) -> Tensor:
-    """c = N (M K + N*damping*I)^-1 w, so that G^T c = (damping*I + G^T M G / N)^-1 G^T w.
+    """Give c = N (M K + N*damping*I)^-1 w, so that G^T c = (damping*I + G^T M G / N)^-1 G^T w.
 
     The form is M-FAC's (arXiv 2107.03356) for a preconditioned vector in the span of the window. It has no difference of two
     nearly equal vectors. Woodbury's form x/damping - G^T(...) has one, and loses 3e-2 in fp32 at damping 1e-6.
@@ -84,7 +84,7 @@ def mfac(
 
 
 def _within_span(gram: Tensor, w: Tensor, shift: Tensor, divisor: Tensor | float, entry_dtype: torch.dtype) -> Tensor:
-    """c = N (K + N*damping*I)^-1 w up to the null space of dependent entries, without eigenvalues, for which the host would wait.
+    """Give c = N (K + N*damping*I)^-1 w up to the null space of dependent entries. No eigenvalues, so the host does not wait.
 
     Let K = S R S as in `spectral`, F F^T = R + delta I, and X = (R + delta I)^-1 R, which is 1 in the span of R and nearly 0 in
     its null space. C = X^T X takes the place of the kept eigenvectors. R is outermost on both sides of C, so that the rounding
@@ -107,7 +107,7 @@ def _within_span(gram: Tensor, w: Tensor, shift: Tensor, divisor: Tensor | float
 
 
 def _solve(factor: Tensor, x: Tensor) -> Tensor:
-    """(L L^T)^-1 x for L (groups, m, m). cholesky_solve is not used, since it waits for a GPU in older versions of torch."""
+    """Give (L L^T)^-1 x for L (groups, m, m). cholesky_solve is not used, since it waits for a GPU in older versions of torch."""
     half = torch.linalg.solve_triangular(factor, x[..., None], upper=False)
     return torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
 
@@ -115,7 +115,7 @@ def _solve(factor: Tensor, x: Tensor) -> Tensor:
 def _centered_mfac(
     gram: Tensor, w: Tensor, shift: Tensor, divisor: Tensor | float, entry_dtype: torch.dtype, filled: Tensor
 ) -> Tensor:
-    """`mfac` with M K, which is not symmetric, by LU. The part of c in the null space of dependent entries is cut away."""
+    """Compute `mfac` with M K, which is not symmetric, by LU. The part of c in dependent entries' null space is cut away."""
     matrix = subtract_mean(gram, filled) + torch.diag_embed(shift.expand_as(w))
     c = divisor * torch.linalg.solve_ex(matrix, w[..., None]).result.squeeze(-1)
     bad = ~(cancellation(gram, c) <= _CANCELLATION[entry_dtype] / torch.finfo(entry_dtype).eps)
@@ -125,7 +125,7 @@ def _centered_mfac(
 
 
 def subtract_mean(x: Tensor, filled: Tensor) -> Tensor:
-    """M x with M = I - 1 1^T / n on the n filled slots, so that G^T M G / n is the entries' covariance.
+    """Give M x with M = I - 1 1^T / n on the n filled slots, so that G^T M G / n is the entries' covariance.
 
     Args:
         x: (groups, m, ...) fp64, with zeros in slots that are not filled.
@@ -143,7 +143,7 @@ def ggt(
     entry_dtype: torch.dtype,
     centered: Tensor | None = None,
 ) -> Tensor:
-    """c = D phi(D K D) D^-1 w with phi(s) = 1 / (sqrt(s) + eps), so that G^T c = ((A^T A)^1/2 + eps*I)^-1 G^T w, A = D G.
+    """Give c = D phi(D K D) D^-1 w with phi(s) = 1 / (sqrt(s) + eps), so that G^T c = ((A^T A)^1/2 + eps*I)^-1 G^T w, A = D G.
 
     With `centered`, D = I and G^T c = ((G^T M G)^1/2 + eps*I)^-1 G^T w, by
 
@@ -180,18 +180,18 @@ def ggt(
 
 
 def cancellation(gram: Tensor, c: Tensor) -> Tensor:
-    """kappa = (sum c_i^2 |g_i|^2)^1/2 / |G^T c| for each Gram matrix: 1 to 3 is healthy; 0 for a zero update of zero entries."""
+    """Give kappa = (sum c_i^2 |g_i|^2)^1/2 / |G^T c| for each Gram matrix. 1 to 3 is healthy; a zero update has 0."""
     terms = (c.square() * gram.diagonal(dim1=-2, dim2=-1)).sum(-1).sqrt()
     return torch.where(terms > 0, terms / quadratic(gram, c).sqrt(), 0.0)
 
 
 def quadratic(gram: Tensor, c: Tensor) -> Tensor:
-    """|G^T c|^2 = c^T K c, (groups,), at least 0."""
+    """Give |G^T c|^2 = c^T K c, (groups,), at least 0."""
     return (c * _apply(gram, c)).sum(-1).clamp_min(0)
 
 
 def spectral(gram: Tensor, w: Tensor, function: Callable[[Tensor], Tensor], entry_dtype: torch.dtype) -> Tensor:
-    """function(K) w, without the null space of dependent entries.
+    """Give function(K) w, without the null space of dependent entries.
 
     The correlations R show which entries depend on each other: K = S R S with S_ii = |g_i|. In K itself, one huge gradient would
     make all others look like noise. With R = V L V^T over the kept eigenvalues, M = L^1/2 V^T S^2 V L^1/2 is G G^T in an

@@ -20,12 +20,12 @@ WAITS = {"_linalg_eigh", "_linalg_svd", "linalg_eig", "_linalg_check_errors", "l
 
 
 def readable(device: torch.device) -> bool:
-    """Whether a flag on this device can be read without waiting."""
+    """Tell whether a flag on this device can be read without waiting."""
     return kind(device) != "cuda"
 
 
 def masked(accepted: bool | Tensor, new: Tensor, old: Tensor | float) -> Tensor:
-    """`new` if the step is accepted, else `old`. With True there is nothing to do; a 0-D flag decides on its device."""
+    """Give `new` if the step is accepted, else `old`. With True there is nothing to do; a 0-D flag decides on its device."""
     return new if accepted is True else torch.where(torch.as_tensor(accepted, device=new.device), new, old)
 
 

@@ -22,12 +22,12 @@ CACHE_BYTES = 4 * 2**20
 
 
 def chunk_bytes(device: torch.device) -> int:
-    """Bytes of a temporary that is used at once: on a CPU it should stay in the cache, and on a GPU it should fill the device."""
+    """Give the bytes of a temporary that is used at once: it should stay in a CPU's cache, or fill a GPU."""
     return CACHE_BYTES if kind(device) == "cpu" else room_bytes(device)
 
 
 def room_bytes(device: torch.device) -> int:
-    """Bytes of a temporary that need not stay in the cache."""
+    """Give the bytes of a temporary that need not stay in the cache."""
     return CHUNK_BYTES.get(kind(device), CHUNK_BYTES["cuda"])
 
 
@@ -38,20 +38,20 @@ _DEPENDENT = 1e-14
 
 
 def chunks(total: int, bytes_each: int, limit: int) -> Iterator[slice]:
-    """Slices of range(total), each of at least one item, whose temporaries of `bytes_each` bytes an item stay within `limit`."""
+    """Give slices of range(total), each of at least one item. `bytes_each` bytes for each item of a slice stay within `limit`."""
     size = max(1, limit // max(1, bytes_each))
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
 
 
 def row_chunks(x: kernels.Matrices) -> list[slice]:
-    """Slices of the rows of n matrices (rows, cols), such that a temporary for each slice stays within `chunk_bytes`."""
+    """Give slices of the rows of n matrices (rows, cols), such that a temporary for each slice stays within `chunk_bytes`."""
     rows, cols = x[0].shape
     return list(chunks(rows, len(x) * cols * (8 if x[0].dtype == torch.float64 else 4), chunk_bytes(x[0].device)))
 
 
 def stacked(matrices: kernels.Matrices, rows: slice = slice(None)) -> Tensor:
-    """Rows `rows` of n matrices (rows, cols), as (n, rows, cols): a copy; for a tensor, or for n = 1, a view."""
+    """Give rows `rows` of n matrices (rows, cols), as (n, rows, cols): a copy; for a tensor, or for n = 1, a view."""
     if isinstance(matrices, Tensor):
         return matrices if rows == slice(None) else matrices[:, rows]
     return matrices[0][None, rows] if len(matrices) == 1 else torch.stack([x[rows] for x in matrices])
@@ -126,7 +126,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of rows, formed and summed in fp64. The products are exact for rows stored in fp32 or less.
+    """Give the inner products of rows, formed and summed in fp64. The products are exact for rows stored in fp32 or less.
 
     Products in fp32 would put noise of 1e-7 * max(K) into K, more than the small eigenvalues of dependent entries.
 
@@ -152,7 +152,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_scaled_(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
-    """x <- x + scale * y, for a number or a 0-D tensor on the device; returns x."""
+    """Compute x <- x + scale * y, for a number or a 0-D tensor on the device; returns x."""
     return x.addcmul_(y, scale) if isinstance(scale, Tensor) else x.add_(y, alpha=scale)
 
 
@@ -183,7 +183,7 @@ def without_noise(x: Tensor, dim: int, total: Callable[[Tensor], Tensor] = as_it
 
 
 def orthonormalize(a: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Orthonormal basis of the columns of each matrix, in the order of the columns: that of QR, up to signs.
+    """Give an orthonormal basis of the columns of each matrix, in the order of the columns: that of QR, up to signs.
 
     A column that depends on earlier columns is replaced by QR, so that the set is orthonormal. The GPU's kernel and `reduce` make
     such a column zero. (The kernel exists because libraries take one matrix after another.)
@@ -215,7 +215,7 @@ def orthonormalize(a: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) 
 
 
 def completed(a: Tensor, noise: Callable[[], Tensor], reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Orthonormal basis of the columns of each matrix, always with r columns, and the same on any number of processes.
+    """Give an orthonormal basis of the columns of each matrix, always with r columns, and the same on any number of processes.
 
     Args:
         a, reduce: see `orthonormalize`.

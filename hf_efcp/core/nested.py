@@ -22,7 +22,7 @@ def rank_scale_of(rank: int, rank_scale: str) -> float:
 
 
 def staircase(r: int, train_ranks: Sequence[int], rank_scale: str = "sqrt") -> Tensor:
-    """p_i, the sum of s_rho over the ranks rho > i of S, (r,) fp64, so that (x A * p) B is the sum of all nested adapters.
+    """Give p_i, the sum of s_rho over the ranks rho > i of S, (r,) fp64, so that (x A * p) B is the sum of all nested adapters.
 
     Columns from the largest rank on have p_i = 0, and are never trained.
 
@@ -35,20 +35,20 @@ def staircase(r: int, train_ranks: Sequence[int], rank_scale: str = "sqrt") -> T
 
 
 def masks(r: int, train_ranks: Sequence[int], rank_scale: str = "sqrt") -> Tensor:
-    """P for each rank of S alone, (len(S), r) fp64: s_rho in the first rho columns, 0 after them. DyLoRA draws one of them."""
+    """Give P for each rank of S alone, (len(S), r) fp64: s_rho in the first rho columns, 0 after them. DyLoRA draws one P."""
     columns = torch.arange(r)
     scales = torch.tensor([rank_scale_of(rank, rank_scale) for rank in train_ranks], dtype=torch.float64)
     return (columns < torch.tensor(list(train_ranks))[:, None]) * scales[:, None]
 
 
 def training_diagonals(kind: str, r: int, train_ranks: Sequence[int], rank_scale: str) -> Tensor:
-    """The diagonals P that training takes, (k, r) fp64: for DyLoRA one for each rank of S, else one."""
+    """Give the diagonals P that training takes, (k, r) fp64: for DyLoRA one for each rank of S, else one."""
     every = masks(r, train_ranks, rank_scale)
     return every if kind == "dylora" else every.sum(0, keepdim=True)
 
 
 def powers_of_two(r: int) -> list[int]:
-    """The powers of two up to r, and r: 1, 2, 4, ..., r."""
+    """Give the powers of two up to r, and r: 1, 2, 4, ..., r."""
     return sorted({2**i for i in range(r.bit_length())} | {r})
 
 

@@ -14,7 +14,7 @@ from ..kernels.constants import BF16_SHIFT, COUNTER_MASK, HASH_MASK, HASH_MULTIP
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A 32-bit integer hash, in int64 arithmetic: every input bit affects every output bit."""
+    """Give a 32-bit integer hash, in int64 arithmetic: every input bit affects every output bit."""
     x = ((x ^ (x >> 16)) * HASH_MULTIPLIER) & HASH_MASK
     x = ((x ^ (x >> 16)) * HASH_MULTIPLIER) & HASH_MASK
     return x ^ (x >> 16)
@@ -23,7 +23,7 @@ def _mix(x: Tensor) -> Tensor:
 def counted_factors(
     counter: Tensor, salt: Tensor, rows: int, cols: int, origin: tuple[int, int] = (0, 0)
 ) -> tuple[Tensor, Tensor]:
-    """The factors of `counted_bits`: (n, rows) and (n, cols) int32."""
+    """Give the factors of `counted_bits`: (n, rows) and (n, cols) int32."""
     device = salt.device
     key = _mix(_mix(counter.to(device) & COUNTER_MASK) ^ _mix(salt + SALT_OFFSET))
     row = _mix(key[:, None] ^ torch.arange(origin[0], origin[0] + rows, device=device)) | 1
@@ -32,7 +32,7 @@ def counted_factors(
 
 
 def counted_bits(counter: Tensor, salt: Tensor, rows: int, cols: int, origin: tuple[int, int] = (0, 0)) -> Tensor:
-    """Pseudo-random numbers whose upper 16 bits are uniform, (n, rows, cols) int32.
+    """Give pseudo-random numbers whose upper 16 bits are uniform, (n, rows, cols) int32.
 
     A number is the product of two odd hashes, one of the row and one of the column. The matrix has no low-rank structure, which a
     compressor would take for a gradient.
@@ -48,17 +48,17 @@ def counted_bits(counter: Tensor, salt: Tensor, rows: int, cols: int, origin: tu
 
 
 def counted_noise(counter: Tensor, salt: Tensor, rows: int, cols: int) -> Tensor:
-    """`counted_bits` as uniform numbers in (-1, 1), (n, rows, cols) fp32."""
+    """Give `counted_bits` as uniform numbers in (-1, 1), (n, rows, cols) fp32."""
     return (counted_bits(counter, salt, rows, cols) >> 16).float().add_(0.5).mul_(2 * UNIFORM_UNIT)
 
 
 def counted_uniform(counter: Tensor, salt: Tensor, rows: int, cols: int, origin: tuple[int, int] = (0, 0)) -> Tensor:
-    """`counted_bits` as uniform numbers in (0, 1), (n, rows, cols) fp32."""
+    """Give `counted_bits` as uniform numbers in (0, 1), (n, rows, cols) fp32."""
     return _upper_bits(counter, salt, rows, cols, origin).float().add_(0.5).mul_(UNIFORM_UNIT)
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, counter: Tensor, salt: Tensor, origin: tuple[int, int] = (0, 0)) -> Tensor:
-    """x (n, rows, cols) in `dtype`. To bf16, x is rounded stochastically, so that small additions survive in the mean.
+    """Give x (n, rows, cols) in `dtype`. To bf16, x is rounded stochastically, so that small additions survive in the mean.
 
     Rounding to nearest would lose every addition below 1/256 of a number. To other dtypes, x is rounded to nearest. x may be a
     part of a larger tensor, from the row and column `origin` on. It is then rounded as in the larger tensor.
@@ -73,5 +73,5 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, counter: Tensor, salt: Tenso
 
 
 def _upper_bits(counter: Tensor, salt: Tensor, rows: int, cols: int, origin: tuple[int, int]) -> Tensor:
-    """The upper 16 bits of `counted_bits`: uniform numbers 0 ... 65535, (n, rows, cols) int32."""
+    """Give the upper 16 bits of `counted_bits`: uniform numbers 0 ... 65535, (n, rows, cols) int32."""
     return counted_bits(counter, salt, rows, cols, origin).bitwise_right_shift_(16).bitwise_and_(LOWER_16_BITS)

@@ -73,7 +73,7 @@ FLOAT8 = Values("8-bit floats, none of them NaN", lambda x: (x & _NAN_FLOAT8).am
 
 
 def code_scales(bits: int) -> Values:
-    """Scales of `BlockQuantizer`'s codes: the product of a scale and the largest code is finite."""
+    """Allow scales of `BlockQuantizer` whose product with the largest code is finite."""
     largest = LARGEST_INT8 if bits == 8 else LARGEST_INT4
 
     def sure(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def code_scales(bits: int) -> Values:
 
 
 def int4(name: str, cols: int) -> Values:
-    """4-bit codes of `BlockQuantizer`, for rows of `cols` numbers. -8 is no code, but is allowed where the scale is zero."""
+    """Allow 4-bit codes of `BlockQuantizer`, for rows of `cols` numbers. -8 is no code, but allowed where the scale is zero."""
 
     def sure(x: Tensor) -> Tensor:
         low = (x & INT4_MASK).amin() > 0
@@ -105,7 +105,7 @@ BOUNDS = Values("finite bounds, the lower one first", _ordered)
 
 
 def indices(blocks: tuple[int, int, int], cols: int) -> Values:
-    """Indices of block top-k entries; `blocks` and `cols` are those of BlockTopK."""
+    """Allow indices of block top-k entries; `blocks` and `cols` are those of BlockTopK."""
     block, kept, kept_tail = blocks
     head, tail = cols // block * kept, cols % block
 
@@ -117,7 +117,7 @@ def indices(blocks: tuple[int, int, int], cols: int) -> Values:
 
 
 def sparse_codes(blocks: tuple[int, int, int], cols: int, codec: SparseCodec, dtype: torch.dtype) -> tuple[Values, Values]:
-    """Numbers and scales of `SparseCodec`; `dtype`: of the decoded values."""
+    """Allow numbers and scales of `SparseCodec`; `dtype`: of the decoded values."""
     block, kept, _ = blocks
     head, tail = cols // block * kept, cols % block
 

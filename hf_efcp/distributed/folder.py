@@ -310,7 +310,7 @@ def _pickled(stream: BinaryIO, stored: Stored) -> Tensor | None:
 
 
 def entries(folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """The last part of the name, the shape and the dtype of every tensor in a folder.
+    """Give the last part of the name, the shape and the dtype of every tensor in a folder.
 
     Raises:
         CheckpointError: see `opened`.
@@ -320,7 +320,7 @@ def entries(folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
 
 
 def names(folder: Path) -> set[str]:
-    """Names of the parameters with state in a folder to which torch.distributed.checkpoint saved {"optimizer": ...}.
+    """Give the names of the parameters with state in a folder to which torch.distributed.checkpoint saved {"optimizer": ...}.
 
     Raises:
         CheckpointError: see `opened`.

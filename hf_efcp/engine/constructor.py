@@ -19,7 +19,7 @@ class Defaults(dict[str, Any]):
     """The defaults of parameter groups. A schedule that looks here for a momentum to vary gets an OptionError: there is none."""
 
     def __contains__(self, key: object) -> bool:
-        """Whether groups have the key. torch's OneCycleLR and CyclicLR ask for the two below; their own error has no remedy."""
+        """Tell whether groups have the key. torch's OneCycleLR and CyclicLR ask for momentum; their own error has no remedy."""
         if key in ("momentum", "betas") and sys._getframe(1).f_globals.get("__name__") == "torch.optim.lr_scheduler":
             raise OptionError(
                 "cycle_momentum=True: here momentum is an option of the whole optimizer, and no schedule varies it: pass "

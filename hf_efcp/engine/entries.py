@@ -48,7 +48,7 @@ class Kinds:
         self._known = known
 
     def __contains__(self, name: object) -> bool:
-        """Whether an entry of ours may have the name."""
+        """Tell whether an entry of ours may have the name."""
         return isinstance(name, str) and (name in self._known or name in _NAMES or name.startswith(_FAMILIES))
 
 

@@ -56,14 +56,14 @@ _LONGEST_ROW = 2**20
 
 
 def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
-    """The sums of g^2 over rows and over columns, (n, rows) and (n, cols) fp64: see `core.moments.squares`."""
+    """Give the sums of g^2 over rows and over columns, (n, rows) and (n, cols) fp64: see `core.moments.squares`."""
     return _try("squares", gradients[0], gradients)
 
 
 def measure(
     gradients: Matrices, r: Tensor, c: Tensor, count: Tensor, beta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """The factors of a metric whose running means contain g: see `core.moments.measured`."""
+    """Give the factors of a metric whose running means contain g: see `core.moments.measured`."""
     return _try("measure", gradients[0], gradients, r, c, count, beta, eps)
 
 
@@ -98,17 +98,17 @@ def remember(state: Tensor, new: Tensor, alive: Tensor, accepted: bool | Tensor)
 
 
 def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> tuple[Tensor, Tensor] | None:
-    """The numbers of largest magnitude in every block of e + g: see `BlockTopK`."""
+    """Give the numbers of largest magnitude in every block of e + g: see `BlockTopK`."""
     return _try_sparse("top_k", gradients[0], gradients, error, blocks, scale)
 
 
 def extract(error: Error, gradients: Matrices, blocks: Blocks, rounding: Rounding, absent: Sequence[int]) -> Entry | None:
-    """`top_k`, and `keep` of the result of `top_k`, in one pass: see `Accumulated.extract`."""
+    """Do `top_k`, and `keep` of the result of `top_k`, in one pass: see `Accumulated.extract`."""
     return _try_sparse("extract", gradients[0], error, gradients, blocks, rounding, absent)
 
 
 def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | None = None) -> Tensor | None:
-    """Inner products of a sparse entry with a sparse window, (n, m) fp64: see `SparseWindow`.
+    """Give the inner products of a sparse entry with a sparse window, (n, m) fp64: see `SparseWindow`.
 
     With j, (1,) int64, slot j counts as the entry itself. With None, every slot counts as it is stored.
     """
@@ -116,7 +116,7 @@ def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | No
 
 
 def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor | None:
-    """Rows `rows` of G^T c, (n, rows, cols) in c's dtype, for a sparse window and c (n, m): see `SparseWindow`."""
+    """Give rows `rows` of G^T c, (n, rows, cols) in c's dtype, for a sparse window and c (n, m): see `SparseWindow`."""
     return _try_sparse("combine", stored[0][0], stored, c, cols, blocks, rows)
 
 
@@ -130,19 +130,26 @@ def apply(
     decay: float | Tensor,
     factors: Scale = None,
 ) -> bool:
-    """p <- decay * p + scale * diag(x) G^T c diag(y) for a sparse window, in place: see `SparseWindow`. Whether it was done."""
+    """Compute p <- decay * p + scale * diag(x) G^T c diag(y) for a sparse window, in place: see `SparseWindow`.
+
+    Returns:
+        Whether it was done.
+    """
     return bool(_try_sparse("apply", stored[0][0], stored, c, cols, blocks, params, scale, decay, factors))
 
 
 def adam(stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks: Blocks, rows: slice) -> Tensor | None:
-    """Rows `rows` of m / (sqrt(v) + eps), (n, rows, cols), in the dtype of the weights (n, m): see `core.sparse_window.adam`."""
+    """Give rows `rows` of m / (sqrt(v) + eps), (n, rows, cols), in the weights' dtype: see `core.sparse_window.adam`.
+
+    The weights `one` and `two` are (n, m).
+    """
     return _try_sparse("adam", stored[0][0], stored, one, two, eps, cols, blocks, rows)
 
 
 def move(
     stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks: Blocks, params: Matrices, scale: float, decay: float
 ) -> bool:
-    """p <- decay * p + scale * u in place, with u as `adam` gives it, for n matrices in any dtype. Whether it was done."""
+    """Compute p <- decay * p + scale * u in place, with `adam`'s u, for n matrices in any dtype; tell whether it was done."""
     return bool(_try_sparse("move", stored[0][0], stored, one, two, eps, cols, blocks, params, scale, decay))
 
 
@@ -174,7 +181,7 @@ def keep(
     accepted: bool | Tensor = True,
     wide: bool = False,
 ) -> bool:
-    """e <- decay * e + g - c in place, rounded as e is stored: see `Accumulated.keep`.
+    """Compute e <- decay * e + g - c in place, rounded as e is stored: see `Accumulated.keep`.
 
     Args:
         error: e.
@@ -196,17 +203,21 @@ def keep(
 
 
 def square(error: Error, cols: int, dtype: torch.dtype) -> Tensor | None:
-    """The sum of the squares of e, (n,) fp64. A row of e has `cols` numbers, which are read in `dtype`."""
+    """Give the sum of the squares of e, (n,) fp64. A row of e has `cols` numbers, which are read in `dtype`."""
     return None if error is None else _try("square", error[0], error, cols, dtype)
 
 
 def add_kept(params: Matrices, error: Error, weights: Tensor, scale: Scale) -> bool:
-    """p <- p + weight * diag(x) e diag(y) in place, for matrices in the dtype of weights (n,). Whether it was done."""
+    """Compute p <- p + weight * diag(x) e diag(y) in place, for matrices in the dtype of weights (n,).
+
+    Returns:
+        Whether it was done.
+    """
     return bool(_try("add_kept", params[0], params, error, weights, scale))
 
 
 def start(last: Tensor, step: Tensor, salts: Tensor, dead: float) -> Tensor | None:
-    """The Q that a power iteration starts from, (n, cols, r), for the Q before it (n, cols, r): see `PowerIteration.start`.
+    """Give the Q that a power iteration starts from, (n, cols, r), for the Q before it (n, cols, r): see `PowerIteration.start`.
 
     A column is dead if it is at most `dead` times as long as the longest column. A dead column is redrawn. Its random numbers
     are counted by `step` and `salts`, see `core.random.counted_bits`.
@@ -215,12 +226,12 @@ def start(last: Tensor, step: Tensor, salts: Tensor, dead: float) -> Tensor | No
 
 
 def orthonormal(a: Tensor) -> Tensor | None:
-    """An orthonormal basis of the columns of a (n, rows, r), of the same shape. Columns that depend on earlier ones become 0."""
+    """Give an orthonormal basis of the columns of a (n, rows, r), in a's shape. A column that depends on others becomes 0."""
     return _try("orthonormal", a, a)
 
 
 def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
-    """(e + g) q^T for q (n, r, cols), (n, rows, r): see `PowerIteration`.
+    """Give (e + g) q^T for q (n, r, cols), (n, rows, r): see `PowerIteration`.
 
     With `wide`, a CPU forms the product in tiles. Then r may be larger, and sums have another order. Window methods do not set
     `wide`, so that their numbers stay as they were.
@@ -229,17 +240,17 @@ def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None, wid
 
 
 def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
-    """p (e + g) for p (n, r, rows), (n, r, cols): see `PowerIteration`, and `times`."""
+    """Give p (e + g) for p (n, r, rows), (n, r, cols): see `PowerIteration`, and `times`."""
     return _try("transposed_times", p[0], gradients, error, p, scale, wide)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor | None:
-    """Inner products of rows, (n, M, N) fp64: see `core.linalg.inner`."""
+    """Give the inner products of rows, (n, M, N) fp64: see `core.linalg.inner`."""
     return _try("inner", a, a, b)
 
 
 def factor_dots(window: Entry, entry: Entry, j: Tensor) -> Tensor | None:
-    """Inner products of a low-rank entry with a window's, (n, m) fp64; slot j, (1,) int64, counts as the entry itself.
+    """Give the inner products of a low-rank entry with a window's, (n, m) fp64; slot j, (1,) int64, counts as the entry itself.
 
     Args:
         window: P (n, m, r, rows) and Q (n, m, r, cols); or codes of P, codes of Q and Q's scales, see `LowBitLowRankWindow`.
@@ -250,7 +261,7 @@ def factor_dots(window: Entry, entry: Entry, j: Tensor) -> Tensor | None:
 
 
 def dense_dots(codes: Tensor, scales: Tensor, entry: Tensor, j: Tensor) -> Tensor | None:
-    """Inner products, (n, m) fp64, of a dense entry with a window in int8, see `LowBitDenseWindow`.
+    """Give the inner products, (n, m) fp64, of a dense entry with a window in int8, see `LowBitDenseWindow`.
 
     The new entry is (n, rows, cols) in the dtype of the scales. Slot j, (1,) int64, counts as the new entry itself.
     """
@@ -258,12 +269,12 @@ def dense_dots(codes: Tensor, scales: Tensor, entry: Tensor, j: Tensor) -> Tenso
 
 
 def dense_combine(codes: Tensor, scales: Tensor, c: Tensor, rows: slice) -> Tensor | None:
-    """Rows `rows` of G^T c, (n, rows, cols), for entries in int8 and c (n, m) in the dtype of the scales."""
+    """Give rows `rows` of G^T c, (n, rows, cols), for entries in int8 and c (n, m) in the dtype of the scales."""
     return _try("dense_combine", codes, codes, scales, c, rows)
 
 
 def encode(x: Tensor, float8: bool = False, in_place: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Codes of x (..., cols), rounded to nearest: see `core.codecs`.
+    """Give codes of x (..., cols), rounded to nearest: see `core.codecs`.
 
     Args:
         x: numbers.
@@ -277,7 +288,7 @@ def encode(x: Tensor, float8: bool = False, in_place: bool = False) -> tuple[Ten
 
 
 def encode_sparse(indices: Tensor, values: Tensor, blocks: Blocks, cols: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """A sparse entry in 16 bits a number, its scales, and its decoded values: see `core.codecs.SparseCodec`."""
+    """Give a sparse entry in 16 bits a number, its scales, and its decoded values: see `core.codecs.SparseCodec`."""
     return _try("encode_sparse", values, indices, values, blocks, cols)
 
 
@@ -290,14 +301,17 @@ def store(buffer: Tensor, entry: Tensor, dim: int, j: Tensor, accepted: bool | T
 
 
 def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None = None) -> Tensor | None:
-    """c_i * factor_i diag(sizes) in bf16, for factors (n, m, r, length), c (n, m) and sizes (n, length): see `LowRankWindow`."""
+    """Give c_i * factor_i diag(sizes) in bf16, for factors (n, m, r, length), c (n, m), sizes (n, length).
+
+    It is used by `LowRankWindow`.
+    """
     return _try("scaled", factor, factor, c, sizes)
 
 
 def decode(
     codes: Tensor, scales: Tensor | None, out: tuple[torch.dtype, torch.dtype], c: Tensor | None, sizes: Tensor | None
 ) -> Tensor | None:
-    """`scaled` for codes (n, m, r, length) that `encode` made, with scales for int8 codes.
+    """Compute `scaled` for codes (n, m, r, length) that `encode` made, with scales for int8 codes.
 
     `out` holds two dtypes: that of the arithmetic and that of the result.
     """
@@ -314,7 +328,7 @@ def add(
     kept: Kept | None = None,
     first: int = 0,
 ) -> bool:
-    """p <- decay * p + scale * diag(x) (u + weight * e) diag(y) in place, for n matrices in any float dtype.
+    """Compute p <- decay * p + scale * diag(x) (u + weight * e) diag(y) in place, for n matrices in any float dtype.
 
     Args:
         params: p.

@@ -110,5 +110,5 @@ def attempt(name: str, example: Tensor, *args: Any) -> Any:
 
 
 def _launched(type: str, name: str, error: Exception) -> bool:
-    """Whether a GPU kernel may have begun to write: it worked before, and the error is not one of Triton's compiler."""
+    """Tell whether a GPU kernel may have begun to write: it worked before, and the error is not one of Triton's compiler."""
     return type != "cpu" and (type, name) in _WORKED and not error.__class__.__module__.startswith("triton")

@@ -61,7 +61,7 @@ def extract_rows(
 
 
 def extract(error: Error, gradients: Matrices, blocks: Blocks, rounding: Rounding, absent: Sequence[int]) -> Entry | None:
-    """The numbers of largest magnitude in every block of a = e + g; e <- a without them, in place.
+    """Give the numbers of largest magnitude in every block of a = e + g; e <- a without them, in place.
 
     Args:
         error: e, as `Errors` takes it.

@@ -50,7 +50,7 @@ from .cpu_tools import (
 
 @compiled
 def _mix(x):
-    """`core.random._mix`."""
+    """Compute `core.random._mix`."""
     x = ((x ^ (x >> 16)) * HASH_MULTIPLIER) & HASH_MASK
     x = ((x ^ (x >> 16)) * HASH_MULTIPLIER) & HASH_MASK
     return x ^ (x >> 16)
@@ -68,7 +68,7 @@ def column_keys(step, salt, origin, keys):
 
 @compiled
 def row_key(key, row):
-    """A row's factor of `core.random.counted_bits`, for the key that `column_keys` returned."""
+    """Give a row's factor of `core.random.counted_bits`, for the key that `column_keys` returned."""
     return np.int32(_mix(key ^ row) | 1)
 
 
@@ -78,7 +78,7 @@ def _noise(factor, key):
 
 
 def write(e, scale, a, factor, keys, single, limit):
-    """e <- a for a row, as `core.cells` does it: plain, or rounded by the hashes factor * keys.
+    """Write e <- a for a row, as `core.cells` does it: plain, or rounded by the hashes factor * keys.
 
     Args:
         e: fp32 or fp64; the bits of bf16; or int8 or packed 4-bit codes.
@@ -128,7 +128,7 @@ def _write_halves(e, scale, a, factor, keys, single, limit):
 
 @compiled
 def _encode(scale, a, factor, keys, largest_code, limit):
-    """a <- the codes of a, rounded stochastically: `core.codecs.BlockQuantizer.encode`."""
+    """Compute a <- the codes of a, rounded stochastically: `core.codecs.BlockQuantizer.encode`."""
     top, finite = np.finfo(a.dtype).max, True
     for x in range(a.size):
         finite &= abs(a[x]) <= top
@@ -143,7 +143,7 @@ def _encode(scale, a, factor, keys, largest_code, limit):
 
 @compiled(relaxed=FINITE)
 def _quantize(scale, a, factor, keys, largest_code, limit):
-    """`_encode` for finite numbers."""
+    """Do `_encode` for finite numbers."""
     tiny, half, unit = np.finfo(a.dtype).tiny, np.float32(0.5), np.float32(UNIFORM_UNIT)
     top = a.dtype.type(largest_code)
     for block in range(scale.size):
@@ -161,7 +161,7 @@ def _quantize(scale, a, factor, keys, largest_code, limit):
 
 @compiled(relaxed=CONTRACTED)
 def _subtract_product(a, p, row, q):
-    """a <- a - rows of p^T q. Four terms are subtracted in one pass over a. a is one row, or four."""
+    """Compute a <- a - rows of p^T q. Four terms are subtracted in one pass over a. a is one row, or four."""
     many = len(q)
     tiled = many - many % TILE
     if len(a) == TILE:
@@ -183,7 +183,7 @@ def _subtract_product(a, p, row, q):
 
 
 def scales_of(scale, t, row, like):
-    """The scales or bounds of a row; where there are none, the array `like`, which is not used."""
+    """Give the scales or bounds of a row; where there are none, the array `like`, which is not used."""
     raise NotImplementedError  # compiled code only
 
 
@@ -198,7 +198,7 @@ def _scales_of_compiled(scale, t, row, like):
 def keep_sparse_rows(
     lo, hi, error, scale, limit, absent, gradients, left, right, index, c, starts, cols, decay, step, salts, row_0, col_0, like
 ):
-    """e <- decay * e + g - c for some rows; the numbers of c are in the columns starts + index."""
+    """Compute e <- decay * e + g - c for some rows; the numbers of c are in the columns starts + index."""
     rows = error.shape[1]
     a, room = np.empty(cols, like.dtype), np.empty(cols, like.dtype)
     single, keys, key = np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
@@ -220,7 +220,7 @@ def keep_sparse_rows(
 def keep_low_rank_rows(
     lo, hi, error, scale, limit, absent, gradients, left, right, p, q, cols, decay, step, salts, row_0, col_0, like
 ):
-    """e <- decay * e + g - p^T q for some rows. Four rows are formed at a time."""
+    """Compute e <- decay * e + g - p^T q for some rows. Four rows are formed at a time."""
     rows = error.shape[1]
     a, room = np.empty((TILE, cols), like.dtype), np.empty(cols, like.dtype)
     single, keys, key = np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
@@ -253,7 +253,7 @@ def keep(
     accepted: bool | Tensor = True,
     wide: bool = False,
 ) -> bool:
-    """e <- decay * e + g - c in place: see `hf_efcp.kernels.keep`. c is sparse with `blocks`, and low rank without.
+    """Compute e <- decay * e + g - c in place: see `hf_efcp.kernels.keep`. c is sparse with `blocks`, and low rank without.
 
     Args:
         error: e, as `Errors` takes it.
@@ -290,7 +290,7 @@ def keep(
 
 @compiled(relaxed=REORDERED)
 def square_rows(lo, hi, error, scale, cols, like, out):
-    """out[t, row] <- the sum of the squares of a row of e, in fp64."""
+    """Compute out[t, row] <- the sum of the squares of a row of e, in fp64."""
     rows = error.shape[1]
     e, zeros = np.empty(cols, like.dtype), np.zeros(cols, like.dtype)
     for task in range(lo, hi):
@@ -303,7 +303,7 @@ def square_rows(lo, hi, error, scale, cols, like, out):
 
 @compiled(relaxed=REORDERED)
 def add_kept_rows(lo, hi, error, scale, left, right, params, weights, cols):
-    """p <- p + weight * diag(left) e diag(right) for some rows; p <- p + weight * e where left and right are empty."""
+    """Compute p <- p + weight * diag(left) e diag(right) for some rows; p <- p + weight * e where left and right are empty."""
     rows = error.shape[1]
     e, zeros = np.empty(cols, weights.dtype), np.zeros(cols, weights.dtype)
     for task in range(lo, hi):
@@ -324,7 +324,7 @@ def add_kept_rows(lo, hi, error, scale, left, right, params, weights, cols):
 
 
 def square(error: Error, cols: int, dtype: torch.dtype) -> Tensor | None:
-    """The sum of the squares of e, (n,) fp64. A row of e has `cols` numbers, which are read in `dtype`."""
+    """Give the sum of the squares of e, (n,) fp64. A row of e has `cols` numbers, which are read in `dtype`."""
     if error is None or not reads(error):
         return None
     kept, (n, rows) = Errors(error, dtype), error[0].shape[:2]
@@ -334,7 +334,7 @@ def square(error: Error, cols: int, dtype: torch.dtype) -> Tensor | None:
 
 
 def add_kept(params: Matrices, error: Error, weights: Tensor, scale: Scale) -> bool:
-    """p <- p + weight * diag(x) e diag(y) in place, for n contiguous matrices (rows, cols) and weights (n,) in their dtype.
+    """Compute p <- p + weight * diag(x) e diag(y) in place, for n contiguous matrices p, and weights (n,) in p's dtype.
 
     Returns:
         Whether it was done.

@@ -37,7 +37,7 @@ _RUN, _LONGEST_RUN = 2048, 4096
 
 @compiled(relaxed=REORDERED)
 def products(x, y, start, out):
-    """out[s] += <x, y[s]> with y from column `start` on. x is read and converted once for four rows of y."""
+    """Compute out[s] += <x, y[s]> with y from column `start` on. x is read and converted once for four rows of y."""
     many, stop = len(out), start + x.size
     for s in range(0, many - 3, 4):
         y0, y1, y2, y3 = y[s, start:stop], y[s + 1, start:stop], y[s + 2, start:stop], y[s + 3, start:stop]
@@ -68,7 +68,7 @@ def _times(lo, hi, gradients, x, y, error, scale, q, out):
 
 @compiled(relaxed=REORDERED)
 def _times_wide(lo, hi, blocks, gradients, x, y, error, scale, q, out):
-    """`_times` for blocks of four rows, whose sums have another order. The blocks depend on the shape alone."""
+    """Compute `_times` for blocks of four rows, whose sums have another order. The blocks depend on the shape alone."""
     rows, (many, cols) = out.shape[1], q.shape[1:]
     a, room = np.empty((TILE, cols), q.dtype), np.empty(cols, q.dtype)
     for task in range(lo, hi):
@@ -85,7 +85,7 @@ def _times_wide(lo, hi, blocks, gradients, x, y, error, scale, q, out):
 
 @compiled(relaxed=CONTRACTED)
 def _add_rows(a, weights, first, out):
-    """out[s] += the sum of weights[s, first + i] * a[i] over the four rows i of a, in their order."""
+    """Compute out[s] += the sum of weights[s, first + i] * a[i] over the four rows i of a, in their order."""
     many = len(out)
     for s in range(0, many - many % TILE, TILE):
         add_tile(out, weights, s, first, a)
@@ -130,7 +130,7 @@ def _inner(lo, hi, a, b, out):
 
 @compiled
 def _scaled(lo, hi, factor, c, sizes, out):
-    """out <- the bf16 bits of c * factor * sizes, rounded to nearest, ties to even; of c * factor where sizes are empty."""
+    """Compute out <- the bf16 bits of c * factor * sizes, or of c * factor where sizes are empty: nearest, ties to even."""
     rank, length = factor.shape[1:]
     slots = len(c) // max(1, len(sizes))
     single = np.empty(length, np.float32)
@@ -159,7 +159,7 @@ def _add(lo, hi, params, update, scale, decay):
 
 
 def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
-    """a q^T, (n, rows, r) in g's dtype, for a = e + g. Only a few rows of a are formed at a time.
+    """Give a q^T, (n, rows, r) in g's dtype, for a = e + g. Only a few rows of a are formed at a time.
 
     Args:
         gradients: g, n matrices (rows, cols) in fp32 or fp64.
@@ -183,7 +183,7 @@ def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None, wid
 
 
 def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
-    """p a, (n, r, cols) in g's dtype, for a = e + g and p (n, r, rows). The other arguments are those of `times`."""
+    """Give p a, (n, r, cols) in g's dtype, for a = e + g and p (n, r, rows). The other arguments are those of `times`."""
     if not fits(gradients, error, p, wide):
         return None
     g = Addresses(gradients)
@@ -196,7 +196,7 @@ def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale 
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor | None:
-    """Inner products of the rows of a (n, M, L) with those of b (n, N, L), formed and summed in fp64: (n, M, N)."""
+    """Give the inner products of the rows of a (n, M, L) with those of b (n, N, L), formed and summed in fp64: (n, M, N)."""
     if a.dtype not in DTYPES or b.shape[1] > SKINNY or b.numel() > _LONG:
         return None
     n, many, length = a.shape
@@ -215,7 +215,7 @@ def add(
     kept: Kept | None = None,
     first: int = 0,
 ) -> bool:
-    """p <- decay * p + scale * u in place. Whether it was done.
+    """Compute p <- decay * p + scale * u in place; tell whether it was done.
 
     Args:
         params: p, n contiguous matrices (rows, cols) in fp32.
@@ -237,7 +237,7 @@ def add(
 
 
 def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None = None) -> Tensor | None:
-    """c_i * factor_i diag(sizes) in bf16, rounded once.
+    """Give c_i * factor_i diag(sizes) in bf16, rounded once.
 
     Args:
         factor: (n, m, r, L) in fp32 or bf16.

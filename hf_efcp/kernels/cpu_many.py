@@ -29,20 +29,20 @@ _NAN = np.int16(0x7FC0)
 
 @compiled
 def view_at(address, shape, like):
-    """The array of this shape at an address, in the dtype of `like`."""
+    """Give the array of this shape at an address, in the dtype of `like`."""
     return numba.carray(pointer(address, like), shape)
 
 
 @compiled
 def one_number(number):
-    """An array of one number, for kernels that take an array of n numbers for n matrices."""
+    """Give an array of one number, for kernels that take an array of n numbers for n matrices."""
     one = np.empty(1, np.int64)
     one[0] = number
     return one
 
 
 def store(x, out):
-    """out <- x, both of one dimension. Where out is bf16's bits, x is rounded to nearest."""
+    """Compute out <- x, both of one dimension. Where out is bf16's bits, x is rounded to nearest."""
     raise NotImplementedError  # compiled code only
 
 
@@ -68,13 +68,13 @@ def _store_bf16(x, out):
 
 @compiled
 def error_of(row, far, like):
-    """e of a matrix, (1, rows, cols). Empty where `far`: a residual is stored at the address then, and does not enter a."""
+    """Give e of a matrix, (1, rows, cols). Empty where `far`: a residual is stored at the address then, and does not enter a."""
     return view_at(row[ERROR], (0, 0, 0) if far else (1, row[ROWS], row[COLS]), like)
 
 
 @compiled
 def factors_of(row, metric, room):
-    """x (1, rows) and y (1, cols) of the metric; both empty without a metric."""
+    """Give x (1, rows) and y (1, cols) of the metric; both empty without a metric."""
     at, rows, cols = row[IN_ROOM], row[ROWS], row[COLS]
     if not metric:
         return room[:0].reshape(0, 0), room[:0].reshape(0, 0)
@@ -114,7 +114,7 @@ def remember_one(row, like, beta, room, means):
 
 @compiled
 def add_far(row, weight, metric, room, like, error_like):
-    """p <- p + weight * S^-1 r, where r is the matrix's residual."""
+    """Compute p <- p + weight * S^-1 r, where r is the matrix's residual."""
     x, y = factors_of(row, metric, room)
     no_scale = view_at(row[ERROR], (0, 0, 0), like)
     add_kept_rows(0, row[ROWS], error_of(row, False, error_like), no_scale, x, y, one_number(row[PARAM]), weight, row[COLS])

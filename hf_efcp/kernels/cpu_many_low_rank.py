@@ -32,7 +32,7 @@ from .cpu_tools import CONTRACTED, REORDERED, compiled, read_row, real
 
 @compiled
 def _start(row, like, least):
-    """Q^T (r, cols), where Q's columns have length 1; and whether a column is dead: at most `least` times the longest."""
+    """Give Q^T (r, cols), where Q's columns have length 1; and whether a column is dead: at most `least` times the longest."""
     cols, rank = row[COLS], row[KEPT]
     warm, q, norms = view_at(row[WARM], (cols, rank), like), np.empty((rank, cols), like.dtype), np.zeros(rank)
     for k in range(cols):
@@ -74,7 +74,7 @@ def _orthonormal(a):
 
 @compiled
 def _reflect(v, square, start, x):
-    """x <- x - 2 v <v, x> / |v|^2 from `start` on; x stays as it is where |v|^2, which is `square`, is 0."""
+    """Compute x <- x - 2 v <v, x> / |v|^2 from `start` on; x stays as it is where |v|^2, which is `square`, is 0."""
     dot = 0.0
     for k in range(start, x.size):
         dot += v[k] * x[k]
@@ -86,7 +86,7 @@ def _reflect(v, square, start, x):
 
 @compiled
 def _entry(row, room):
-    """Views of the new entry in the room: P^T (r, rows) and Q^T (r, cols) as stored, and Q^T (r, cols) before rounding."""
+    """Give views of the new entry in the room: P^T (r, rows) and Q^T (r, cols) as stored, and Q^T (r, cols) before rounding."""
     rows, cols, rank = row[ROWS], row[COLS], row[KEPT]
     at = row[IN_ROOM] + 2 * rows + cols
     p = room[at : at + rank * rows].reshape(rank, rows)
@@ -173,7 +173,7 @@ def _factor_dots(row, p, q, like, m, j, dots):
 
 @compiled
 def commit_low_rank(lo, hi, table, like, error_like, window_like, m, j, metric, limit, decay, step, beta, room, means):
-    """e <- decay * e + S^-1 g - c; c goes into slot j; the warm start takes this step's Q, and the metric's state takes g."""
+    """Compute e <- decay * e + S^-1 g - c; put c into slot j, this step's Q into the warm start, g into the metric's state."""
     nothing = np.zeros(1, np.bool_)
     for t in range(lo, hi):
         row = table[t]
@@ -203,7 +203,7 @@ def commit_low_rank(lo, hi, table, like, error_like, window_like, m, j, metric, 
 
 @compiled(relaxed=CONTRACTED)
 def apply_low_rank(lo, hi, table, like, error_like, window_like, m, c, decays, weights, metric, far, room):
-    """p <- decay * p + diag(x) (sum of c_i P_i^T Q_i + weight * r) diag(y), for c (matrices, m) in the compute dtype."""
+    """Compute p <- decay * p + diag(x) (sum of c_i P_i^T Q_i + weight * r) diag(y), for c (matrices, m) in the compute dtype."""
     for t in range(lo, hi):
         row = table[t]
         rows, cols, rank = row[ROWS], row[COLS], row[KEPT]

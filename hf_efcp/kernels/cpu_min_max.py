@@ -15,7 +15,7 @@ FINITE = {"nnan", "nsz"}
 
 @compiled
 def pack(e, a, zero):
-    """e <- the codes a[x] + zero, which are 0 ... 15, two to a byte."""
+    """Compute e <- the codes a[x] + zero, which are 0 ... 15, two to a byte."""
     for i in range(a.size >> 1):
         e[i] = np.uint8((np.int32(a[2 * i]) + zero) | ((np.int32(a[2 * i + 1]) + zero) << INT4_BITS))
     if a.size % 2:
@@ -23,7 +23,7 @@ def pack(e, a, zero):
 
 
 def write_between_bounds(e, scale, a, factor, keys, single, limit):
-    """e, scale <- a for a row: `cpu_keep.write` for `core.codecs.MinMaxQuantizer`, as a part of which it is compiled."""
+    """Write e, scale <- a for a row: `cpu_keep.write` for `core.codecs.MinMaxQuantizer`, as a part of which it is compiled."""
     for run in range(len(scale)):
         part, codes = a[run * BLOCK : (run + 1) * BLOCK], e[run * BLOCK // 2 :]
         least, largest = _ends(part)
@@ -37,7 +37,7 @@ def write_between_bounds(e, scale, a, factor, keys, single, limit):
 
 
 def _ends(a):
-    """The least and the largest number of a. If a number is not finite, one of the two is not finite."""
+    """Give the least and the largest number of a. If a number is not finite, one of the two is not finite."""
     raise NotImplementedError  # compiled code only
 
 
@@ -59,7 +59,7 @@ def _ends_compiled(a):
 
 @compiled(relaxed=FINITE)
 def _encode(e, a, lo, unit):
-    """e <- the codes of a, two to a byte: `core.codecs.MinMaxQuantizer.encode`. No number is negative, so a cut is floor."""
+    """Compute e <- the codes of a, two to a byte: `core.codecs.MinMaxQuantizer.encode`. No number is negative: a cut is floor."""
     zero, top, half = a.dtype.type(0), a.dtype.type(INT4_MASK), a.dtype.type(0.5)
     by = a.dtype.type(1) if unit == 0 else unit
     for i in range(a.size >> 1):
@@ -72,7 +72,7 @@ def _encode(e, a, lo, unit):
 
 @compiled
 def _bf16_below(x):
-    """The bits, int32, of the largest bf16 number that is not above x, within the bounds: `core.codecs._bf16_below`."""
+    """Give the bits, int32, of the largest bf16 number that is not above x, within the bounds: `core.codecs._bf16_below`."""
     within = min(max(np.float64(x), -LARGEST_BOUND), LARGEST_BOUND)
     near = np.float32(within)
     single = np.nextafter(near, np.float32(-np.inf)) if near > within else near

@@ -36,7 +36,7 @@ def _add_moments(index, value, columns, by_one, by_two, first, second, places, d
 
 @compiled(relaxed=CONTRACTED)
 def _adam(lo, hi, start, indices, values, one, two, eps, columns, cols, out):
-    """Rows of m / (sqrt(v) + eps), where m is the sum of one_i c_i, and v the sum of two_i c_i^2."""
+    """Give rows of m / (sqrt(v) + eps), where m is the sum of one_i c_i, and v the sum of two_i c_i^2."""
     rows, length = out.shape[1], indices.shape[2]
     dense, squares = zeros_row(cols, out), zeros_row(cols, out)
     m, v, columns = dense[ROOM : ROOM + cols], squares[ROOM : ROOM + cols], tiled(columns, length)
@@ -57,7 +57,7 @@ def _adam(lo, hi, start, indices, values, one, two, eps, columns, cols, out):
 
 @compiled(relaxed=CONTRACTED)
 def _move(lo, hi, indices, values, one, two, eps, columns, params, like, rows, cols, scale, decay):
-    """p <- decay * p + scale * u for some rows. u is the result of `_adam`, which is 0 where the window holds no number."""
+    """Compute p <- decay * p + scale * u for some rows. u is as in `_adam`, which is 0 where the window holds no number."""
     length = indices.shape[2]
     dense, squares, columns = zeros_row(cols, one), zeros_row(cols, one), tiled(columns, length)
     first, second, base = np.empty(length, one.dtype), np.empty(length, one.dtype), np.empty(length, one.dtype)
@@ -90,7 +90,7 @@ def _move(lo, hi, indices, values, one, two, eps, columns, params, like, rows, c
 
 
 def adam(stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks: Blocks, rows: slice) -> Tensor:
-    """Rows `rows` of m / (sqrt(v) + eps) for a plain window. The weights (n, m) are fp32 or fp64, as is the result."""
+    """Give rows `rows` of m / (sqrt(v) + eps) for a plain window. The weights (n, m) are fp32 or fp64, as is the result."""
     n, all_rows, _, _ = stored[0].shape
     start, stop, _ = rows.indices(all_rows)
     out = torch.empty(n, stop - start, cols, dtype=one.dtype)
@@ -104,7 +104,7 @@ def adam(stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks
 def move(
     stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks: Blocks, params: Matrices, scale: float, decay: float
 ) -> bool:
-    """p <- decay * p + scale * u in place, with u as `adam` gives it, for n contiguous matrices in the weights' dtype or in bf16.
+    """Compute p <- decay * p + scale * u in place, with `adam`'s u, for n contiguous matrices in the weights' dtype or in bf16.
 
     Returns:
         Whether it was done.

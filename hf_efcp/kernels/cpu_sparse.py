@@ -22,7 +22,7 @@ ROOM = 2**16
 
 @compiled
 def zeros_row(cols, like):
-    """A row of zeros with room around it. Only damaged indices reach the room, so it is left unset, which saves time."""
+    """Give a row of zeros with room around it. Only damaged indices reach the room, so it is left unset, which saves time."""
     row = np.empty(cols + 2 * ROOM, like.dtype)
     row[ROOM : ROOM + cols] = 0
     return row
@@ -30,19 +30,19 @@ def zeros_row(cols, like):
 
 @compiled
 def index_of(stored, shift):
-    """The index of a kept number: a whole int16, or the upper 10 of its 16 bits (`SparseCodec`)."""
+    """Give the index of a kept number: a whole int16, or the upper 10 of its 16 bits (`SparseCodec`)."""
     return (np.int32(stored) & np.int32(LOWER_16_BITS)) >> shift
 
 
 @compiled
 def _value(stored):
-    """The value of a kept number of `SparseCodec`, in units of its block's scale."""
+    """Give the value of a kept number of `SparseCodec`, in units of its block's scale."""
     return np.float32((np.int32(stored) & np.int32(VALUE_MASK)) - np.int32(VALUE_ZERO))
 
 
 @compiled
 def _power(scale):
-    """2^e for a scale e + EXPONENT_BIAS; 0 for 0."""
+    """Give 2^e for a scale e + EXPONENT_BIAS; 0 for 0."""
     return np.int32(np.int32(scale) << np.int32(EXPONENT_SHIFT)).view(np.float32)
 
 
@@ -123,7 +123,7 @@ def dots_parts(lo, hi, parts, shift, indices, values, scales, new_indices, new_v
 
 @compiled
 def _weigh(c, scale, blocks_of, weights):
-    """Weights of the numbers of a row's window: the slot's coefficient, times the block's scale if the window has scales."""
+    """Give the weights of a row's window: the slot's coefficient, times the block's scale if the window has scales."""
     kept = blocks_of.size
     for slot in range(c.size):
         for i in range(kept):
@@ -145,7 +145,7 @@ def _sum_row(shift, index, value, columns, weights, products, places, dense):
 def update_rows(
     lo, hi, start, shift, indices, values, scales, c, columns, blocks_of, left, right, params, rows, cols, factor, decay
 ):
-    """p <- decay * p + factor * u with u = diag(left) G^T c diag(right), or u = G^T c where left and right are empty.
+    """Compute p <- decay * p + factor * u with u = diag(left) G^T c diag(right), or u = G^T c where left and right are empty.
 
     p are the matrices at the addresses `params`; u has `rows` rows of the window, from row `start` on.
     """
@@ -173,7 +173,7 @@ def update_rows(
 
 @compiled
 def tiled(columns, length):
-    """`columns`, repeated up to `length` numbers."""
+    """Give `columns`, repeated up to `length` numbers."""
     tiled = np.empty(length, np.int32)
     for j in range(length):
         tiled[j] = columns[j % columns.size]
@@ -181,7 +181,7 @@ def tiled(columns, length):
 
 
 def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | None = None) -> Tensor | None:
-    """Inner products of an entry with the window, (n, m) fp64, for indices and values (n, rows, k); None where j is given."""
+    """Give the inner products of an entry, indices and values (n, rows, k), with the window: (n, m) fp64; None if j is given."""
     if j is not None:
         return None
     n, rows, m, k = stored[0].shape
@@ -194,7 +194,7 @@ def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | No
 
 
 def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor:
-    """Rows `rows` of G^T c, (n, rows, cols) in c's dtype, for c (n, m) in fp32 or fp64."""
+    """Give rows `rows` of G^T c, (n, rows, cols) in c's dtype, for c (n, m) in fp32 or fp64."""
     u = torch.zeros(len(c), rows.stop - rows.start, cols, dtype=c.dtype)
     _updated(stored, c, blocks, rows.start, u, 1.0, 0.0, None)
     return u
@@ -210,7 +210,7 @@ def apply(
     decay: float | Tensor,
     sizes: Scale = None,
 ) -> bool:
-    """p <- decay * p + scale * u with u = diag(x) G^T c diag(y), for n matrices p (rows, cols) in c's dtype.
+    """Compute p <- decay * p + scale * u with u = diag(x) G^T c diag(y), for n matrices p (rows, cols) in c's dtype.
 
     Only a row of u is formed at a time.
 
@@ -235,7 +235,7 @@ def _updated(
 
 
 def window_arrays(stored: Stored) -> tuple[np.int32, np.ndarray, np.ndarray, np.ndarray]:
-    """The bits by which an index is shifted; indices and values (n, rows, m k); scales (n, rows, m, blocks)."""
+    """Give the bits by which an index is shifted; indices and values (n, rows, m k); scales (n, rows, m, blocks)."""
     indices, values, scales = stored
     n, _, m, _ = indices.shape
     values = indices[:1, :1, :0] if values is None else values
@@ -245,6 +245,6 @@ def window_arrays(stored: Stored) -> tuple[np.int32, np.ndarray, np.ndarray, np.
 
 
 def places_in_row(cols: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-    """`kept_places`, with columns counted in a row that has room around it."""
+    """Give `kept_places`, with columns counted in a row that has room around it."""
     starts, numbers = kept_places(cols, blocks)
     return starts + np.int32(ROOM), numbers

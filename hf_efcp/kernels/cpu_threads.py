@@ -114,5 +114,5 @@ def _in_pool(work: Callable[[], None], threads: int) -> None:
 
 @functools.cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """The pool of a process, since threads do not survive a fork. The pool starts a thread when none is idle."""
+    """Give the pool of a process, since threads do not survive a fork. The pool starts a thread when none is idle."""
     return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="hf_efcp")

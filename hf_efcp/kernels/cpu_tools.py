@@ -50,7 +50,7 @@ def compiled(function: Callable[..., Any] | None = None, *, relaxed: set[str] | 
 
 
 def real(x):
-    """The number x; if x is an integer, the number whose bf16 bits x holds."""
+    """Give the number x; if x is an integer, the number whose bf16 bits x holds."""
     raise NotImplementedError  # compiled code only
 
 
@@ -62,7 +62,7 @@ def _real(x):
 
 
 def narrowed(x, like):
-    """The number x as an element of the array `like`: itself, or the bits of the nearest bf16 number."""
+    """Give the number x as an element of the array `like`: itself, or the bits of the nearest bf16 number."""
     raise NotImplementedError  # compiled code only
 
 
@@ -75,13 +75,13 @@ def _narrowed(x, like):
 
 @compiled
 def bf16_bits(bits):
-    """The bits of the bf16 number nearest to the fp32 number whose bits are given; ties to even."""
+    """Give the bits of the bf16 number nearest to the fp32 number whose bits are given; ties to even."""
     return np.int16((bits + np.int32(HALF_BF16) + ((bits >> np.int32(BF16_SHIFT)) & np.int32(1))) >> np.int32(BF16_SHIFT))
 
 
 @intrinsic
 def pointer(typing, address, like):
-    """The address as a pointer to numbers in the dtype of the array `like`."""
+    """Give the address as a pointer to numbers in the dtype of the array `like`."""
     pointer = types.CPointer(like.dtype)
 
     def generate(context, builder, signature, args):
@@ -102,7 +102,7 @@ def _add_run(a, g, codes, at, scales, run, by):
 
 @overload(_add_run)
 def _add_run_compiled(a, g, codes, at, scales, run, by):
-    """a <- g + by * e for the numbers from `at` on, which lie in one run; scales are those of `core.codecs`."""
+    """Compute a <- g + by * e for the numbers from `at` on, which lie in one run; scales are those of `core.codecs`."""
     if codes.dtype not in (types.int8, types.uint8):  # `add_error` adds plain numbers by itself
         return lambda a, g, codes, at, scales, run, by: None
     if codes.dtype == types.int8:
@@ -127,7 +127,7 @@ def _add_between_bounds(a, g, codes, at, scales, run, by):
 
 @compiled
 def _add_halves(a, g, codes, at, zero, unit, lo, by):
-    """a <- g + by * ((code - zero) * unit + lo), for 4-bit codes: two to a byte, number 2i in the low half of byte i."""
+    """Compute a <- g + by * ((code - zero) * unit + lo), for 4-bit codes: two to a byte, number 2i in the low half of byte i."""
     odd = np.int64(at & np.uint64(1))
     if odd:
         code = (np.int32(codes[at >> np.uint64(1)]) >> np.int32(INT4_BITS)) - zero
@@ -146,14 +146,14 @@ def _add_halves(a, g, codes, at, zero, unit, lo, by):
 
 @compiled
 def bounds(scales, run, like):
-    """lo and u = (hi - lo) / 15 of a run of `core.codecs.MinMaxQuantizer`, from the bits of its bounds (runs, 2)."""
+    """Give lo and u = (hi - lo) / 15 of a run of `core.codecs.MinMaxQuantizer`, from the bits of its bounds (runs, 2)."""
     lo, hi = like.dtype.type(real(scales[run, 0])), like.dtype.type(real(scales[run, 1]))
     return lo, (hi - lo) / like.dtype.type(INT4_MASK)
 
 
 @compiled
 def add_error(a, g, error, scale, t, row, start, decay=1.0):
-    """a <- g + decay * e, for the columns from `start` on of a row of tensor t.
+    """Compute a <- g + decay * e, for the columns from `start` on of a row of tensor t.
 
     `error` is e (n, rows, cols), or empty, with `scale` empty; or codes of e, with the scales or bounds of blocks in `scale`.
     """
@@ -176,7 +176,7 @@ def add_error(a, g, error, scale, t, row, start, decay=1.0):
 
 @compiled
 def read_row(a, room, g, x, y, error, scale, t, row, start, decay=1.0):
-    """`add_error` with x[t, row] * g * y[t] in place of g; with g itself where x and y are empty. `room` is as long as a."""
+    """Do `add_error` with x[t, row] * g * y[t] in place of g; with g itself where x and y are empty. `room` is as long as a."""
     if y.size == 0:
         add_error(a, g, error, scale, t, row, start, decay)
         return
@@ -193,18 +193,18 @@ def read_row(a, room, g, x, y, error, scale, t, row, start, decay=1.0):
 
 
 def array(x: Tensor) -> np.ndarray:
-    """x for compiled functions, bf16 as its bits in int16. The array shares memory with x where x is contiguous."""
+    """Give x for compiled functions, bf16 as its bits in int16. The array shares memory with x where x is contiguous."""
     x = x.contiguous()
     return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def example(dtype: torch.dtype) -> np.ndarray:
-    """An empty array of the dtype that `array` gives for `dtype`."""
+    """Give an empty array of the dtype that `array` gives for `dtype`."""
     return array(torch.empty(0, dtype=dtype))
 
 
 def writes(params: Matrices, dtype: torch.dtype) -> bool:
-    """Whether parameters can be updated in place by numbers of `dtype`: contiguous, in this dtype, or bf16 for fp32."""
+    """Tell whether parameters can be updated in place by numbers of `dtype`: contiguous, in this dtype, or bf16 for fp32."""
     known = params[0].dtype == dtype or (params[0].dtype, dtype) == (torch.bfloat16, torch.float32)
     return known and all(p.is_contiguous() for p in params)
 
@@ -249,24 +249,24 @@ class Errors:
 
 
 def factors(scale: Scale, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """x and y for compiled functions; empty where there are none."""
+    """Give x and y for compiled functions; empty where there are none."""
     x, y = (torch.empty(0, 0, dtype=dtype),) * 2 if scale is None else scale
     return array(x), array(y)
 
 
 def reads(error: Error) -> bool:
-    """Whether `Errors` knows the format of e, and e is contiguous."""
+    """Tell whether `Errors` knows the format of e, and e is contiguous."""
     known = error is None or error[0].dtype in DTYPES or error[1] is not None
     return known and (error is None or all(x is None or x.is_contiguous() for x in error))
 
 
 def fits(gradients: Matrices, error: Error, factor: Tensor, wide: bool = False) -> bool:
-    """Whether kernels can multiply e + g by `factor` (n, r, ...): r is small, and they know the formats of e and g."""
+    """Tell whether kernels can multiply e + g by `factor` (n, r, ...): r is small, and they know the formats of e and g."""
     return reads(error) and factor.shape[1] <= (WIDE if wide else SKINNY) and gradients[0].dtype in (torch.float32, torch.float64)
 
 
 def kept_places(cols: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-    """For each kept number of a row: the column where its block starts, and the number of its block; both (k,) int32."""
+    """Give for each kept number of a row the column where its block starts, and the block's number; both (k,) int32."""
     block, kept, kept_tail = blocks
     full = np.repeat(np.arange(cols // block, dtype=np.int32), kept)
     number = np.append(full, np.full(kept_tail if cols % block else 0, cols // block, np.int32))

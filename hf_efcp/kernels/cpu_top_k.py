@@ -55,7 +55,7 @@ def select(bits, kept, magnitudes, lanes, words, where):
 
 @compiled
 def _bound(bits, kept, lanes):
-    """A bound that at least `kept` of `bits` reach, but not many more: the kept-th largest maximum of disjoint subsets."""
+    """Give a bound that at least `kept` of `bits` reach, but not many more: the kept-th largest maximum of disjoint subsets."""
     many = (bits.size + 1) // 2
     low, high = bits[:many], bits[many:]  # indices of slices start at 0, so that loops are vectorized
     for i in range(high.size):
@@ -131,12 +131,12 @@ def top_k_rows(lo, hi, gradients, x, y, error, scale, unsigned, block, kept, kep
 
 
 def unsigned_like(dtype: torch.dtype) -> np.ndarray:
-    """An empty array of integers as long as numbers of `dtype`."""
+    """Give an empty array of integers as long as numbers of `dtype`."""
     return np.empty(0, np.int32 if dtype.itemsize == 4 else np.int64)
 
 
 def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> Entry | None:
-    """The numbers of largest magnitude in every block of a = e + g. Only a block of a is formed at a time.
+    """Give the numbers of largest magnitude in every block of a = e + g. Only a block of a is formed at a time.
 
     Args:
         gradients: g, n matrices (rows, cols) in fp32 or fp64.

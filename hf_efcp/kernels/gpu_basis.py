@@ -41,7 +41,7 @@ _WRITTEN, _READ = 2048, 2**17
 
 @triton.jit
 def _column_squares(last, t, begin, end, cols, rank, R: tl.constexpr, BLOCK: tl.constexpr):
-    """The sums of the squares of columns, rows begin ... end, (R,) fp64."""
+    """Give the sums of the squares of columns, rows begin ... end, (R,) fp64."""
     k = tl.arange(0, R)[None, :]
     total = tl.zeros([BLOCK, R], dtype=tl.float64)
     for start in range(begin, end, BLOCK):

@@ -39,20 +39,20 @@ _16_BITS, _NOT_FINITE = tl.constexpr(constants.LOWER_16_BITS), tl.constexpr(cons
 
 @triton.jit
 def _divide(a, b):
-    """a / b for tensors, rounded to nearest as in torch. Triton's operator is less exact in fp32."""
+    """Give a / b for tensors, rounded to nearest as in torch. Triton's operator is less exact in fp32."""
     return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
 
 
 @triton.jit
 def _nearest(x):
-    """Small x, rounded to the nearest integer, ties to even: a sum with 1.5 * 2^23, or 1.5 * 2^52 in fp64, has no fraction."""
+    """Round small x to the nearest integer, ties to even: a sum with 1.5 * 2^23, or in fp64 with 1.5 * 2^52, has no fraction."""
     large = 12582912.0 if x.dtype == tl.float32 else 6755399441055744.0
     return (x + large) - large
 
 
 @triton.jit
 def _largest(x):
-    """The largest magnitude of each row of a tile, (ROWS, 1); infinity where the row has a NaN, which a maximum would lose."""
+    """Give the largest magnitude of each row of a tile, (ROWS, 1); infinity if the row has a NaN, which a maximum would lose."""
     size = tl.abs(x)
     return tl.max(tl.where(size < float("inf"), size, float("inf")), 1)[:, None]
 
@@ -61,7 +61,7 @@ def _largest(x):
 def quantized(
     a, mask, random, LARGEST: tl.constexpr, LIMIT: tl.constexpr, TINY: tl.constexpr, NEAREST: tl.constexpr
 ):  # fmt: skip
-    """Codes, int32, and scales (ROWS, 1) of a tile whose rows are runs: `core.codecs.BlockQuantizer.encode`.
+    """Give codes, int32, and scales (ROWS, 1) of a tile whose rows are runs: `core.codecs.BlockQuantizer.encode`.
 
     NEAREST rounds to nearest. Without NEAREST, the uniform numbers `random` round stochastically.
     """
@@ -79,7 +79,7 @@ def quantized(
 
 @triton.jit
 def _to_float8(x):
-    """Codes of `core.codecs.encode_float8`, int32."""
+    """Give codes of `core.codecs.encode_float8`, int32."""
     y = (x * _FLOAT8_SCALE).to(tl.float32)
     bits = y.to(tl.int32, bitcast=True)
     sign, bits = (bits >> 24) & 128, bits & 0x7FFFFFFF
@@ -91,13 +91,13 @@ def _to_float8(x):
 
 @triton.jit
 def _power(scale, like):
-    """2^e for a scale of `core.codecs.SparseCodec`, in the type that `like` points to."""
+    """Give 2^e for a scale of `core.codecs.SparseCodec`, in the type that `like` points to."""
     return (scale.to(tl.int32) << _SHIFT).to(tl.float32, bitcast=True).to(like.dtype.element_ty)
 
 
 @triton.jit
 def unpacked(number, scale, like):
-    """Indices, int32, and values, in the type that `like` points to, from numbers and scales of `core.codecs.SparseCodec`."""
+    """Give indices, int32, and values, in the type that `like` points to, for numbers and scales of `core.codecs.SparseCodec`."""
     number = number.to(tl.int32)
     value = ((number & _VALUE_MASK) - _VALUE_ZERO).to(like.dtype.element_ty) * _power(scale, like)
     return (number & _16_BITS) >> _VALUE_BITS, value
@@ -105,7 +105,7 @@ def unpacked(number, scale, like):
 
 @triton.jit
 def _exponent(x):
-    """The least e with x <= 2^e, int32, within the exponents of fp32's normal numbers; 0 for x = 0."""
+    """Give the least e with x <= 2^e, int32, within the exponents of fp32's normal numbers; 0 for x = 0."""
     if x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True)
         e = (bits >> _SHIFT) - _BIAS + ((bits & _FRACTION) != 0).to(tl.int32)
@@ -237,7 +237,7 @@ def encode_sparse(indices: Tensor, values: Tensor, blocks: Blocks, cols: int) ->
 
 
 def dense_dots(codes: Tensor, scales: Tensor, entry: Tensor, j: Tensor) -> Tensor:
-    """Give inner products with a window in int8, (n, m) fp64, formed and summed in fp64; see `hf_efcp.kernels.dense_dots`."""
+    """Give the inner products with a window in int8, (n, m) fp64, formed and summed in fp64; see `hf_efcp.kernels.dense_dots`."""
     n, m, rows, cols = codes.shape
     slots, length = min(_SLOTS, power_of_2(m)), min(_LENGTH, power_of_2(rows * cols))
     programs = n * cdiv(m, slots)

@@ -52,7 +52,7 @@ def _without_sparse(
     a, indices, values, t, row, col, first, inside, rows, cols, per_row, block, kept, kept_tail,
     MOST: tl.constexpr, IN_ONE: tl.constexpr,
 ):  # fmt: skip
-    """A tile without the kept numbers of its blocks.
+    """Give a tile without the kept numbers of its blocks.
 
     The index of a kept number is compared with every column of the block, so an index out of range meets none. IN_ONE: the whole
     tile lies in one block, so that a kept number is loaded once for a row of the tile.
@@ -71,7 +71,7 @@ def _without_sparse(
 
 @triton.jit
 def _without_low_rank(a, p, q, t, row, col, down, across, rows, cols, RANK: tl.constexpr):
-    """A tile without p^T q."""
+    """Give a tile without p^T q."""
     for s in range(RANK):
         left = tl.load(p + (t * RANK + s) * rows + row, mask=down, other=0.0).to(a.dtype)
         right = tl.load(q + (t * RANK + s) * cols + col, mask=across, other=0.0).to(a.dtype)
@@ -190,7 +190,7 @@ def keep(
 
 
 def _widest(cols: int, block: int, coded: bool) -> tuple[int | None, bool]:
-    """The most columns of a tile (None: any number), and whether every tile then lies in one block of the entry."""
+    """Give the most columns of a tile (None: any number), and whether every tile then lies in one block of the entry."""
     if cols <= block:
         return BLOCK if coded else None, True
     divisor = block & -block

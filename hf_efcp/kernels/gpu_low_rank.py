@@ -134,7 +134,7 @@ def _padded(rank: int) -> int:
 
 
 def _tile(rank: int, of_products: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a tile."""
+    """Give rows and columns of a tile."""
     return of_products if _padded(rank) >= _SHORTEST.value else _FEW_TILE
 
 

@@ -71,7 +71,7 @@ def _squares(
 
 @triton.jit
 def _added(partial, t, many, place, length, RUN: tl.constexpr, ADDED: tl.constexpr):
-    """The sums of partial (n, many, length) over its `many` parts, at some places of tensor t: (RUN,)."""
+    """Give the sums of partial (n, many, length) over its `many` parts, at some places of tensor t: (RUN,)."""
     total = tl.zeros([ADDED, RUN], dtype=tl.float64)
     for start in range(0, many, ADDED):
         i = start + tl.arange(0, ADDED)[:, None]
@@ -83,7 +83,7 @@ def _added(partial, t, many, place, length, RUN: tl.constexpr, ADDED: tl.constex
 
 @triton.jit
 def _root(d):
-    """d^(1/2), and d^(-1/4): 0 where d is 0, NaN where d is not finite."""
+    """Give d^(1/2), and d^(-1/4): 0 where d is 0, NaN where d is not finite."""
     root = tl.sqrt(d)
     return root, tl.where(d == 0, 0.0, 1 / tl.sqrt(tl.where(d == 0, 1.0, root)) + 0 * d)
 

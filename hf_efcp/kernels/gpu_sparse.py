@@ -213,6 +213,6 @@ def apply(
 
 
 def _arrays(stored: Stored) -> tuple[Tensor, Tensor, Tensor]:
-    """The window's tensors. The first one takes the place of a tensor that the format does not have."""
+    """Give the window's tensors. The first one takes the place of a tensor that the format does not have."""
     first, values, scales = stored
     return first, first if values is None else values, first if scales is None else scales

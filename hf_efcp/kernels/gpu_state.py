@@ -29,7 +29,7 @@ _LONGEST = 2**20
 
 @triton.jit
 def _accepted(flag, MASKED: tl.constexpr):
-    """Whether the step is accepted: 1 or 0."""
+    """Tell whether the step is accepted: 1 or 0."""
     accepted = 1
     if MASKED:
         accepted = tl.load(flag).to(tl.int32)
@@ -38,7 +38,7 @@ def _accepted(flag, MASKED: tl.constexpr):
 
 @triton.jit
 def _mixed(old, new, LARGEST: tl.constexpr, BETA: tl.constexpr):
-    """beta old + (1 - beta) new in fp64, cut to the largest number that the state can hold."""
+    """Give beta old + (1 - beta) new in fp64, cut to the largest number that the state can hold."""
     beta, largest = tl.full([], BETA, tl.float64), tl.full([], LARGEST, tl.float64)
     mean = old.to(tl.float64) + (1 - beta) * (new - old.to(tl.float64))
     return tl.where(mean > largest, largest, mean)
@@ -226,5 +226,5 @@ def remember(state: Tensor, new: Tensor, alive: Tensor, accepted: Tensor | bool)
 
 
 def _flag(accepted: Tensor | bool, other: Tensor) -> Tensor:
-    """The flag, on the device of `other`. Without a flag, `other`: the kernel does not read it."""
+    """Give the flag, on the device of `other`. Without a flag, `other`: the kernel does not read it."""
     return accepted.to(other.device) if isinstance(accepted, Tensor) else other

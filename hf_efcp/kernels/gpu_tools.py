@@ -44,13 +44,13 @@ _PROGRAMS, _FEWEST_BLOCKS = 512, 2
 
 @triton.jit
 def matrix(table, t, like):
-    """The address of matrix t, as a pointer of the type of `like`; 0 for a matrix that the kernel leaves out."""
+    """Give the address of matrix t, as a pointer of the type of `like`; 0 for a matrix that the kernel leaves out."""
     return tl.load(table + t).to(like.dtype)
 
 
 @triton.jit
 def mix(x):
-    """`core.random._mix` of int64 numbers, which are below 2^63."""
+    """Compute `core.random._mix` of int64 numbers, which are below 2^63."""
     x = ((x ^ (x >> 16)) * _MULTIPLIER) & _MASK
     x = ((x ^ (x >> 16)) * _MULTIPLIER) & _MASK
     return x ^ (x >> 16)
@@ -58,37 +58,37 @@ def mix(x):
 
 @triton.jit
 def tensor_key(step, salt):
-    """The key of a tensor's counted numbers, for `row_factors` and `col_factors`. `step` and `salt` are addresses."""
+    """Give the key of a tensor's counted numbers, for `row_factors` and `col_factors`. `step` and `salt` are addresses."""
     return mix(mix(tl.load(step) & _COUNTER) ^ mix(tl.load(salt) + _SALT))
 
 
 @triton.jit
 def row_factors(key, row):
-    """The rows' factors of `core.random.counted_bits`, int32."""
+    """Give the rows' factors of `core.random.counted_bits`, int32."""
     return (mix(key ^ row) | 1).to(tl.int32, bitcast=False)
 
 
 @triton.jit
 def col_factors(key, col):
-    """The columns' factors of `core.random.counted_bits`, int32."""
+    """Give the columns' factors of `core.random.counted_bits`, int32."""
     return (mix(mix(key) ^ col) | 1).to(tl.int32, bitcast=False)
 
 
 @triton.jit
 def noise_16(rows, cols):
-    """The upper 16 bits of products of factors: uniform numbers 0 ... 65535, int32."""
+    """Give the upper 16 bits of products of factors: uniform numbers 0 ... 65535, int32."""
     return ((rows * cols) >> 16) & 0xFFFF
 
 
 @triton.jit
 def noise(rows, cols):
-    """Uniform numbers in (0, 1), fp32, from products of factors."""
+    """Give uniform numbers in (0, 1), fp32, from products of factors."""
     return (noise_16(rows, cols).to(tl.float32) + 0.5) * _UNIFORM
 
 
 @triton.jit
 def to_bf16(x, rows, cols):
-    """x in bf16, rounded stochastically as `core.random.stochastic_round` does."""
+    """Give x in bf16, rounded stochastically as `core.random.stochastic_round` does."""
     bits = x.to(tl.float32).to(tl.int32, bitcast=True) + noise_16(rows, cols)
     return (bits & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
 
@@ -105,7 +105,7 @@ def from_float8(code, like):
 
 @triton.jit
 def stored(numbers, scales, place, run, mask, like, FORMAT: tl.constexpr):
-    """Numbers at `place` of a buffer, in the type that `like` points to. Any format but INT4; the scales are at `run`."""
+    """Give numbers at `place` of a buffer, in the type that `like` points to. Any format but INT4; the scales are at `run`."""
     code = tl.load(numbers + place, mask=mask, other=0)
     if FORMAT == _INT8:
         x = code.to(like.dtype.element_ty) * tl.load(scales + run, mask=mask, other=0.0)
@@ -118,7 +118,7 @@ def stored(numbers, scales, place, run, mask, like, FORMAT: tl.constexpr):
 
 @triton.jit
 def error_tile(error, scales, t, row, col, mask, rows, cols, like, FORMAT: tl.constexpr):
-    """Numbers of e at (row, col) of tensor t, in the type that `like` points to.
+    """Give numbers of e at (row, col) of tensor t, in the type that `like` points to.
 
     Args:
         error, scales: e of n matrices (rows, cols) in the format FORMAT. `scales` are read for codes only.
@@ -141,7 +141,7 @@ def accumulated_at(
     gradient, error, scales, left, right, t, row, col, mask, rows, cols, DECAY: tl.constexpr, FORMAT: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
-    """`accumulated_tile`, for a loop that has already found the address of g, which is the matrix of tensor t."""
+    """Give `accumulated_tile`, for a loop that has already found the address of g, which is the matrix of tensor t."""
     a = tl.load(gradient + row * cols + col, mask=mask, other=0.0)
     if SCALED:
         x = tl.load(left + t * rows + row, mask=row < rows, other=0.0)
@@ -156,7 +156,7 @@ def accumulated_tile(
     table, like, error, scales, left, right, t, row, col, mask, rows, cols,
     DECAY: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of a = DECAY * e + diag(x) g diag(y) at (row, col) of tensor t.
+    """Give numbers of a = DECAY * e + diag(x) g diag(y) at (row, col) of tensor t.
 
     Args:
         table, like: of g, see `matrix`.
@@ -169,7 +169,7 @@ def accumulated_tile(
 
 @triton.jit
 def tile(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """This program's tile: the tensor, the rows (ROWS, 1), and the first of COLS columns. See `tiling`."""
+    """Give this program's tile: the tensor, the rows (ROWS, 1), and the first of COLS columns. See `tiling`."""
     across = tl.cdiv(cols, COLS)
     each = across * tl.cdiv(rows, ROWS)
     program = tl.program_id(0)
@@ -273,12 +273,12 @@ class Errors:
 
 
 def factors(scale: Scale, like: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """x, y, and whether there are any."""
+    """Give x, y, and whether there are any."""
     return (like, like, False) if scale is None else (scale[0].contiguous(), scale[1].contiguous(), True)
 
 
 def reads(error: Error) -> bool:
-    """Whether kernels know the format of e (not that of `MinMaxQuantizer`), and e is contiguous."""
+    """Tell whether kernels know the format of e (not that of `MinMaxQuantizer`), and e is contiguous."""
     return error is None or all(x is None or (x.ndim < 4 and x.is_contiguous()) for x in error)
 
 

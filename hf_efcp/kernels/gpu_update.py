@@ -189,12 +189,12 @@ def add(
 
 
 def _number(x: float | Tensor, double: bool, device: torch.device) -> float | Tensor:
-    """A number for a kernel. A kernel's arguments have 32 bits, so fp64 numbers are filled in on the device: nothing waits."""
+    """Give a number for a kernel, whose arguments have 32 bits: an fp64 number is filled in on the device, and nothing waits."""
     if isinstance(x, Tensor):
         return x.to(device)
     return torch.full((), x, dtype=torch.float64, device=device) if double else float(x)
 
 
 def _in_place(params: Matrices) -> bool:
-    """Whether the kernels write to p itself, rather than to a copy."""
+    """Tell whether the kernels write to p itself, rather than to a copy."""
     return all(p.is_contiguous() and not p.is_neg() for p in params)

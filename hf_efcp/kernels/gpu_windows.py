@@ -59,7 +59,7 @@ def _inner(
 def _factor_gram(
     factors, scales, entry, place, t, own, rank, length, FORMAT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Inner products of a factor's columns with the entry's columns, (R, R).
+    """Give the inner products of a factor's columns with the entry's columns, (R, R).
 
     The first `own` columns of the factor are those of the entry itself; the window has the rest.
     """
@@ -260,11 +260,11 @@ def _launch_scaled(
 
 
 def _block(length: int, sums: int) -> int:
-    """How many numbers of a row to read at once, if each number takes part in `sums` sums."""
+    """Give how many numbers of a row to read at once, if each number takes part in `sums` sums."""
     return min(_SUMS // sums, _LONGEST_BLOCK, power_of_2(length))
 
 
 def _moved(rows: int, length: int) -> tuple[int, int]:
-    """The sides of a tile for (rows, length): powers of two, so that the tile is not much larger."""
+    """Give the sides of a tile for (rows, length): powers of two, so that the tile is not much larger."""
     block = min(_MOVED, power_of_2(length))
     return min(_MOVED // block, power_of_2(rows)), block
