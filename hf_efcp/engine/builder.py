@@ -185,7 +185,7 @@ class Builder:
         return [(i, [p for p in groups[i]["params"] if counts(p)]) for i in counted(groups)]
 
     def keep_state_together(self) -> bool:
-        """Let every process hold the whole state from now on (shard="off", no process_group); tell whether it was divided."""
+        """Let every process hold the whole state from now on (shard="off", no process_group); tell whether that is a change."""
         shared = self.options.shard == "auto" or self.process_group is not None
         self.options, self.process_group = dataclasses.replace(self.options, shard="off"), None
         return shared

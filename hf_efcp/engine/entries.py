@@ -77,7 +77,7 @@ class Watch:
     Args:
         state: of the optimizer; the entries are in it.
         setup: the entries are views of its buffers.
-        gone: is called once, when nobody holds more than half of the entries' bytes any more.
+        gone: is called once, when entries with more than half of all bytes are gone.
     """
 
     def __init__(self, state: State, setup: Setup, gone: Callable[[], None]):
