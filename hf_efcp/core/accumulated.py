@@ -1,9 +1,9 @@
-"""The one operand of every method, a = e + g, and the entry c that a compressor makes of it.
+"""The operand of every method, a = e + g, and the entry c that a compressor makes of it.
 
     a.times(q) = a q,   a.transposed_times(p) = a^T p,   a.top_k(grid),   a.rows(rows),   a.keep(c): e <- a - c
 
-A large a is formed a few rows at a time, by a kernel not at all. Where processes hold some rows each, a product that sums over
-rows is summed over the processes. A method that uses nothing else runs in every format and on every placement.
+torch forms a large a a few rows at a time; a kernel does not form it. Where each process holds some rows, a product that sums
+over rows is summed over the processes. A method that uses only these operations runs in every format and on every placement.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .linalg import row_chunks, stacked
 if TYPE_CHECKING:
     from .compressors import BlockTopK
 
-# A dense entry of fewer rows, or columns, goes to the CPU kernels as one of low rank.
+# A dense entry with fewer rows, or columns, goes to the CPU kernels as a low-rank entry.
 _THIN = 8
 
 
@@ -31,12 +31,12 @@ class Accumulated:
 
     Args:
         gradients: g, n matrices (rows, cols): a list of them, or a tensor (n, rows, cols). They are not written to.
-        error: e; None: it is always 0, as nothing is lost.
+        error: e; None: e is always 0, since nothing is lost.
         absent: positions of the tensors without a gradient.
-        total: where a is some rows of matrices that several processes share: sums a tensor over the processes.
-        scale: x (n, rows) and y (n, cols): g stands for diag(x) g diag(y), see `Metric`; None: for itself.
-        decay: a = decay * e + g; other than 1 for `keep` alone.
-        wide: whether products with it may take their sums in another order: see `kernels.times`.
+        total: where a is some rows of matrices that several processes share, sums a tensor over the processes; None: a is whole.
+        scale: x (n, rows) and y (n, cols): diag(x) g diag(y) takes the place of g, see `Metric`. None: g itself.
+        decay: a = decay * e + g. Only `rows` and `keep` take a decay other than 1.
+        wide: whether sums in products with a may have another order: see `kernels.times`.
 
     Attributes:
         dtype, device: of the numbers.
@@ -62,12 +62,12 @@ class Accumulated:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(n, rows, cols), of the rows that this process has."""
+        """(n, rows, cols), with the rows that this process has."""
         rows, cols = self.gradients[0].shape
         return len(self.gradients), rows, cols
 
     def rows(self, rows: slice = ALL) -> Tensor:
-        """Form rows `rows` of a, (n, rows, cols); without e, g itself, a view or a copy."""
+        """Form rows `rows` of a, (n, rows, cols). Without e, the result is a view or a copy of g."""
         a, copied = stacked(self.gradients, rows), not isinstance(self.gradients, Tensor) and len(self.gradients) > 1
         if self.scale is not None:
             x, y = self.scale
@@ -78,7 +78,7 @@ class Accumulated:
         return a.add_(e, alpha=self.decay) if copied else torch.add(a, e, alpha=self.decay)
 
     def parts(self) -> Iterable[tuple[slice, Tensor]]:
-        """Give (rows, a) for all rows; a large a is formed a few rows at a time, anew at each call."""
+        """Give pairs (rows, these rows of a) for all rows. A large a is formed a few rows at a time, anew at each call."""
         if len(self._chunks) > 1:
             return ((rows, self.rows(rows)) for rows in self._chunks)
         if self._formed is None:
@@ -87,13 +87,13 @@ class Accumulated:
 
     def times(self, q: Tensor) -> Tensor:
         """Give a q, (n, rows, r), for q (n, cols, r)."""
-        # The factor first: CPU libraries are several times slower at a @ q and a.mT @ p.
+        # The factor comes first: CPU libraries are several times slower at a @ q and a.mT @ p.
         q = q.mT.contiguous()
         p = kernels.times(self.gradients, self._stored, q, self.scale, self.wide)
         return torch.cat([(q @ a.mT).mT for _, a in self.parts()], 1) if p is None else p
 
     def transposed_times(self, p: Tensor) -> Tensor:
-        """Give a^T p, (n, cols, r), for p (n, rows, r): summed over the processes that share the rows."""
+        """Give a^T p, (n, cols, r), for p (n, rows, r), summed over the processes that share the rows."""
         q = kernels.transposed_times(self.gradients, self._stored, p.mT, self.scale, self.wide)
         if q is None:
             q = _sum(p[:, rows].mT @ part for rows, part in self.parts())
@@ -113,7 +113,7 @@ class Accumulated:
         return indices, values
 
     def extract(self, grid: BlockTopK, step: Tensor) -> SparseEntry:
-        """Take the largest magnitudes of every block out of a: give them as an entry, keep the rest. `step` as in Compressor."""
+        """Take the largest magnitudes of every block out of a: give them as an entry, keep the rest. `step`: see Compressor."""
         if self.error is not None and (turn := self.error.turn).ok is True and self.scale is None and self.decay == 1:
             rounding = turn.step, turn.ids, turn.origin
             fast = kernels.extract(self._stored, self.gradients, grid.blocks, rounding, self.absent)
@@ -125,7 +125,7 @@ class Accumulated:
         return entry
 
     def keep(self, entry: Entry) -> None:
-        """Compute e <- a - c for the entry c as stored, where the step is accepted; a is used up."""
+        """Compute e <- a - c for the entry c as stored, if the step is accepted. Afterwards a must not be used."""
         error = self.error
         if error is None:
             return
@@ -156,7 +156,7 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
 
 
 class Entry:
-    """What the three kinds share.
+    """What the three kinds of entries share.
 
     Attributes:
         parts: the tensors that make up the entry; the first dimension is n.
@@ -178,7 +178,7 @@ class Entry:
         decay: float,
         accepted: bool | Tensor,
     ) -> bool:
-        """Compute e <- decay * e + g - c by a kernel where `accepted`, but for tensors `absent`; tell whether it was done."""
+        """Compute e <- decay * e + g - c by a kernel if `accepted`, except for tensors `absent`; tell whether it was done."""
         return False
 
 
@@ -202,7 +202,7 @@ class DenseEntry(Entry):
         decay: float,
         accepted: bool | Tensor,
     ) -> bool:
-        """See Entry. On a CPU, a thin c has its shorter side as rank, c = I c or c I; without rounding torch is faster."""
+        """See Entry. On a CPU, a thin c is given to the kernel as low rank, c = I c or c I; without rounding torch is faster."""
         (c,) = self.parts
         if kind(c.device) != "cpu":
             return kernels.keep(error, gradients, (c,), rounding, absent, None, scale, decay, accepted)
@@ -220,7 +220,7 @@ class LowRankEntry(Entry):
 
     Args:
         p, q: P^T and Q^T.
-        wide: as in Accumulated.
+        wide: see Accumulated.
     """
 
     def __init__(self, p: Tensor, q: Tensor, wide: bool = False):
@@ -228,7 +228,7 @@ class LowRankEntry(Entry):
 
     @classmethod
     def of(cls, p: Tensor, q: Tensor, wide: bool = False) -> LowRankEntry:
-        """Take P (n, rows, r) and Q (n, cols, r)."""
+        """Make the entry of P (n, rows, r) and Q (n, cols, r)."""
         return cls(p.mT.contiguous(), q.mT.contiguous(), wide)
 
     def subtract_from_(self, a: Tensor, rows: slice = ALL) -> Tensor:

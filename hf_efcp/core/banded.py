@@ -20,20 +20,20 @@ _NORMAL = NormalDist()
 
 
 def kept(theta: Tensor, density: float) -> Tensor:
-    """Mask of the largest weights, bool like theta: at least one, and round(density * n) where no two are equal."""
+    """Give the mask of the largest weights, bool like theta: at least one, and round(density * n) where no two are equal."""
     if not 0 < density <= 1:
         raise ValueError(f"density={density}: must be in (0, 1]")
     return theta.abs() >= threshold(theta, density)
 
 
 def threshold(theta: Tensor, density: float) -> Tensor:
-    """T_k, (): the least magnitude that is kept."""
+    """Give T_k, (): the least magnitude that is kept."""
     count = max(1, round(density * theta.numel()))
     return theta.abs().flatten().kthvalue(theta.numel() - count + 1).values
 
 
 def second_threshold(theta: Tensor, p: float) -> Tensor:
-    """T_p, (): RMS * Phi^-1(0.5 + p). Of normal weights the part 2 p is below it.
+    """Give T_p, (): RMS * Phi^-1(0.5 + p). The share 2 p of normal weights is below T_p.
 
     Args:
         theta: the weights.
@@ -45,12 +45,12 @@ def second_threshold(theta: Tensor, p: float) -> Tensor:
 
 
 def threshold_from_kept(theta: Tensor, density: float, a: float) -> Tensor:
-    """T_a, (), which takes the place of T_p: RMS * Phi^-1(0.5 + (1 - a) (Phi(T_k / RMS) - 0.5)).
+    """Give T_a, (), which takes the place of T_p: RMS * Phi^-1(0.5 + (1 - a) (Phi(T_k / RMS) - 0.5)).
 
     Args:
         theta: the weights.
-        density: the part that is kept.
-        a: in [0, 1]: 0 gives T_k, an empty band, as far as the weights are normal; 1 gives 0, a band from 0 to T_k.
+        density: the share that is kept.
+        a: in [0, 1]. a = 0 gives T_k, so that the band is empty. a = 1 gives 0, so that the band is from 0 to T_k.
     """
     if not 0 <= a <= 1:
         raise ValueError(f"a={a}: must be in [0, 1]")
@@ -60,10 +60,10 @@ def threshold_from_kept(theta: Tensor, density: float, a: float) -> Tensor:
 
 
 def trained(theta: Tensor, t_k: Tensor, t_p: Tensor) -> Tensor:
-    """Mask of the weights that get a gradient, bool like theta: those outside of the band between both thresholds."""
+    """Give the mask of the weights that get a gradient, bool like theta: those outside of the band between both thresholds."""
     size = theta.abs()
     outside = (size < torch.minimum(t_p, t_k)) | (size > torch.maximum(t_p, t_k))
-    return outside | (t_k == 0)  # with fewer weights than are kept there is no threshold
+    return outside | (t_k == 0)  # kept are all weights that are not zero: there is no threshold
 
 
 class _Banded(torch.autograd.Function):
@@ -80,15 +80,15 @@ class _Banded(torch.autograd.Function):
 
 
 def banded(theta: Tensor, density: float, p: float | None = None, a: float | None = None) -> Tensor:
-    """The weights to compute with, like theta: the largest, others zero; gradients reach theta outside of the band.
+    """Give the weights to compute with, like theta: the largest weights, others zero. Gradients reach theta outside of the band.
 
     Args:
         theta: the trained weights, dense.
-        density: the part that is kept, in (0, 1].
-        p, a: the second threshold, by one of the two: T_p or T_a.
+        density: the share that is kept, in (0, 1].
+        p, a: one of them gives the second threshold: T_p or T_a.
 
     Raises:
-        ValueError: a number out of its range, or not one of p and a.
+        ValueError: a number out of its range, or both or none of p and a.
     """
     if (p is None) == (a is None):
         raise ValueError(f"p={p}, a={a}: one of the two is needed")

@@ -4,7 +4,7 @@
     rho(R) = L tanh(F log_{1/4} GMSE(R))^C        GMSE(R) = E (x - R(x))^2 of x ~ N(0, 1), R with its own best scale
 
 The law was fitted to weights and activations that a model computes with. For optimizer states it is an extrapolation.
-Everything is fp64. An integral has no error but rounding; what is sampled comes with its standard error.
+All numbers are fp64. An integral has no error but rounding. A sampled number comes with its standard error.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 _NORMAL = NormalDist()
-# GMSE is kept within this and 1: below it all formats are the same.
+# GMSE is kept between this and 1. Below it all formats count as equal.
 LEAST_GMSE = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Constants of the law, as published; their errors are large (L = 1.0 +- 0.7), so that only ratios of capacities tell."""
+    """Constants of the law, as published. Their errors are large (L = 1.0 +- 0.7): only ratios of capacities mean something."""
 
     L: float
     F: float
@@ -40,7 +40,7 @@ class Gmse:
 
     Attributes:
         value: the mean.
-        error: its standard error; 0: it was integrated.
+        error: its standard error; 0 where the mean was integrated.
     """
 
     value: float
@@ -48,19 +48,19 @@ class Gmse:
 
 
 def effective_bits(gmse: float) -> float:
-    """log_{1/4} GMSE: the bits for each number of an ideal code with this error; 0 where the error is that of zeros, or more."""
+    """Give log_{1/4} GMSE: the bits for each number of an ideal code with this error; 0 where zeros have no larger error."""
     return max(0.0, -math.log(min(1.0, max(gmse, LEAST_GMSE))) / math.log(4))
 
 
 def capacity(gmse: float, fit: Fit = FITS["llama"]) -> float:
-    """rho of a GMSE: 0 where it is 1 or more (a scale that does not fit), L where it is 0."""
+    """Give rho of a GMSE: 0 where the GMSE is 1 or more (a scale that does not fit), L where the GMSE is 0."""
     return fit.L * math.tanh(fit.F * effective_bits(gmse)) ** fit.C
 
 
 def composed(capacities: Sequence[float]) -> float:
-    """The capacity of formats one after the other, sparse first and then quantized: the product.
+    """Give the capacity of formats one after the other, such as sparse and then quantized: the product of their capacities.
 
-    The paper finds the product right to 1e-3 ... 1e-2 and wrong at 2 bits.
+    The paper finds the product right to 1e-3 ... 1e-2, but wrong at 2 bits.
     """
     return math.prod(capacities)
 
@@ -69,7 +69,7 @@ def composed(capacities: Sequence[float]) -> float:
 
 
 def sparse(sparsity: float) -> Gmse:
-    """Numbers below a threshold are zero, so that this part of them is: s - 2 t phi(t), t = Phi^-1((1 + s) / 2)."""
+    """Give the GMSE where the smallest numbers, a share s of all, are zero: s - 2 t phi(t), t = Phi^-1((1 + s) / 2)."""
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity={sparsity}: must be from 0 to 1")
     if sparsity in (0, 1):
@@ -79,11 +79,11 @@ def sparse(sparsity: float) -> Gmse:
 
 
 def n_of_m(n: int, m: int) -> Gmse:
-    """The n largest of every m numbers are kept: the mean square of those that are not, by the densities of ordered numbers."""
+    """Give the GMSE where the n largest of every m numbers are kept: the others' mean square, by densities of ordered numbers."""
     if not 1 <= n <= m:
         raise ValueError(f"{n}:{m}: 1 <= n <= m is needed")
     x = torch.linspace(0, 12, 200_001, dtype=torch.float64)
-    below = torch.erf(x / math.sqrt(2))  # of |x|
+    below = torch.erf(x / math.sqrt(2))  # the share of numbers whose magnitude is below x
     density = math.sqrt(2 / math.pi) * torch.exp(-x * x / 2)
     lost = torch.zeros_like(x)
     for k in range(1, m - n + 1):  # the k-th smallest
@@ -95,7 +95,7 @@ def n_of_m(n: int, m: int) -> Gmse:
 
 
 def code(levels: Tensor) -> Gmse:
-    """Every number becomes the nearest of `levels`, (n,), integrated cell by cell."""
+    """Give the GMSE where every number becomes the nearest of `levels`, (n,), integrated cell by cell."""
     c = levels.double().sort().values
     edges = torch.cat([c.new_tensor([-torch.inf]), (c[1:] + c[:-1]) / 2, c.new_tensor([torch.inf])])
     finite = edges.clamp(-40, 40)
@@ -108,12 +108,12 @@ def code(levels: Tensor) -> Gmse:
 
 
 def scaled_code(levels: Tensor) -> Gmse:
-    """`code` at the scale of `levels` that makes the error least."""
+    """Give the GMSE of `code` at the scale of `levels` with the least error."""
     return code(at_best_scale(levels))
 
 
 def at_best_scale(levels: Tensor) -> Tensor:
-    """`levels`, (n,), at the scale that makes the error of `code` least, found by golden sections; fp64."""
+    """Give `levels`, (n,), at the scale with the least error of `code`, found by golden-section search; fp64."""
     levels = levels.double() / levels.double().abs().max()
 
     def error(log_scale: float) -> float:
@@ -129,14 +129,14 @@ def at_best_scale(levels: Tensor) -> Tensor:
 
 
 def uniform(bits: int) -> Gmse:
-    """2^bits equally spaced levels around zero, at the best distance."""
+    """Give the GMSE of 2^bits equally spaced levels around zero, at the best spacing."""
     if not 1 <= bits <= 12:
         raise ValueError(f"bits={bits}: must be an integer from 1 to 12")
     return scaled_code(torch.arange(2**bits, dtype=torch.float64) - (2**bits - 1) / 2)
 
 
 def ideal(bits: float) -> Gmse:
-    """The least error that any code with so many bits for each number can have: 4^-bits."""
+    """Give the least error of any code with this many bits for each number: 4^-bits."""
     return Gmse(4.0**-bits)
 
 
@@ -144,12 +144,12 @@ def ideal(bits: float) -> Gmse:
 
 
 def sampled(round_trip: Callable[[Tensor], Tensor], cols: int, samples: int = 1_000_000, seed: int = 0) -> Gmse:
-    """The error of any format, on so many standard normal numbers.
+    """Give the error of any format, measured on standard normal numbers.
 
     Args:
-        round_trip: (rows, cols) fp64 -> what comes back of it; rows must not depend on each other.
+        round_trip: numbers (rows, cols) fp64 -> the decoded numbers; rows must not depend on each other.
         cols: numbers in a row.
-        samples: about this many numbers; at least two rows.
+        samples: about this many numbers are drawn; at least two rows.
         seed: of the numbers.
     """
     x = torch.randn(max(2, samples // cols), cols, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -158,7 +158,7 @@ def sampled(round_trip: Callable[[Tensor], Tensor], cols: int, samples: int = 1_
 
 
 def min_max(bits: int, block: int, samples: int = 1_000_000, seed: int = 0) -> Gmse:
-    """2^bits equal steps from the least to the largest number of every block, both of them exact."""
+    """Give the GMSE of 2^bits equally spaced levels from the least to the largest number of every block, which are both exact."""
 
     def round_trip(x: Tensor) -> Tensor:
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
@@ -169,7 +169,7 @@ def min_max(bits: int, block: int, samples: int = 1_000_000, seed: int = 0) -> G
 
 
 def abs_max(levels: Tensor, block: int, samples: int = 1_000_000, seed: int = 0) -> Gmse:
-    """The nearest of `levels` times the largest magnitude of every block; the largest level is 1."""
+    """Give the GMSE of the nearest of `levels` times the largest magnitude of every block; the largest level is 1."""
     levels = levels.double().sort().values
     edges = (levels[1:] + levels[:-1]) / 2
 
@@ -181,7 +181,7 @@ def abs_max(levels: Tensor, block: int, samples: int = 1_000_000, seed: int = 0)
 
 
 def vectors(dim: int, bits: float, samples: int = 100_000, seed: int = 0, rounds: int = 20) -> Gmse:
-    """A vector of `dim` numbers becomes the nearest of 2^(dim * bits) vectors, learned by Lloyd's rule on other samples.
+    """Give the GMSE where `dim` numbers become the nearest of 2^(dim * bits) vectors, learned by Lloyd's rule on other samples.
 
     The codebook is a local optimum: the best one may have a smaller error.
     """
@@ -208,9 +208,9 @@ def _nearest(x: Tensor, book: Tensor) -> Tensor:
 
 
 def low_rank(rank: int, rows: int, cols: int) -> Gmse:
-    """The best matrix of that rank, for a large matrix of normal numbers: by the Marchenko-Pastur law of its eigenvalues.
+    """Give the GMSE of a rank's best approximation of a large matrix of normal numbers, by the Marchenko-Pastur law.
 
-    The law is that of infinite sizes: for sides of 100 it is off by about 0.002.
+    The law is exact for infinite sizes. For sides of 100 it is off by about 0.002.
     """
     short, long = min(rows, cols), max(rows, cols)
     if not 0 <= rank <= short:

@@ -1,8 +1,7 @@
-"""State, declared once: a `Spec` says what an entry of a parameter's state is, a `Cell` reads and writes it for n parameters.
+"""State, declared once: a `Spec` describes an entry of a parameter's state; a `Cell` reads and writes the entry for n parameters.
 
-Everything else follows from the specs: allocation, `state_dict`, checks at load, shards, DTensors, bytes. The format of an
-entry (plain, bf16 rounded stochastically, 8 or 4 bits with scales), the mask of a refused step and tensors without a gradient
-are the cell's business.
+Everything else follows from the specs: allocation, `state_dict`, checks at load, shards, DTensors, bytes. A cell takes care of
+the format (plain, bf16 rounded stochastically, 8 or 4 bits with scales), of refused steps, and of tensors without a gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from .random import counted_uniform, stochastic_round
 from .values import BOUNDS, Values, code_scales, int4
 
 ALL = slice(None)
-# Where a parameter is a flat piece of several: the place of each one's part in it, without padding.
+# Where a parameter is a flat piece of several parameters: the place of each one's part in the piece, without padding.
 Parts = tuple[slice, ...]
 # State name -> tensor (n, ...): the state of n parameters of one shape.
 Buffers = Mapping[str, Tensor]
@@ -42,13 +41,13 @@ def matrix_shape(p: Tensor) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A whole parameter as a matrix, by which the format of its state is chosen.
+    """A whole parameter as a matrix, which decides the format of its state.
 
     Attributes:
         rows, cols: of the 2-D view.
         dtype: of the arithmetic, and of state unless options say otherwise.
-        vector: whether the parameter has fewer than two dimensions, so that the one row itself is divided among processes.
-        parts: where the parameter is a flat piece of several (ZeRO-1 and 2); None: it is not.
+        vector: whether the parameter has fewer than two dimensions. Processes then divide its one row.
+        parts: the parts of a flat piece of several parameters (ZeRO-1 and 2); None: the parameter is no flat piece.
     """
 
     rows: int
@@ -77,14 +76,14 @@ class Spec:
         shape: of the entry, for the whole parameter.
         dtype: of the stored numbers.
         rows: the dimension that goes with the rows of the parameter's 2-D view; None: the entry does not follow the rows.
-        per: how many rows one index of that dimension covers, such as 128 for an entry of each block of 128 rows.
+        per: how many rows one index of that dimension covers. Example: 128, if there is an index for each block of 128 rows.
         window: whether the entry means nothing without the window's entries (`save_window=False` leaves it out).
-        slot: the dimension that counts the window's slots, where there is one.
-        held: who holds the entry where processes share the state: its "owner" (or the owners of its rows), "everywhere" (equal
-            copies), or "each" process its own.
+        slot: the dimension that counts the window's slots; None: there is no such dimension.
+        held: who holds the entry where processes share the state. "owner": its owner, or the owners of its rows. "everywhere":
+            all, as equal copies. "each": every process has its own.
         start: the number that a fresh entry is filled with.
-        cols: numbers in a row, where the entry is codes and one code is not one element.
-        values: the numbers that are allowed in it; None: all numbers of its dtype, see `values_of`.
+        cols: numbers in a row, where the entry is codes; None: the entry is plain.
+        values: the numbers that are allowed in the entry; None: see `values_of`.
     """
 
     name: str
@@ -101,7 +100,7 @@ class Spec:
 
     @functools.cached_property
     def kind(self) -> str:
-        """The kind that memory_footprint() counts the entry under."""
+        """The kind under which memory_footprint() counts the entry."""
         family = next((f for f in ("window", "metric") if self.name.startswith(f"{f}_")), None)
         return family or self.name.removesuffix("_scale")
 
@@ -112,13 +111,13 @@ class Spec:
 
     @property
     def slots(self) -> int:
-        """The number of the window's slots, of which a step writes one; 1 for an entry that it writes whole."""
+        """The number of the window's slots, of which a step writes one; 1 for an entry that a step writes whole."""
         return 1 if self.slot is None else self.shape[self.slot]
 
     def divided(self, p: Tensor) -> int | None:
         """Give the dimension that goes with dimension 0 of p, by which p is divided; None: the entry is not divided.
 
-        A vector is one row, so that its entries are divided, which lie in the dimension behind the rows.
+        A vector is one row. Processes divide the numbers in this row, whose dimension comes after that of the rows.
         """
         if self.rows is None or self.held != "owner":
             return None
@@ -140,14 +139,14 @@ class Spec:
 
 @dataclasses.dataclass(eq=False)
 class Turn:
-    """The present step, as the cells of n tensors have to know it.
+    """The facts on the present step that the cells of n tensors need.
 
     Attributes:
-        ids: (n,) int64, the tensors' numbers: rounding is counted by them.
-        origin: where the tensors are parts of larger ones, the row and the column at which they begin there.
-        step: 0-D int64, the number of the step: rounding is counted by it too.
-        ok: whether the step is accepted; a 0-D flag where that is known on the device only.
-        absent: positions of the tensors that have no gradient: their state stays as it is.
+        ids: (n,) int64, the tensors' numbers, which count the random numbers of rounding.
+        origin: the row and the column at which the tensors begin, where they are parts of larger ones.
+        step: 0-D int64, the number of the step, which counts the random numbers of rounding too.
+        ok: whether the step is accepted; a 0-D flag where only the device knows it.
+        absent: positions of the tensors without a gradient. Their state stays as it is.
     """
 
     ids: Tensor
@@ -158,14 +157,14 @@ class Turn:
 
 
 class Cell:
-    """An entry of the state of n tensors in a float dtype; to bf16, matrices (n, rows, cols) are rounded stochastically.
+    """An entry of the state of n tensors in a float dtype. Matrices (n, rows, cols) in bf16 are rounded stochastically.
 
     Args:
         buffer: (n, ...).
-        turn: of the stack; the stack opens it for each step.
+        turn: of the stack, which opens it for each step.
         dtype: of the numbers that are read.
-        follows: whether the entry follows the parameter's rows; one that does not is the same on every process that holds it, and
-            is rounded by the same numbers there.
+        follows: whether the entry follows the parameter's rows. An entry that does not follow them is the same on every process
+            that holds it, and is rounded by the same random numbers there.
 
     Attributes:
         stored: the buffers, for kernels.
@@ -185,11 +184,11 @@ class Cell:
         return part(self.buffer, rows).to(self.dtype)
 
     def write(self, x: Tensor, rows: slice = ALL) -> None:
-        """Store x (n, rows, ...), where the step is accepted and a tensor has a gradient."""
+        """Store x (n, rows, ...) if the step is accepted, for the tensors that have a gradient."""
         self._store(((part(self.buffer, rows), self._rounded(x, rows)),))
 
     def put(self, x: Tensor, slots: Tensor) -> None:
-        """Store x (n, rows, k) in slot slots[i], (n,) int64, of tensor i's ring (n, rows, m, k), where `write` would store."""
+        """Store x (n, rows, k) in rings (n, rows, m, k), for tensor i in slot slots[i], (n,) int64, where `write` would store."""
         place = torch.arange(len(x), device=x.device), ALL, slots
         entries = self.buffer[place]
         self._store(((entries, x.to(entries.dtype)),))
@@ -214,7 +213,7 @@ class Cell:
         return self.origin[0] + (rows.start or 0), self.origin[1]
 
     def squares(self) -> Tensor:
-        """Sum the squares of each tensor, (n,) fp64, some rows at a time."""
+        """Sum the squares of each tensor's numbers, (n,) fp64."""
         fast = kernels.square(self.stored, self.cols, self.dtype)
         if fast is not None:
             return fast
@@ -224,7 +223,7 @@ class Cell:
         return total
 
     def add_to(self, matrices: Sequence[Tensor], weights: Tensor, scale: kernels.Scale) -> None:
-        """Compute p <- p + weight * diag(x) numbers diag(y) in place.
+        """Compute p <- p + weight * diag(x) e diag(y) in place, where e are the numbers of the cell.
 
         Args:
             matrices: p, n matrices (rows, cols) in `dtype`.
@@ -241,18 +240,20 @@ class Cell:
                 p[rows] += x
 
     def square(self) -> float:
-        """Sum the squares in fp64."""
+        """Sum the squares of all numbers in fp64."""
         return float(self.squares().sum())
 
 
 class QuantizedCell(Cell):
-    """Matrices in 8 or 4 bits: with a scale for each run of a row (`BlockQuantizer`), rounded stochastically, or with two bounds.
+    """Matrices in 8 or 4 bits.
+
+    Each run of a row has a scale and is rounded stochastically (`BlockQuantizer`), or has two bounds (`MinMaxQuantizer`).
 
     Args:
         buffer: codes, int8 (n, rows, cols) or packed uint8 (n, rows, cols/2).
         scale: (n, rows, runs) in `dtype`; or the bounds (n, rows, runs, 2) of `MinMaxQuantizer`, bf16.
         cols: length of a row.
-        turn, dtype, follows: as in Cell.
+        turn, dtype, follows: see Cell.
     """
 
     def __init__(self, buffer: Tensor, scale: Tensor, cols: int, turn: Turn, dtype: torch.dtype, follows: bool = True):
@@ -277,21 +278,21 @@ class QuantizedCell(Cell):
 
 
 def part(buffer: Tensor, rows: slice) -> Tensor:
-    """Give rows `rows` of n matrices (n, rows, ...); all of a buffer of any shape for ALL."""
+    """Give rows `rows` of n matrices (n, rows, ...); for ALL, the whole buffer, of any shape."""
     return buffer if rows == ALL else buffer[:, rows]
 
 
 def matrix_specs(
     name: str, layout: Layout, dtype: torch.dtype | None, format: str = "plain", values: Values | None = None
 ) -> tuple[Spec, ...]:
-    """Declare a matrix of state like the parameter.
+    """Declare an entry of state that is a matrix like the parameter.
 
     Args:
-        name: of the entry; scales get the name with `_scale`.
+        name: of the entry. The entry of its scales has the name with `_scale`.
         layout: of the parameter.
         dtype: of a plain entry; None: the layout's.
         format: "plain", "int8", "int4" or "minmax4".
-        values: that are allowed in a plain entry, see Spec.
+        values: the numbers that are allowed in a plain entry, see Spec.
     """
     shape = (layout.rows, layout.cols)
     if format == "plain":
@@ -309,7 +310,7 @@ def matrix_specs(
 
 
 def cell(spec: Spec, buffers: Buffers, dtype: torch.dtype, turn: Turn) -> Cell:
-    """Make the cell of an entry from the stack's buffers, whose numbers are read in `dtype`."""
+    """Make the cell of an entry from the stack's buffers. Its numbers are read in `dtype`."""
     buffer, follows = buffers[spec.name], spec.rows is not None
     if spec.cols is None:
         return Cell(buffer, turn, dtype, follows)

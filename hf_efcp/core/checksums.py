@@ -1,8 +1,9 @@
-"""Checksums of tensors: a bit that flips on a disk, or bytes that were lost, are noticed when a checkpoint is read.
+"""Checksums of tensors, which show a bit that flips on a disk, or lost bytes, when a checkpoint is read.
 
-A tensor's bytes are words of 64 bits, filled up with zeros. Words are summed by blocks of 512 bytes, and block k counts 2 k + 1
-times, all modulo 2^64: a word that changes changes the sum, and so do blocks that change places. It is computed where the tensor
-is, as fast as it can be read. It is no protection against somebody who means harm: he can write the checksum, too.
+A tensor's bytes are taken as words of 64 bits, filled up with zeros. Words are summed in blocks of 512 bytes, and block k counts
+2 k + 1 times, all modulo 2^64. A word that changes changes the sum, and so do two blocks that change places. A checksum is
+computed on the tensor's device, as fast as the tensor can be read. It is no protection against an attacker, who can write the
+checksum too.
 """
 
 from __future__ import annotations

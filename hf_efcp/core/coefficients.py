@@ -1,4 +1,4 @@
-"""Coefficients c of the update u = G^T c: spectral functions of K, pure, batched over Gram matrices, in fp64.
+"""Coefficients c of the update u = G^T c: pure spectral functions of K in fp64, batched over Gram matrices.
 
 The window G holds m entries g_i, and K_ij = <g_i, g_j>.
 """
@@ -12,27 +12,27 @@ from torch import Tensor
 
 from .deferred import readable
 
-# By entry dtype. Above _CANCELLATION / eps, the sum G^T c cancels and the null space of K has to be cut away.
+# By entry dtype. Where `cancellation` is above _CANCELLATION / eps, the null space of K has to be cut away.
 _CANCELLATION = {torch.float32: 1e-5, torch.float64: 1e-10}
 # Eigenvalues of the entries' correlation matrix below this fraction of the largest are rounding noise, not directions.
 _NULL_SPACE = {torch.float32: 1e-10, torch.float64: 1e-13}
-# The same of their covariance.
+# The same fraction for the eigenvalues of the entries' covariance.
 _CENTERED_NULL_SPACE = 1e-10
-# GGT's decay: entries with a smaller D_ii are as good as forgotten, and D^-1 would blow them up.
+# GGT's decay: entries with a smaller D_ii count as forgotten, because D^-1 would blow them up.
 _FORGOTTEN = 1e-8
 
 
 def weights(gram: Tensor, ages: Tensor, momentum: float, nesterov: bool = False, normalized: bool = False) -> Tensor:
-    """The vector w that is preconditioned, in the window's span: e_j, or w_i = (1-beta) beta^age(i).
+    """Give the weights w of the vector G^T w that is preconditioned: e_j, or w_i = (1-beta) beta^age(i).
 
-    Entries that are zero get no weight: they carry no direction, only a null space.
+    Zero entries get no weight: they have no direction, and only add to the null space of K.
 
     Args:
         gram: (groups, m, m) fp64.
         ages: (m,) int64, 0 for the newest slot.
         momentum: beta in [0, 1).
         nesterov: w <- beta w + (1-beta) e_j afterwards.
-        normalized: w <- w / sum(w) before.
+        normalized: w <- w / sum(w) before that.
 
     Returns:
         (groups, m) fp64.
@@ -53,18 +53,18 @@ def mfac(
     entry_dtype: torch.dtype,
     centered: Tensor | None = None,
 ) -> Tensor:
-    """c = N (M K + N*damping*I)^-1 w, so that G^T c = (damping*I + G^T M G / N)^-1 G^T w.
+    """Give c = N (M K + N*damping*I)^-1 w, so that G^T c = (damping*I + G^T M G / N)^-1 G^T w.
 
-    This form has no difference of two nearly equal vectors, unlike Woodbury's x/damping - G^T(...), which loses 3e-2 in fp32
-    at damping 1e-6 (M-FAC, arXiv 2107.03356, with the preconditioned vector in the span of the window).
+    The form is M-FAC's (arXiv 2107.03356) for a preconditioned vector in the span of the window. It has no difference of two
+    nearly equal vectors. Woodbury's form x/damping - G^T(...) has one, and loses 3e-2 in fp32 at damping 1e-6.
 
     Args:
         gram: K, (groups, m, m) fp64.
         w: (groups, m) fp64.
         damping: a number or (groups,).
-        divisor: N, a number or 0-D tensor: m, or the number of filled slots.
+        divisor: N, a number or a 0-D tensor: m, or the number of filled slots.
         entry_dtype: the dtype in which G^T c will be summed.
-        centered: the filled slots, (m,) bool: M subtracts the mean over them, see `subtract_mean`; None: M = I.
+        centered: the filled slots, (m,) bool. M subtracts the mean over them, see `subtract_mean`. None: M = I.
 
     Returns:
         (groups, m) fp64.
@@ -84,11 +84,11 @@ def mfac(
 
 
 def _within_span(gram: Tensor, w: Tensor, shift: Tensor, divisor: Tensor | float, entry_dtype: torch.dtype) -> Tensor:
-    """c = N (K + N*damping*I)^-1 w up to the null space of dependent entries, without eigenvalues: for those a GPU is waited for.
+    """Give c = N (K + N*damping*I)^-1 w up to the null space of dependent entries. No eigenvalues, so the host does not wait.
 
-    With K = S R S as in `spectral`, F F^T = R + delta I and X = (R + delta I)^-1 R, which is 1 in the span of R and nearly 0 in
-    its null space, C = X^T X takes the place of the kept eigenvectors. R is outermost on both sides of C: the rounding errors
-    of X lie in the null space and do not reach C, where S of entries that differ in size would blow them up:
+    Let K = S R S as in `spectral`, F F^T = R + delta I, and X = (R + delta I)^-1 R, which is 1 in the span of R and nearly 0 in
+    its null space. C = X^T X takes the place of the kept eigenvectors. R is outermost on both sides of C, so that the rounding
+    errors of X, which lie in the null space, do not reach C. There S of entries of different sizes would blow them up:
 
         B = S C F,   c = N S^-1 C F^-T (N*damping*I + B^T B)^-1 B^T w
     """
@@ -107,7 +107,7 @@ def _within_span(gram: Tensor, w: Tensor, shift: Tensor, divisor: Tensor | float
 
 
 def _solve(factor: Tensor, x: Tensor) -> Tensor:
-    """(L L^T)^-1 x for L (groups, m, m). Not cholesky_solve, which waits for a GPU in older versions of torch."""
+    """Give (L L^T)^-1 x for L (groups, m, m). cholesky_solve is not used, since it waits for a GPU in older versions of torch."""
     half = torch.linalg.solve_triangular(factor, x[..., None], upper=False)
     return torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
 
@@ -115,7 +115,7 @@ def _solve(factor: Tensor, x: Tensor) -> Tensor:
 def _centered_mfac(
     gram: Tensor, w: Tensor, shift: Tensor, divisor: Tensor | float, entry_dtype: torch.dtype, filled: Tensor
 ) -> Tensor:
-    """`mfac` with M K, which is not symmetric: by LU. What dependent entries leave in the null space of K is cut away."""
+    """Compute `mfac` with M K, which is not symmetric, by LU. The part of c in dependent entries' null space is cut away."""
     matrix = subtract_mean(gram, filled) + torch.diag_embed(shift.expand_as(w))
     c = divisor * torch.linalg.solve_ex(matrix, w[..., None]).result.squeeze(-1)
     bad = ~(cancellation(gram, c) <= _CANCELLATION[entry_dtype] / torch.finfo(entry_dtype).eps)
@@ -125,10 +125,10 @@ def _centered_mfac(
 
 
 def subtract_mean(x: Tensor, filled: Tensor) -> Tensor:
-    """M x with M = I - 1 1^T / n on the n filled slots: G^T M G / n is the entries' covariance.
+    """Give M x with M = I - 1 1^T / n on the n filled slots, so that G^T M G / n is the entries' covariance.
 
     Args:
-        x: (groups, m, ...) fp64, zeros in slots that are not filled.
+        x: (groups, m, ...) fp64, with zeros in slots that are not filled.
         filled: (m,) bool.
     """
     mean = x.sum(1, keepdim=True) / filled.sum()
@@ -143,14 +143,14 @@ def ggt(
     entry_dtype: torch.dtype,
     centered: Tensor | None = None,
 ) -> Tensor:
-    """c = D phi(D K D) D^-1 w with phi(s) = 1 / (sqrt(s) + eps), so that G^T c = ((A^T A)^1/2 + eps*I)^-1 G^T w, A = D G.
+    """Give c = D phi(D K D) D^-1 w with phi(s) = 1 / (sqrt(s) + eps), so that G^T c = ((A^T A)^1/2 + eps*I)^-1 G^T w, A = D G.
 
     With `centered`, D = I and G^T c = ((G^T M G)^1/2 + eps*I)^-1 G^T w, by
 
         c = phi(0) w + M V psi(s) V^T M K w,   M K M = V diag(s) V^T,   psi(s) = (phi(s) - phi(0)) / s
 
-    Full-matrix Adagrad on the window (GGT, arXiv 1806.02958). Both sides see the decayed entries A: with the eigenvectors of
-    D K D and undecayed entries the update would be off by tens of percent.
+    This is full-matrix Adagrad on the window (GGT, arXiv 1806.02958). Both sides take the decayed entries A. The update would be
+    off by tens of percent with the eigenvectors of D K D but entries without decay.
 
     Args:
         gram: K, (groups, m, m) fp64.
@@ -165,9 +165,9 @@ def ggt(
     """
     eps = (gram.new_ones(len(gram)) * eps)[:, None]
     if centered is not None:
-        eps = torch.where(eps > 0, eps, 1.0)  # there is nothing to precondition
+        eps = torch.where(eps > 0, eps, 1.0)  # eps = 0: there is no gradient yet to precondition
         s, v = torch.linalg.eigh(subtract_mean(subtract_mean(gram, centered).mT, centered))
-        # M K M always has the eigenvalue 0, where psi is infinite.
+        # M K M always has the eigenvalue 0, at which psi is infinite.
         kept = s > _CENTERED_NULL_SPACE * s[..., -1:]
         s = torch.where(kept, s, 1.0)
         psi = torch.where(kept, (1 / (s.sqrt() + eps) - 1 / eps) / s, 0.0)
@@ -180,22 +180,22 @@ def ggt(
 
 
 def cancellation(gram: Tensor, c: Tensor) -> Tensor:
-    """kappa = (sum c_i^2 |g_i|^2)^1/2 / |G^T c| per Gram matrix: 1 to 3 when healthy; 0 for a zero update of zero entries."""
+    """Give kappa = (sum c_i^2 |g_i|^2)^1/2 / |G^T c| for each Gram matrix. 1 to 3 is healthy; a zero update has 0."""
     terms = (c.square() * gram.diagonal(dim1=-2, dim2=-1)).sum(-1).sqrt()
     return torch.where(terms > 0, terms / quadratic(gram, c).sqrt(), 0.0)
 
 
 def quadratic(gram: Tensor, c: Tensor) -> Tensor:
-    """|G^T c|^2 = c^T K c, (groups,), not below 0."""
+    """Give |G^T c|^2 = c^T K c, (groups,), at least 0."""
     return (c * _apply(gram, c)).sum(-1).clamp_min(0)
 
 
 def spectral(gram: Tensor, w: Tensor, function: Callable[[Tensor], Tensor], entry_dtype: torch.dtype) -> Tensor:
-    """function(K) w, up to the null space of dependent entries, which is cut away.
+    """Give function(K) w, without the null space of dependent entries.
 
-    Which entries depend on each other is read from their correlations, K = S R S with S_ii = |g_i|: one huge gradient would
-    otherwise make all others look like noise. With R = V L V^T over the eigenvalues kept, M = L^1/2 V^T S^2 V L^1/2 is G G^T in
-    an orthonormal basis of the span, and function(K) = S^-1 V L^-1/2 function(M) L^1/2 V^T S.
+    The correlations R show which entries depend on each other: K = S R S with S_ii = |g_i|. In K itself, one huge gradient would
+    make all others look like noise. With R = V L V^T over the kept eigenvalues, M = L^1/2 V^T S^2 V L^1/2 is G G^T in an
+    orthonormal basis of the span, and function(K) = S^-1 V L^-1/2 function(M) L^1/2 V^T S.
 
     Args:
         gram: K, (groups, m, m) fp64.
@@ -210,7 +210,7 @@ def spectral(gram: Tensor, w: Tensor, function: Callable[[Tensor], Tensor], entr
     root = torch.where(kept, eigenvalues, 0.0).sqrt()
     scaled = norms[..., None] * v * root[..., None, :]  # S V L^1/2
     s, q = torch.linalg.eigh(scaled.mT @ scaled)
-    # Beside a huge eigenvalue the small ones carry its rounding error: they are not taken for less than that.
+    # Small eigenvalues carry the rounding error of the largest: none is taken for less than this error.
     s = s.maximum(torch.finfo(s.dtype).eps * s[..., -1:])
     values = torch.where(s > 0, function(s.clamp_min(0)), 0.0)
     x = values * _apply(q.mT, _apply(scaled.mT, w))

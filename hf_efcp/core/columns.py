@@ -1,11 +1,11 @@
-"""The columns of a fixed basis that a matrix lies along most: chosen anew, and products with them (arXiv 2505.17967).
+"""The columns of a fixed basis that a matrix lies along most: their choice, and products with them (arXiv 2505.17967).
 
-A is a where its columns are the shorter side (long x short), else a^T; D is the cosine basis of the short side (`core/dct.py`).
+A (long x short) is a, or a^T where a has fewer rows than columns. D is the cosine basis of the short side (`core/dct.py`).
 
     S = A D,   i = the r columns of S of largest norm, in ascending order,   D_i = D[:, i],   h = A D_i = S[:, i]
     a's entry of h: h D_i^T, or its transpose;   |A - h D_i^T|^2 = |S|^2 - |h|^2, as D is orthonormal
 
-Where processes hold some rows of a each, S or its norms are summed over them, so that all choose alike.
+Where each process holds some rows of a, S or its norms are summed over the processes, so that all choose the same columns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from .dct import basis, transform
 from .linalg import chunk_bytes, chunks, room_bytes
 from .values import Values
 
-# Norms that differ by so many rounding errors are taken for equal: the first of them is chosen, on any number of processes.
+# Norms that differ by less than this many rounding errors count as equal. Of equal ones, the first is chosen, on any number of
+# processes.
 _ALIKE = 256
 
 
@@ -31,10 +32,10 @@ class Columns:
 
     Args:
         layout: of the whole matrices.
-        rank: r, at most; it is clamped to the shorter side.
-        ell_norm: 1 or 2, of the norm by which columns are chosen.
+        rank: the largest r. r is clamped to the shorter side.
+        ell_norm: 1 or 2, the norm by which columns are chosen.
         method: how S is formed, see `dct.transform`.
-        here: the rows that are here, where processes hold some rows each.
+        here: the rows that this process holds, where each process holds some rows.
         total: sums a tensor in place over those processes; None: the matrices are whole.
 
     Attributes:
@@ -59,7 +60,7 @@ class Columns:
 
     @classmethod
     def of(cls, s: Any, o: Any) -> Columns:
-        """Make it for a stack and the options of `ColumnsOptions`."""
+        """Make the object for a stack and the options of `ColumnsOptions`."""
         start = s.turn.origin[0]
         return cls(s.layout, o.rank, o.ell_norm, o.dct_method, slice(start, start + s.shape[0]), s.total)
 
@@ -71,7 +72,7 @@ class Columns:
             return (x[:, 1:] > x[:, :-1]).all() & (x[:, 0] >= 0).all() & (x[:, -1] <= last).all()
 
         def exact(entry: Mapping[str, Tensor]) -> Tensor:
-            return ~entry["indices"].any() & (entry["step"] == 0).all()  # as they are before the first step
+            return ~entry["indices"].any() & (entry["step"] == 0).all()  # indices before the first step are 0
 
         return Spec("indices", (self.rank,), torch.int32, values=Values(f"indices 0 ... {last}, ascending", sure, exact))
 
@@ -80,7 +81,7 @@ class Columns:
         return None if self.left else 0
 
     def choose(self, a: Accumulated) -> tuple[Tensor, Tensor]:
-        """Give i (n, r) int64, and h (n, long, r): of the rows that are here, where those are the long side."""
+        """Give i (n, r) int64, and h (n, long, r). If a's rows are the long side, h has the rows that this process holds."""
         parts = self._transformed(a)
         s = next(parts)
         norms, one = self._norms(s), True
@@ -108,7 +109,7 @@ class Columns:
                 yield self._total(torch.bmm(whole[:, some], d))
 
     def _norms(self, s: Tensor) -> Tensor:
-        """Give the columns' norms, of the 2-norm their squares, (n, short) fp64."""
+        """Give the columns' 1-norms, or the squares of their 2-norms, (n, short) fp64."""
         if self._ell == 1:
             return s.abs().sum(1).double()
         return torch.linalg.vector_norm(s, dim=1, dtype=torch.float64).square()  # squares would leave fp32's range
@@ -119,7 +120,7 @@ class Columns:
         return order[:, : self.rank].sort(dim=1).values
 
     def vectors(self, i: Tensor) -> Tensor:
-        """Give D_i^T, (n, r, short): of the rows that are here, where those are the short side."""
+        """Give D_i^T, (n, r, short). If a's rows are the short side, it is for the rows that this process holds."""
         d = basis(self.short, self.layout.dtype, i.device)
         return (d[self._here] if self.left else d).mT[i]
 
@@ -128,7 +129,7 @@ class Columns:
         return a.transposed_times(vectors.mT) if self.left else a.times(vectors.mT)
 
     def entry(self, vectors: Tensor, h: Tensor) -> LowRankEntry:
-        """Make a's entry of D_i^T and h: h D_i^T or its transpose."""
+        """Make a's entry from D_i^T and h: h D_i^T or its transpose."""
         h = h.mT.contiguous()
         return LowRankEntry(vectors, h, wide=True) if self.left else LowRankEntry(h, vectors, wide=True)
 
@@ -139,9 +140,9 @@ def picked(x: Tensor, i: Tensor) -> Tensor:
 
 
 def carried(x: Tensor, old: Tensor, new: Tensor, size: int) -> Tensor:
-    """Give x (n, long, r), which is of columns `old` (n, r) out of `size`, for columns `new`: 0 where a column was not there.
+    """Give x (n, long, r), whose columns belong to the basis columns `old` (n, r), for the basis columns `new` (n, r).
 
-    It is x D_old^T D_new, since the basis is orthonormal.
+    A basis column that was not in `old` gets 0. The result is x D_old^T D_new, since the basis of `size` columns is orthonormal.
     """
     slots = torch.arange(old.shape[1], device=old.device).expand_as(old)
     place = torch.full((len(old), size), -1, device=old.device).scatter_(1, old, slots).gather(1, new)

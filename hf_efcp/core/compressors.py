@@ -1,7 +1,7 @@
 """Compressors: from the accumulated gradient a = e + g to an entry of the window.
 
-Each has `compress(a, step)`, a pure function of its arguments and its state, and `commit()`, which makes the state that the last
-`compress` prepared the current one. A skipped step is one without `commit`, or one whose flag, in the cells' turn, says so.
+A compressor has `compress(a, step)`, a pure function of its arguments and of the compressor's state. `commit()` then makes the
+state that `compress` has prepared the current state. A refused step has no `commit`, or has a flag in the cells' turn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .deferred import readable
 from .linalg import orthonormalize
 from .random import counted_noise
 
-# A column of Q this many rounding errors long, beside the longest, is made of nothing else.
+# A column of Q is nothing but rounding errors if it is at most this many times eps as long as the longest column.
 DEAD = 32
 
 
@@ -24,11 +24,11 @@ class Compressor:
     """What every compressor offers."""
 
     def compress(self, a: Accumulated, step: Tensor) -> Entry:
-        """Make the entry of a, zero for the tensors without a gradient; `step`: 0-D int64, the number of the step."""
+        """Make the entry of a, which is zero for tensors without a gradient. `step`: the number of the step, 0-D int64."""
         raise NotImplementedError
 
     def commit(self) -> None:
-        """Keep what `compress` has prepared for the next step, where the step is accepted."""
+        """Keep the state that `compress` has prepared for the next step, if this step is accepted."""
 
 
 class Identity(Compressor):
@@ -43,9 +43,9 @@ class Identity(Compressor):
 
 
 class BlockTopK(Compressor):
-    """The entries of largest magnitude in every block of every row (EFCP, section 4; which of equal ones is open).
+    """The entries of largest magnitude in every block of every row (EFCP, section 4). Which of equal ones are kept is open.
 
-    Blocks are runs of `block_size` inside one row; the last block of a row may be shorter, and keeps at least one entry too.
+    A block is a run of `block_size` entries in a row. The last block of a row may be shorter, and keeps at least one entry too.
 
     Args:
         cols: length of a row.
@@ -67,7 +67,7 @@ class BlockTopK(Compressor):
 
     @property
     def blocks(self) -> tuple[int, int, int]:
-        """Length of a block, entries kept in each, entries kept in a shorter last one (0: there is none)."""
+        """Length of a block, entries kept in each block, entries kept in a shorter last block (0: there is none)."""
         return self.block, self.kept, self.kept_tail
 
     @property
@@ -81,7 +81,7 @@ class BlockTopK(Compressor):
             full = torch.arange(self.full, device=device).repeat_interleave(self.kept) * self.block
             tail = torch.full((self.kept_tail,), self.full * self.block, device=device)
             offsets = torch.cat([full, tail])
-            if type(offsets) is not Tensor:  # one without numbers, of a step that is only counted
+            if type(offsets) is not Tensor:  # a tensor without numbers, in a step that is only counted
                 return offsets
             self._offsets[device] = offsets
         return self._offsets[device]
@@ -98,7 +98,7 @@ class BlockTopK(Compressor):
         return SparseEntry(indices, values, self)
 
     def choose(self, a: Tensor, indices: Tensor, values: Tensor) -> None:
-        """Write what is kept of a (n, rows, cols) to `indices` int16 and `values`, (n, rows, k)."""
+        """Write the kept entries of a (n, rows, cols) to `indices`, int16 (n, rows, k), and `values`, (n, rows, k)."""
         split = self.full * self.block
         head = self.full * self.kept
         blocks = a[..., :split].unflatten(2, (self.full, self.block))
@@ -115,11 +115,12 @@ class PowerIteration(Compressor):
 
         P <- orth(a Q),  Q <- a^T P          power_iterations times, from the Q of the step before
 
-    P has orthonormal columns. A column of Q that died (a zero gradient; at the start all of them) is redrawn from numbers
-    counted by (step, tensor, column), never from the weights: LoRA's B starts at zero.
+    P has orthonormal columns. A column of Q is dead if it is 0 but for rounding: all are at the start, or after a zero gradient.
+    Dead columns are redrawn from random numbers counted by (step, tensor, column). They are not taken from the weights, since
+    LoRA's B starts at zero.
 
     Args:
-        warm_start: Q of the step before, a cell of (n, cols, r), zeros at the start.
+        warm_start: Q of the step before, a cell of (n, cols, r) with zeros at the start.
         power_iterations: rounds per step.
     """
 
@@ -129,7 +130,7 @@ class PowerIteration(Compressor):
         self._next: Tensor | None = None
 
     def compress(self, a: Accumulated, step: Tensor) -> LowRankEntry:
-        """See Compressor. For a large tensor, a is formed anew for each product."""
+        """See Compressor. In torch, a large a is formed anew for each product."""
         q = self.start(step).to(a.dtype)
         for i in range(self.power_iterations):
             p = orthonormalize(a.times(unit_columns(q) if i else q), a.total)
@@ -140,11 +141,11 @@ class PowerIteration(Compressor):
         return LowRankEntry.of(p, q)
 
     def prepare(self, q: Tensor) -> None:
-        """Take the Q of this step, (n, cols, r), for `commit`."""
+        """Take this step's Q, (n, cols, r), for `commit`."""
         self._next = q
 
     def commit(self) -> None:
-        """Let Q become the next step's warm start; a tensor whose Q is all zero (no gradient) keeps the one it has."""
+        """Make Q the next step's warm start. A tensor whose Q is all zero (no gradient) keeps its warm start."""
         assert self._next is not None, "compress comes before commit"
         warm = self.warm_start
         alive = torch.linalg.vector_norm(self._next, torch.inf, dim=(1, 2), keepdim=True)
@@ -157,7 +158,7 @@ class PowerIteration(Compressor):
         self.warm_start.write(torch.where(alive != 0, self._next, self.warm_start.read()))
 
     def start(self, step: Tensor) -> Tensor:
-        """Give the Q that this step starts from, (n, cols, r): unit columns of the last one, dead ones redrawn."""
+        """Give the Q that this step starts from, (n, cols, r): the last Q with unit columns; dead columns are redrawn."""
         last, ids = self.warm_start.read(), self.warm_start.turn.ids
         fast = kernels.start(last, step, ids, DEAD * torch.finfo(last.dtype).eps)
         if fast is not None:
@@ -175,6 +176,6 @@ def _column_norms(q: Tensor) -> Tensor:
 
 
 def unit_columns(q: Tensor) -> Tensor:
-    """Scale the columns of q (n, cols, r) to length 1: products of huge or tiny ones would leave fp32's range."""
+    """Scale the columns of q (n, cols, r) to length 1: products of huge or tiny columns would leave fp32's range."""
     norms = _column_norms(q)
     return (q / torch.where(norms > 0, norms, 1.0)).to(q.dtype)

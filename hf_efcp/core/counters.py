@@ -1,4 +1,4 @@
-"""What a run counts, on the device, so that nobody waits for it."""
+"""The counters of a run, kept on the device, so that counting does not wait for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Counters:
     """
 
     def __init__(self, device: torch.device):
-        # The state's entry, and beside it a copy which is counted along, and which nobody else can write to.
+        # The state's entry, and a copy of it that is counted too, but that nobody else can write to.
         self._steps = torch.zeros(2, dtype=torch.int64, device=device)
         self.step = self._steps[0]
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -24,10 +24,10 @@ class Counters:
         """Begin a step, which `undo` can take back."""
 
     def undo(self) -> None:
-        """Be as before a step that has ended before it wrote anything else."""
+        """Take back a step that ended before it wrote anything else."""
 
     def count(self, ok: bool | Tensor = True) -> None:
-        """Count a step, as refused where it is not accepted."""
+        """Count a step as accepted or as refused."""
         if ok is not True:
             self.skipped += ~ok if isinstance(ok, Tensor) else 1
         if ok is not False:
@@ -38,24 +38,24 @@ class Counters:
         return bool(self.step == 0) and bool(self._steps[1] > 0)
 
     def restore(self) -> None:
-        """Set the number of steps to what was counted."""
+        """Set the number of steps in the state to the copy's."""
         self.step.copy_(self._steps[1])
 
     def believe(self) -> None:
-        """Take the number of steps in the state for the one that was counted."""
+        """Set the copy to the number of steps in the state."""
         self._steps[1] = self.step
 
     def go_on(self, before: Counters) -> None:
-        """Count on from where others have stopped."""
+        """Continue the counts of other counters."""
         self._steps.copy_(before._steps[1])
         self.skipped.copy_(before.skipped)
 
     def release(self) -> None:
-        """Let go of what takes memory."""
+        """Free the memory."""
 
     def entries(self, number: int) -> dict[str, Tensor]:
-        """Give what the state of parameter `number` may hold of the counters: name -> tensor, in their memory.
+        """Give the counters that the state of parameter `number` may hold: name -> tensor, which shares their memory.
 
-        They are objects of their own, so that nobody who moves one by `t.data = ...` moves the counters.
+        The tensors are new objects, so that `t.data = ...` on one of them does not move the counters.
         """
         return {"counter": self.step.view(()), "skipped": self.skipped.view(())}

@@ -1,9 +1,9 @@
-"""The discrete cosine basis of each size, and products with it: by the matrix, or by a Fourier transform (Makhoul 1980).
+"""The discrete cosine basis, and products with it: by the matrix, or by a Fourier transform (Makhoul 1980).
 
     D_jk = sqrt(2/s) cos(pi k (2j + 1) / (2s)),  column 0 further times sqrt(1/2);   D^T D = 1
 
-Column k is the wave with k half periods, so that x D is the DCT-II of each row of x. There is one D for each size, dtype and
-device: all tensors and all optimizers of the process share it, and it is no state.
+Column k is the wave with k half periods, so that x D is the DCT-II of each row of x. There is one D for each size s, dtype and
+device. All tensors and all optimizers of the process share it. D is not a part of any state.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 
 from ..kernels.devices import kind
 
-# What was made: of (what, size, dtype, device). It is kept as long as the process runs.
+# The tensors that were made, by (kind, size, dtype, device). They are kept as long as the process runs.
 MADE: dict[tuple[str, int, torch.dtype, torch.device], Tensor] = {}
-# From which size on the Fourier transform is faster, by kind of device: docs/benchmarks/dct.md. None: it was never measured.
+# The size from which the Fourier transform is faster, by kind of device: docs/benchmarks/dct.md. None: it was never measured.
 FFT_FROM: dict[str, int | None] = {"cpu": 128, "cuda": None}
 
 
 def basis(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Give D, (size, size), whose columns are the basis; it must not be changed in place."""
+    """Give D, (size, size), whose columns are the basis. D is shared, and must not be changed in place."""
     key = "basis", size, dtype, device
     if key not in MADE:
         j, k = torch.arange(size, device=device)[:, None], torch.arange(size, device=device)
-        # Whole numbers up to the period first: an angle of s^2 would have lost its last digits.
+        # Integers are reduced to one period first: an angle of about s^2 would have lost its last digits.
         d = ((2 * j + 1) * k % (4 * size)).double().mul_(math.pi / (2 * size)).cos_().mul_(math.sqrt(2 / size))
         d[:, 0] *= math.sqrt(0.5)
         MADE[key] = d.to(dtype)
@@ -38,7 +38,7 @@ def transform(x: Tensor, method: str = "auto") -> Tensor:
 
     Args:
         x: fp32 or fp64.
-        method: "matmul", "fft", or "auto": whichever was measured to be faster for this size on this kind of device.
+        method: "matmul", "fft", or "auto", which takes the one that was faster for this size on this kind of device.
     """
     size = x.shape[-1]
     least = FFT_FROM.get(kind(x.device))
@@ -61,7 +61,7 @@ def dct(x: Tensor) -> Tensor:
 
 
 def _twiddles(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Give w_k with the basis's lengths in it, (s // 2 + 1,) complex."""
+    """Give w_k times the factors of D's columns, (s // 2 + 1,) complex."""
     key = "twiddles", size, dtype, device
     if key not in MADE:
         angle = torch.arange(size // 2 + 1, device=device).double() * (-math.pi / (2 * size))

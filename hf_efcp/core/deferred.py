@@ -1,7 +1,7 @@
-"""What the host may know of the device without waiting for it.
+"""What the host may know of a device without waiting for it.
 
-Reading a flag on a GPU stops the host until all queued work is done. There the writes of a step are masked by the flag
-instead, and the host hears of it one step later. On a CPU a flag is read where it is made.
+Reading a flag from a GPU stops the host until all queued work is done. On a GPU, the flag masks the writes of a step instead, and
+the host reads it one step later. On a CPU a flag is read at once.
 """
 
 from __future__ import annotations
@@ -11,33 +11,33 @@ from torch import Tensor
 
 from ..kernels.devices import kind
 
-# Operations of torch that stop the host. They give it a number of the device;
+# Operations of torch that stop the host, because they bring a number from the device.
 NUMBERS = {"_local_scalar_dense", "equal"}
-# they give a tensor a size that depends on numbers;
+# Operations that stop the host, because the size of their result depends on numbers.
 SIZES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
-# they wait for the device, to see whether they succeeded, or as their operand comes from the host.
+# Operations that stop the host, to see whether they succeeded, or because their operand comes from the host.
 WAITS = {"_linalg_eigh", "_linalg_svd", "linalg_eig", "_linalg_check_errors", "lift_fresh"}
 
 
 def readable(device: torch.device) -> bool:
-    """Whether a flag on this device can be read without waiting."""
+    """Tell whether a flag on this device can be read without waiting."""
     return kind(device) != "cuda"
 
 
 def masked(accepted: bool | Tensor, new: Tensor, old: Tensor | float) -> Tensor:
-    """`new` if the step is accepted, else `old`. True costs nothing; a 0-D flag decides on its device."""
+    """Give `new` if the step is accepted, else `old`. With True there is nothing to do; a 0-D flag decides on its device."""
     return new if accepted is True else torch.where(torch.as_tensor(accepted, device=new.device), new, old)
 
 
 class DelayedFlag:
-    """A small number on the device, known to the host one step late; on a CPU, and the first time, at once."""
+    """A small number on the device that the host knows one step late; on a CPU, and the first time, the host knows it at once."""
 
     def __init__(self) -> None:
         self._copy: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
     def exchange(self, value: Tensor) -> int:
-        """Queue a copy of `value` (0-D bool or int64) to the host; returns the value that the `exchange` before was given."""
+        """Queue a copy of `value` (0-D bool or int64) to the host; return the value that was given to the call before."""
         if readable(value.device):
             return int(value)
         if self._copy is None:
@@ -45,7 +45,7 @@ class DelayedFlag:
             self._copy = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=value.is_cuda)
         else:
             if self._copied is not None:
-                self._copied.synchronize()  # queued a step ago: done, or nearly
+                self._copied.synchronize()  # this copy was queued a step ago: it is done, or nearly
             before = int(self._copy)
         self._copy.copy_(value, non_blocking=True)
         if value.is_cuda:

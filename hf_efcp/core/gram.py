@@ -1,4 +1,4 @@
-"""The Gram matrix K = G G^T of the window. One row and column change a step, by replacement, so that K never drifts."""
+"""The Gram matrix K = G G^T of the window. A step replaces one row and one column, so that K never drifts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 from .counters import Counters
 from .deferred import masked
 
-# By how much dots of equal entries may differ, relative to the norms, where products are in fp32.
+# By how much inner products of equal entries may differ, relative to the norms, where products are in fp32.
 _ROUNDING = 1e-5
 
 
 class GramMatrix(Counters):
-    """K and the position in the ring, for `groups` independent windows (1: the whole model; or one per tensor).
+    """K and the position in the ring, for `groups` independent windows: one for the whole model, or one for each tensor.
 
     Args:
         groups: number of Gram matrices.
         window_size: m.
-        device: where the m x m work happens.
+        device: where K is.
 
     Attributes:
         matrix: (groups, m, m) fp64.
@@ -72,13 +72,13 @@ class GramMatrix(Counters):
         return self.matrix.diagonal(dim1=-2, dim2=-1).sum(-1) / self.filled
 
     def next_slot(self) -> Tensor:
-        """Give the slot that the next entry goes into, the oldest entry's, (1,) int64."""
+        """Give the slot that the next entry goes into, (1,) int64: the slot of the oldest entry."""
         return (self.step % self.window_size).view(1)
 
     def update(self, j: Tensor, k_j: Tensor, accepted: bool | Tensor = True) -> Tensor:
-        """Put k_j, the dots of the new entry, into row and column j; give K.
+        """Put k_j, the inner products of the new entry, into row and column j; give K.
 
-        An entry that is not `accepted` is counted as skipped, and changes nothing else.
+        If the step is not `accepted`, it is counted as refused, and nothing else changes.
 
         Args:
             j: (1,) int64, the slot.
@@ -96,18 +96,18 @@ class GramMatrix(Counters):
         self.matrix.index_copy_(2, j, row[:, :, None])
 
     def agrees(self, slot: int, row: Tensor) -> Tensor:
-        """Tell which rows of K, (groups, m), are those that are held, but for rounding: (groups,) bool."""
+        """Tell for each Gram matrix whether `row`, (groups, m), is its row `slot`, up to rounding: (groups,) bool."""
         norms = self.matrix.diagonal(dim1=-2, dim2=-1).sqrt()
         bound = _ROUNDING * norms * torch.maximum(norms[:, slot], row[:, slot].sqrt())[:, None]
         return ((row - self.matrix[:, slot]).abs() <= bound).all(1)
 
     def put(self, slot: int, row: Tensor, which: Tensor) -> None:
-        """Put the dots of an entry, (groups, m), into a row and column of the matrices of the groups `which`, (groups,) bool."""
+        """Put an entry's inner products, (groups, m), into a row and column of the Gram matrices `which`, (groups,) bool."""
         self.matrix[which, slot] = row[which]
         self.matrix[which, :, slot] = row[which]
 
     def ages(self, j: Tensor) -> Tensor:
-        """Count how many steps ago each slot was written, (m,) int64; slots never written have the ages still to come.
+        """Count how many steps ago each slot was written, (m,) int64. A slot that was never written has a larger age than these.
 
         Args:
             j: (1,) int64, the newest slot.

@@ -4,8 +4,8 @@
     newton_db   Newton-Denman-Beavers:     E = 3/2 I - Z Y / 2,    Y <- Y E,  Z <- E Z;    Z -> x^(-1/2), twice for p = 4
     chebyshev   a polynomial of s = 2 x - I that is (1 + s)/2 + eps to the power -1/p, by Clenshaw's recursion
 
-The last three want eigenvalues near 1: x is divided by a scale. Each has a largest eigenvalue that it takes (`LIMITS`); where a
-bound of it, |x^4|^(1/4), is not below, the scale is |x|. Blocks of a stack do not see each other.
+These three need eigenvalues near 1, so x is divided by a scale. Each has a limit for the largest eigenvalue (`LIMITS`). If the
+bound |x^4|^(1/4) of the largest eigenvalue is not below the limit, the scale is |x|. A stack's matrices do not affect each other.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor
 from .deferred import readable
 from .random import counted_noise
 
-# Largest eigenvalues, divided by the scale, with which the recursions converge or the polynomial is right.
+# Limits of the largest eigenvalue, divided by the scale: the recursions converge below, or the polynomial is right.
 LIMITS = {"newton": 2.0, "newton_db": 3.0, "chebyshev": 1.0}
 METHODS = ("eigh", *LIMITS, "auto")
 SCALINGS = ("power_iteration", "power_iteration_multi", "frobenius")
 HEURISTICS = ("shampoo", "abs", "abs_add", "relu")
-# The power iteration's steps, and its starts where there are several.
+# The power iteration's steps; its number of starts with power_iteration_multi.
 _STEPS, _STARTS = 10, 16
-# Most eigendecompositions in one call on a GPU, where each takes workspace: 0.3 MiB for 8 x 8, 1 MiB for 512 x 512.
+# The most eigendecompositions in a call on a GPU, where each takes workspace: 0.3 MiB for 8 x 8, 1 MiB for 512 x 512.
 _AT_ONCE = 512
-# Added to a matrix of length 1: a power iteration of zeros is none.
+# Added to the eigenvalues of a matrix of norm 1, because a power iteration of a zero matrix is impossible.
 _SHIFT = 1e-6
 # Points at which a function is read for its Chebyshev coefficients.
 _NODES = 10_000
@@ -40,13 +40,13 @@ class InverseRoot:
     """Forms x^(-1/p).
 
     Args:
-        method: one of METHODS; auto is newton on a GPU, where eigendecompositions come one after the other, and else eigh.
-        eps: added to the eigenvalues; for chebyshev a share of the scale.
-        scaling: by what x is divided, one of SCALINGS; eigh needs none.
+        method: one of METHODS. auto is newton on a GPU, which takes eigendecompositions one after the other, and eigh elsewhere.
+        eps: added to the eigenvalues; for chebyshev, a share of the scale.
+        scaling: one of SCALINGS, the number by which x is divided. eigh needs none.
         steps: of newton and newton_db.
-        tolerance: newton stops for a matrix where no element of M is farther from I.
+        tolerance: newton stops for a matrix if no element of M is farther from I than this.
         degree: of chebyshev's polynomial.
-        heuristic: what eigh does with small and negative eigenvalues, one of HEURISTICS.
+        heuristic: one of HEURISTICS, which says what eigh does with small and negative eigenvalues.
     """
 
     method: str = "eigh"
@@ -75,20 +75,20 @@ class InverseRoot:
         return root * scale ** (-1 / p)
 
     def on(self, device: torch.device) -> str:
-        """Give the method that is taken on a device."""
+        """Give the method for a device."""
         if self.method != "auto":
             return self.method
         return "eigh" if readable(device) else "newton"
 
     def operations(self, n: int) -> float:
-        """Count the operations for one matrix, p = 4; a product has 2 n^3, and an eigendecomposition about 9 n^3.
+        """Count the operations for one matrix, p = 4. A product has 2 n^3 operations, and an eigendecomposition about 9 n^3.
 
-        For auto they are those of eigh, the fewer: a roofline is the least that is needed.
+        For auto, those of eigh are counted, which has fewer: a roofline is the least that is needed.
         """
         if self.method in ("eigh", "auto"):
             return 11.0 * n**3
         products = {"newton": 4 * self.steps, "newton_db": 6 * self.steps - 4, "chebyshev": self.degree}[self.method]
-        return 2.0 * n**3 * (products + 2)  # and two for the bound
+        return 2.0 * n**3 * (products + 2)  # the bound takes two products
 
 
 def spectral(x: Tensor, p: int, eps: float, heuristic: str = "shampoo") -> Tensor:
@@ -98,8 +98,8 @@ def spectral(x: Tensor, p: int, eps: float, heuristic: str = "shampoo") -> Tenso
         x: (k, n, n), symmetric.
         p: of the root.
         eps: added to x.
-        heuristic: what becomes of the eigenvalues l of x + eps I. shampoo: l + eps - min(least l, 0). abs: |l - eps|.
-            abs_add: |l - eps| + eps. relu: l - eps; where it is below eps the result has 0 (a pseudo-inverse).
+        heuristic: what an eigenvalue l of x + eps I becomes. shampoo: l + eps - min(least l, 0). abs: |l - eps|.
+            abs_add: |l - eps| + eps. relu: l - eps; where that is below eps, the result has eigenvalue 0 (a pseudo-inverse).
     """
     x = _shifted(x, eps)
     if not readable(x.device) and len(x) > _AT_ONCE:
@@ -108,7 +108,7 @@ def spectral(x: Tensor, p: int, eps: float, heuristic: str = "shampoo") -> Tenso
 
 
 def _spectral(x: Tensor, p: int, eps: float, heuristic: str) -> Tensor:
-    """Give x^(-1/p) for x + eps I."""
+    """Do the work of `spectral`, for x to which eps I was added."""
     try:
         values, vectors = torch.linalg.eigh(x)
     except torch.linalg.LinAlgError:  # fp32 may be too few digits for the library's iteration
@@ -123,13 +123,13 @@ def _spectral(x: Tensor, p: int, eps: float, heuristic: str) -> Tensor:
 
 
 def newton(x: Tensor, p: int, steps: int, tolerance: float) -> Tensor:
-    """Give x^(-1/p) by the coupled Newton iteration, for eigenvalues below 2: those far below 1 come out too small.
+    """Give x^(-1/p) by the coupled Newton iteration, for eigenvalues below 2. For those far below 1, the root is too small.
 
     Args:
         x: (k, n, n), symmetric.
         p: 2 or 4.
         steps: of the recursion.
-        tolerance: a matrix whose M is as near to I is left as it is.
+        tolerance: the iteration stops for a matrix whose M is this near to I in all elements.
     """
     one, z = _identity(x), (p + 1) / 2
     y, m = z ** (1 / p) * one.expand_as(x), z * x
@@ -144,7 +144,7 @@ def newton(x: Tensor, p: int, steps: int, tolerance: float) -> Tensor:
 
 
 def newton_db(x: Tensor, p: int, steps: int) -> Tensor:
-    """Give x^(-1/p) by the product form of Newton, Denman and Beavers, for eigenvalues below 3; p = 4: the root of the root."""
+    """Give x^(-1/p) by the product form of Newton, Denman and Beavers, for eigenvalues below 3. p = 4 takes it twice."""
     root, inverse = _denman_beavers(x, steps)
     return inverse if p == 2 else _denman_beavers(root, steps)[1]
 
@@ -172,7 +172,7 @@ def chebyshev(x: Tensor, p: int, eps: float, degree: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def chebyshev_coefficients(p: int, eps: float, degree: int) -> tuple[float, ...]:
-    """Give c_0 ... c_degree of ((1 + s)/2 + eps)^(-1/p) on [-1, 1]; the first is halved already."""
+    """Give c_0 ... c_degree of ((1 + s)/2 + eps)^(-1/p) on [-1, 1]. c_0 is halved already."""
     angles = (torch.arange(_NODES, dtype=torch.float64) + 0.5) * (math.pi / _NODES)
     values = ((1 + angles.cos()) / 2 + eps) ** (-1 / p)
     c = [2 / _NODES * float((values * (k * angles).cos()).sum()) for k in range(degree + 1)]
@@ -180,10 +180,10 @@ def chebyshev_coefficients(p: int, eps: float, degree: int) -> tuple[float, ...]
 
 
 def scale_of(x: Tensor, scaling: str) -> Tensor:
-    """Give by what to divide each matrix, (k, 1, 1): |x|, or the largest eigenvalue by power iteration; 1 for zeros.
+    """Give the divisor of each matrix, (k, 1, 1): |x|, or an estimate of the largest eigenvalue by power iteration; 1 for zeros.
 
-    One start: twice the Rayleigh quotient, as it is a lower bound. Several: the largest of theirs. The starts are the same for
-    every matrix of a size, so that the result does not depend on what else is in the stack.
+    With one start it is twice the Rayleigh quotient, which is a lower bound. With several starts it is the largest quotient. The
+    starts are the same for every matrix of a size, so that the result does not depend on the rest of the stack.
     """
     norm = torch.linalg.matrix_norm(x, keepdim=True)
     norm = torch.where(norm > 0, norm, 1.0)
@@ -200,7 +200,7 @@ def scale_of(x: Tensor, scaling: str) -> Tensor:
 
 
 def safe_scale(x: Tensor, scale: Tensor, limit: float) -> Tensor:
-    """Give `scale`, (k, 1, 1), or |x| where it is not certain that the largest eigenvalue of x is below limit * scale."""
+    """Give `scale`, (k, 1, 1); or |x|, unless the largest eigenvalue of x is certainly below limit * scale."""
     norm = torch.linalg.matrix_norm(x, keepdim=True)
     norm = torch.where(norm > 0, norm, 1.0)
     y = x / norm

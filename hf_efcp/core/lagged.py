@@ -1,4 +1,4 @@
-"""The metric where processes have gradients of their own until they are compressed (comm="factors"): D of the step before."""
+"""The metric for comm="factors", where each process has its own gradient until it is compressed: D is that of the step before."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .moments import columns, inverse_root, squares
 
 
 class Lagged(Factored):
-    """Factored, with r of the step before too: processes whose gradients differ have the same D before they compress.
+    """`Factored`, but r is that of the step before too: processes with different gradients have the same D before they compress.
 
-    A tensor's first gradient only makes D: S^-1 is 0, and the entry is zero. A row that D knows as far smaller would enter far
-    too large. So a row of g whose root mean square of g / sqrt(D), over its columns, exceeds 1 / sqrt(1 - beta) is scaled down
-    to that where it enters; D and the update see no such scale.
+    A tensor's first gradient only makes D: S^-1 is 0, and the entry is zero. A row of g that is far larger than D says would
+    enter the window far too large. So a row whose root mean square of g / sqrt(D), over its columns, exceeds 1 / sqrt(1 - beta)
+    is scaled down to that when it enters the window. D and the update do not take this scale.
 
-    A step is `measure`, as of every metric; or `open`, and for some tensors at a time `read` and, with the means over processes
-    of what that gives, `put`.
+    A step calls `measure`, as for every metric. Or it calls `open`; and then, for some tensors at a time, `read`, and `put` with
+    the means over processes of the results of `read`.
 
     Attributes:
         factors: those of D, (n, rows) and (n, cols) fp64.
@@ -45,7 +45,7 @@ class Lagged(Factored):
         self.row_means, self.means = torch.zeros_like(rows).double(), torch.zeros_like(self.cells["cols"].buffer).double()
 
     def read(self, gradients: Sequence[Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Read g of the tensors at `positions`, (k,) int64; give the means of g^2 over rows and columns, (k, rows), (k, cols)."""
+        """Read g of the tensors at `positions`, (k,) int64; give means of g^2 over each row, (k, rows), and column, (k, cols)."""
         assert self.scale is not None
         rows, cols = squares(gradients)
         r, c = (d[positions] for d in self.factors)
@@ -80,12 +80,12 @@ class Lagged(Factored):
 
 
 class Borrowed(Metric):
-    """The metric of n pieces of tensors whose D is elsewhere, in `Lagged` metrics that have read the gradients already.
+    """The metric of n pieces of tensors whose D is in `Lagged` metrics, which have read the gradients already.
 
     Args:
         turn: of the pieces.
         layout: of one whole parameter.
-        sources: gives for each piece the metric, the tensor's position in it, and the rows of the piece.
+        sources: gives for each piece its `Lagged` metric, the tensor's position there, and the rows of the piece.
     """
 
     def __init__(self, turn: Turn, layout: Layout, sources: Callable[[], Sequence[tuple[Lagged, int, slice]]]):
@@ -105,7 +105,7 @@ class Borrowed(Metric):
         self.square, self.means = torch.stack(square), torch.stack(means)
 
     def commit(self, gradients: Sequence[Tensor]) -> None:
-        """Leave it to the metrics that have D."""
+        """Do nothing: the metrics that have D do it."""
 
 
 def reciprocal(d: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Windows whose entries are stored in few bits. The staged entry and K are those as stored; e takes the difference.
+"""Windows whose entries are stored in few bits. The staged entry and K are made of stored numbers; e takes the difference.
 
 | entry | stored | bytes |
 |---|---|---|
@@ -7,7 +7,7 @@
 | Q of low rank | int8, a scale for each 256 numbers of a column | 1 |
 | sparse | 10 bits of index and 6 of value; a power of two as scale for each block | 2 for each kept entry |
 
-A scale of P's columns would be a maximum over rows that other processes may hold. All of it is rounded to nearest.
+P has no scale, because a scale would be a maximum over rows that other processes may hold. All numbers are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _INT8 = BlockQuantizer(8)
 
 
 class _Coded(Window):
-    """Staging where entries are stored as codes: the codes enter the window, `staged` is the same in the compute dtype."""
+    """Staging for entries that are stored as codes: the codes enter the window; `staged` has the decoded numbers."""
 
     _codes: tuple[Tensor, ...] = ()
 
@@ -48,7 +48,7 @@ class _Coded(Window):
 
 
 class LowBitDenseWindow(_Coded, DenseWindow):
-    """Entries in int8: codes as DenseWindow's entries, scales (n, m, rows, blocks)."""
+    """Entries in int8: codes (n, m, rows, cols) and scales (n, m, rows, blocks)."""
 
     @staticmethod
     def specs(layout: Layout, m: int, dtype: torch.dtype) -> tuple[Spec, ...]:
@@ -60,7 +60,7 @@ class LowBitDenseWindow(_Coded, DenseWindow):
         )
 
     def stage(self, entry: Entry) -> None:
-        """See Window. The entry, a copy of a = e + g, becomes the entry as stored."""
+        """See Window. The entry, a copy of a = e + g, is overwritten by the decoded numbers."""
         (a,) = entry.parts
         fast = kernels.encode(a, in_place=True)
         if fast is not None:
@@ -144,7 +144,7 @@ class LowBitSparseWindow(_Coded, SparseWindow):
     """Kept entries in 16 bits: entries (n, rows, m, k) int16, scales (n, rows, m, blocks) uint8.
 
     Args:
-        buffers, compute_dtype, grid: as in SparseWindow.
+        buffers, compute_dtype, grid: see SparseWindow.
     """
 
     entry_bytes = 40
@@ -155,7 +155,7 @@ class LowBitSparseWindow(_Coded, SparseWindow):
 
     @staticmethod
     def specs(layout: Layout, m: int, grid: BlockTopK, dtype: torch.dtype) -> tuple[Spec, ...]:
-        """Declare the window's state; `dtype` has no meaning here."""
+        """Declare the window's state; `dtype` has no effect here."""
         codec = codec_of(grid)
         codes, scales = sparse_codes(grid.blocks, grid.cols, codec, layout.dtype)
         return (

@@ -2,16 +2,17 @@
 
     g^ = S^-1 g  enters the window,  u = S^-1 G^T c  leaves it
 
-so that outside of the window's span the update is that of a diagonal method, and the full matrix acts where it pays. S^-1 is 0
-where D is 0. A running mean x of x_t is x <- beta x + (1 - beta) x_t, divided by 1 - beta^k, where k counts the tensor's own
-gradients from its first one that is not zero.
+so that outside of the window's span the update is that of a diagonal method, and the full matrix acts within the span. S^-1 is 0
+where D is 0. A running mean of numbers x_t is x <- beta x + (1 - beta) x_t, divided by 1 - beta^k. k counts the tensor's own
+gradients from the first one that is not zero.
 
     factored   D_ij = (r_i + eps mu) (c_j / mu + eps)   r_i, c_j: means of g^2 over a row, a column; mu: the mean of c
     diagonal   D = v + eps mean(v)                      v: of g^2
     tensor     D = v                                    v: of the mean of g^2 over the tensor, or over its part in a flat piece
 
-r and the v of `diagonal` contain the present gradient; c, mu, mean(v) and the v of `tensor` are those of the step before, so that
-processes which hold some rows each need no message before they whiten them. With comm="factors" all of D is (lagged.py).
+r, and the v of `diagonal`, contain the present gradient. c, mu, mean(v), and the v of `tensor`, are those of the step before: so
+processes that hold some rows each need no message before they whiten them. With comm="factors", all of D is that of the step
+before (lagged.py).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Scale = tuple[Tensor, Tensor]
 
 
 def kind_of(layout: Layout, metric: str) -> str:
-    """Give the kind of a tensor's metric: a vector has no rows and columns to factor, an empty tensor nothing to measure."""
+    """Give the kind of a tensor's metric. A vector has no rows and columns to factor; an empty tensor has nothing to measure."""
     if not layout.numel:
         return "none"
     if metric == "tensor" and layout.parts is not None:
@@ -60,7 +61,7 @@ def specs(layout: Layout, metric: str) -> tuple[Spec, ...]:
 
 
 class Metric:
-    """D of n tensors of one shape, or of the rows of them that this process has. A step goes
+    """D of n tensors of one shape, or of the rows of them that this process holds. A step calls
 
         measure(g),  whitened(g) ...,  commit(g),  unwhiten_(u)
 
@@ -68,14 +69,14 @@ class Metric:
         cells: of the state, by name without `metric_`.
         layout: of one whole parameter.
         beta, eps: `metric_beta` and `metric_eps`.
-        total: sums a tensor over the processes that share the matrices; None: they are whole here.
+        total: sums a tensor over the processes that share the matrices; None: the matrices are whole here.
 
     Attributes:
-        means: (n, k) fp64, of this gradient: what the next step's D needs of all rows of a tensor. Where `divided`, `measure`
-            gives this process's part, and the caller puts the sum over processes in its place.
-        scale: S^-1 of this step as factors; None: it has none.
+        means: (n, k) fp64, means of this gradient's squares over all rows of a tensor, which the next step's D needs. If
+            `divided`, `measure` gives this process's part, and the caller puts the sum over processes in its place.
+        scale: S^-1 of this step as factors; None: S^-1 has no factors.
         entering: the factors by which g is multiplied where it enters the window.
-        square: (n,) fp64, the sum of S_i^2 of each tensor over the rows that are held here.
+        square: (n,) fp64, the sum of S_i^2 of each tensor over the rows that this process holds.
     """
 
     def __init__(
@@ -103,11 +104,11 @@ class Metric:
         return self.scale
 
     def measure(self, gradients: Sequence[Tensor]) -> None:
-        """Read g, n matrices (rows, cols): the state stays as it is."""
+        """Read g, n matrices (rows, cols), and make D. The state does not change."""
         raise NotImplementedError
 
     def whitened(self, gradients: Sequence[Tensor]) -> kernels.Matrices:
-        """Give S^-1 g, n matrices, where S has no factors; else g itself: whoever forms rows of it applies `scale`."""
+        """Give S^-1 g, n matrices, if S has no factors. Else give g itself, and the caller applies `scale`."""
         return gradients
 
     def unwhiten_(self, u: Tensor, rows: slice = ALL) -> Tensor:
@@ -126,18 +127,18 @@ class Metric:
 
     @property
     def entered(self) -> list[Tensor]:
-        """What enters the state: it has to be finite in the state's dtype."""
+        """The numbers that enter the state. They have to be finite in the state's dtype."""
         return [self.means]
 
     def commit(self, gradients: Sequence[Tensor]) -> None:
-        """Let the running means contain g, where the step is accepted and a tensor has a gradient."""
+        """Put g into the running means if the step is accepted, for the tensors that have a gradient."""
         if not self.turn.absent and self.keep_at_once():
             return
         self.keep(gradients)
         count = self.cells["count"].buffer
         seen = (count > 0) | (self.means.sum(1) > 0)
         self.cells["count"].write(count + seen)
-        if self.scale is not None:  # of a refused step u is 0, and has to stay so: 0 * NaN is not
+        if self.scale is not None:  # a refused step has u = 0, which has to stay 0: 0 * NaN would not
             x, y = (masked(self.turn.ok, factor, 0.0) for factor in self.scale)
             self.scale = x, y
 
@@ -146,16 +147,16 @@ class Metric:
         raise NotImplementedError
 
     def keep_at_once(self) -> bool:
-        """Do all of `commit` by a kernel; tell whether one can."""
+        """Do all of `commit` by a kernel; tell whether it was done."""
         return False
 
     def mixed(self, old: Tensor, new: Tensor) -> Tensor:
-        """Give beta old + (1 - beta) new as the state has it; sums of several processes' finite parts stay finite."""
+        """Give beta old + (1 - beta) new in the state's dtype, cut to its largest number: sums over processes stay finite."""
         mean = torch.lerp(old.double(), new, 1 - self.beta)
         return mean.clamp_max_(torch.finfo(self.layout.dtype).max).to(self.layout.dtype)
 
     def divisors(self) -> tuple[Tensor, Tensor]:
-        """Give 1 - beta^k and 1 - beta^(k + 1), (n,) fp64; 1 for the first of them at k = 0, where the means are 0."""
+        """Give 1 - beta^k and 1 - beta^(k + 1), (n,) fp64. At k = 0, where the means are 0, the first of them is 1."""
         return divisors(self.cells["count"].buffer, self.beta)
 
 
@@ -180,7 +181,7 @@ class Factored(Metric):
 
 
 class Diagonal(Metric):
-    """D = v + eps mean(v). Of matrices, what is as large as they are is formed anew for each use, a few rows at a time."""
+    """D = v + eps mean(v). For matrices, temporaries of their size are formed anew for each use, a few rows at a time."""
 
     _values: Tensor | None = None
     _inverse: Tensor | None = None
@@ -223,7 +224,7 @@ class Diagonal(Metric):
         return whitened
 
     def unwhiten_(self, u: Tensor, rows: slice = ALL) -> Tensor:
-        """See Metric: v is in the state now."""
+        """See Metric. By now v is in the state."""
         if self._inverse is not None:
             return u.mul_(self._inverse[:, rows])
         v, divisor = self.cells["values"].buffer[:, rows], self.divisors()[0]
@@ -250,20 +251,20 @@ class Diagonal(Metric):
             self._inverse = masked(self.turn.ok, self._inverse, 0.0)
 
     def _v(self, gradients: Sequence[Tensor], part: slice) -> Tensor:
-        """Give some rows of v with this gradient in it, as the state has it."""
+        """Give some rows of v with this gradient in it, as the state will have them."""
         if self._values is not None:
             return self._values
         g = stacked(gradients, part)
         return (g.square() * (1 - self.beta)).add_(self.cells["values"].buffer[:, part], alpha=self.beta)
 
     def _d(self, values: Tensor, divisor: Tensor) -> Tensor:
-        """Give D (n, rows, cols), for v and its divisor."""
+        """Give D (n, rows, cols), for v and the divisor of its mean."""
         divisor, mean = (x[:, None, None].to(values.dtype) for x in (divisor, self._mean))
         return (values / divisor).add_(mean)
 
 
 class Uniform(Metric):
-    """D = v, one number; a tensor's first gradient makes its own, for which rows that are divided take a message."""
+    """D = v, a number. A tensor's first gradient makes its own D; if the rows are divided, this takes a message."""
 
     divided = False
 
@@ -284,7 +285,7 @@ class Uniform(Metric):
 
 
 class OfParts(Uniform):
-    """`tensor` of flat pieces of several tensors: each part of a piece has its D, which no other process has to know."""
+    """`tensor` for flat pieces of several tensors: each part of a piece has its own D, which no other process needs."""
 
     def measure(self, gradients: Sequence[Tensor]) -> None:
         """See Metric."""
@@ -307,7 +308,7 @@ class OfParts(Uniform):
         self.scale = x.new_ones(n, 1), y
 
     def commit(self, gradients: Sequence[Tensor]) -> None:
-        """See Metric: each part is counted from its own first gradient that is not zero."""
+        """See Metric. The count of each part begins at its own first gradient that is not zero."""
         self.cells["mean"].write(self.mixed(self.cells["mean"].buffer, self.means))
         count = self.cells["count"].buffer
         self.cells["count"].write(count + ((count > 0) | (self.means > 0)))

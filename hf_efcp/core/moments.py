@@ -1,4 +1,4 @@
-"""Numbers of a metric: sums of squares of gradients, the factors of D, and roots; plain functions of tensors."""
+"""The numbers of a metric, as functions of tensors: sums of squares of gradients, the factors of D, and roots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def inverse_root(d: Tensor) -> Tensor:
 
 
 def square_sums(gradients: kernels.Matrices) -> Tensor:
-    """Sum the squares of each of n matrices in fp64, (n,); all at once where they are one tensor."""
+    """Sum the squares of each of n matrices in fp64, (n,)."""
     if isinstance(gradients, Tensor):
         return torch.linalg.vector_norm(gradients, dim=(1, 2), dtype=torch.float64).square()
     sums = torch.zeros(len(gradients), dtype=torch.float64, device=gradients[0].device)
@@ -28,7 +28,7 @@ def square_sums(gradients: kernels.Matrices) -> Tensor:
 
 
 def divisors(count: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Give 1 - beta^k and 1 - beta^(k + 1) for counts k (n,), in fp64; 1 for the first of them at k = 0."""
+    """Give 1 - beta^k and 1 - beta^(k + 1) for counts k (n,), in fp64. At k = 0 the first of them is 1."""
     power = beta ** count.double()
     return 1 - power * (count > 0), 1 - power * beta
 
@@ -36,7 +36,7 @@ def divisors(count: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 def measured(
     gradients: Sequence[Tensor], r: Tensor, c: Tensor, count: Tensor, beta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Give the factors of D and S^-1 that contain g.
+    """Give the factors of S^-1, for D with g in it.
 
     Args:
         gradients: g, n matrices (rows, cols).
@@ -44,8 +44,8 @@ def measured(
         beta, eps: of D.
 
     Returns:
-        r with g in it; x (n, rows) and y (n, cols) of S^-1, all in g's dtype; the sum of S^2, (n,), and sums of g^2 over each
-        column, (n, cols), both fp64.
+        In g's dtype: r with g in it, x (n, rows) and y (n, cols) of S^-1. In fp64: the sum of S^2, (n,), and the sums of g^2 over
+        each column, (n, cols).
     """
     fast = kernels.measure(gradients, r, c, count, beta, eps)
     if fast is not None:
@@ -60,7 +60,7 @@ def measured(
 
 
 def columns(c: Tensor, divisor: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Give eps mu, (n,), and c / mu + eps, (n, cols), in fp64, for c as in the state and the divisor of its means."""
+    """Give eps mu, (n,), and c / mu + eps, (n, cols), in fp64, for the state's c and the divisor of its means."""
     c = c.double()
     mu = c.mean(1)
     seen = mu > 0

@@ -1,7 +1,7 @@
-"""Nested low-rank adapters: one pair A, B whose leading columns are an adapter of every rank (MatryoshkaLoRA, arXiv 2605.07850).
+"""Nested low-rank adapters: a pair A, B whose leading columns are an adapter of every rank (MatryoshkaLoRA, arXiv 2605.07850).
 
-x is (..., in), A (in, r), B (r, out), S the trained ranks, s_rho the scale of rank rho. While training, a layer adds
-(x A * p) B with p = diag(P), (r,); at rank rho it adds s_rho x A[:, :rho] B[:rho, :], without P.
+x is (..., in), A is (in, r), B is (r, out), S are the trained ranks, and s_rho is the scale of rank rho. In training, a layer
+adds (x A * p) B with p = diag(P), (r,). At rank rho, it adds s_rho x A[:, :rho] B[:rho, :], without P.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ KINDS = ("matryoshka", "dylora", "lora")
 
 
 def rank_scale_of(rank: int, rank_scale: str) -> float:
-    """Give s_rho of a rank: 1 ("none"), 1 / sqrt(rho) ("sqrt") or 1 / rho ("rank")."""
+    """Give s_rho for rank rho: 1 ("none"), 1 / sqrt(rho) ("sqrt") or 1 / rho ("rank")."""
     return {"none": 1.0, "sqrt": 1 / math.sqrt(rank), "rank": 1 / rank}[rank_scale]
 
 
 def staircase(r: int, train_ranks: Sequence[int], rank_scale: str = "sqrt") -> Tensor:
-    """p_i, the sum of s_rho over the ranks rho > i of S, (r,) fp64: (x A * p) B is the sum of all nested adapters.
+    """Give p_i, the sum of s_rho over the ranks rho > i of S, (r,) fp64, so that (x A * p) B is the sum of all nested adapters.
 
-    Columns from the largest rank on have p_i = 0: they are never trained.
+    Columns from the largest rank on have p_i = 0, and are never trained.
 
     Args:
         r: the number of columns.
@@ -35,20 +35,20 @@ def staircase(r: int, train_ranks: Sequence[int], rank_scale: str = "sqrt") -> T
 
 
 def masks(r: int, train_ranks: Sequence[int], rank_scale: str = "sqrt") -> Tensor:
-    """P of every rank of S on its own, (len(S), r) fp64: s_rho in the first rho columns, 0 after them (DyLoRA draws one)."""
+    """Give P for each rank of S alone, (len(S), r) fp64: s_rho in the first rho columns, 0 after them. DyLoRA draws one P."""
     columns = torch.arange(r)
     scales = torch.tensor([rank_scale_of(rank, rank_scale) for rank in train_ranks], dtype=torch.float64)
     return (columns < torch.tensor(list(train_ranks))[:, None]) * scales[:, None]
 
 
 def training_diagonals(kind: str, r: int, train_ranks: Sequence[int], rank_scale: str) -> Tensor:
-    """The diagonals P that training takes, (k, r) fp64: one, or for DyLoRA one for every rank of S."""
+    """Give the diagonals P that training takes, (k, r) fp64: for DyLoRA one for each rank of S, else one."""
     every = masks(r, train_ranks, rank_scale)
     return every if kind == "dylora" else every.sum(0, keepdim=True)
 
 
 def powers_of_two(r: int) -> list[int]:
-    """1, 2, 4, ... up to r, and r."""
+    """Give the powers of two up to r, and r: 1, 2, 4, ..., r."""
     return sorted({2**i for i in range(r.bit_length())} | {r})
 
 
@@ -56,16 +56,16 @@ def aurac(ranks: Sequence[int], accuracies: Sequence[float], version: int = 2) -
     """Give the area under the curve of accuracy over rank, divided by its width: a mean accuracy, in the unit of `accuracies`.
 
     Args:
-        ranks: where the adapter was evaluated, different integers >= 1 in any order.
-        accuracies: one for each rank.
-        version: 1: over the rank, by the trapezoid rule; most of the width is between the largest ranks. 2: over log2 of the
-            rank, so that every doubling weighs the same. Say which one a figure is.
+        ranks: the ranks at which the adapter was evaluated: different integers >= 1, in any order.
+        accuracies: an accuracy for each rank.
+        version: 1: over the rank, by the trapezoid rule. Most of the width is between the largest ranks. 2: over log2 of the
+            rank, so that every doubling has the same weight. Name the version with every figure.
 
     Returns:
-        The area; of a single rank its accuracy.
+        The mean accuracy; for a single rank, its accuracy.
 
     Raises:
-        ValueError: another version, no rank, a rank twice or below 1, or not one accuracy for each rank.
+        ValueError: another version, no rank, a rank that is there twice or is below 1, or not one accuracy for each rank.
     """
     if version not in (1, 2):
         raise ValueError(f"version={version!r}: must be 1 (over the rank) or 2 (over log2 of the rank)")

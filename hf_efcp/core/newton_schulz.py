@@ -2,8 +2,8 @@
 
     X = B / (|B|_F + 1e-7),   five times:  Z = X^T X,  X <- a X + X (b Z + c Z^2)
 
-A singular value s becomes a s + b s^3 + c s^5 at each step, and the singular vectors stay. The result is not exact: values
-that are not small end between about 0.7 and 1.2, values near 0 grow 400 times or more and stay small, 0 stays 0.
+At each step a singular value s becomes a s + b s^3 + c s^5, and the singular vectors stay. The result is not exact. Values that
+are not small end between about 0.7 and 1.2. Values near 0 grow 400 times or more and stay small. 0 stays 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kernels.devices import kind
 from .linalg import as_it_is, lengths
 
-# (a, b, c) of each step. muon: Muon's, five times the same; dion: five different ones, after which values are nearer to 1.
+# (a, b, c) of each step. muon: Muon's coefficients, the same five times. dion: five different ones, which end nearer to 1.
 SCHEDULES: dict[str, tuple[tuple[float, float, float], ...]] = {
     "muon": ((3.4445, -4.7750, 2.0315),) * 5,
     "dion": (
@@ -31,12 +31,12 @@ _GUARD = 1e-7
 
 
 def newton_schulz(b: Tensor, schedule: str = "muon", total: Callable[[Tensor], Tensor] = as_it_is) -> Tensor:
-    """Give nearly U V^T for each matrix B = U S V^T: in bf16 on a GPU, in fp32 on a CPU, in fp64 for fp64 matrices.
+    """Give nearly U V^T for each matrix B = U S V^T, by products in bf16 on a GPU, in fp32 on a CPU, in fp64 for fp64 matrices.
 
     Args:
         b: (n, long, r) in fp32 or fp64.
-        schedule: of `SCHEDULES`.
-        total: where `b` is some rows of larger matrices, sums a tensor in place over the processes that hold the others.
+        schedule: a key of `SCHEDULES`.
+        total: where `b` is some rows of larger matrices, sums a tensor in place over the processes that hold rows of them.
 
     Returns:
         (n, long, r) in the dtype of `b`.

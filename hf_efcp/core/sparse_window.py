@@ -17,14 +17,14 @@ from .windows import Window
 
 
 class SparseWindow(Window):
-    """Kept entries: block-relative indices and values, both (n, rows, m, k), so that one row's window is one run.
+    """Kept entries: block-relative indices and values, both (n, rows, m, k), so that a row's window is one run of memory.
 
     Args:
-        buffers, compute_dtype: as in Window.
-        grid: the blocks, and how many entries each keeps.
+        buffers, compute_dtype: see Window.
+        grid: the blocks, and how many entries each block keeps.
 
     Attributes:
-        entry_bytes: bytes of temporaries that the torch path takes for a kept entry.
+        entry_bytes: bytes of temporaries for each kept entry, where torch does the work.
     """
 
     slot_dim = 2
@@ -105,7 +105,7 @@ class SparseWindow(Window):
         return inner(values, values)[:, 0, 0]
 
     def _pieces(self, rows: slice = ALL) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-        """Cut the window's `rows` by tensors, then rows: (tensor slice, row slice, int64 columns, values) of limited size."""
+        """Cut the window's `rows` by tensors, then by rows. A piece is (tensor slice, row slice, int64 columns, values)."""
         n, all_rows, m, k = self.shape
         start, stop, _ = rows.indices(all_rows)
         device = next(iter(self.buffers.values())).device
@@ -125,14 +125,14 @@ class SparseWindow(Window):
 
 
 def adam(buffers: Buffers, w1: Tensor, w2: Tensor, eps: float, grid: BlockTopK, rows: slice, dtype: torch.dtype) -> Tensor:
-    """Give rows `rows` of m / (sqrt(v) + eps), m = sum_i w1_i c_i and v = sum_i w2_i c_i^2, over a window's entries c_i.
+    """Give rows `rows` of m / (sqrt(v) + eps), for m = sum_i w1_i c_i and v = sum_i w2_i c_i^2 over a window's entries c_i.
 
     Args:
-        buffers: of the window, plain.
+        buffers: of a plain window.
         w1, w2: (n, m) fp64.
         eps: a number > 0.
         grid: the blocks.
-        rows: a run of them.
+        rows: a run of rows.
         dtype: of the arithmetic, and of the result (n, rows, cols).
     """
     indices, values = buffers["window_indices"], buffers["window_values"]
@@ -156,6 +156,6 @@ def move(
     decay: float,
     dtype: torch.dtype,
 ) -> bool:
-    """Compute p <- decay * p + scale * u in place, by a kernel, for n matrices p and `adam`'s u; tell whether it was done."""
+    """Compute p <- decay * p + scale * u in place by a kernel, for n matrices p, with u from `adam`; tell whether it was done."""
     stored, weights = (buffers["window_indices"], buffers["window_values"], None), (w1.to(dtype), w2.to(dtype))
     return kernels.move(stored, *weights, eps, grid.cols, grid.blocks, params, scale, decay)

@@ -1,7 +1,7 @@
-"""Which numbers an entry of state may hold: a checkpoint is asked before it becomes the state.
+"""Which numbers an entry of state may hold. A checkpoint's numbers are checked before they become the state.
 
-`sure` takes about as long as reading. Where it says no, `exact` decides, which may take longer and may look at other entries of
-the same parameter: a code means nothing where its scale is zero.
+The check `sure` takes about as long as reading. If it says no, the check `exact` decides. `exact` may take longer and may look at
+other entries of the same parameter: for example, a code means nothing if its scale is zero.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .codecs import SparseCodec, unpack_codes
 if TYPE_CHECKING:
     from .cells import Spec
 
-# Numbers up to here are exact in fp64, and in fp32.
+# The largest integers up to which all are exact in fp64, and in fp32.
 _MOST, _MOST_FP32 = 2**53, 2**24
 _NAN_FLOAT8 = 0x7F
-# Scales of sparse blocks up to here give finite numbers in fp32, whatever the codes are.
+# The largest scale of a sparse block that gives finite fp32 numbers whatever the codes are.
 _SURE_SCALE = 250
 
 
@@ -41,9 +41,9 @@ class Values:
     """The numbers that are allowed in an entry.
 
     Attributes:
-        expected: in words, for messages.
-        sure: some rows of the entry, (k, cols), not empty -> 0-D bool: they are allowed.
-        exact: the parameter's entries by name -> whether this one is allowed, where `sure` does not know; None: it does.
+        expected: the allowed numbers in words, for messages.
+        sure: some rows of the entry, (k, cols), not empty -> 0-D bool, whether they are certainly allowed.
+        exact: the parameter's entries by name -> whether this entry is allowed, where `sure` says no; None: `sure` decides.
     """
 
     expected: str
@@ -52,10 +52,10 @@ class Values:
 
 
 def values_of(spec: Spec) -> Values | None:
-    """Give the numbers that are allowed in an entry; None: all that its dtype has."""
+    """Give the numbers that are allowed in an entry; None: all numbers of its dtype."""
     if spec.values is not None:
         return spec.values
-    if spec.dtype.is_floating_point:  # the sum of finite numbers may overflow
+    if spec.dtype.is_floating_point:  # `exact` is needed, since the sum of finite numbers may overflow
         return Values("finite numbers", lambda x: x.sum().isfinite(), lambda entry: entry[spec.name].isfinite().all())
     return {torch.int64: COUNT, torch.int8: INT8}.get(spec.dtype)
 
@@ -73,7 +73,7 @@ FLOAT8 = Values("8-bit floats, none of them NaN", lambda x: (x & _NAN_FLOAT8).am
 
 
 def code_scales(bits: int) -> Values:
-    """Scales of codes of `BlockQuantizer`: a product with the largest code is finite."""
+    """Allow scales of `BlockQuantizer` whose product with the largest code is finite."""
     largest = LARGEST_INT8 if bits == 8 else LARGEST_INT4
 
     def sure(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def code_scales(bits: int) -> Values:
 
 
 def int4(name: str, cols: int) -> Values:
-    """Codes of `BlockQuantizer` in 4 bits, for rows of `cols` numbers: -8 is none, but where the scale is zero."""
+    """Allow 4-bit codes of `BlockQuantizer`, for rows of `cols` numbers. -8 is no code, but allowed where the scale is zero."""
 
     def sure(x: Tensor) -> Tensor:
         low = (x & INT4_MASK).amin() > 0
@@ -105,7 +105,7 @@ BOUNDS = Values("finite bounds, the lower one first", _ordered)
 
 
 def indices(blocks: tuple[int, int, int], cols: int) -> Values:
-    """Indices of block top-k entries; blocks and cols: as BlockTopK has them."""
+    """Allow indices of block top-k entries; `blocks` and `cols` are those of BlockTopK."""
     block, kept, kept_tail = blocks
     head, tail = cols // block * kept, cols % block
 
@@ -117,7 +117,7 @@ def indices(blocks: tuple[int, int, int], cols: int) -> Values:
 
 
 def sparse_codes(blocks: tuple[int, int, int], cols: int, codec: SparseCodec, dtype: torch.dtype) -> tuple[Values, Values]:
-    """Numbers and scales of `SparseCodec`; dtype: in which they are read."""
+    """Allow numbers and scales of `SparseCodec`; `dtype`: of the decoded values."""
     block, kept, _ = blocks
     head, tail = cols // block * kept, cols % block
 
@@ -139,7 +139,7 @@ def sparse_codes(blocks: tuple[int, int, int], cols: int, codec: SparseCodec, dt
 
 
 def _below(x: Tensor, head: int, block: int, tail: int) -> Tensor:
-    """Tell whether numbers (k, cols) are in 0 ... block - 1, and in 0 ... tail - 1 from column `head` on."""
+    """Tell whether numbers (k, cols) are in 0 ... block - 1, and those from column `head` on in 0 ... tail - 1."""
     ok = x.amin() >= 0
     if head:
         ok = ok & (x[:, :head].amax() < block)

@@ -1,8 +1,8 @@
 """Windows: the last m compressed gradients of n tensors of one shape, as a ring buffer.
 
-Data flow of a step: `stage(entry)` takes the new entry in storage precision, `dots(j)` gives its inner products with the window
-as it will be, `commit(j)` writes it into slot j, `combine(c)` gives G^T c. Until `commit` the state is untouched, so a step can
-still be skipped. K is always computed from entries as stored.
+The data flow of a step: `stage(entry)` takes the new entry in storage precision. `dots(j)` gives its inner products with the
+window as it will be. `commit(j)` writes it into slot j. `combine(c)` gives G^T c. The state does not change before `commit`, so
+that a step can still be refused. K is always computed from entries as they are stored.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from .cells import ALL, Buffers, Layout, Spec
 from .deferred import masked
 from .linalg import add_scaled_, chunk_bytes, chunks, inner, room_bytes
 
-# For P and Q each: what scales them, None: nothing.
+# What scales P, and what scales Q; None: nothing.
 Weights = tuple[Tensor | None, Tensor | None]
 
 
 class Window:
-    """What the formats share: staging and the ring.
+    """What all window formats share: staging and the ring.
 
     Args:
         buffers: name -> (n, ...), as `specs` declares them.
         compute_dtype: dtype of gradients, errors and updates.
-        update_dtype: dtype of the numbers that enter the product G^T c, and of its result; None: the compute dtype. A kind of
-            window that has nothing to gain ignores it.
+        update_dtype: dtype of the numbers that enter the product G^T c, and of its result; None: the compute dtype. A window that
+            gains nothing from it ignores it.
 
     Attributes:
-        staged: the new entry as the window stores it, in numbers; None: there is none.
+        staged: the new entry as the window stores it, decoded; None: there is no staged entry.
     """
 
     slot_dim = 1  # of the buffers
@@ -49,16 +49,16 @@ class Window:
         raise NotImplementedError
 
     def stored(self, slot: int) -> Entry:
-        """Give the entry in a slot, as it was staged."""
+        """Give the entry in a slot, in the form in which it was staged."""
         raise NotImplementedError
 
     def dots(self, j: Tensor) -> Tensor:
-        """Give the inner products of the staged entry with every entry, (n, m) fp64; slot j counts as the staged one itself."""
+        """Give the inner products of the staged entry with all entries, (n, m) fp64. Slot j counts as the staged entry itself."""
         dots = self._dots_with_window()
         return dots.index_copy_(1, j, self._staged_square()[:, None])
 
     def commit(self, j: Tensor, ok: bool | Tensor = True) -> None:
-        """Write the staged entry into slot j, a (1,) int64 tensor, where the step is accepted; forget it."""
+        """Write the staged entry into slot j, a (1,) int64 tensor, if the step is accepted; then release it."""
         for buffer, part in zip(self.buffers.values(), self._parts_to_store(), strict=True):
             if kernels.store(buffer, part, self.slot_dim, j, ok):
                 continue
@@ -69,7 +69,7 @@ class Window:
         self.release()
 
     def release(self) -> None:
-        """Forget the staged entry: it may share memory with a gradient."""
+        """Drop the staged entry, which may share memory with a gradient."""
         self.staged = None
 
     def apply(
@@ -84,16 +84,16 @@ class Window:
             factors: x (n, rows) and y (n, cols) in the compute dtype; None: u = G^T c.
 
         Returns:
-            Whether it was done; else the caller goes by `combine`.
+            Whether it was done. If not, the caller uses `combine`.
         """
         return False
 
     def combine(self, c: Tensor, rows: slice | None = None) -> Tensor:
-        """Give G^T c, (n, rows, cols) in the compute dtype, for coefficients c (n, m) fp64; or rows `rows` of it."""
+        """Give G^T c, or rows `rows` of it, (n, rows, cols) in the compute dtype, for coefficients c (n, m) fp64."""
         raise NotImplementedError
 
     def product(self, c: Tensor, rows: slice) -> Tensor:
-        """Give rows `rows` of G^T c for an addition that takes any dtype: that of the matrix product may stay."""
+        """Give rows `rows` of G^T c, in any dtype: the caller's addition takes the matrix product's dtype too."""
         return self.combine(c, rows)
 
     def _parts_to_store(self) -> tuple[Tensor, ...]:
@@ -115,8 +115,9 @@ class Window:
 class DenseWindow(Window):
     """Entries as they are: (n, m, rows, cols).
 
-    G^T c has one row of coefficients and reads each number once: memory is the limit. So `update_dtype` counts where entries are
-    stored in it, and nothing has to be converted. c then enters as two numbers, c = high + low, so that it is not rounded.
+    G^T c has one row of coefficients and reads each number once, so that memory limits its speed. So `update_dtype` has an effect
+    only where entries are stored in it, and nothing is converted. c then enters as two numbers, c = high + low, which keeps its
+    precision.
     """
 
     @staticmethod
@@ -168,8 +169,8 @@ class DenseWindow(Window):
 class LowRankWindow(Window):
     """Entries P Q^T: P (n, m, r, rows), Q (n, m, r, cols).
 
-    <P_i Q_i^T, P_j Q_j^T> = sum of (P_i^T P_j) o (Q_i^T Q_j): nothing of size rows x cols is formed.
-    With an `update_dtype` c_i scales a factor in the compute dtype, and both factors are then rounded, once.
+    <P_i Q_i^T, P_j Q_j^T> = sum of (P_i^T P_j) o (Q_i^T Q_j), so that nothing of size rows x cols is formed.
+    With an `update_dtype`, c_i scales a factor in the compute dtype. Both factors are then rounded once.
     """
 
     @staticmethod
@@ -208,7 +209,7 @@ class LowRankWindow(Window):
         return out
 
     def product(self, c: Tensor, rows: slice) -> Tensor:
-        """See Window. Sums of several products are in the compute dtype."""
+        """See Window. A sum of several products is in the compute dtype."""
         u: Tensor | None = None
         for left, right in self._products(c, rows):
             u = left.mT @ right if u is None else u.to(self.compute_dtype).add_(left.mT @ right)
@@ -217,9 +218,9 @@ class LowRankWindow(Window):
     def apply(
         self, c: Tensor, params: Sequence[Tensor], scale: float | Tensor, decay: float | Tensor, factors: kernels.Scale = None
     ) -> bool:
-        """See Window. Products that are added to p itself: G^T c is not formed."""
+        """See Window. Products are added to p itself, and G^T c is not formed."""
         if isinstance(scale, Tensor) or isinstance(decay, Tensor) or kind(c.device) != "cpu":
-            # On a GPU a launch takes longer than a pass.
+            # A GPU goes this way: there a launch takes longer than a pass.
             for i, (left, right) in enumerate(self._products(c, slice(0, len(params[0])), factors)):
                 _add_products(params, left, right, scale, 1.0 if i else decay)
             return True
@@ -238,7 +239,7 @@ class LowRankWindow(Window):
     def _apply_scaled(
         self, c: Tensor, params: Sequence[Tensor], scale: float, decay: float, factors: tuple[Tensor, Tensor]
     ) -> None:
-        """`apply` with factors: P and Q of one tensor at a time are scaled into room that stays in the cache."""
+        """`apply` with factors: P and Q are scaled for one tensor at a time, into memory that stays in the cache."""
         rows, cols = params[0].shape
         if not rows:  # a shard without rows
             return
@@ -261,7 +262,7 @@ class LowRankWindow(Window):
         return chunks(m, n * rank * converted * self.update_dtype.itemsize, room_bytes(window_p.device))
 
     def _products(self, c: Tensor, part: slice, factors: tuple[Tensor, Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give X (n, slots r, rows) and Y (n, slots r, cols) whose X^T Y make up rows `part` of u: some slots at a time."""
+        """Give pairs X (n, slots r, rows), Y (n, slots r, cols) for some slots each. The sum of X^T Y is rows `part` of u."""
         rows, cols = part.stop - part.start, self.buffers["window_q"].shape[3]
         c, ends = c.to(self.compute_dtype), self.update_dtype
         sizes: Weights = (None, None) if factors is None else (factors[0][:, part], factors[1])
@@ -271,12 +272,12 @@ class LowRankWindow(Window):
             yield left.to(ends).flatten(1, 2), right.to(ends).flatten(1, 2)
 
     def _weighted(self, slots: slice, rows: slice, weights: Weights, sizes: Weights) -> tuple[Tensor, Tensor]:
-        """Give P, of some rows of the matrix, and Q, each times c_i and diag(sizes): see `_scaled`."""
+        """Give P, for some rows of the matrix, and Q, each times its weights and diag(sizes): see `_scaled`."""
         p, q = self._factors(slots, rows)
         return self._scaled(p, weights[0], sizes[0]), self._scaled(q, weights[1], sizes[1])
 
     def _scaled(self, factor: Tensor, c: Tensor | None, sizes: Tensor | None) -> Tensor:
-        """Give c_i * factor_i diag(sizes); rounded to bf16 where the product is in bf16 and a kernel can."""
+        """Give c_i * factor_i diag(sizes). It is rounded to bf16 if the product is in bf16 and there is a kernel."""
         if c is None and sizes is None:
             return factor
         fast = kernels.scaled(factor, c, sizes) if self.update_dtype == torch.bfloat16 else None
@@ -290,7 +291,7 @@ class LowRankWindow(Window):
         return self._factor_dots(*self._factors(ALL))
 
     def _factors(self, slots: slice, rows: slice = ALL) -> tuple[Tensor, Tensor]:
-        """Give the numbers of P, of some rows of the matrix, and of Q."""
+        """Give the numbers of P, for some rows of the matrix, and of Q."""
         return self.buffers["window_p"][:, slots, :, rows], self.buffers["window_q"][:, slots]
 
     def _staged_square(self) -> Tensor:
@@ -304,9 +305,9 @@ class LowRankWindow(Window):
 
 
 def _add_products(params: Sequence[Tensor], x: Tensor, y: Tensor, scale: float | Tensor, decay: float | Tensor) -> None:
-    """Compute p <- decay * p + scale * X^T Y in place; X^T Y has the dtype of X and Y.
+    """Compute p <- decay * p + scale * X^T Y in place. X^T Y has the dtype of X and Y.
 
-    X^T Y is formed for some tensors, or for some rows of one, at a time, so that it is still in the cache when it is added.
+    X^T Y is formed for some tensors at a time, or for some rows of one, so that it is still in the cache when it is added.
 
     Args:
         params: p, n matrices (rows, cols).

@@ -1,7 +1,7 @@
-"""What folders say that they have; and `.metadata`, the pickle of torch.distributed.checkpoint, read without running anything.
+"""The index of a checkpoint's folder; and `.metadata`, the pickle of torch.distributed.checkpoint, read without running anything.
 
-`.metadata` of a folder that somebody else has made may be any program. It is read by an unpickler for which only the names that
-such a file has mean something: stand-ins that hold values and do nothing. torch itself reads the file with pickle, so that what
+The `.metadata` of a folder that somebody else made may be any program. The unpickler here knows only the names that such a file
+needs. Each name stands for an object that holds values and does nothing. torch itself reads the file with pickle. So a file that
 torch is about to read is read here first, see `refuse_programs`.
 """
 
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 METADATA = ".metadata"
-# A larger one is none: it has some hundred bytes for a tensor.
+# The most bytes of the file, which has some hundred bytes for each tensor.
 _MOST_BYTES = 2**30
-# What pickle writes for records, numbers, text and containers. Others make objects by other ways.
+# The operations that pickle writes for records, numbers, text and containers. Other operations make objects in other ways.
 # fmt: off
 _OPCODES = frozenset((
     "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT",
@@ -34,7 +34,7 @@ _OPCODES = frozenset((
 
 
 class CheckpointError(ValueError):
-    """A folder that is no whole checkpoint, or one of something else."""
+    """A folder that is no complete checkpoint, or a checkpoint of something else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Stored:
     """A part of a tensor in a file.
 
     Attributes:
-        file: its name in the folder.
-        at, bytes: where the part is in it.
-        start, shape: where it is in the tensor.
-        checksum: of its bytes; None: it is what torch.save writes.
+        file: the file's name in the folder.
+        at, bytes: the place of the part in the file, and its length.
+        start, shape: the place of the part in the tensor, and its shape.
+        checksum: of the part's bytes; None: the part is in the format of torch.save.
     """
 
     file: str
@@ -61,8 +61,8 @@ class Entry:
     """A tensor in a folder.
 
     Attributes:
-        shape, dtype: of the whole; dtype None: it is no tensor.
-        parts: that the files have.
+        shape, dtype: of the whole tensor; dtype None: the entry is no tensor.
+        parts: the parts that the files have.
     """
 
     shape: tuple[int, ...]
@@ -71,13 +71,15 @@ class Entry:
 
 
 def checked(entries: Mapping[str, Entry], folder: Path, file: Path) -> dict[str, Entry]:
-    """Give the entries, if their parts are inside of tensors and files.
+    """Give the entries, if their parts lie within the tensors and the files.
 
     Args:
-        entries: that `file` says the folder has.
+        entries: the entries that `file` names.
+        folder: where the files are.
+        file: of the index, for messages.
 
     Raises:
-        CheckpointError: they are not.
+        CheckpointError: a part does not, or a file is missing.
     """
     sizes: dict[str, int] = {}
     for name, entry in entries.items():
@@ -118,9 +120,9 @@ def _sizes(values: Any) -> bool:
 
 
 def tiled(entry: Entry) -> bool:
-    """Tell whether parts are runs along one dimension that make the whole."""
+    """Tell whether the parts are runs along one dimension that together make the whole tensor."""
     if not all(entry.shape):
-        return True  # nothing is in it
+        return True  # the tensor is empty
     parts = [part for part in entry.parts if all(part.shape)]
     cut = {d for part in parts for d in range(len(entry.shape)) if part.shape[d] != entry.shape[d]}
     if len(cut) > 1 or any(part.start[d] for part in parts for d in range(len(entry.shape)) if d not in cut):
@@ -139,7 +141,7 @@ def tiled(entry: Entry) -> bool:
 
 
 def refuse_programs(folder: Path) -> None:
-    """Read what torch.distributed.checkpoint is about to read of a folder with pickle, and refuse what is more than values.
+    """Read the pickles of a folder that torch.distributed.checkpoint is about to read; refuse pickles of more than values.
 
     Raises:
         CheckpointError: `.metadata` or a value in a file is damaged, or asks for anything that such a file does not need.
@@ -151,7 +153,7 @@ def refuse_programs(folder: Path) -> None:
                 data = stream.read(part.bytes)
             try:
                 torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            except Exception as error:  # whatever reading a damaged file ends in
+            except Exception as error:  # a damaged file may raise anything
                 reason = str(error).partition("\n")[0]
                 raise CheckpointError(f"{folder / part.file} is damaged: {name} in it is no plain value: {reason}") from None
 
@@ -160,7 +162,7 @@ def read_metadata(folder: Path) -> dict[str, Entry]:
     """Read and check `.metadata` of a folder.
 
     Raises:
-        CheckpointError: it is missing or damaged, or a file that it names is.
+        CheckpointError: `.metadata`, or a file that it names, is missing or damaged.
     """
     file = folder / METADATA
     try:
@@ -168,13 +170,13 @@ def read_metadata(folder: Path) -> dict[str, Entry]:
             raise ValueError("it is too large")
         record = _Unpickler(_safe(file.read_bytes())).load()
         entries = _entries(record)
-    except Exception as error:  # whatever unpickling a damaged file ends in
+    except Exception as error:  # a damaged file may raise anything
         raise CheckpointError(f"{file} is damaged: {error}") from None
     return checked(entries, folder, file)
 
 
 def _entries(record: Any) -> dict[str, Entry]:
-    """Give what the record `Metadata` says."""
+    """Give the entries that the record `Metadata` names."""
     parts: dict[str, list[Stored]] = {}
     known: dict[str, Any] = dict(record.state_dict_metadata)
     for index, place in record.storage_data.items():
@@ -202,7 +204,7 @@ def _entries(record: Any) -> dict[str, Entry]:
 
 
 def _safe(data: bytes) -> io.BytesIO:
-    """Give a pickle whose operations are those that such a file needs, and whose memo is no larger than it."""
+    """Give the pickle, if it has only operations that such a file needs, and a memo no larger than the file."""
     for operation, argument, _ in pickletools.genops(data):
         if operation.name not in _OPCODES:
             raise ValueError(f"it has the operation {operation.name}, which no checkpoint needs")
@@ -212,14 +214,14 @@ def _safe(data: bytes) -> io.BytesIO:
 
 
 class _Fixed(type):
-    """A class whose attributes stay: a pickle could set them otherwise."""
+    """A class whose attributes cannot be set: a pickle could otherwise set them."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
         raise pickle.UnpicklingError(f"it writes to the class {cls.__name__}")
 
 
 class _Record(metaclass=_Fixed):
-    """Values by name, in place of an object of torch's."""
+    """Values by name, in the place of one of torch's objects."""
 
     name = ""
     state: Any = ()
@@ -241,7 +243,7 @@ class _Record(metaclass=_Fixed):
 
 
 class _Function(metaclass=_Fixed):
-    """A value that is called: gives what it was called with, as text or as a tuple."""
+    """A stand-in for a function: when called, it gives its arguments as text, as a number or as a tuple."""
 
     __slots__ = ("kind",)
     kind: type

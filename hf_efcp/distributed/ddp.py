@@ -1,4 +1,4 @@
-"""DDP: parameters are the same on every process; their state is divided by a plan (ZeRO-1 style), or whole on every process."""
+"""DDP: parameters are the same on every process. Their state is divided by a plan (ZeRO-1 style), or whole on every process."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _ALIGNMENT = 16
 
 
 class Replicas(Placement):
-    """Processes with equal parameters and equal state, but for what a spec says each has of its own (comm="factors").
+    """Processes with equal parameters and equal state, except entries that a spec gives each process alone (comm="factors").
 
     Args:
-        group: a process group, this process in it; None: torch's default one, which is not held, since one that outlives
-            destroy_process_group may abort the interpreter at its end.
+        group: a process group that this process is in; None: torch's default group. The default group is not stored here: if it
+            outlives destroy_process_group, it may abort the interpreter at its end.
     """
 
     alone = False
@@ -58,7 +58,7 @@ class Replicas(Placement):
 
 
 class DDPShards(Replicas):
-    """Processes that share the state: each compresses, stores and combines the pieces that the plan gives it."""
+    """Processes that share the state: each process compresses, stores and combines the pieces that the plan gives it."""
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         super().__init__(group)
@@ -80,7 +80,7 @@ class DDPShards(Replicas):
         return cut(t, spec, p, rows)
 
     def publish(self, params: Sequence[Tensor], owners: Mapping[Tensor, Owners]) -> None:
-        """See Placement. One all-gather for each bucket of rows."""
+        """See Placement. There is one all-gather for each bucket of rows."""
         device = params[0].device
         limit = max(2**16, GATHER_BYTES // (self.size + 1))
         streams = [list(_buckets(params, [owners[p] for p in params], rank, limit)) for rank in range(self.size)]
@@ -103,9 +103,9 @@ def plan(specs: Mapping[Tensor, Specs], processes: int, known: Mapping[Tensor, O
 
     Args:
         specs: of every parameter.
-        processes: how many.
-        known: owners of parameters that have some already.
-        least: number of dimensions from which a parameter may be divided by rows.
+        processes: the number of processes.
+        known: owners of the parameters that have owners already.
+        least: the fewest dimensions of a parameter that may be divided by rows.
     """
     sizes = {p: size_of(p, entries, least) for p, entries in specs.items()}
     held = [0.0] * processes
@@ -120,7 +120,7 @@ def plan(specs: Mapping[Tensor, Specs], processes: int, known: Mapping[Tensor, O
 
 
 def size_of(p: Tensor, specs: Specs, least: int = 2) -> Size:
-    """Give the bytes of a parameter's state, but for entries that every process holds; rows count in units that stay together."""
+    """Give the bytes of a parameter's state, without entries that every process holds. Rows count in units that stay together."""
     held = [spec for spec in specs.values() if spec.held == "owner"]
     total, fixed = sum(s.nbytes for s in held), sum(s.nbytes for s in held if s.divided(p) is None)
     if p.ndim < least or p.numel() == 0:
@@ -143,7 +143,7 @@ def _whole_units(owners: Owners, p: Tensor, specs: Specs) -> Owners:
 
 
 def _buckets(params: Sequence[Tensor], owners: Sequence[Owners], rank: int, limit: int) -> Iterator[list[Tensor]]:
-    """Give what `rank` owns, as views of the parameters, in lists of at most `limit` bytes (or a single row)."""
+    """Give views of the parameters' rows that `rank` owns, in lists of at most `limit` bytes (or of a single row)."""
     bucket: list[Tensor] = []
     size = 0
     for p, who in zip(params, owners, strict=True):

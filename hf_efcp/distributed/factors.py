@@ -2,8 +2,8 @@
 
     P <- orth(mean_i a_i Q),   Q <- mean_i a_i^T P          power_iterations times, from a Q that all processes have
 
-Both products are linear in a_i: P and Q are, to rounding, those of mean_i a_i, and mean_i (a_i - P Q^T) is its error. (A mean of
-factors that each process makes of its own a_i would be nothing of the kind.)
+Both products are linear in a_i. So P and Q are, up to rounding, the factors of mean_i a_i, and mean_i (a_i - P Q^T) is its error.
+(A mean of factors that each process makes of its own a_i would not have this property.)
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ..core.linalg import orthonormalize
 
 
 def mean_(tensors: Sequence[Tensor], group: dist.ProcessGroup, size: int) -> None:
-    """Take the mean over the `size` processes of `group`, in place; one all-reduce for each dtype among the tensors.
+    """Take the mean over the `size` processes of `group`, in place, by one all-reduce for each dtype among the tensors.
 
-    On a GPU the present stream waits for them, and the host does not.
+    On a GPU the present stream waits for the all-reduces; the host does not.
     """
     sent = []
     for dtype in dict.fromkeys(t.dtype for t in tensors):
@@ -41,17 +41,17 @@ def factors_of_mean(
     mean_: Callable[[Sequence[Tensor]], None],
     plain: Sequence[Tensor] = (),
 ) -> list[tuple[Tensor, Tensor]]:
-    """Make P and Q of the mean over processes of each a; two rounds of messages for each power iteration.
+    """Make P and Q of the mean over processes of each a, by two rounds of messages for each power iteration.
 
     Args:
-        a: (n, rows, cols), this process's; any number of stacks.
-        q: (n, cols, r) for each, the same on all processes.
+        a: any number of this process's stacks, (n, rows, cols) each.
+        q: for each stack, Q (n, cols, r), the same on all processes.
         power_iterations: at least 1.
-        mean_: tensors -> None, their means over processes, in place.
-        plain: tensors that are not compressed; they become their means with the last round.
+        mean_: tensors -> None; replaces the tensors by their means over processes.
+        plain: tensors that are not compressed. The last round replaces them by their means.
 
     Returns:
-        (P (n, rows, r), Q (n, cols, r)) for each, the same on all processes.
+        (P (n, rows, r), Q (n, cols, r)) for each stack, the same on all processes.
     """
     p, q = [], list(q)
     for i in range(power_iterations):

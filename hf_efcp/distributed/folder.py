@@ -1,10 +1,10 @@
-"""Sharded state in a folder: every process writes its rows; any number of processes reads them. Nothing of it is a pickle.
+"""Sharded state in a folder: every process writes its rows, and any number of processes reads them. No file is a pickle.
 
     rank_0.safetensors, rank_1.safetensors, ...   the numbers, a file for each process
-    index.json                                    of every tensor: shape, dtype, and its parts: file, place, start, checksum
+    index.json                                    shape, dtype and parts of every tensor; a part's file, place, start, checksum
 
-The entry `NUMBER.NAME` is the state tensor NAME of parameter NUMBER, with the shape that it has on one process. The folder is
-whole once the index is there: it is written last, when every process has written its file. Folders of earlier versions, which
+The entry `NUMBER.NAME` is the state tensor NAME of parameter NUMBER, with the shape that it has on one process. The index is
+written last, when every process has written its file, so a folder with an index is complete. Folders of earlier versions, which
 torch.distributed.checkpoint wrote, are read too, see dcp_metadata.py.
 """
 
@@ -31,7 +31,7 @@ Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 INDEX = "index.json"
 _FORMAT = 1
-# As the safetensors format calls dtypes.
+# The names of dtypes in the safetensors format.
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -50,9 +50,9 @@ class Part:
     """A state tensor, or the part of it that this process holds.
 
     Attributes:
-        tensor: what is held.
-        shape: of the whole.
-        dim, start: where the part begins in the whole; dim None: it is the whole.
+        tensor: the part.
+        shape: of the whole tensor.
+        dim, start: where the part begins in the whole; dim None: the part is the whole.
     """
 
     tensor: Tensor
@@ -62,16 +62,16 @@ class Part:
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Where the part begins, in each dimension."""
+        """The place at which the part begins, in each dimension."""
         return tuple(self.start if d == self.dim else 0 for d in range(len(self.shape)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What a folder has.
+    """The entries of a folder.
 
     Attributes:
-        folder: where it is.
+        folder: its path.
         entries: by name.
     """
 
@@ -83,10 +83,10 @@ class Index:
 
 
 def save(parts: dict[str, Part], folder: Path, group: dist.ProcessGroup) -> None:
-    """Write the parts; to be called by every process of `group`.
+    """Write the parts. Every process of `group` has to call this.
 
     Raises:
-        OSError: on every process, where one cannot write.
+        OSError: on every process, if one process cannot write.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     held = _everybodys({name: (part.offsets, part.tensor.nbytes) for name, part in parts.items()}, group, size)
@@ -94,7 +94,7 @@ def save(parts: dict[str, Part], folder: Path, group: dist.ProcessGroup) -> None
     problem, written = None, {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (INDEX, METADATA):  # an older checkpoint of that name is no longer whole
+        for name in (INDEX, METADATA):  # an older checkpoint in this folder is no longer complete
             (folder / name).unlink(missing_ok=True)
         written = _write(mine, folder / f"rank_{rank}.safetensors")
     except OSError as error:
@@ -118,7 +118,7 @@ def _everybodys(mine: Any, group: dist.ProcessGroup, size: int) -> list[Any]:
 
 
 def _writers(held: list[dict[str, tuple[tuple[int, ...], int]]]) -> list[list[str]]:
-    """Say which process writes which of its parts: one of those that hold the same, with the fewest bytes so far."""
+    """Say which process writes which parts: of the processes that hold a part, the one with the fewest bytes so far writes it."""
     holders: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     sizes: dict[tuple[str, tuple[int, ...]], int] = {}
     for rank, parts in enumerate(held):
@@ -134,7 +134,7 @@ def _writers(held: list[dict[str, tuple[tuple[int, ...], int]]]) -> list[list[st
 
 
 def _write(parts: Mapping[str, Part], file: Path) -> dict[str, Any]:
-    """Write parts to a safetensors file; give (shape and dtype of the whole, what the index says of the part) by name."""
+    """Write parts to a safetensors file; give, by name, shape and dtype of the whole, and the part's record for the index."""
     header: dict[str, Any] = {}
     end = 0
     for name, part in parts.items():
@@ -164,7 +164,7 @@ def _write(parts: Mapping[str, Part], file: Path) -> dict[str, Any]:
 
 
 def _replace(file: Path, data: Iterable[Any]) -> None:
-    """Write a file under another name, and give it its own when it is on the disk."""
+    """Write a file under another name, and rename it once it is on the disk."""
     other = file.with_name(f"{file.name}.tmp")
     with open(other, "wb") as stream:
         for part in data:
@@ -183,10 +183,10 @@ def _memory(t: Tensor) -> Any:
 
 
 def opened(folder: Path) -> Index:
-    """Read what a folder has, of this version or of earlier ones.
+    """Read the index of a folder of this version or of earlier versions.
 
     Raises:
-        CheckpointError: it is missing or damaged, or a file in it is missing or too short.
+        CheckpointError: the folder or its index is missing or damaged, or a file is missing or too short.
     """
     if (folder / INDEX).is_file():
         entries = _read_index(folder)
@@ -221,7 +221,7 @@ def _stored(part: Mapping[str, Any]) -> Stored:
 
 
 def check(index: Index, expected: Expected) -> None:
-    """Raise CheckpointError where a folder has other entries than are expected, of all processes."""
+    """Raise CheckpointError where a folder has other entries than those that all processes together expect."""
     stored = index.entries
     missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing or extra:
@@ -236,11 +236,11 @@ def check(index: Index, expected: Expected) -> None:
             theirs = "no tensor" if entry.dtype is None else f"{entry.shape} {entry.dtype}"
             raise CheckpointError(f"{index.folder}: {name} is {theirs} there, {shape} {dtype} here")
         if not tiled(entry):
-            raise CheckpointError(f"{index.folder} is damaged: {name} is not there as a whole, or twice")
+            raise CheckpointError(f"{index.folder} is damaged: a part of {name} is missing, or there twice")
 
 
 def read(index: Index, name: str, part: Part) -> Tensor:
-    """Read what a process holds of an entry; give it, on the CPU.
+    """Read the part of an entry that this process holds; give it, on the CPU.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -249,14 +249,14 @@ def read(index: Index, name: str, part: Part) -> Tensor:
 
 
 def read_mean(index: Index, name: str, part: Part) -> Tensor:
-    """Read an entry that has several copies, in one more dimension before the others; give their mean, as `read`."""
+    """Read an entry of which the folder has several copies, along a first dimension; give their mean, as `read` does."""
     shape = (index.entries[name].shape[0], *part.tensor.shape)
     copies = _read(index, name, None if part.dim is None else part.dim + 1, part.start, shape)
     return copies.mean(0, dtype=torch.promote_types(copies.dtype, torch.float32)).to(copies.dtype)
 
 
 def _read(index: Index, name: str, dim: int | None, start: int, shape: tuple[int, ...]) -> Tensor:
-    """Put a run of a tensor together from the parts that the files have; each is read and checked as a whole."""
+    """Put a run of a tensor together from the parts in the files. Each part is read and checked as a whole."""
     entry = index.entries[name]
     assert entry.dtype is not None
     if len(entry.parts) == 1 and entry.parts[0].shape == shape:
@@ -277,7 +277,7 @@ def _read(index: Index, name: str, dim: int | None, start: int, shape: tuple[int
 
 
 def _part(index: Index, name: str, dtype: torch.dtype, stored: Stored) -> Tensor:
-    """Read a part of a tensor, as a file has it."""
+    """Read a part of a tensor from its file."""
     file = index.folder / stored.file
     try:
         with open(file, "rb") as stream:
@@ -298,10 +298,10 @@ def _plain(stream: BinaryIO, dtype: torch.dtype, stored: Stored) -> Tensor | Non
 
 
 def _pickled(stream: BinaryIO, stored: Stored) -> Tensor | None:
-    """Read what torch.save has written; weights_only makes nothing but tensors and plain values."""
+    """Read a tensor that torch.save has written. weights_only makes nothing but tensors and plain values."""
     try:
         t = torch.load(io.BytesIO(stream.read(stored.bytes)), map_location="cpu", weights_only=True)
-    except Exception:  # whatever reading a damaged file ends in
+    except Exception:  # a damaged file may raise anything
         return None
     return t.contiguous() if type(t) is Tensor and t.layout == torch.strided and not t.is_quantized else None
 
@@ -310,20 +310,20 @@ def _pickled(stream: BinaryIO, stored: Stored) -> Tensor | None:
 
 
 def entries(folder: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Last part of the name, shape and dtype of every tensor in a folder.
+    """Give the last part of the name, the shape and the dtype of every tensor in a folder.
 
     Raises:
-        CheckpointError: as of `opened`.
+        CheckpointError: see `opened`.
     """
     stored = opened(folder).entries.items()
     return [(name.rpartition(".")[2], e.shape, e.dtype) for name, e in stored if e.dtype is not None]
 
 
 def names(folder: Path) -> set[str]:
-    """Names of the parameters with state in a folder that torch.distributed.checkpoint has written of {"optimizer": ...}.
+    """Give the names of the parameters with state in a folder to which torch.distributed.checkpoint saved {"optimizer": ...}.
 
     Raises:
-        CheckpointError: as of `opened`.
+        CheckpointError: see `opened`.
     """
     prefix = "optimizer.state."
     stored: Collection[str] = opened(folder).entries

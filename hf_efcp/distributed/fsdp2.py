@@ -1,7 +1,7 @@
-"""Parameters that are divided over a device mesh already (FSDP2's DTensors): the state follows their rows.
+"""Parameters that are already divided over a device mesh (FSDP2's DTensors): the state follows their rows.
 
-FSDP2 gives each process of the mesh's sharded dimension a run of ceil(rows / N) rows of dimension 0, the last ones perhaps
-fewer or none. With a second mesh dimension (HSDP) the runs are replicated along it.
+FSDP2 gives each process of the mesh's sharded dimension a run of ceil(rows / N) rows of dimension 0. The last processes may have
+fewer rows or none. With a second mesh dimension (HSDP), the runs are replicated along it.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ def is_sharded(p: Any) -> bool:
 
 
 def local(t: Any) -> Tensor:
-    """Give what this process holds of t, in t's memory."""
+    """Give the part of t that this process holds, in t's memory."""
     return t.detach().to_local() if is_sharded(t) else t.detach()
 
 
 def local_gradient(p: Any) -> Tensor | None:
-    """Give what this process holds of p's gradient."""
+    """Give the part of p's gradient that this process holds."""
     g = p.grad
     if g is None or not is_sharded(g):
         return g
-    if g.placements != p.placements:  # made by hand: FSDP2's own lie as the parameter does
+    if g.placements != p.placements:  # FSDP2's own gradients are placed as the parameter is
         g = g.redistribute(p.device_mesh, p.placements)
     return g.detach().to_local()
 
 
 def problem(p: Any) -> str | None:
-    """Say what is wrong with the way in which the DTensor p is divided; None: nothing."""
+    """Say what is wrong with the way the DTensor p is divided; None: nothing."""
     dims = [d for d, placement in enumerate(p.placements) if not placement.is_replicate()]
     rows = [d for d in dims if type(p.placements[d]).__name__ == "Shard" and p.placements[d].dim == 0]
     if len(dims) <= 1 and rows == dims:
@@ -72,14 +72,14 @@ class FSDP2Mesh(Placement):
 
     @classmethod
     def of(cls, params: Sequence[Any], name: str) -> FSDP2Mesh:
-        """Make the placement of parameters some of which are DTensors.
+        """Make the placement of parameters, where some of them are DTensors.
 
         Args:
             params: the parameters.
             name: of the optimizer, for messages.
 
         Raises:
-            OptionError: the parameters do not all lie alike on one mesh.
+            OptionError: the parameters are not all on one mesh with the same placements.
         """
         mesh = cls([p for p in params if is_sharded(p)])
         for i, p in enumerate(params):
@@ -96,11 +96,11 @@ class FSDP2Mesh(Placement):
         return is_sharded(p) and p.device_mesh == self.mesh and tuple(p.placements) == self.placements
 
     def check(self, specs: Mapping[Tensor, Specs]) -> None:
-        """See Placement. FSDP2 cuts tensors anywhere, also inside a run of numbers that share a scale, or inside a block."""
+        """See Placement. FSDP2 may cut a tensor anywhere, even inside a run of numbers that share a scale, or inside a block."""
         check_cuts(specs, self.size)
 
     def owners(self, specs: Mapping[Tensor, Specs], known: Mapping[Tensor, Owners]) -> dict[Tensor, Owners]:
-        """See Placement: rows of p; of a vector, its entries."""
+        """See Placement. The rows are those of p; for a vector, they are its entries."""
         return {p: self._rows(p) for p in specs}
 
     def _rows(self, p: Tensor) -> Owners:
@@ -111,9 +111,9 @@ class FSDP2Mesh(Placement):
         return {r: slice(min(r * each, total), min((r + 1) * each, total)) for r in range(self.size)}
 
     def sum(self, t: Tensor) -> Tensor:
-        """See Placement. Replicas are averaged: they agree to the last bit although each group summed in an order of its own."""
+        """See Placement. Replicas are averaged, so that they agree to the last bit: each group may sum in another order."""
         device = self.mesh.device_type
-        x = t if t.device.type == device else t.to(device)  # state that is kept on the CPU, with a GPU's process group
+        x = t if t.device.type == device else t.to(device)  # the state may be on the CPU, with a GPU's process group
         replicas = 1
         for d in [self.dim, *self._replicated]:
             if d is not None and self.mesh.size(d) > 1:
@@ -128,7 +128,7 @@ class FSDP2Mesh(Placement):
         return bool(self.sum(torch.tensor([float(flag)], device=device)).item())
 
     def gather(self, mine: object) -> list[Any]:
-        """See Placement: shard by shard."""
+        """See Placement. The objects are ordered shard by shard."""
         everybody = [mine]
         for d in [self.dim, *self._replicated]:
             if d is not None and self.mesh.size(d) > 1:
@@ -138,10 +138,10 @@ class FSDP2Mesh(Placement):
         return everybody
 
     def outer(self, t: Tensor, spec: Spec, p: Tensor) -> Tensor:
-        """See Placement: a DTensor, where the entry follows the rows."""
+        """See Placement. The result is a DTensor if the entry follows the rows."""
         from torch.distributed.tensor import DTensor
 
-        t = t.int() if t.dtype == torch.int16 else t  # neither NCCL nor gloo sends int16, as a full state dict needs it
+        t = t.int() if t.dtype == torch.int16 else t  # a full state dict needs messages: NCCL and gloo send no int16
         dim = spec.divided(p)
         if dim is None:
             return t
@@ -160,14 +160,14 @@ class FSDP2Mesh(Placement):
         return cut(t, spec, p, rows)
 
     def _placed(self, dim: int) -> tuple[Any, ...]:
-        """Give the placements of a state tensor whose dimension `dim` is divided as the parameter's rows."""
+        """Give the placements of a state tensor whose dimension `dim` is divided as the parameter's rows are."""
         from torch.distributed.tensor import Replicate, Shard
 
         return tuple(Shard(dim) if d == self.dim else Replicate() for d in range(self.mesh.ndim))
 
 
 def check_cuts(specs: Mapping[Tensor, Specs], processes: int) -> None:
-    """Raise OptionError where FSDP2 on so many processes would cut an entry of state inside a run or a block."""
+    """Raise OptionError where FSDP2, on this number of processes, would cut an entry of state inside a run or a block."""
     for p, entries in specs.items():
         for spec in entries.values():
             if p.ndim == 1 and not spec.cuttable(p):

@@ -1,9 +1,9 @@
-"""Where parameters and their state are: one object for every case, one process included, so that nobody asks which case it is.
+"""Where parameters and their state are: an object for every case, also for one process, so that no code asks for the case.
 
 | placement | parameters | state |
 |---|---|---|
 | `Alone` | on this process | with them |
-| `Replicas` (ddp.py) | the same on every process | the same on every process, but for each process's own errors |
+| `Replicas` (ddp.py) | the same on every process | the same on every process, except that each has its own errors |
 | `DDPShards` (ddp.py) | the same on every process | divided by a plan |
 | `FSDP2Mesh` (fsdp2.py) | DTensors, divided by rows | follows their rows |
 | `ZeroPieces` (zero.py) | one flat piece on each process | with the piece |
@@ -25,18 +25,18 @@ Specs = Mapping[str, Spec]
 
 
 class Placement:
-    """What the engine asks of a placement; the answers here are those of one process alone.
+    """What the engine asks of a placement. The answers here are those of a single process.
 
     Attributes:
-        rank, size: this process among those that train together and save together.
-        shards: into how many parts the state is divided.
-        alone: whether nobody else trains with this process.
+        rank, size: this process's rank, and the number of processes that train and save together.
+        shards: the number of parts that the state is divided into.
+        alone: whether no other process trains with this one.
         follows: whether the parameters themselves are divided, and the state follows their rows.
-        publishes: whether processes hand each other the parameters that they have updated.
-        apart: whether the state of each process is saved in a folder beside `state_dict`, which then is a stub.
-        flat: whether each parameter is a flat piece of several; then vectors are compressed too.
+        publishes: whether processes send each other the parameters that they have updated.
+        apart: whether the state of each process is saved in a folder beside `state_dict`, which is then a stub.
+        flat: whether each parameter is a flat piece of several parameters; then vectors are compressed too.
         parts: of this process's flat piece; None: parameters are no flat pieces.
-        coordinates: of all pieces together, where parameters are flat pieces; None: the parameters say it.
+        coordinates: the number of all coordinates, where parameters are flat pieces; None: it follows from the parameters.
     """
 
     rank = 0
@@ -52,37 +52,37 @@ class Placement:
 
     @property
     def group(self) -> Any:
-        """The process group, where the state is saved apart; None elsewhere."""
+        """The process group, if the state is saved apart; else None."""
         return None
 
     def sum(self, t: Tensor) -> Tensor:
-        """Sum `t` in place over the processes that hold different parts of the state; not-a-number anywhere is so everywhere."""
+        """Sum `t` in place over the processes that hold different parts of the state. NaN on one process gives NaN on all."""
         return t
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Tell whether the flag is set on any process that trains along."""
+        """Tell whether the flag is set on any of the processes that train together."""
         return flag
 
     def gather(self, mine: object) -> list[Any]:
-        """Give everybody's object, by rank."""
+        """Give the objects of all processes, by rank."""
         return [mine]
 
     def owners(self, specs: Mapping[Tensor, Specs], known: Mapping[Tensor, Owners]) -> dict[Tensor, Owners]:
-        """Say who holds which rows of every parameter's state; parameters that are `known` keep their owners."""
+        """Say who holds which rows of every parameter's state. `known` parameters keep their owners."""
         return {p: {0: None} for p in specs}
 
     def check(self, specs: Mapping[Tensor, Specs]) -> None:
-        """Raise OptionError where the state cannot be divided as this placement has to."""
+        """Raise OptionError where the state cannot be divided as this placement divides it."""
 
     def publish(self, params: Sequence[Tensor], owners: Mapping[Tensor, Owners]) -> None:
-        """Hand every process the parameters that others have updated."""
+        """Give every process the parameters that other processes have updated."""
 
     def outer(self, t: Tensor, spec: Spec, p: Tensor) -> Tensor:
-        """Give a state tensor as one process would have it, for whoever saves it."""
+        """Give a state tensor as one process would have it, to save it."""
         return t
 
     def inner(self, t: Tensor, spec: Spec, p: Tensor, rows: slice | None) -> Tensor:
-        """Give this process's rows of a state tensor as one process has it."""
+        """Give this process's rows of a state tensor that is whole, as on one process."""
         return t
 
 
@@ -91,7 +91,7 @@ class Alone(Placement):
 
 
 def cut(t: Tensor, spec: Spec, p: Tensor, rows: slice | None) -> Tensor:
-    """Give `rows` of dimension 0 of p from a whole state tensor; a view."""
+    """Give the part of a whole state tensor that belongs to `rows` of dimension 0 of p, as a view."""
     dim = spec.divided(p)
     if rows is None or dim is None:
         return t

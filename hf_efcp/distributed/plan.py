@@ -1,4 +1,4 @@
-"""Which process holds the state of which rows: a pure function of sizes, the same on every process."""
+"""Plans which process holds the state of which rows, by a pure function of sizes, which is the same on every process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Owners = dict[int, slice | None]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Bytes of one tensor's state: `fixed` wherever a part of it is held, and `per_row` for each of its rows.
+    """Bytes of a tensor's state: `fixed` on each process that holds a part of it, and `per_row` for each of its rows.
 
     Attributes:
-        rows: of the tensor's 2-D view, or units of rows that stay together.
+        rows: the number of rows of the tensor's 2-D view, or of units of rows that stay together.
         divisible: whether rows may go to different processes.
         unit: how many rows of the view count as one row here.
     """
@@ -31,7 +31,7 @@ class Size:
 
     @property
     def total(self) -> float:
-        """Bytes on one process."""
+        """The bytes of the whole state on one process."""
         return self.fixed + self.rows * self.per_row
 
     def of(self, rows: slice | None) -> float:
@@ -40,19 +40,19 @@ class Size:
 
 
 def assign(sizes: Sequence[Size], processes: int, held: Sequence[float] | None = None) -> list[Owners]:
-    """Divide the state among `processes`, whole tensors first, and as few of them by rows as balance asks for.
+    """Divide the state among `processes`: whole tensors where possible, and as few by rows as balance needs.
 
-    Dividing costs collectives and, for low-rank windows, a second copy of Q. So tensors go whole, the largest first, each to
-    the process that holds least; while a process then holds more than 1.05 times an equal share, the largest tensor that is
-    still whole is divided instead, its rows levelling the processes.
+    A divided tensor needs collectives and, for low-rank windows, a second copy of Q. So whole tensors are given out, the largest
+    first, each to the process that holds least. While a process then holds more than 1.05 times an equal share, the largest
+    tensor that is still whole is divided instead, and its rows level the processes.
 
     Args:
         sizes: of every tensor.
-        processes: how many.
+        processes: the number of processes.
         held: bytes that each process holds already.
 
     Returns:
-        For each tensor, its owners. The `fixed` part of a divided tensor is on every process, some perhaps without rows.
+        For each tensor, its owners. Every process has the `fixed` part of a divided tensor, but some may have no rows of it.
     """
     if processes == 1:
         return [{0: None} for _ in sizes]
@@ -71,7 +71,7 @@ def assign(sizes: Sequence[Size], processes: int, held: Sequence[float] | None =
 
 
 def _place(sizes: Sequence[Size], by_size: list[int], divided: list[int], loads: list[float]) -> tuple[float, list[Owners]]:
-    """Give what the fullest process holds, and the owners, where the tensors `divided` go by rows."""
+    """Give the bytes of the fullest process, and the owners, where the tensors `divided` go by rows."""
     owners: list[Owners] = [{} for _ in sizes]
     for i in by_size:
         if i not in divided:
@@ -90,7 +90,7 @@ def _place(sizes: Sequence[Size], by_size: list[int], divided: list[int], loads:
 
 
 def _levelling_rows(loads: list[float], size: Size) -> list[int]:
-    """Share out rows so that the loads come out as even as they can."""
+    """Share out rows so that the loads become as even as possible."""
     per_row = max(size.per_row, 1e-9)
     order = sorted(range(len(loads)), key=loads.__getitem__)
     # The water level: the lowest k loads are filled up to it.
@@ -107,7 +107,7 @@ def _levelling_rows(loads: list[float], size: Size) -> list[int]:
 
 
 def loads(owners: Sequence[Owners], sizes: Sequence[Size], processes: int) -> list[float]:
-    """Count the bytes of every process."""
+    """Count the bytes that every process holds."""
     held = [0.0] * processes
     for who, size in zip(owners, sizes, strict=True):
         for rank, rows in who.items():
@@ -116,7 +116,7 @@ def loads(owners: Sequence[Owners], sizes: Sequence[Size], processes: int) -> li
 
 
 def describe(names: Sequence[str], owners: Sequence[Owners], sizes: Sequence[Size], processes: int) -> tuple[str, str]:
-    """Write the plan as text: bytes of every process, and the tensors that are divided, each a line."""
+    """Write the plan as text: a line for the bytes of every process, and a line for every divided tensor."""
     held = [f"rank {rank}: {round(load):,} bytes" for rank, load in enumerate(loads(owners, sizes, processes))]
     divided = ""
     for name, who in zip(names, owners, strict=True):

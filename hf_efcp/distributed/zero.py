@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1 and 2: each process has one flat piece of all parameters, their gradients and their state."""
+"""DeepSpeed's ZeRO-1 and 2: each process has a flat piece of all parameters, of their gradients and of their state."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .placement import Placement, Specs
 
 
 class ZeroPieces(Placement):
-    """Flat pieces of the parameters of one group, over all processes; K is summed, and nothing else is sent.
+    """Flat pieces of one group's parameters, over all processes. K is summed over processes, and nothing else is sent.
 
-    Each process's state_dict has its own state: DeepSpeed saves it by process.
+    Each process's state_dict has its own state. DeepSpeed saves one for each process.
 
     Args:
-        coordinates: of all pieces, without padding.
-        parts: the place of each parameter's part in this process's piece; None: not known, and no metric is possible.
+        coordinates: the number of coordinates of all pieces, without padding.
+        parts: the place of each parameter's part in this process's piece; None: not known, and then no metric is possible.
     """
 
     alone = False

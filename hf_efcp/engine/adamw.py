@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101) as a rule of the engine, for tensors that a method does not compress; torch's state names."""
+"""AdamW (arXiv 1711.05101) as a rule of the engine, for tensors that a method does not compress. State names are torch's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
 
 
 def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
-    """Let m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2 as u, their `adam` quotient, is formed."""
+    """Give u, the `adam` quotient of m and v. Forming u sets m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2."""
 
     def rows_of_u(rows: slice) -> Tensor:
         g = a.rows(rows)

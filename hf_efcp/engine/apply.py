@@ -13,18 +13,18 @@ from ..core.linalg import add_scaled_, chunk_bytes, chunks, room_bytes
 from ..core.random import stochastic_round
 from .stacks import Number, Numbers, Stack
 
-# Parameters are rounded by other numbers than their error feedback.
+# Added to a parameter's salt: the parameter and its error feedback are rounded by different random numbers.
 _PARAMETER_SALT = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Rest:
-    """What is left to do to an update: u <- diag(x) (u + weight * e) diag(y). A kernel that adds u to p does it on the way.
+    """What an update u still needs: u <- diag(x) (u + weight * e) diag(y). A kernel that adds u to p does this too.
 
     Attributes:
-        finish: (u, rows) -> u in the compute dtype, by torch.
+        finish: (u, rows) -> the finished u in the compute dtype, by torch.
         sizes: x (n, rows) and y (n, cols); None: ones.
-        kept: e and the weights (n,); None: there is none.
+        kept: e and the weights (n,); None: there is no e.
     """
 
     finish: Callable[[Tensor, slice], Tensor]
@@ -46,13 +46,13 @@ def apply(
     Low-precision parameters are rounded once: to nearest, or bf16 ones stochastically.
 
     Args:
-        stack: whose parameters.
+        stack: the stack whose parameters are updated.
         update: rows -> u (n, rows, cols) in the compute dtype. In a refused step on a GPU, u is zero.
         lr: learning rate; on a GPU a tensor, zero where the step is refused.
         weight_decay: decoupled; a number, or one of each piece.
-        rounding: 0-D int64, the number of the step, by which stochastic rounding is counted; None: to nearest.
+        rounding: the number of the step, 0-D int64, which counts stochastic rounding's random numbers; None: round to nearest.
         still: positions of the pieces that stay as they are.
-        rest: what is left to do to u, which may be in any dtype then; None: nothing.
+        rest: what u still needs; u may then be in any dtype. None: nothing.
     """
     rows, cols = stack.shape
     bytes_each = len(stack.pieces) * cols * stack.layout.dtype.itemsize
@@ -75,7 +75,7 @@ def apply(
 def move_at_once(
     stack: Stack, add_to: Callable[[list[Tensor], float, float], bool], lr: Numbers, weight_decay: Numbers, stochastic: bool
 ) -> bool:
-    """Do the same by `add_to`, see `Unformed`, where all pieces move by the same numbers; tell whether it was done."""
+    """Update all pieces by `add_to`, see `Unformed`, if they have the same rate and decay; tell whether it was done."""
     params = [piece.data for piece in stack.pieces]
     rounded = stochastic and params[0].dtype == torch.bfloat16
     if stack.turn.absent or rounded or not all(p.is_contiguous() for p in params):
@@ -97,7 +97,7 @@ def _add_at_once(
     rounding: Tensor | None,
     rest: Rest | None,
 ) -> bool:
-    """Do it for some rows of all pieces by one kernel; tell whether one can."""
+    """Update some rows of all pieces by one kernel; tell whether it was done."""
     params = [piece.data for piece in stack.pieces]
     if not all(p.is_contiguous() for p in params):
         return False
@@ -130,7 +130,7 @@ def _apply(p: Tensor, u: Tensor, lr: Number, weight_decay: Number) -> None:
 def _apply_rounded(
     p: Tensor, u: Tensor, lr: Number, weight_decay: Number, step: Tensor, salt: Tensor, origin: tuple[int, int]
 ) -> None:
-    """Compute the same, rounded stochastically; u is (rows, cols), which begin at `origin` in the whole parameter."""
+    """Compute p <- (1 - lr*wd) p - lr u, rounded stochastically; u (rows, cols) begins at `origin` in the whole parameter."""
     p = p[(None,) * max(0, 2 - p.ndim)]  # rows first, as in the 2-D view
     for part in chunks(len(p), 24 * u.shape[1], room_bytes(p.device)):
         new = u[part].mul(-lr).add_(p[part].reshape(u[part].shape).to(u.dtype).mul_(1 - lr * weight_decay))

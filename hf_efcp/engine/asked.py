@@ -1,7 +1,7 @@
-"""The options that a user gives, and where all others come from.
+"""The options that a user gives, and where the values of all other options come from.
 
-An option that is not given is open. It has the value of the class, or the measured one (`preset`). A memory_budget may choose it
-at the first step. A checkpoint that is loaded decides on it: the run goes on with the options that it had.
+An option that is not given is open. It has the default of the class, or the measured value (`preset`). A memory_budget may choose
+it at the first step. A checkpoint that is loaded sets it: the run goes on with the options that it had.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .traces import Known, as_given, options_of, scopes_of, widened
 
 _log = logging.getLogger("hf_efcp")
 
-# Options on which a state's tensors depend.
+# Options that shape a state's tensors.
 MADE_WITH: tuple[str, ...] = ("window_size", "rank", "max_rank_fraction", "density", "block_size", "scope")
 MADE_WITH += ("residual", "metric", "window_dtype", "error_dtype", "window_format", "error_format")
-# Options of where and how a run starts, which say nothing of its state: a checkpoint is not asked for them.
+# Options of where and how a run starts. They say nothing of the state, so a checkpoint does not set them.
 OF_THE_START = ("preset", "shard", "memory_budget", "verify")
-# DDP's hook is registered before a checkpoint is loaded: what it does is this run's, given or not.
+# DDP's hook is registered before a checkpoint is loaded. So this option is always this run's, whether it is given or not.
 _ALWAYS_THIS_RUNS = ("comm",)
 
 # Options -> the specs of all parameters' state.
@@ -38,29 +38,29 @@ SpecsWith = Callable[[Any], Iterable[Spec]]
 
 
 def merged(options_type: type, measured: Mapping[str, Any], given: Mapping[str, Any], owner: str) -> Any:
-    """Make the options that a user asks for: what is given, over the preset's values, over the class defaults.
+    """Make all options: given values come before the preset's values, and these before the class defaults.
 
     Args:
         options_type: the dataclass of the options.
-        measured: the values of preset="measured", where they differ from the class defaults. With a memory_budget those that it
-            chooses are left out.
+        measured: the values of preset="measured", where they differ from the class defaults. Values that a memory_budget chooses
+            are left out.
         given: option name -> value, from Python or as text.
         owner: whose options they are, for messages.
 
     Raises:
-        OptionError: unknown name, wrong type or value out of range, or one that would have no effect.
+        OptionError: unknown name, wrong type, value out of range, or a value that would have no effect.
     """
     if given.get("error_dtype") not in (None, "none") and "error_format" not in given:
-        given = {**given, "error_format": "plain"}  # a class whose default is another
+        given = {**given, "error_format": "plain"}  # for a class with another default
     options = build(options_type, given, owner)
     if getattr(options, "preset", "paper") != "paper":
         left_out = decided(options_type, given) | set(BUDGETED if getattr(options, "memory_budget", None) is not None else ())
-        # Where the options that are given leave no running mean of the residuals, they are fed back, as the class does it.
+        # Where the given options allow no running mean of the residuals, residuals are fed back, which is the class default.
         if getattr(options, "comm", "gradients") == "factors" or ("metric" in given and options.metric == "none"):
             left_out |= {"residual"}
         if "rank" in given:
             left_out |= {"max_rank_fraction"}
-        # Entries in bf16 lose something of vectors too, whose errors FSDP2 cannot cut where they are codes.
+        # Entries in bf16 lose something of vectors too, and FSDP2 cannot cut a vector's error that is stored as codes.
         if getattr(options, "error_format", "plain") != "plain":
             left_out |= {"window_dtype"}
         options = build(options_type, {**{n: v for n, v in measured.items() if n not in left_out}, **given}, owner)
@@ -74,19 +74,19 @@ def merged(options_type: type, measured: Mapping[str, Any], given: Mapping[str, 
 
 
 class Asked:
-    """Which options are given, which are open, and whether what is open has been chosen.
+    """Which options are given, which are open, and whether the open ones have been chosen.
 
     Args:
         name: of the optimizer's class.
-        options: of the optimizer, all of them.
-        given: those that the user gave.
+        options: all options of the optimizer.
+        given: the options that the user gave.
 
     Attributes:
         given: the names of the options that the user gave.
-        size: memory_budget in bytes; None: there is none.
-        open: names of the options that a checkpoint decides on.
-        budgeted: names of the open options that a budget chooses; none without a budget.
-        chosen: whether the budget has chosen, or a checkpoint in its place.
+        size: memory_budget in bytes; None: there is no budget.
+        open: names of the options that a checkpoint sets.
+        budgeted: names of the open options that a budget chooses; empty without a budget.
+        chosen: whether the budget, or a checkpoint in its place, has chosen.
     """
 
     def __init__(self, name: str, options: Any, given: Mapping[str, Any]):
@@ -103,13 +103,13 @@ class Asked:
     def keep(
         self, options: Any, bytes_with: Callable[[Any], int], placement: Placement, fixed: Iterable[str], new_parameters: bool
     ) -> Any:
-        """Choose the options that the budget leaves open, once; afterwards see that the budget is kept.
+        """Choose the options that are left to the budget, once; afterwards check that the state keeps the budget.
 
         Args:
             options: of the optimizer.
             bytes_with: options -> bytes of state.
             placement: of the process.
-            fixed: names that are not left to the budget here.
+            fixed: names of options that the budget must not choose here.
             new_parameters: whether parameters joined a running optimizer.
 
         Returns:
@@ -124,7 +124,7 @@ class Asked:
             options, size = self.choice(options, bytes_with, fixed)
             self.chosen = True
             if placement.rank == 0:
-                # A warning's level, because that is shown where nobody has set one.
+                # At the level of warnings: it is shown where nobody has set a level.
                 message = f"{self.name}: memory_budget={shown(self.size)}: {described(options)}: {shown(size)} of state"
                 more = "" if placement.size == 1 and not placement.follows else " for each process"
                 if placement.follows:
@@ -155,14 +155,14 @@ class Asked:
 
         Args:
             options: of the optimizer.
-            saved: the options in the checkpoint. One that did not exist when it was written has the class default, which does
-                what that version did.
+            saved: the options in the checkpoint. An option that did not exist when the checkpoint was written gets the class
+                default, which does what that version did.
 
         Returns:
-            The options, and one line about those that differ; empty: none does.
+            The options, and a line on the options that differ. The line is empty where none differs.
 
         Raises:
-            OptionError: an option is given, differs and shapes the state, or the checkpoint's options are damaged.
+            OptionError: an option that shapes the state is given and differs, or the checkpoint's options are damaged.
         """
         fields = [f.name for f in dataclasses.fields(options)]
         try:
@@ -177,12 +177,12 @@ class Asked:
         return result, _compared(self.name, result, there, [n for n in differing if n in self.open], differing)
 
     def matching(self, entries: Iterable[Known], options: Any, specs_with: SpecsWith) -> Any | None:
-        """Give the options under which the state has these entries; None: there are none.
+        """Give options under which the state has these entries; None: there are no such options.
 
         Args:
             entries: of a state that does not name its options.
             options: of the optimizer.
-            specs_with: options -> the specs that tensors must have.
+            specs_with: options -> the specs that the tensors must have.
         """
         entries = list(entries)
         there = collections.Counter(map(widened, entries))
@@ -197,7 +197,7 @@ class Asked:
         return None
 
     def refuse(self, entries: Iterable[Known], options: Any) -> None:
-        """Raise OptionError where no options fit a state's entries: a budget has to find some, or a given window size differs."""
+        """Raise OptionError for a state that no options fit: with a budget always, else if a given window size differs."""
         entries = list(entries)
         if self.budgeted:
             raise OptionError(f"choose_as: {self.misfit(entries)}")
@@ -206,7 +206,7 @@ class Asked:
             raise _made_otherwise("window_size", there, here)
 
     def misfit(self, entries: Iterable[Known], remedy: str = "") -> str:
-        """Say of a checkpoint that does not fit which options to give."""
+        """Say which options to give for a checkpoint that does not fit."""
         given = {name: value for name, value in options_of(entries).items() if name in self.budgeted}
         return (
             f"no choice of memory_budget={shown(self.size or 0)} has this state. If it is of these parameters, "
@@ -218,12 +218,12 @@ class Asked:
         """Give options that a state may have been made with, the most likely first."""
         changes: list[dict[str, Any]] = [{}, told]
         dtypes = [name for name in told if name.endswith("_dtype")]
-        # None is as good as the dtype that it stands for, and is what most runs have.
+        # None stands for a dtype. Most runs have None, so it is tried before the dtype itself.
         changes[1:1] = [told | dict.fromkeys(cleared) for cleared in (dtypes, dtypes[:1], dtypes[1:]) if cleared]
         starts = [_replaced(options, change) for change in changes]
-        if self.budgeted:  # first what is chosen already: of two choices with the same state it is as good as the other
+        if self.budgeted:  # the present choice first: another choice with the same state would be no better
             starts[1:1] = candidates(self._unchosen(options), self.budgeted)
-        if "max_rank_fraction" in self.open:  # tensors do not tell it: none, as earlier versions had, or the preset's
+        if "max_rank_fraction" in self.open:  # tensors do not tell it: try 1, as in earlier versions, and the preset's
             fractions = (1.0, LOW_RANK["max_rank_fraction"])
             starts += [start and _replaced(start, {"max_rank_fraction": x}) for x in fractions for start in starts]
         metric = {"metric": told["metric"]} if "metric" in told else {}
@@ -238,7 +238,7 @@ class Asked:
                         yield likely
 
     def _unchosen(self, options: Any) -> Any:
-        """Give the options with the defaults of their class where the budget chooses."""
+        """Give the options, with the class defaults for those that the budget chooses."""
         defaults = type(options)()
         return dataclasses.replace(options, **{name: getattr(defaults, name) for name in self.budgeted})
 
@@ -262,7 +262,7 @@ def _made_otherwise(name: str, there: Any, here: Any) -> OptionError:
 
 
 def _compared(owner: str, options: Any, there: Any, taken: Iterable[str], differing: Iterable[str]) -> str:
-    """Say which options are the checkpoint's, and which are this run's although the checkpoint has others."""
+    """Say which options are taken from the checkpoint, and which stay this run's although they differ from the checkpoint's."""
     parts = []
     if values := as_given({name: getattr(options, name) for name in taken}):
         parts.append(f"from the checkpoint: {values}")

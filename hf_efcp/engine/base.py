@@ -1,4 +1,4 @@
-"""What every optimizer is to its user: parameter groups, the closure, and state as torch.optim has it."""
+"""The interface of every optimizer: parameter groups, the closure, and state, as torch.optim has them."""
 
 from __future__ import annotations
 
@@ -43,13 +43,14 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
             (false: the group's tensors are not compressed).
         lr: learning rate; None: every group has its own.
         weight_decay: decoupled, p <- (1 - lr*wd) p.
-        process_group: torch.distributed's; its processes, which hold the same parameters and gradients, share the state. None:
-            `shard` decides.
+        process_group: a process group of torch.distributed. Its processes hold the same parameters and gradients, and share the
+            state. None: `shard` decides.
         **options: the fields of `options_type`.
 
     Attributes:
-        builder: what the optimizer was asked for, and what is built of it.
-        shard_folder: where the next `load_state_dict` finds the tensors of a state that is saved apart; None afterwards.
+        builder: what the user asked for, and what is built from it.
+        shard_folder: the folder where the next `load_state_dict` finds the tensors of a state that `save_shards` wrote; None
+            afterwards.
 
     Raises:
         OptionError: unknown option, wrong type, value out of range, or a parameter that cannot be optimized.
@@ -94,7 +95,7 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a step before raised half-way (out of memory, Ctrl-C): `load_state_dict` mends that.
+            RuntimeError: an earlier step raised half-way (out of memory, Ctrl-C). `load_state_dict` mends that.
         """
         loss = None
         if closure is not None:
@@ -113,7 +114,7 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
         return loss
 
     def setup(self) -> Setup:
-        """Give what is built for the present parameters: stacks, specs, placement. It is built now if no step was taken yet."""
+        """Give what is built for the present parameters: stacks, specs, placement. Before the first step, it is built now."""
         return self.builder.prepare(self.param_groups, self.state)
 
     # Parameters -----------------------------------------------------------------------------------------------------------
@@ -130,28 +131,28 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
         self.builder.takes_tensors |= any(type(p) is Tensor for p in self.param_groups[-1]["params"])
 
     def take_flat_pieces(self, coordinates: int, parts: Sequence[slice] | None = None) -> None:
-        """Prepare for ZeRO-1 and 2: the parameters of the one group are about to become this process's flat piece of them.
+        """Prepare for ZeRO-1 and 2, which replace the parameters of the one group by this process's flat piece of them.
 
         K is then summed over all processes, and nothing else is sent. Each process's state_dict has its own state.
 
         Args:
-            coordinates: of all pieces, without padding.
-            parts: the place of each parameter's part in this process's piece, which metric="tensor" has to know.
+            coordinates: the number of coordinates of all pieces, without padding.
+            parts: the place of each parameter's part in this process's piece. metric="tensor" needs it.
         """
         self.builder.pieces = ZeroPieces(coordinates, None if parts is None else tuple(parts))
 
     def register_comm_hook(self, model: Any) -> None:
-        """Make DDP all-reduce factors (comm="factors"); before the first backward, and before `load_state_dict`.
+        """Make DDP all-reduce factors (comm="factors"). Call it before the first backward, and before `load_state_dict`.
 
-        After backward, the gradients of compressed matrices then are each process's own, and must reach `step()` as they are.
-        Under Trainer and Accelerate this is called for you. On one process there is nothing to do.
+        After backward, each process then has its own gradients of compressed matrices. They must reach `step()` unchanged.
+        Trainer and Accelerate call this for you. On one process there is nothing to do.
 
         Args:
-            model: a DistributedDataParallel that holds all parameters; its process group makes the factors.
+            model: a DistributedDataParallel that holds all parameters. Its process group makes the factors.
 
         Raises:
-            OptionError: the option comm is not "factors", `model` is no DDP or lacks a parameter, or the state is already that
-                of a run without the hook.
+            OptionError: the option comm is not "factors", `model` is no DDP or lacks a parameter, or the optimizer already has
+                the state of a run without the hook.
         """
         sync = self.builder.sync
         sync.check_wanted(self.options, type(self).__name__)
@@ -166,10 +167,10 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
     # State ----------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state as torch's, with the optimizer's options under "efcp"; without the window if `save_window` is off.
+        """Give the state in torch's form, with the optimizer's options under "efcp"; without the window if `save_window` is off.
 
-        Tensors are copies, or DTensors where parameters are (FSDP2). A state that is divided otherwise is left out, see
-        `save_shards`: processes do not meet here, since Trainer calls this on the first one only.
+        Tensors are copies, or DTensors where parameters are DTensors (FSDP2). A state that is divided in another way is left out,
+        see `save_shards`: processes do not communicate here, since Trainer calls this on the first process only.
         """
         with _hooks(self) as (before, after):
             for hook in before:
@@ -183,10 +184,10 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Any) -> None:
-        """Restore a state; everything is checked before anything is changed.
+        """Restore a state. Everything is checked before anything is changed.
 
         Raises:
-            OptionError: not a checkpoint, or one of another optimizer, of other options or of other parameters.
+            OptionError: not a checkpoint, or a checkpoint of another optimizer, of other options or of other parameters.
         """
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -200,12 +201,12 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copy: tensors are copied out of the stacks, which are built again from them."""
+        """For pickle and copy: tensors are copied out of the stacks. The copy builds its stacks from them."""
         made, state = _made(self.builder), unstacked(self.state, self.builder.ours)
         return {**super().__getstate__(), "state": state, "made": made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """See torch.optim.Optimizer. A copy has no process group: that belongs to the process."""
+        """See torch.optim.Optimizer. A copy has no process group, since a process group belongs to its process."""
         options, asked, copied = state.pop("made", None) or _made_by_0_1(state)
         super().__setstate__(state)
         self.builder = Builder(type(self).__name__, self.method, options, asked)
@@ -213,15 +214,15 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
 
     @torch.no_grad()
     def to(self, device: torch.device | str) -> EngineOptimizer:
-        """Move the state to a device, free it where it was, and give the optimizer; the next step brings the state back."""
+        """Move the state to a device, free its old memory, and give the optimizer. The next step brings the state back."""
         self.builder.move(self.state, torch.device(device))
         return self
 
     def save_shards(self, folder: str | Path) -> None:
-        """Write this process's part of a state that is saved apart; to be called on every process.
+        """Write this process's part of a divided state to a folder. Call it on every process.
 
-        A state that is not divided, or one of DTensors (FSDP2), is in `state_dict`: nothing is written. Else `state_dict()` is a
-        stub, and `load_state_dict(stub)` reads the folder that `shard_folder` names, on any number of processes.
+        If the state is not divided, or consists of DTensors (FSDP2), `state_dict` has it, and nothing is written here. Otherwise
+        `state_dict()` is a stub. `load_state_dict(stub)` reads the folder that `shard_folder` names, on any number of processes.
         """
         saving = Saving.of(self.builder, self.state)
         if saving is not None and saving.placement.apart:
@@ -229,18 +230,18 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
             saving.save_folder(Path(folder), getattr(self.options, "save_window", True))
 
     def choose_as(self, saved: Mapping[str, Any] | str | Path) -> None:
-        """Take the options of a saved run, as far as they are not given; to be called on every process, before loading.
+        """Take the options of a saved run that are not given here. Call it on every process, before loading.
 
-        For torch.distributed.checkpoint, which loads into the sizes that the optimizer has. `load_state_dict`, Trainer and
-        Accelerate need no such call. Where the saved state does not name its options, its tensors tell those that shape them, as
-        they must with a memory_budget. A state of other options is dropped.
+        It is for torch.distributed.checkpoint, which loads tensors of the sizes that the optimizer has. `load_state_dict`,
+        Trainer and Accelerate do not need it. If the saved state does not name its options, its tensors tell the options that
+        shape them; with a memory_budget they have to tell. A present state of other options is dropped.
 
         Args:
-            saved: a folder of `torch.distributed.checkpoint.save`, a file of `torch.save`, or a state dict; processes that have
-                none (an empty dict, no such file) take it from the others where parameters are DTensors.
+            saved: a folder of `torch.distributed.checkpoint.save`, a file of `torch.save`, or a state dict. Where parameters are
+                DTensors, a process that has none (an empty dict, no such file) takes it from the others.
 
         Raises:
-            OptionError: nothing can be read, an option that is given is another one there, or no choice of memory_budget gives
+            OptionError: nothing can be read, a given option differs from the saved one, or no choice of memory_budget gives
                 the state that was saved.
         """
         sharded = [p for p in _params(self) if is_sharded(p)]
@@ -250,7 +251,7 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
 
 @contextlib.contextmanager
 def _hooks(optimizer: torch.optim.Optimizer) -> Iterator[tuple[list[Any], list[Any]]]:
-    """Give the hooks before and after `state_dict`, which torch does not call meanwhile: its dict is not whole yet."""
+    """Give the hooks that belong before and after `state_dict`. torch calls none of them inside: its dict is not complete yet."""
     names = "_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks"
     hooks = [getattr(optimizer, name) for name in names]
     for name in names:
@@ -267,7 +268,7 @@ def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _made(builder: Builder) -> tuple[Any, Asked, Copied]:
-    """Give what a copy has to know: options, those that were asked for, and of the state: see Builder.copied."""
+    """Give what a copy of the optimizer needs: all options, which of them were asked for, and `Builder.copied`."""
     builder.torn.refuse()
     copied = builder.copied
     if (setup := builder.setup) is not None:
@@ -277,7 +278,7 @@ def _made(builder: Builder) -> tuple[Any, Asked, Copied]:
 
 
 def _made_by_0_1(state: dict[str, Any]) -> tuple[Any, Asked, Copied]:
-    """Give what a pickle of the first 0.1 has of options, budget and owners; take it out of `state`."""
+    """Take options, budget and owners out of `state`, a pickle of the first 0.1; give them as `_made` does."""
     options, owners = state.pop("options"), state.pop("owners", None)
     asked = Asked("", options, dataclasses.asdict(options))
     asked.open = asked.budgeted = state.pop("_free")

@@ -1,4 +1,4 @@
-"""Builds what an optimizer needs for its present parameters: placement, plan, specs, stacks, and the state in them."""
+"""Builds what an optimizer needs for its present parameters: placement, plan, specs, and stacks with the state in them."""
 
 from __future__ import annotations
 
@@ -38,23 +38,24 @@ Copied = tuple[dict[Tensor, Owners], int, dict[Tensor, tuple[str, ...]] | None]
 
 
 class Builder:
-    """What an optimizer was asked for, and what is built of it.
+    """What an optimizer was asked for, and what is built from it.
 
     Args:
         name: of the optimizer's class.
-        method: the optimizer's.
-        options: all of them, checked.
-        asked: which of the options are given, and which a budget or a checkpoint decides on.
-        process_group: whose processes share the state; None: the option `shard` decides.
+        method: of the optimizer.
+        options: all options, checked.
+        asked: which options are given, and which a budget or a checkpoint sets.
+        process_group: its processes share the state; None: the option `shard` decides.
 
     Attributes:
-        setup: what is built; None: nothing yet, or the state is another.
+        setup: what is built; None: nothing is built for the present state yet.
         pieces: the placement of flat pieces, under DeepSpeed's ZeRO.
         sync: DDP's hook for comm="factors".
         graph: of a step, on a GPU.
-        takes_tensors: whether tensors that are no nn.Parameter may be among the parameters.
-        copied: owners of the state, number of processes, and names of its entries, where the optimizer is a copy; None: unknown.
-        thawed: parameters that are frozen, and have state in a checkpoint that is being loaded.
+        takes_tensors: whether the parameters may include tensors that are no nn.Parameter.
+        copied: of a copied optimizer, the owners of the state, the number of processes, and the names of its entries (None: the
+            names are unknown).
+        thawed: frozen parameters that have state in a checkpoint that is being loaded.
         torn: whether a step has ended half-way.
     """
 
@@ -85,8 +86,8 @@ class Builder:
 
         Args:
             groups: the optimizer's parameter groups.
-            state: the optimizer's, which becomes views of what is built.
-            stepping: whether a step follows: then the log says what was chosen.
+            state: of the optimizer; its entries become views of what is built.
+            stepping: whether a step follows. Then the log says what was chosen.
         """
         if stepping:
             self.torn.refuse()
@@ -102,7 +103,7 @@ class Builder:
 
     @torch.no_grad()
     def fresh(self, groups: Sequence[Group], state: State) -> tuple[Setup, State]:
-        """Build a setup and a state beside the present ones, for what a checkpoint has. Stacks have any numbers."""
+        """Build a setup and a state beside the present ones, to load a checkpoint into. The stacks are not initialized."""
         new: State = {}
         trained = self.trained(groups, state)
         with unfilled():
@@ -110,7 +111,7 @@ class Builder:
 
     @torch.no_grad()
     def settle(self, state: State) -> None:
-        """Take over what others have put into the state, for whoever reads it; a state that is kept elsewhere stays there."""
+        """Take over what others have put into the state, before it is read. A state that is kept elsewhere stays there."""
         self.torn.refuse()
         if self.setup is not None and self.setup.released:
             fill(state, self.setup, of_all(self.method, self.options))
@@ -137,7 +138,7 @@ class Builder:
             setup.watch.note(setup)
 
     def _adopt(self, setup: Setup, state: State, built: bool) -> None:
-        """Make the setup's buffers the state, with what the state has."""
+        """Make the setup's buffers the state; they take over the entries that the state has."""
         setup.watch = None
         if built and self.setup is not None:
             setup.counters.go_on(self.setup.counters)
@@ -150,7 +151,7 @@ class Builder:
         setup.watch = Watch(state, setup, partial(_release, weakref.ref(self), weakref.ref(setup)))
 
     def _remark(self, setup: Setup) -> None:
-        """Log what the method has chosen by shapes and devices; each line once."""
+        """Log what the method has chosen by shapes and devices, each line once."""
         for line in self.method.remarks(setup, self.options, self.asked.given):
             if line not in self._said:
                 say(f"{self.name}: {line}")
@@ -158,7 +159,7 @@ class Builder:
         self._remarked = setup
 
     def ours(self, key: Any) -> Container[str]:
-        """Give the names of the entries of ours that the state has under a key."""
+        """Give the names of this optimizer's entries that the state has under a key."""
         if self.setup is not None:
             return self.setup.specs.get(key, ())
         return self.kinds if (names := self.copied[2]) is None else names.get(key, ())
@@ -171,7 +172,8 @@ class Builder:
     def trained(self, groups: Sequence[Group], state: State) -> Trained:
         """Give the index of each group and its parameters with state, in the order in which parameters are numbered.
 
-        A parameter that is frozen later keeps its entries, which K counts. One that has a gradient is trained, frozen or not.
+        A parameter that is frozen later keeps its entries, because K counts them. A parameter with a gradient is trained, even if
+        it is frozen.
         """
         known = self.copied[0] if self.setup is None else self.setup.owners  # perhaps without entries on this process
 
@@ -189,7 +191,7 @@ class Builder:
         return shared
 
     def take_options(self, options: Any, state: State) -> None:
-        """Take the options of a saved run, which a budget keeps to; the state of a run with others is dropped."""
+        """Take the options of a saved run; a budget does not choose any more. A state made with other options is dropped."""
         self.asked.chosen = True
         if options != self.options:
             self.options = options
@@ -197,7 +199,7 @@ class Builder:
             self.forget()
 
     def specs(self, groups: Sequence[Group], state: State, options: Any, processes: int = 1) -> dict[Tensor, Specs]:
-        """Declare the state of every parameter under some options, with what it holds for all of them."""
+        """Declare the state of every parameter under some options, including what it holds for all parameters."""
         specs: dict[Tensor, Specs] = {}
         flat = None if self.pieces is None else self.pieces.parts
         known: dict[Any, tuple[Spec, ...]] = {}
@@ -211,7 +213,7 @@ class Builder:
         return specs
 
     def estimate(self, groups: Sequence[Group], state: State, processes: int, fsdp: bool) -> tuple[Any, dict[str, int]]:
-        """Give the options, a memory_budget's choice among them, and EngineOptimizer.estimate_footprint's bytes by kind."""
+        """Give the options, as a memory_budget chooses them, and the bytes by kind for EngineOptimizer.estimate_footprint."""
         options, asked = self.options, self.asked
         params = [p for _, params in self.trained(groups, state) for p in params]
         if asked.budgeted and not asked.chosen:
@@ -231,7 +233,7 @@ class Builder:
         return options, kinds
 
     def _build(self, groups: Sequence[Group], trained: Trained, key: list[Any], state: State, into: State) -> Setup:
-        """Build the setup, with what `into`, the state or a new one, knows of the parameters; parameters keep their owners."""
+        """Build the setup, and make its buffers the state `into`, the present or a new one. Parameters keep their owners."""
         params, old = [p for _, params in trained for p in params], self.setup
         for p in params:
             refuse_in_step(p, self.name, self.takes_tensors or self.pieces is not None)
@@ -252,7 +254,7 @@ class Builder:
         _named(self.options, lambda: placement.check(specs))
         owners, numbers = placement.owners(specs, known), {p: i for i, p in enumerate(params)}
         check_room(specs, owners, placement.rank, self.options)
-        method, options, sync = self.method, self.options, self.sync  # not self, which would be a cycle
+        method, options, sync = self.method, self.options, self.sync  # `self` in the closure would make a cycle
         device, treatments = params[0].device if params else torch.device("cpu"), treatments_of(groups)
 
         def make() -> tuple[list[Any], list[Any], Any]:
@@ -293,7 +295,7 @@ def _bytes_with(builder: Builder, groups: Sequence[Group], state: State, shards:
 
 
 def check_budget(builder: Builder, groups: Sequence[Group], state: State) -> None:
-    """Raise OptionError where nothing keeps the budget, on as many processes as there will be, divided as they like."""
+    """Raise OptionError where no state keeps the budget, for the number of processes and either way of dividing the state."""
     if builder.asked.size is None:
         return
     here = dist.is_available() and dist.is_initialized()
@@ -309,12 +311,12 @@ def check_budget(builder: Builder, groups: Sequence[Group], state: State) -> Non
 
 
 def _not_budgeted(sync: FactorSync, params: Iterable[Tensor], follows: bool) -> list[str]:
-    """Name what is not left to the budget: no codes for factors' errors, nor where FSDP2 cuts vectors inside a run."""
+    """Name the options that the budget must not choose: factors' errors, and vectors that FSDP2 cuts, cannot be codes."""
     return ["window_format", "error_format"] if sync.wanted or (follows and any(p.ndim == 1 for p in params)) else []
 
 
 def _release(builder: weakref.ref[Builder], setup: weakref.ref[Setup]) -> None:
-    """Let go of the memory of a setup whose entries are not in the state any more."""
+    """Free the memory of a setup whose entries are not in the state any more."""
     maker, made = builder(), setup()
     if maker is not None and made is not None:
         made.release()
@@ -323,7 +325,7 @@ def _release(builder: weakref.ref[Builder], setup: weakref.ref[Setup]) -> None:
 
 
 def _named(options: Any, check: Callable[[], None]) -> None:
-    """Run a check of a placement, and name the options that its error is about."""
+    """Run a check of a placement; if it raises, name the options in the error."""
     try:
         check()
     except OptionError as error:

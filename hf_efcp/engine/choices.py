@@ -1,6 +1,6 @@
-"""memory_budget: which window size, rank or density, and formats keep the state of a model within so many bytes.
+"""memory_budget: chooses a window size, a rank or density, and formats that keep a model's state within a number of bytes.
 
-The choice is a pure function of shapes and options, so that all processes and every restart make the same:
+The choice is a pure function of shapes and options, so that all processes and every restart choose the same:
 
 1. at a window of 32 entries (or the class default, if that is less), the first formats of `_FORMATS` that fit;
 2. then the longest window that fits, doubled up to the class default;
@@ -18,7 +18,7 @@ import torch
 
 from ..options import OptionError
 
-# What may be chosen; what the user gives stays as it is.
+# The options that may be chosen. An option that the user gives stays as it is.
 BUDGETED: tuple[str, ...] = ("window_size", "rank", "density", "window_dtype", "window_format", "error_dtype", "error_format")
 _FORMATS = tuple(
     dict(zip(BUDGETED[3:], values, strict=True))
@@ -34,7 +34,7 @@ _FIRST_WINDOW = 32
 
 
 def free_options(options: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Name the options that the budget chooses: none without a budget. A dtype that is given decides on the format too."""
+    """Name the options that the budget chooses: none without a budget. A given dtype settles the format too."""
     if options.memory_budget is None:
         return ()
     fixed = set(given) | {f"{kind}_format" for kind in ("window", "error") if given.get(f"{kind}_dtype") is not None}
@@ -45,8 +45,8 @@ def choose(options: Any, free: tuple[str, ...], bytes_of: Callable[[Any], int]) 
     """Choose the options that keep to `options.memory_budget`; give them and the bytes of their state.
 
     Args:
-        options: the optimizer's, with the defaults of its class where they are free.
-        free: names of those that may be chosen.
+        options: of the optimizer; free ones have the defaults of the class.
+        free: names of the options that may be chosen.
         bytes_of: options -> bytes of state.
 
     Raises:
@@ -75,7 +75,7 @@ def choose(options: Any, free: tuple[str, ...], bytes_of: Callable[[Any], int]) 
 
 
 def candidates(options: Any, free: tuple[str, ...]) -> Iterator[Any]:
-    """Give what may be chosen, in order, at the shortest window that is tried for each."""
+    """Give the candidates in the order in which they are tried, each with the shortest window that is tried for it."""
     first = min(_FIRST_WINDOW, options.window_size)
 
     def changed(start: Any, **values: Any) -> Any:
@@ -104,7 +104,7 @@ def candidates(options: Any, free: tuple[str, ...]) -> Iterator[Any]:
 
 
 def shown(size: float) -> str:
-    """Write a number of bytes for people."""
+    """Write a number of bytes with a unit."""
     if size < 1024:
         return f"{size:.0f} bytes"
     power = min(3, int(math.log2(size) // 10))
@@ -112,6 +112,6 @@ def shown(size: float) -> str:
 
 
 def described(options: Any) -> str:
-    """Write the options that a budget may choose, in words."""
+    """Write the values of the options that a budget may choose."""
     values = {name: getattr(options, name, None) for name in BUDGETED}
     return ", ".join(f"{name}={str(v).removeprefix('torch.')}" for name, v in values.items() if v is not None)

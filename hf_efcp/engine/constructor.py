@@ -1,4 +1,4 @@
-"""Constructors of optimizers: each option is an argument with its type, and groups refuse what schedules may look for."""
+"""Constructors of optimizers, where each option is a typed argument; and group defaults that refuse a schedule of momentum."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .asked import say
 
 
 class Defaults(dict[str, Any]):
-    """The defaults of parameter groups. A schedule that looks there for a momentum to vary gets an OptionError: there is none."""
+    """The defaults of parameter groups. A schedule that looks here for a momentum to vary gets an OptionError: there is none."""
 
     def __contains__(self, key: object) -> bool:
-        """Whether groups have the key; torch's OneCycleLR and CyclicLR ask for these two, and would name no remedy."""
+        """Tell whether groups have the key. torch's OneCycleLR and CyclicLR ask for momentum; their own error has no remedy."""
         if key in ("momentum", "betas") and sys._getframe(1).f_globals.get("__name__") == "torch.optim.lr_scheduler":
             raise OptionError(
                 "cycle_momentum=True: here momentum is an option of the whole optimizer, and no schedule varies it: pass "
@@ -29,10 +29,10 @@ class Defaults(dict[str, Any]):
 
 
 def constructor(init: Callable[..., None], cls: type, options_type: type) -> Callable[..., None]:
-    """Give the `__init__` of `cls`, which spells out the options where `init` takes `**options`.
+    """Give the `__init__` of `cls`: its signature spells out the options that `init` takes as `**options`.
 
-    Its signature is what help(), editors and programs that make command lines of constructors (jsonargparse) read. Text is a type
-    of those options of which no such program knows the form: bytes and dtypes.
+    help(), editors, and programs that make command lines from constructors (jsonargparse) read the signature. Bytes and dtypes
+    may be given as text too, because no such program can parse them.
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -58,9 +58,9 @@ def constructor(init: Callable[..., None], cls: type, options_type: type) -> Cal
 
 
 def _without_filled_in(kwargs: dict[str, Any], parameters: Iterable[inspect.Parameter], name: str) -> dict[str, Any]:
-    """Leave out the defaults that a program fills in which always gives all arguments, as LightningCLI does.
+    """Leave out defaults filled in by a program that always gives all arguments, such as LightningCLI.
 
-    Each of them would count as given: then no preset, budget or checkpoint could decide on anything.
+    Each default would count as given, and no preset, budget or checkpoint could set any option.
     """
     defaults = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     left = {n: v for n, v in kwargs.items() if n not in defaults or v != defaults[n]}

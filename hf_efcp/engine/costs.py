@@ -1,4 +1,4 @@
-"""What a phase of the step must do at least: operations and bytes, for the roofline (docs/benchmarks/roofline.md)."""
+"""The least that a phase of the step must do: operations and bytes, for the roofline (docs/benchmarks/roofline.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step of a window method can tell about itself for free: norms and cosines are entries of K."""
+"""Figures of a window method's step that cost nothing: norms and cosines are entries of K."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .setup import Setup
 
 
 def of_last_step(setup: Setup) -> dict[str, float]:
-    """Give figures of the last accepted step; before the first, at most the number of refused ones.
+    """Give figures of the last accepted step; before the first accepted step, at most the number of refused steps.
 
-    With scope="layer" norms are over all tensors, and kappa is the largest. Everything but the two error figures comes from K and
-    c; the error figures read the error feedback once, here and not in the step.
+    With scope="layer", norms are over all tensors, and kappa is the largest of the tensors'. The two error figures read the error
+    feedback once, here and not in the step. All other figures come from K and c.
 
     Returns:
         step, skipped_steps: entries written, and steps refused for a gradient that is not finite.
         rows: filled slots of the window.
-        row_norm: |c_j|, of the newest entry. update_norm: |u|, rescaled and before lr, momentum and weight decay.
+        row_norm: |c_j|, of the newest entry. update_norm: |u|, rescaled, but before lr, momentum and weight decay.
         update_rms: |u| / sqrt(d).
         cosine_update_row: between u and the newest entry. cosine_rows: mean |cosine| of the newest entry to the others.
         kappa: (sum c_i^2 |c_i|^2)^1/2 / |u|, the cancellation in G^T c; 1 to 3 is healthy.
@@ -25,8 +25,8 @@ def of_last_step(setup: Setup) -> dict[str, float]:
         A probed step also has (see `of_window`):
         condition: largest over smallest eigenvalue of K. directions: (sum of them)^2 / sum of their squares.
         weight_age_0, weight_age_1, weight_age_2_3, ...: shares of the entries of these ages.
-        error_norm: |e|. error_share: |e|^2 / (|e|^2 + |c_j|^2), what compression holds back. Neither where several processes
-            train: each has a part of e, and processes do not meet here.
+        error_norm: |e|. error_share: |e|^2 / (|e|^2 + |c_j|^2), the share that compression holds back. Both are left out where
+            several processes train, because each has a part of e, and processes do not communicate here.
     """
     gram = setup.counters
     if setup.last is None or gram.step == 0:
@@ -64,7 +64,7 @@ def of_last_step(setup: Setup) -> dict[str, float]:
 
 
 def of_window(k: torch.Tensor, shares: torch.Tensor, ages: torch.Tensor, filled: int) -> dict[str, float]:
-    """Give what K says of the window as a whole, and the weight of its entries by age.
+    """Give figures of the whole window from K, and the weight of its entries by age.
 
     Args:
         k: (groups, m, m) fp64.

@@ -1,12 +1,12 @@
-"""`optimizer.state` is what it says: its entries own the memory, and what somebody puts in their place counts.
+"""`optimizer.state` is the state: its entries own the memory, and an entry that somebody replaces counts.
 
-A setup's stacks and counters have buffers, and the entries are views of them. The setup knows the entries by a `Watch`: a step
-and `state_dict` compare them with those that are there. One that was replaced, moved, zeroed or removed is taken over by
-`adopt`. The watch holds the entries weakly: where most of them are gone, because somebody keeps the state elsewhere for a while,
-the setup lets go of its buffers too, and fills new ones from the state at the next step.
+A setup's stacks and counters have buffers, and the entries are views of these buffers. A `Watch` knows the entries that were
+handed out. A step and `state_dict` compare them with the entries that are there. `adopt` takes over an entry that was replaced,
+moved, zeroed or removed. The watch holds the entries weakly. If most of them are gone, because somebody keeps the state elsewhere
+for a while, the setup frees its buffers too, and fills new buffers from the state at the next step.
 
-What is not ours, of wrappers such as Lookahead, schedule-free or TRAC, stays as it is: any value under any other name or key,
-also under a name that an entry of ours has elsewhere, or under other options. Ours are the entries that were handed out.
+"Ours" are the entries that this optimizer handed out. Values of wrappers such as Lookahead, schedule-free or TRAC stay as they
+are: any value under another name or key, even under a name that an entry of ours has for another parameter or other options.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ State = MutableMapping[Any, Any]
 # Key of a state -> names of its entries that are ours.
 Ours = Callable[[Any], Container[Any]]
 
-# Names that entries of state may have under some options, and whole families of them; a method's others are in its specs.
+# Names that entries may have under some options, and prefixes of such names. A method's specs have its other names.
 _NAMES = frozenset(("error", "error_scale", "residual", "residual_scale", "momentum", "momentum_scale", "warm_start"))
 _NAMES |= {"gram", "step", "skipped", "exp_avg", "exp_avg_sq"}
 _FAMILIES = ("window_", "metric_")
 
 
 class Kinds:
-    """All names that entries of ours may have, under these options or others: for states of which nobody knows what is ours.
+    """All names that entries of ours may have under any options, for a state whose entries nobody has recorded.
 
     Args:
         known: names in the specs.
@@ -48,22 +48,22 @@ class Kinds:
         self._known = known
 
     def __contains__(self, name: object) -> bool:
-        """Whether a name is of a kind of ours."""
+        """Tell whether an entry of ours may have the name."""
         return isinstance(name, str) and (name in self._known or name in _NAMES or name.startswith(_FAMILIES))
 
 
 def own(entry: Any, names: Container[Any]) -> dict[str, Any]:
-    """Give what is ours of what the state has under a key; `names`: those that are."""
+    """Give our part of what the state has under a key: the entries with these names."""
     return {name: value for name, value in entry.items() if name in names} if isinstance(entry, Mapping) else {}
 
 
 def foreign(entry: Any, names: Container[Any]) -> Any:
-    """Give what is not ours of what the state has under a key; all of it, where it is no dict."""
+    """Give the part that is not ours of what the state has under a key; all of it, where it is no dict."""
     return {name: value for name, value in entry.items() if name not in names} if isinstance(entry, Mapping) else entry
 
 
 def keep_only(part: Callable[[Any, Container[Any]], Any], state: State, ours: Ours) -> None:
-    """Drop from a state all but `own` or all but `foreign` entries."""
+    """Keep only the entries of a state that `part` gives, which is `own` or `foreign`."""
     kept = {key: part(entry, ours(key)) for key, entry in state.items() if isinstance(key, Tensor)}
     kept = {key: entry for key, entry in kept.items() if not (isinstance(entry, dict) and not entry)}
     others = {} if part is own else {key: entry for key, entry in state.items() if not isinstance(key, Tensor)}
@@ -72,12 +72,12 @@ def keep_only(part: Callable[[Any, Container[Any]], Any], state: State, ours: Ou
 
 
 class Watch:
-    """The entries as they were handed out, to compare with those that are there.
+    """The entries as they were handed out, to compare with the entries that are there.
 
     Args:
         state: of the optimizer; the entries are in it.
-        setup: whose buffers they are views of.
-        gone: is called once, when more than half of the entries' bytes are held by nobody any more.
+        setup: the entries are views of its buffers.
+        gone: is called once, when entries with more than half of all bytes are gone.
     """
 
     def __init__(self, state: State, setup: Setup, gone: Callable[[], None]):
@@ -96,29 +96,29 @@ class Watch:
             self._gone()
 
     def holds(self, state: State) -> bool:
-        """Tell whether every entry is the one that was handed out, with its memory where it was."""
+        """Tell whether every entry is the object that was handed out, with its memory at the same place."""
         try:
             entries = self._entries(state)
-            # An id may be that of a younger object only where an entry is gone, and then its memory is elsewhere.
+            # A younger object has an entry's id only if the entry is gone, and then the memory is at another place.
             return list(map(id, entries)) == self._ids and list(map(Tensor.data_ptr, entries)) == self._places
         except (KeyError, TypeError, IndexError):  # one is missing, or something else is in its place
             return False
 
     def _entries(self, state: State) -> list[Tensor]:
-        """Give the entries. Parameters come first, in their order, and no key is looked up: hashing a tensor takes a while."""
+        """Give the entries. Parameters come first in the state, in order, so no key is looked up: hashing a tensor is slow."""
         return [t for names, entry in zip(self._names, state.values(), strict=False) for t in names(entry)]
 
     def note(self, setup: Setup) -> None:
-        """Take the entries' numbers for known: only this package has written them."""
+        """Note that only this package has written the numbers that the entries have now."""
         self._versions = _versions(setup)
 
     def written(self, setup: Setup) -> bool:
-        """Tell whether somebody may have written into an entry since."""
+        """Tell whether somebody may have written into an entry since the last `note`."""
         return self._versions != _versions(setup)
 
 
 def _getter(names: Sequence[str]) -> Callable[[Any], Sequence[Tensor]]:
-    if not names:  # of a parameter whose state is on other processes
+    if not names:  # the parameter's state is on other processes
         return lambda entry: ()
     return operator.itemgetter(*names) if len(names) > 1 else operator.itemgetter(*names, *names)
 
@@ -139,22 +139,22 @@ def _buffers(setup: Setup) -> list[Tensor]:
 
 
 def adopt(state: State, setup: Setup, of_all: set[str], built: bool, ours: Ours) -> bool:
-    """Make the setup's buffers the state, with what the state has; entries that are missing start anew.
+    """Make the setup's buffers the state; they take over the state's entries, and missing entries start anew.
 
-    What the first parameter holds for all of them starts anew with the last of them.
+    The entries that the first parameter holds for all parameters start anew only if no parameter has an entry.
 
     Args:
         state: of the optimizer.
         setup: for the present parameters.
-        of_all: names of the entries that the first parameter holds for all of them.
+        of_all: names of the entries that the first parameter holds for all parameters.
         built: whether the setup has just been built, perhaps for parameters that have changed.
-        ours: what was ours before.
+        ours: the names that were ours before.
 
     Returns:
-        Whether the state had anything of ours.
+        Whether the state had entries of ours.
 
     Raises:
-        OptionError: an entry is none of these parameters. The state then is as it was.
+        OptionError: an entry does not fit the parameters. The state then is as it was.
     """
     params, views = setup.params, setup.views()
     mine = {p: {*setup.specs[p], *own(state.get(p), ours(p))} for p in params}
@@ -176,7 +176,7 @@ def adopt(state: State, setup: Setup, of_all: set[str], built: bool, ours: Ours)
             entry[name] = value = local(value) if is_sharded(value) else value
             if _same(value, views[p][name]):
                 views[p][name] = value
-            elif value.untyped_storage().data_ptr() in inside:  # two that were exchanged
+            elif value.untyped_storage().data_ptr() in inside:  # two entries were exchanged
                 entry[name] = value.clone()
     left = _left(old, setup)
     for p in params:
@@ -192,14 +192,14 @@ def adopt(state: State, setup: Setup, of_all: set[str], built: bool, ours: Ours)
 
 
 def keep_count(setup: Setup) -> None:
-    """Undo that the number of steps was zeroed with the first parameter's entries, as long as another entry has numbers."""
+    """Restore a number of steps that was zeroed with the first parameter's entries, if another entry is not zero."""
     counters = setup.counters
     if counters.zeroed() and any(bool(t.any()) for s in (*setup.stacks, *setup.factors) for t in s.buffers.values()):
         counters.restore()
 
 
 def fill(state: State, setup: Setup, of_all: set[str]) -> None:
-    """Put what is missing into the state of a setup that has let go of its buffers; `of_all`: as in `adopt`."""
+    """Put missing entries into the state of a setup that has freed its buffers; `of_all`: as in `adopt`."""
     left = _left({p: own(state[p], setup.specs[p]) for p in setup.params if p in state}, setup)
     counts = {name: t for name, t in setup.counters.entries(0).items() if left and name in of_all}
     for number, p in enumerate(setup.params):
@@ -215,7 +215,7 @@ def fill(state: State, setup: Setup, of_all: set[str]) -> None:
 
 
 def unstacked(state: State, ours: Ours) -> defaultdict[Any, Any]:
-    """Give a state whose entries of ours are copies, as a view would drag its stack along."""
+    """Give a state in which our entries are copies: a view would keep its whole stack."""
     copied: defaultdict[Any, Any] = defaultdict(dict)
     for key, entry in state.items():
         mine = {name: t.clone() for name, t in own(entry, ours(key)).items() if isinstance(t, Tensor)}
@@ -224,7 +224,7 @@ def unstacked(state: State, ours: Ours) -> defaultdict[Any, Any]:
 
 
 def move(state: State, setup: Setup, device: torch.device) -> None:
-    """Put copies of a setup's entries on another device into the state."""
+    """Replace a setup's entries in the state by copies on another device."""
     for p, names in setup.names.items():
         for name in names:
             if name in state.get(p, {}):
@@ -237,7 +237,7 @@ def _left(entries: Mapping[Tensor, Mapping[str, Any]], setup: Setup) -> bool:
 
 
 def _put(state: State, views: Mapping[Tensor, dict[str, Tensor]], mine: Mapping[Tensor, Collection[str]], ours: Ours) -> None:
-    """Put the views into the state; its dicts stay the same objects, and what is not ours stays in them."""
+    """Put the views into the state. Its dicts stay the same objects, and keep what is not ours."""
     entries = {p: state.get(p, {}) for p in views}
     for p, entry in entries.items():
         others = foreign(entry, mine[p])
@@ -251,7 +251,7 @@ def _put(state: State, views: Mapping[Tensor, dict[str, Tensor]], mine: Mapping[
 
 
 def _problem(value: Any, view: Tensor | None) -> str | None:
-    """Say why a value cannot be an entry; None: it can."""
+    """Say why a value cannot be an entry; None if it can."""
     if view is None:
         return "is unexpected under the present options"
     if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Messages in place of parameters: a process that has updated a tensor sends what the update is made of, and all apply it."""
+"""Messages in place of parameters: the process that updates a tensor sends the update's parts, and all processes apply it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 class Exchange:
-    """The tensors whose messages travel: each belongs to one process, whole, and its rule has a message.
+    """The tensors that are updated by messages: one process owns the whole tensor, and its rule has a message.
 
-    The owner applies its message as everybody else does, alone and not in its batch: the parameters stay equal bit for bit.
+    The owner applies its message as every other process does, for the tensor alone and not in a batch. So the parameters stay
+    equal bit for bit.
 
     Args:
-        stacks: one without state for each of these tensors, the same ones in the same order on every process.
-        owners: who holds which tensor's state.
+        stacks: a stack without state for each of these tensors, in the same order on every process.
+        owners: which process holds which tensor's state.
         placement: which processes train together.
         options: of the optimizer.
 
@@ -38,7 +39,7 @@ class Exchange:
         self._own: dict[Tensor, list[Tensor]] = {}
 
     def put(self, s: TensorStack, message: Sequence[Tensor]) -> None:
-        """Take the message of n tensors of this process, (n, ...) each part of it."""
+        """Take the message for n tensors of this process; each part of it is (n, ...)."""
         for i, p in enumerate(s.params):
             self._own[p] = [part[i] for part in message]
 
@@ -59,7 +60,7 @@ class Exchange:
         return own or [torch.empty(spec.shape, dtype=spec.dtype, device=s.device) for spec in s.message(self._options)]
 
     def _together(self) -> Iterator[list[TensorStack]]:
-        """Give the stacks whose tensors have a gradient, so many at a time that their messages do not take much memory."""
+        """Give the stacks whose tensors have a gradient, a few at a time, so that their messages take little memory."""
         together: list[TensorStack] = []
         size = 0
         for s in self._stacks:

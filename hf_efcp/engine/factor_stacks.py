@@ -1,4 +1,4 @@
-"""The matrices whose factors the processes make together, see factor_sync.py: errors, warm starts, metric, and the factors."""
+"""Stacks of the matrices whose factors the processes make together: errors, warm starts, metric, factors. See factor_sync.py."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ class FactorStack(Stack):
     Attributes:
         start: the Q that this backward starts from, (n, cols, r).
         p, q: the factors, (n, rows, r) and (n, cols, r); zeros until the hook has seen their bucket.
-        samples: entries of the gradients that the hook has seen, (n, k); `seen`: the positions of these gradients.
-        metric: of the matrices; None: there is none.
+        samples: some entries of the gradients that the hook has seen, (n, k).
+        seen: the positions of these gradients.
+        metric: of the matrices; None: there is no metric.
     """
 
     def __init__(self, pieces: list[Piece], specs: Specs, options: Any):
@@ -51,7 +52,7 @@ class FactorStack(Stack):
         self.metric = Lagged(cells, self.layout, options.metric_beta, options.metric_eps) if cells else None
 
     def begin(self, step: Tensor) -> None:
-        """Begin a backward: what an earlier one has left, without a step, is void."""
+        """Begin a backward. What an earlier backward has left without a step is dropped."""
         self.turn.step = step
         start = self.compressor.start(step)
         self.start, self.q = start, torch.zeros_like(start)
@@ -61,16 +62,21 @@ class FactorStack(Stack):
             self.metric.open()
 
     def index(self, bucket: int, positions: list[int]) -> Tensor:
-        """Give the positions that a bucket has as a tensor on the device; it is copied there when DDP makes its buckets."""
+        """Give the positions in a bucket as a tensor on the device. It is copied there only when DDP changes the bucket."""
         if bucket not in self._indices or self._indices[bucket][0] != positions:
             self._indices[bucket] = positions, torch.tensor(positions, device=self.device)
         return self._indices[bucket][1]
 
     def operand(self, members: Mapping[int, Tensor], index: Tensor, l2: Floats) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Form a = e + S^-1 (g + l2 * p) of the members, given by position -> g, and by the tensor of positions.
+        """Form a = e + S^-1 (g + l2 * p) for the matrices of a bucket.
+
+        Args:
+            members: position -> g.
+            index: the same positions as a tensor.
+            l2: the weight decay that enters the gradient.
 
         Returns:
-            A copy (members, rows, cols), and what the metric needs the means of over the processes.
+            a, a copy (members, rows, cols), and the tensors whose means over the processes the metric needs.
         """
         samples = torch.stack([_sample(g) for g in members.values()])
         self.samples.index_copy_(0, index, samples.to(self.samples.dtype))
@@ -92,17 +98,17 @@ class FactorStack(Stack):
         return a, means
 
     def put(self, index: Tensor, p: Tensor, q: Tensor, means: Sequence[Tensor]) -> None:
-        """Take the factors of the tensors at these positions, and the means over the processes of what `operand` gave."""
+        """Take the factors of the tensors at these positions, and the means over the processes of `operand`'s tensors."""
         if self.metric is not None:
             self.metric.put(index, *means)
         self.p.index_copy_(0, index, p)
         self.q.index_copy_(0, index, q)
 
     def stage(self, step: Tensor) -> None:
-        """Give the entry as the window stores it; zero for a parameter without a gradient, which DDP leaves so everywhere.
+        """Stage the entry as the window stores it. It is zero for a parameter without a gradient on all processes.
 
         Raises:
-            OptionError: a gradient is not the one that the hook has seen; on a GPU that is known one step late.
+            OptionError: a gradient is not the one that the hook has seen. On a GPU this is known one step late.
         """
         if self.start is None:
             self.begin(step)
@@ -114,7 +120,7 @@ class FactorStack(Stack):
         self.compressor.prepare(self.q)
 
     def commit(self, j: Tensor, l2: Floats, ok: bool | Tensor) -> None:
-        """Let e <- e + S^-1 g - P Q^T, Q become the next warm start, and D contain g, where the step is accepted."""
+        """If the step is accepted: e <- e + S^-1 g - P Q^T; Q becomes the next warm start; D takes g."""
         self.turn.ok = ok
         assert self.window.staged is not None, "stage comes first"
         gradients, scale = self.gradients(l2), None if self.metric is None else self.metric.entering
@@ -126,7 +132,7 @@ class FactorStack(Stack):
         self.void()
 
     def void(self) -> None:
-        """Forget the factors: they are used up."""
+        """Forget the factors after their use."""
         self.start = self.p = self.q = self.samples = None
         self.seen = set()
 
@@ -149,7 +155,7 @@ class FactorStack(Stack):
 
 
 def in_factors(name: str) -> bool:
-    """Tell whether a state entry of a compressed matrix is with its factors, whole on every process."""
+    """Tell whether a state entry of a compressed matrix is in its `FactorStack`, whole on every process."""
     return name in ("error", "warm_start") or name.startswith("metric_")
 
 

@@ -1,17 +1,17 @@
 """comm="factors": under DDP the processes all-reduce the rank-r factors of the mean gradient instead of the gradients.
 
 The factors are made during backward, by a hook that DDP calls for each of its buckets. `p.grad` of a compressed matrix stays this
-process's own gradient g_i; whatever is not compressed gets its mean, as ever. In `step()` the entries of the windows are the
-factors that are there already, and
+process's own gradient g_i. A parameter that is not compressed gets the mean gradient, as usual. `step()` takes the factors as the
+windows' entries, and
 
     e_i <- e_i + g_i - P Q^T
 
-Error and warm start of every compressed matrix are on every process. The errors differ: their mean is the error of a run that
-compresses the mean gradient. With a metric, g_i is whitened first, by a D which all processes have: that of the step before. D
-takes the mean over processes of the squares of the g_i, which is sent along with the last factors.
+Every process has the error and the warm start of every compressed matrix. The errors differ between processes. Their mean is the
+error of a run that compresses the mean gradient. With a metric, g_i is whitened first by the D of the step before, which all
+processes have. D takes the mean over processes of the squares of the g_i, which is sent along with the last factors.
 
-On a GPU all of the hook's work is queued on a stream of its own, so that backward goes on meanwhile: DDP waits, on the device,
-for the future that the hook gives. The host waits for nothing.
+On a GPU, the hook's work is queued on a stream of its own, so that backward goes on meanwhile. DDP waits, on the device, for the
+future that the hook returns. The host waits for nothing.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class ReadyFactors(Compressor):
 
     Args:
         pieces: of the window's stack.
-        places: parameter -> its stack of factors and position there.
+        places: parameter -> its stack of factors, and its position there.
     """
 
     def __init__(self, pieces: Sequence[Piece], places: Mapping[Tensor, tuple[FactorStack, int]]):
         self.pieces, self.places = pieces, places
 
     def compress(self, a: Accumulated, step: Tensor) -> LowRankEntry:
-        """Give P (n, rows, r), of the rows that are held here, and Q (n, cols, r)."""
+        """Give the entry of P (n, rows, r), for the rows that this process holds, and Q (n, cols, r)."""
         stacks = [(*self.places[piece.param], piece.rows) for piece in self.pieces]
         p = [s.p[i] if rows is None else s.p[i, rows] for s, i, rows in stacks]
         return LowRankEntry.of(torch.stack(p), torch.stack([s.q[i] for s, i, _ in stacks]))
@@ -66,7 +66,7 @@ class ReadyFormat(LowRankFormat):
 
     Args:
         layout, options: as in EntryFormat.
-        places: as of ReadyFactors; it is filled later.
+        places: see ReadyFactors; it is filled later.
     """
 
     def __init__(self, layout: Layout, options: Any, places: Mapping[Tensor, tuple[FactorStack, int]]):
@@ -97,12 +97,12 @@ class FactorSync:
     """DDP's communication hook and what it needs.
 
     Args:
-        options: of the optimizer, which may be no low-rank one.
+        options: of the optimizer, which need not be a low-rank one.
 
     Attributes:
-        replicas: the processes of the DDP whose hook is ours; None: there is no hook.
+        replicas: the processes of the DDP that has our hook; None: there is no hook.
         wanted: whether comm="factors" is asked for.
-        places: parameter -> its stack of factors and position there.
+        places: parameter -> its stack of factors, and its position there.
     """
 
     def __init__(self, options: Any):
@@ -117,11 +117,11 @@ class FactorSync:
         Args:
             model: holds all parameters.
             hook: as `DistributedDataParallel.register_comm_hook` takes it.
-            params: that are trained.
+            params: the trained parameters.
             fresh: whether the optimizer has no state yet.
 
         Raises:
-            OptionError: `model` is no DDP or lacks a parameter, or the state is already that of a run without the hook.
+            OptionError: `model` is no DDP or lacks a parameter, or the optimizer has the state of a run without the hook.
         """
         if not isinstance(model, DistributedDataParallel):
             raise OptionError(f"comm='factors' needs a DistributedDataParallel, got {type(model).__name__}")
@@ -137,13 +137,13 @@ class FactorSync:
         self.replicas = Replicas(model.process_group)
 
     def check_wanted(self, options: Any, name: str) -> None:
-        """Raise OptionError where the hook is registered with an optimizer of class `name` that does not want it."""
+        """Raise OptionError if the hook is registered for an optimizer of class `name` without comm="factors"."""
         if not self.wanted:
             has = f"comm={options.comm!r}" if hasattr(options, "comm") else "no option comm"
             raise OptionError(f"register_comm_hook is for comm='factors', and this {name} has {has}")
 
     def check(self, params: Sequence[Tensor], placement: Placement, options: Any) -> None:
-        """Raise OptionError where factors are asked for and cannot be made: no hook, or sharded parameters."""
+        """Raise OptionError where factors are asked for but cannot be made: no hook, sharded parameters, or codes as state."""
         self.places = {}  # of the stacks that are about to be built
         if not self.wanted:
             return
@@ -169,7 +169,7 @@ class FactorSync:
         self.places.clear()
 
     def held(self, specs: Sequence[Spec], processes: int = 1) -> tuple[Spec, ...]:
-        """Say of a parameter's state who holds it: with factors, errors, warm starts and metrics are on every process."""
+        """Say who holds each entry of a parameter's state: with factors, every process has errors, warm starts and metrics."""
         factors = self.replicas is not None or (self.wanted and processes > 1)
         if not factors or "warm_start" not in {spec.name for spec in specs}:
             return tuple(specs)
@@ -180,7 +180,7 @@ class FactorSync:
         return tuple(map(held, specs))
 
     def in_window(self, format: EntryFormat) -> EntryFormat:
-        """Give the format of the windows' stacks, without what is in stacks of all compressed matrices."""
+        """Give the format of the windows' stacks, without the entries that the stacks of factors hold."""
         if self.replicas is None or not isinstance(format, LowRankFormat):
             return format
         return ReadyFormat(format.layout, format.options, self.places)
@@ -206,7 +206,7 @@ class FactorSync:
         return stacks
 
     def reduce(self, bucket: Any, setup: Setup, groups: Sequence[Mapping[str, Any]], options: Any) -> Any:
-        """Make the factors of a bucket of DDP; called in backward for each, in the same order on all processes."""
+        """Make the factors of one of DDP's buckets. DDP calls this in backward, in the same order on all processes."""
         buffer = bucket.buffer()
         if buffer.is_sparse:
             raise OptionError("comm='factors': no sparse gradients (nn.Embedding(sparse=True))")
@@ -216,7 +216,7 @@ class FactorSync:
                 for s in setup.factors:
                     s.begin(setup.counters.step)
             self._reduce(bucket, groups, options)
-            future.set_result(buffer)  # which is there when what this stream has now is done
+            future.set_result(buffer)  # complete when the work that is now queued on this stream is done
         return future
 
     def _reduce(self, bucket: Any, groups: Sequence[Mapping[str, Any]], options: Any) -> None:
@@ -241,9 +241,9 @@ class FactorSync:
 
     @contextlib.contextmanager
     def _beside(self, device: torch.device) -> Iterator[None]:
-        """On a GPU, queue what is inside on this hook's stream, after what the present stream has now.
+        """On a GPU, queue the work inside on this hook's stream, after the work that the present stream has now.
 
-        What is allocated inside is freed for this stream only, which begins each time by waiting for the other.
+        Memory that is allocated inside is freed for this stream only. The stream begins each time by waiting for the present one.
         """
         if device.type != "cuda":
             yield

@@ -1,4 +1,4 @@
-"""What an optimizer tells of itself: bytes of state, figures of a step, what a step costs at least."""
+"""What an optimizer tells of itself: bytes of state, figures of a step, the least cost of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .costs import Count
 from .footprint import measured, plan_of
 from .setup import Setup
 
-# Figures stands beside torch's Optimizer: types are checked as if it were one itself.
+# Figures is a mixin beside torch's Optimizer. The type checker takes it for an Optimizer.
 if TYPE_CHECKING:
     _Base = torch.optim.Optimizer
 else:
@@ -30,17 +30,17 @@ class Figures(_Base):
         raise NotImplementedError
 
     def memory_footprint(self) -> dict[str, int]:
-        """Count the bytes of state by kind, on the tensors that are held (allocated now if no step was taken yet)."""
+        """Count the bytes of state by kind, of the tensors that are held. Before the first step, they are allocated now."""
         there = self.builder.setup
         setup = there if there is not None and there.released else self.setup()
         return measured([self.state.get(p, {}) for p in setup.params], [setup.specs[p] for p in setup.params])
 
     def estimate_footprint(self, processes: int = 1, fsdp: bool = False) -> dict[str, int]:
-        """Tell what `memory_footprint` of a fresh optimizer will measure, from its parameters' shapes: nothing is allocated.
+        """Predict from the parameters' shapes what `memory_footprint` of a fresh optimizer will measure. Nothing is allocated.
 
         Args:
-            processes: that share the state.
-            fsdp: they share the parameters too (FSDP2): each has the rows of its chunk of every tensor.
+            processes: the number of processes that share the state.
+            fsdp: whether they share the parameters too (FSDP2). Each process then has the rows of its chunk of every tensor.
 
         Returns:
             Bytes by kind, of the process that holds most.
@@ -51,9 +51,9 @@ class Figures(_Base):
         return self.builder.estimate(self.param_groups, self.state, processes, fsdp)[1]
 
     def probe_next_step(self) -> None:
-        """Let the next step measure what `diagnostics` tells of a probed step; to be called on every process.
+        """Let the next step measure the figures that `diagnostics` gives of a probed step. Call it on every process.
 
-        The step moves parameters and state by the same bits as any other, and takes up to twice as long.
+        A probed step changes parameters and state by the same bits as any other step, and takes up to twice as long.
         """
         self._probed = True
 
@@ -61,7 +61,7 @@ class Figures(_Base):
     def diagnostics(self) -> dict[str, float]:
         """Give figures of the last accepted step, by name (docs/diagnostics.md); nothing before the first step.
 
-        A probed step has more of them. Processes do not meet here, so one of them may ask alone.
+        A probed step has more figures. Processes do not communicate here, so a single process may call this.
         """
         there = self.builder.setup
         if there is None:
@@ -70,9 +70,9 @@ class Figures(_Base):
         return figures | (there.probe.figures() if there.probe is not None and there.probe.done else {})
 
     def costs(self) -> dict[str, Count]:
-        """Count what a step must do at least, by phase: operations, and bytes that must move (docs/benchmarks/roofline.md)."""
+        """Count the least that a step must do, by phase: operations, and bytes that must move (docs/benchmarks/roofline.md)."""
         return self.method.costs(self.setup(), self.builder.options)
 
     def sharding_plan(self) -> str:
-        """Describe who holds how many bytes of state, and which tensors are divided by rows; to be called on every process."""
+        """Describe how many bytes of state each process holds, and which tensors are divided. Call it on every process."""
         return plan_of(self.setup(), self.param_groups)

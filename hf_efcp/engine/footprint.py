@@ -1,4 +1,4 @@
-"""Bytes of state: counted on what is held, or from specs before anything is allocated; and who holds them."""
+"""Bytes of state: counted on the tensors that are held, or from specs before anything is allocated; and who holds them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def measured(entries: Iterable[Mapping[str, Tensor]], specs: Iterable[Specs]) -> dict[str, int]:
-    """Count the bytes by kind of the state that is held."""
+    """Count the bytes of the state that is held, by kind."""
     kinds: dict[str, int] = {}
     for entry, known in zip(entries, specs, strict=True):
         for name, t in entry.items():
@@ -34,12 +34,12 @@ def measured(entries: Iterable[Mapping[str, Tensor]], specs: Iterable[Specs]) ->
 
 
 def estimated(specs: Mapping[Tensor, Specs], processes: int = 1, fsdp: bool = False) -> dict[str, int]:
-    """Count the bytes by kind of the process that will hold most.
+    """Count the bytes of the process that will hold most, by kind.
 
     Args:
-        specs: of every parameter, those of all parameters among them.
-        processes: that share the state.
-        fsdp: they share the parameters too: each has the rows of its chunk of every tensor.
+        specs: of every parameter, including what the first one holds for all parameters.
+        processes: the number of processes that share the state.
+        fsdp: whether they share the parameters too. Each process then has the rows of its chunk of every tensor.
     """
     if fsdp:  # the first chunk is the largest
         chunks: list[Owners] = [{0: slice(0, -(-len(p) // processes)) if p.ndim and p.numel() else None} for p in specs]
@@ -51,7 +51,7 @@ def estimated(specs: Mapping[Tensor, Specs], processes: int = 1, fsdp: bool = Fa
 
 
 def check_room(specs: Mapping[Tensor, Specs], owners: Mapping[Tensor, Owners], rank: int, options: Any) -> None:
-    """Raise OptionError where the state that a process holds is larger than all of its device's memory."""
+    """Raise OptionError where the state that a process holds is larger than its device's whole memory."""
     devices = {p.device for p in specs}
     if len(devices) != 1 or kind(device := devices.pop()) != device.type or (room := _memory(device)) is None:
         return
@@ -66,7 +66,7 @@ def check_room(specs: Mapping[Tensor, Specs], owners: Mapping[Tensor, Owners], r
 
 
 def _memory(device: torch.device) -> int | None:
-    """Give the bytes of all memory of a device, in use or not; None: unknown."""
+    """Give the bytes of a device's whole memory, in use or not; None: unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -75,7 +75,7 @@ def _memory(device: torch.device) -> int | None:
 
 
 def plan_of(setup: Setup, groups: Sequence[Group]) -> str:
-    """Describe who holds how many bytes of state, and which tensors are divided by rows."""
+    """Describe how many bytes of state each process holds, and which tensors are divided by rows."""
     placement = setup.placement
     if placement.shards == 1 and not placement.follows:
         return "not sharded"
@@ -87,7 +87,7 @@ def plan_of(setup: Setup, groups: Sequence[Group]) -> str:
 
 
 def _bytes_on(specs: Mapping[Tensor, Specs], owners: Mapping[Tensor, Owners], rank: int) -> dict[str, int]:
-    """Count the bytes by kind that the plan gives to a process."""
+    """Count the bytes that the plan gives to a process, by kind."""
     kinds: dict[str, int] = {}
     for p, entries in specs.items():
         held, rows = rank in owners[p], owners[p].get(rank)

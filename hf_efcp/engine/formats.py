@@ -1,4 +1,4 @@
-"""How the entries of a window are made and stored: which compressor goes with which window, and when compression does not pay."""
+"""How a window's entries are made and stored: which compressor goes with which window, and where compression does not pay."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .costs import Count
 if TYPE_CHECKING:
     from .stacks import Stack
 
-# Matrices with a shorter side than this keep it whole.
+# For a matrix whose shorter side is below this, `max_rank_fraction` does not limit the rank.
 _THIN = 8
 
 
@@ -71,14 +71,14 @@ class EntryFormat:
         return self._kind(self._window_buffers(buffers), self.layout.dtype, self._update_dtype(buffers))
 
     def metric(self, stack: Stack) -> Metric | None:
-        """Make the metric of a stack; None: there is none."""
+        """Make the metric of a stack; None: there is no metric."""
         kind, o = metric.kind_of(self.layout, self.options.metric), self.options
         if kind == "none":
             return None
         return self._metric_class(kind)(stack.metric_cells(), self.layout, o.metric_beta, o.metric_eps, stack.total)
 
     def arithmetic(self, n: int, rows: int) -> tuple[float, float, float, float]:
-        """Count operations for n tensors of `rows` rows: in the compute dtype of compress, feedback, update; in fp64 of dots."""
+        """Count operations for n tensors of `rows` rows: compress, feedback and update in the compute dtype; dots in fp64."""
         products = 2.0 * self.options.window_size * n * rows * self.layout.cols
         return 0.0, 0.0, products, products
 
@@ -93,7 +93,7 @@ class EntryFormat:
         return {spec.name: buffers[spec.name] for spec in self.window_specs()}
 
     def _update_dtype(self, buffers: Buffers) -> torch.dtype | None:
-        """Give the dtype of the product G^T c; None: the arithmetic's, as for fp64 and where bf16 would be slower."""
+        """Give the dtype of the product G^T c. None: the compute dtype, as for fp64 and where bf16 would be slower."""
         device = next(iter(buffers.values())).device
         if self.layout.dtype == torch.float64 or fp32_stays(self.options, self.layout, device):
             return None
@@ -149,8 +149,9 @@ class SparseFormat(EntryFormat):
 class LowRankFormat(EntryFormat):
     """Entries P Q^T of rank r, unless both factors take as much as the tensor: r (rows + cols) >= rows cols.
 
-    r is `rank`, but at most the fraction `max_rank_fraction` of the shorter side, if that is at least 8: a quarter of a
-    classification head's 5 rows would be rank 1, which trains worse (docs/benchmarks/softmax.md).
+    r is `rank`, but at most the fraction `max_rank_fraction` of the shorter side, if the shorter side is at least 8. The limit is
+    not for shorter sides: a quarter of a classification head's 5 rows would be rank 1, which trains worse
+    (docs/benchmarks/softmax.md).
     """
 
     takes_flat_pieces = False
@@ -195,15 +196,15 @@ class LowRankFormat(EntryFormat):
 
 
 def fp32_stays(options: Any, layout: Layout, device: torch.device) -> bool:
-    """Tell whether `window_update_dtype` has no effect on a device, where bf16 would be slower."""
+    """Tell whether `window_update_dtype` has no effect on a device because bf16 would be slower there."""
     return options.window_update_dtype is not None and layout.dtype != torch.float64 and not multiplies_bf16(device)
 
 
 def costs_of(stack: Any) -> dict[str, Count]:
-    """Count what a step must do for a stack of a window method, by phase: operations, and bytes that must move.
+    """Count what a step of a window method must do for a stack, by phase: operations, and bytes that must move.
 
-    The counts are lower bounds of the method, not of this code (docs/benchmarks/roofline.md): an input is read once for each pass
-    that the data flow forces.
+    The counts are lower bounds for the method, not for this code (docs/benchmarks/roofline.md): an input is read once for each
+    pass that the data flow forces.
     """
     n, (rows, cols) = len(stack.pieces), stack.shape
     format, size = stack.format, stack.pieces[0].param.element_size()

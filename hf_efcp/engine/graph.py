@@ -1,16 +1,16 @@
-"""A step as a CUDA graph: the host launches one thing instead of hundreds.
+"""A step as a CUDA graph: the host launches one graph instead of hundreds of kernels.
 
-HF_EFCP_CUDA_GRAPH=0 turns graphs off; 1 asks for them, and the log says why where there is none. Otherwise models have them whose
-trained parameters are small beside the GPU's memory: a graph keeps the temporaries of a step.
+HF_EFCP_CUDA_GRAPH=0 turns graphs off. HF_EFCP_CUDA_GRAPH=1 asks for graphs, and the log says why a step has none. Otherwise a
+model has graphs if its trained parameters are small compared with the GPU's memory, because a graph keeps a step's temporaries.
 
-A graph repeats its launches on the same memory. Parameters and state stay where they are, but gradients may come at other places
-in each step (`zero_grad(set_to_none=True)`), so that nothing in a graph may know where they are:
+A graph repeats its launches on the same memory. Parameters and state stay where they are. Gradients may be at another place in
+each step (`zero_grad(set_to_none=True)`), so nothing in a graph may depend on their place:
 
-- Kernels read them by tables of addresses, which belong to the graph and are written anew before each replay.
-- What operations of torch read are copies at a place of their own, made before each replay.
+- Kernels find gradients by tables of addresses, which belong to the graph and are rewritten before each replay.
+- Operations of torch read copies of gradients at a fixed place, which are made before each replay.
 
-Which is which, a trial tells: a step as usual, in which each operation of torch is looked at. A third kind, which waits for the
-device, is in no graph. The trial is the second step in a row with the same key, the graph is made in the third.
+A trial tells which gradients need copies: a usual step in which each operation of torch is watched. An operation that waits for
+the device rules out a graph. The trial is the second step in a row with the same key. The third step makes the graph.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from .phases import listener
 from .setup import RATE, Setup
 
 _log = logging.getLogger("hf_efcp")
-# Graphs that are made before it is clear that something else than gradients changes all the time.
+# The most graphs of an optimizer: after so many, something other than gradients changes all the time.
 _MOST = 8
-# The share of a GPU's memory that trained parameters may take for steps by a graph without being asked.
+# The share of a GPU's memory that trained parameters may take for a graph that nobody asks for.
 _SMALL = 1 / 40
-# Operations that only make a view. All others, other views included, are taken for readers.
+# Operations that only make a view. All other operations, other views included, count as reading.
 _VIEWS = {"view", "detach", "alias"}
 # In a trial, tables of addresses still come from the host.
 _STOPS = (NUMBERS | SIZES | WAITS) - {"lift_fresh"}
-# What a step reads of a group, beside the rate, which is on the device.
+# The keys of a group that a step reads, besides the rate, which is on the device.
 _READ = "weight_decay", "compress", "kind"
 
 
@@ -64,9 +64,9 @@ class StepGraph:
         self._level = logging.DEBUG
 
     def step(self, method: Method, setup: Setup, groups: Sequence[Group], options: Any) -> None:
-        """Take a step: by a graph where one is wanted and possible.
+        """Take a step, by a graph where a graph is wanted and possible.
 
-        Where it is, every step reads its rate on the device: a run gives the same bits whenever its graph is made.
+        Where it is possible, every step reads its rate on the device: a run gives the same bits whenever its graph is made.
         """
         asked = os.environ.get("HF_EFCP_CUDA_GRAPH") or None
         if asked == "0":
@@ -82,7 +82,7 @@ class StepGraph:
             method.step(setup, own, options)
 
     def _step(self, method: Method, setup: Setup, groups: Sequence[Group], options: Any) -> bool:
-        """Take a step by a graph, or on the way to one; tell whether it was taken."""
+        """Take a step by a graph, or by the trial for one; tell whether a step was taken."""
         if listener() is not contextlib.nullcontext or setup.probe is not None:  # a graph has no phases
             return False
         gradients = _gradients(setup)
@@ -103,7 +103,7 @@ class StepGraph:
     def _make(self, trial: _Trial, method: Method, setup: Setup, groups: Sequence[Group], options: Any) -> bool:
         """Make the graph; tell whether there is one now."""
         if self._made >= _MOST:
-            self._say(f"the step has changed too often, after {_MOST} graphs no more are made")
+            self._say(f"the step has changed too often: after {_MOST} graphs, no more graphs are made")
             return False
         if trial.stops:
             self._say(f"a step waits for the device, in {', '.join(sorted(trial.stops))}")
@@ -113,12 +113,12 @@ class StepGraph:
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         try:
             self._graph = _Graph(trial, method, setup, groups, options)
-        except Exception as error:  # of CUDA's libraries, of kernels: the step can be taken as usual
+        except Exception as error:  # from CUDA's libraries or kernels: the step can be taken as usual
             self._made = _MOST
             lost = "What the attempt took of the GPU's memory may not come back; HF_EFCP_CUDA_GRAPH=0 attempts none"
             self._say(f"{type(error).__name__}: {error}. {lost}", logging.WARNING)
             if stream is not None:
-                torch.cuda.set_stream(stream)  # where a capture ends in an error, torch leaves its own stream current
+                torch.cuda.set_stream(stream)  # after a capture that fails, torch leaves its own stream current
             return False
         return True
 
@@ -133,21 +133,21 @@ class StepGraph:
         return [{**group, RATE: rate} for group, rate in zip(groups, self._rates, strict=True)]
 
     def _say(self, reason: str, level: int | None = None) -> None:
-        """Log, once, why there is no graph."""
+        """Log once why there is no graph."""
         if reason not in self._said:
             _log.log(level or self._level, "no CUDA graph of a step: %s", reason)
             self._said.add(reason)
 
 
 class _Watch(TorchDispatchMode):
-    """Looks at each operation of torch inside.
+    """Watches each operation of torch inside.
 
     Args:
         spans: of the gradients.
 
     Attributes:
         read: numbers of the gradients that operations of torch read.
-        stops: names of operations that wait.
+        stops: names of the operations that wait for the device.
     """
 
     def __init__(self, spans: Spans):
@@ -167,15 +167,15 @@ class _Watch(TorchDispatchMode):
 
 
 class _Trial:
-    """A step as usual, and what a graph of it has to know.
+    """A usual step, and the facts on it that a graph needs.
 
     Args:
         method, setup, groups, options: of the step.
 
     Attributes:
-        read: numbers of the gradients that are read otherwise than by tables of addresses.
-        stops: names of operations that wait.
-        entries: of all tables.
+        read: numbers of the gradients that are read in another way than by tables of addresses.
+        stops: names of the operations that wait for the device.
+        entries: the number of entries of all tables.
     """
 
     def __init__(self, method: Method, setup: Setup, groups: Sequence[Group], options: Any):
@@ -187,14 +187,14 @@ class _Trial:
 
 
 class _Graph:
-    """A graph that was made, and what it reads.
+    """A CUDA graph of a step, with its tables and its copies of gradients.
 
     Args:
-        trial: a step like this one.
+        trial: of a step like this one.
         method, setup, groups, options: of the step.
 
     Raises:
-        Exception: of many types; no step was taken.
+        Exception: of many types, when the graph cannot be made; no step was taken.
     """
 
     def __init__(self, trial: _Trial, method: Method, setup: Setup, groups: Sequence[Group], options: Any):
@@ -207,9 +207,9 @@ class _Graph:
             method.step(setup, groups, options)
         followed = self._tables.follow(spans)
         if wrong := watch.read | (spans.starts.keys() - followed):
-            raise RuntimeError(f"gradients {sorted(wrong)} are read otherwise than in the step before")
+            raise RuntimeError(f"gradients {sorted(wrong)} are read in another way than in the step before")
         self._moving = list(spans.starts)
-        self._alike: dict[tuple, list[int]] = {}  # what one operation can copy
+        self._alike: dict[tuple, list[int]] = {}  # numbers of the gradients that one operation can copy
         for i in self._copies:
             self._alike.setdefault((gradients[i].dtype, gradients[i].is_contiguous()), []).append(i)
 
@@ -222,13 +222,13 @@ class _Graph:
 
 
 def _gradients(setup: Setup) -> dict[int, Tensor]:
-    """Give the gradients that there are, by their parameters' numbers."""
+    """Give the gradients of the parameters that have one, by the parameters' numbers."""
     return {i: g for i, p in enumerate(setup.params) if (g := p.grad) is not None}
 
 
 @contextlib.contextmanager
 def _instead(params: Sequence[Tensor], gradients: Mapping[int, Tensor]) -> Iterator[None]:
-    """Let these be the gradients of some parameters inside."""
+    """Put these gradients in the place of some parameters' own inside."""
     before = [(params[i], params[i].grad) for i in gradients]
     try:
         for i, g in gradients.items():
@@ -269,7 +269,7 @@ def _memory(device: torch.device) -> int:
 
 
 def _key(setup: Setup, groups: Sequence[Group], options: Any, gradients: Mapping[int, Tensor]) -> tuple:
-    """Give all that a graph is made for: where parameters and state are, how gradients lie, numbers that are no tensors."""
+    """Give everything that a graph depends on: addresses of parameters and state, layouts of gradients, plain numbers."""
     layouts = tuple((i, g.dtype, g.stride()) for i, g in gradients.items())
     state = [buffer for s in setup.stacks for buffer in s.buffers.values()]
     state += [*setup.counters.entries(0).values(), setup.last, setup.size, setup.rest]

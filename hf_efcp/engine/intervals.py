@@ -1,4 +1,4 @@
-"""What is done in every k-th step of a tensor only, without asking a GPU for its count at each."""
+"""Work that is due in every k-th step of a tensor only, without reading the count from a GPU at each step."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ..core.deferred import readable
 
 
 class Interval:
-    """Tells the tensors of a stack that something is due for; one for each thing that is done at intervals."""
+    """Tells for which tensors of a stack some work is due. Each kind of work has an `Interval` of its own."""
 
     def __init__(self) -> None:
-        self._quiet = 0  # in so many steps certainly nothing is due
+        self._quiet = 0  # the number of coming steps in which certainly nothing is due
 
     def due(self, t: Tensor, absent: Container[int], steps: int, first: int = 1) -> list[int]:
         """Give the positions of the tensors whose count is `first`, or a larger multiple of `steps`.
 
-        A GPU is asked when a count may be one of these, and after it was: the step may turn out to be refused.
+        A GPU's counts are read when work may be due, and in the step after: the step before may turn out to be refused.
 
         Args:
-            t: (n, 1, 1), counts each tensor's gradients, this one included.
+            t: (n, 1, 1), the number of each tensor's gradients, this one included.
             absent: positions of the tensors without a gradient.
             steps: the interval.
             first: the first count.

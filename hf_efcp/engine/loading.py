@@ -1,4 +1,4 @@
-"""load_state_dict: a checkpoint is read into fresh state and checked; then that becomes the state, or nothing changes."""
+"""load_state_dict: a checkpoint is read into a fresh state and checked. Then the fresh state takes over, or nothing changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .setup import RATE, Setup
 from .traces import Known, entries_of
 from .validate import agreed, check_container, check_keys, check_strangers
 
-# Where torch.distributed.checkpoint has mixed the state that it loads with the one that was there.
+# The remedy in a message, for a state in which torch.distributed.checkpoint mixed loaded and present tensors.
 _BEFORE = "call choose_as with what was saved before torch.distributed.checkpoint loads it, or "
 
 
@@ -36,18 +36,19 @@ def load(
     """Load a state dict into an optimizer's groups and state.
 
     Args:
-        state_dict: as `state_dict()` gives it, or torch.distributed.checkpoint.
+        state_dict: as `state_dict()` or torch.distributed.checkpoint gives it.
         builder: of the optimizer.
         groups: its parameter groups, changed in place.
         state: its state, changed in place.
-        folder: where the tensors of a stub are; None: nowhere.
-        own_stub: the stub of the present state; None: its tensors are not saved apart.
+        folder: where the tensors of a stub are; None: there is no folder.
+        own_stub: the stub of the present state; None: the present state's tensors are not saved in a folder.
 
     Returns:
-        Whether `folder` is used up.
+        Whether a state was loaded, so that `folder` is used up.
 
     Raises:
-        OptionError: not a checkpoint, or one of another optimizer, of other options or of other parameters. Nothing has changed.
+        OptionError: not a checkpoint, or a checkpoint of another optimizer, of other options or of other parameters. Nothing has
+            changed.
     """
     check_container(state_dict)
     before = builder.options, builder.asked.chosen, builder.setup, builder.copied, builder.thawed, builder.sync.places
@@ -69,10 +70,10 @@ def take(
     Args:
         builder, groups, state: as in `load`.
         entries: of the saved state.
-        saved: its options; None: only its tensors tell.
+        saved: its options; None: only its tensors tell its options.
 
     Raises:
-        OptionError: an option that is given is another one there, or no choice of memory_budget gives the state.
+        OptionError: a given option differs from the saved one, or no choice of memory_budget gives the state.
     """
     entries = list(entries)
     line = take_told(builder, groups, state, entries) if saved is None else take_named(builder, state, saved)
@@ -82,7 +83,7 @@ def take(
 
 
 def take_named(builder: Builder, state: State, saved: Any) -> str:
-    """Take the open options from those that a checkpoint names; give the line to log.
+    """Take the open options from the options that a checkpoint names; give the line to log.
 
     Raises:
         OptionError: see Asked.taken.
@@ -146,8 +147,8 @@ def _load(
         trained = [p for i, p in positions.items() if i in stub.get("trained", [])]
         loaded = _load_folder(target, Path(folder), trained, stub.get("errors", 0))
     elif stub is not None and (own_stub is None or stub != own_stub):
-        # Its own is what `Accelerator.prepare` gives: out and in again. With a folder every process has to read it: of a stub in
-        # a file the first process alone could say that it is its own.
+        # `Accelerator.prepare` loads the optimizer's own stub, which is skipped. If there is a folder, every process reads it:
+        # only the first process could tell that a stub from a file is its own.
         raise OptionError(
             "this state_dict is the stub of a sharded optimizer; its tensors are in a folder beside it "
             f"({SHARD_FOLDER} in a checkpoint): set shard_folder to it before load_state_dict"
@@ -155,7 +156,7 @@ def _load(
     # Nothing fails from here on.
     if loaded is not None:
         _replace(builder, state, *loaded)
-    elif stub is None:  # a fresh optimizer's
+    elif stub is None:  # the checkpoint of a fresh optimizer
         state.clear()
         builder.forget()
     else:
@@ -174,20 +175,20 @@ def _load(
 def _replace(builder: Builder, state: State, setup: Setup, loaded: State) -> None:
     """Let a setup and its state take the place of the present ones."""
     if builder.setup is not None:
-        builder.setup.watch = None  # its entries go, and that is all right
+        builder.setup.watch = None  # its entries go, and nothing has to follow from that
     builder.setup, builder.thawed = setup, set()
     state.clear()
     state.update(loaded)
 
 
 def _settings(group: Mapping[str, Any], saved: Mapping[str, Any], checked: GroupOptions) -> dict[str, Any]:
-    """Give what a group gets from a checkpoint's; the parameters and how their state is made stay this optimizer's."""
+    """Give what a group takes from a checkpoint's group. Its parameters, and how their state is made, stay as they are."""
     kept = {"params", "compress", "kind", RATE} | ({"param_names", ORDER} & group.keys())
     return {**copy.deepcopy({k: v for k, v in saved.items() if k not in kept}), **dataclasses.asdict(checked)}
 
 
 def _group_values(saved_groups: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Give lr and weight_decay of the checkpoint's groups, checked."""
+    """Check and give lr and weight_decay of the checkpoint's groups."""
     for number, group in enumerate(saved_groups):
         check_keys(group, ("lr", "weight_decay"), f"its parameter group {number}")
     return [build(GroupOptions, {k: g[k] for k in ("lr", "weight_decay")}, "a group of the checkpoint") for g in saved_groups]
@@ -195,11 +196,11 @@ def _group_values(saved_groups: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Target:
-    """Where a checkpoint goes.
+    """The optimizer that a checkpoint is read into.
 
     Attributes:
         builder, groups, state: of the optimizer.
-        labels: what to call the parameters.
+        labels: names of the parameters, for messages.
         with_window: whether the checkpoint has the window.
     """
 
@@ -214,11 +215,11 @@ class _Target:
         return self.builder.specs(self.groups, self.state, self.builder.options)
 
     def fresh(self) -> tuple[Setup, State]:
-        """Build what the checkpoint is read into."""
+        """Build the setup and the state that the checkpoint is read into."""
         return self.builder.fresh(self.groups, self.state)
 
     def finish(self, saving: Saving) -> None:
-        """Look at what was read as a whole."""
+        """Check the state that was read as a whole; start without a window where the checkpoint has none."""
         builder = self.builder
         if problem := builder.method.problem(saving.setup, builder.options):
             raise OptionError(problem)
@@ -239,10 +240,10 @@ def _load_entries(
         _thaw(entries, builder, target.state)
         specs = target.specs()
         give_to_first(entries, [*specs], of_all(builder.method, builder.options))
-        if known := not builder.asked.budgeted or builder.asked.chosen:  # before memory is taken for it
+        if known := not builder.asked.budgeted or builder.asked.chosen:  # check before memory is taken for the state
             check(params, specs, entries, target.with_window)
         setup, state = target.fresh()
-        if not known:  # the options were not
+        if not known:  # the options were not known before
             check(params, setup.specs, entries, target.with_window)
         saving = Saving(setup, state)
         saving.load(entries, sums, target.labels)
@@ -275,7 +276,7 @@ def _load_folder(target: _Target, folder: Path, trained: Iterable[Tensor], error
 
 
 def _thaw(trained: Iterable[Tensor], builder: Builder, state: State) -> None:
-    """Let parameters that were frozen after they had been trained count as trained: they have state too."""
+    """Count parameters as trained that were frozen after some training: they have state too."""
     builder.thawed = {p for p in trained if not p.requires_grad}
     for p in builder.thawed:
         state.setdefault(p, {})
@@ -284,13 +285,13 @@ def _thaw(trained: Iterable[Tensor], builder: Builder, state: State) -> None:
 def _divided(
     saved: Mapping[Any, Any], params: Container[Any], builder: Builder, not_ours: Mapping[Any, Container[str]]
 ) -> tuple[dict[Tensor, Any], dict[Any, Any]]:
-    """Divide a saved state into entries of ours, by parameter, and what wrappers keep there, on the parameters' devices.
+    """Divide a saved state into our entries, by parameter, and the values of wrappers, moved to the parameters' devices.
 
     Args:
         saved: the state.
         params: of the optimizer.
         builder: its builder.
-        not_ours: names of our kinds that a wrapper has given, by parameter.
+        not_ours: by parameter, the names of entries that are a wrapper's although entries of ours may have these names.
     """
     entries, others, kinds = {}, {}, builder.kinds
     for key, entry in saved.items():
@@ -312,7 +313,7 @@ def _on(value: Any, device: torch.device) -> Any:
     """Put the tensors of a wrapper's entry on a device, as torch does; their dtypes stay."""
     if isinstance(value, Tensor):
         if value.is_meta:
-            raise OptionError("checkpoint has a meta tensor, without numbers, among what is not this optimizer's")
+            raise OptionError("checkpoint has a meta tensor, without numbers, among the values that are not this optimizer's")
         return value.to(device)
     if type(value) is dict:
         return {key: _on(part, device) for key, part in value.items()}

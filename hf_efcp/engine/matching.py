@@ -1,4 +1,4 @@
-"""Which parameters and groups of a checkpoint are which of an optimizer: by name where both have names, else by position."""
+"""Matches the parameters and groups of a checkpoint to an optimizer's: by name where both have names, else by position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..options import OptionError
 from .asked import say
 from .parameters import ORDER, canonical_name, counted
 
-# So many names make a message.
+# The most names in a message.
 _NAMES = 5
 
 # A group of a state dict or of an optimizer.
@@ -19,16 +19,17 @@ Group = Mapping[str, Any]
 
 
 def matched(saved: Sequence[Group], groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Give the groups of a checkpoint in the order of an optimizer's, with `params` in the order of theirs.
+    """Give the groups of a checkpoint in the order of an optimizer's groups, with `params` in the order of the optimizer's.
 
-    So groups may stand in another order: parameter_groups gave another one, before group 0 was one that decays.
+    So the checkpoint's groups may have another order: `parameter_groups` gave another order, before group 0 was a group that
+    decays.
 
     Args:
         saved: of the checkpoint; `params` are keys of its state.
         groups: of the optimizer.
 
     Raises:
-        OptionError: other parameters, or the same ones in other groups.
+        OptionError: the checkpoint has other parameters, or the same parameters in other groups.
     """
     there, here = names_of(saved), names_of(groups)
     sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
@@ -38,7 +39,7 @@ def matched(saved: Sequence[Group], groups: Sequence[Group]) -> list[dict[str, A
         return [dict(group) for group in saved]
     mine, theirs = [name for names in here for name in names], [name for names in there for name in names]
     if set(mine) != set(theirs):
-        moved = any(a != b and b in set(theirs) for a, b in zip(theirs, mine, strict=False))  # by position it is another's
+        moved = any(a != b and b in set(theirs) for a, b in zip(theirs, mine, strict=False))  # by position it gets another's
         if moved or sizes[0] != sizes[1]:
             refuse_others(theirs, mine, f" (groups of {sizes[0]} tensors, here of {sizes[1]})")
         pairs = [f"{b} (there {a})" for a, b in zip(theirs, mine, strict=True) if a != b]
@@ -63,9 +64,9 @@ def refuse_others(there: Collection[str], here: Collection[str], more: str = "")
     """Raise OptionError, with the names that are missing or new, where a checkpoint is of other parameters.
 
     Args:
-        there: names of the checkpoint's.
-        here: names of the optimizer's.
-        more: what else to say of them.
+        there: names of the checkpoint's parameters.
+        here: names of the optimizer's parameters.
+        more: what else to say of the names.
     """
     known, own = set(there), set(here)
     new, missing = [n for n in here if n not in known], [n for n in there if n not in own]
@@ -80,7 +81,7 @@ def refuse_others(there: Collection[str], here: Collection[str], more: str = "")
 
 
 def names_of(groups: Sequence[Group]) -> list[list[str]] | None:
-    """Give the names of the parameters in each group, as in the bare model; None: they have none, or not each its own."""
+    """Give the names of the parameters in each group, as in the bare model; None: a name is missing or there twice."""
     names = [[canonical_name(str(name)) for name in group.get("param_names") or ()] for group in groups]
     if any(len(own) != len(group["params"]) for own, group in zip(names, groups, strict=True)):
         return None
@@ -89,7 +90,7 @@ def names_of(groups: Sequence[Group]) -> list[list[str]] | None:
 
 
 def labels(groups: Sequence[Group]) -> list[str]:
-    """Call the parameters of all groups by their positions, and by name where they have one."""
+    """Give a label for each parameter of all groups: its position, and its name if the parameters have names."""
     names = names_of(groups)
     if names is None:
         return [f"parameter {i}" for i in range(sum(len(g["params"]) for g in groups))]
@@ -97,9 +98,9 @@ def labels(groups: Sequence[Group]) -> list[str]:
 
 
 def take_order_out(groups: Sequence[MutableMapping[str, Any]]) -> list[int]:
-    """Remove the key ORDER from the groups of a state dict, and give their indices in the order in which they are numbered.
+    """Remove the key ORDER from the groups of a state dict; give the groups' indices in the order in which they are numbered.
 
-    torch.distributed.checkpoint asks for every key that groups have, and older checkpoints lack this one.
+    torch.distributed.checkpoint asks for every key that groups have, and older checkpoints lack this key.
     """
     order = counted(groups)
     for group in groups:
@@ -108,13 +109,13 @@ def take_order_out(groups: Sequence[MutableMapping[str, Any]]) -> list[int]:
 
 
 def check_numbers(saved: Sequence[Group], order: Iterable[int], taken: Sequence[Group], groups: Sequence[Group]) -> None:
-    """Raise OptionError where a checkpoint numbers parameters otherwise than an optimizer does.
+    """Raise OptionError where a checkpoint numbers parameters in another order than an optimizer does.
 
     Args:
-        saved: its groups.
-        order: their indices in the order in which they were numbered.
-        taken: the same groups in the order of the optimizer's, see `matched`.
-        groups: the optimizer's.
+        saved: the checkpoint's groups.
+        order: the groups' indices in the order in which they were numbered.
+        taken: the same groups in the order of the optimizer's groups, see `matched`.
+        groups: the optimizer's groups.
     """
     order = list(order)
     if sorted(order) != list(range(len(saved))):
@@ -132,12 +133,12 @@ def check_numbers(saved: Sequence[Group], order: Iterable[int], taken: Sequence[
 
 
 def give_to_first(entries: dict[Tensor, Any], params: Sequence[Tensor], names: Collection[str]) -> None:
-    """Give the first parameter what another one holds for all of them, where groups stand in another order.
+    """Move the entries that one parameter holds for all parameters to the first one: the groups' order may have changed.
 
     Args:
         entries: of a checkpoint, by parameter, changed in place.
         params: of the optimizer, in its order.
-        names: of what the first one holds for all.
+        names: of the entries that the first parameter holds for all.
     """
     held = [p for p, entry in entries.items() if isinstance(entry, Mapping) and any(name in entry for name in names)]
     if params and len(held) == 1 and held[0] is not params[0] and isinstance(entries.get(params[0], {}), Mapping):

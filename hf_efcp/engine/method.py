@@ -1,4 +1,4 @@
-"""What a method gives to the engine. Two kinds exist: `Windowed` (windowed.py) and `Tensorwise` (tensorwise.py)."""
+"""What the engine asks of a method. There are two kinds of methods: `Windowed` (windowed.py) and `Tensorwise` (tensorwise.py)."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Method(Protocol):
 
     @property
     def capturable(self) -> bool:
-        """Whether a step may be a CUDA graph: all that it does between two waits for the device follows from its arguments."""
+        """Whether a step may be a CUDA graph: what it does between two waits for the device follows from its arguments alone."""
         ...
 
     def specs(self, layout: Layout, group: Group, options: Any, flat: Parts | None) -> tuple[Spec, ...]:
-        """Declare the state of a parameter; `flat`: their parts, where it is a flat piece of several, else None."""
+        """Declare the state of a parameter. `flat`: the parts of the several parameters in a flat piece; else None."""
         ...
 
     def shared_specs(self, number: int, options: Any) -> tuple[Spec, ...]:
@@ -50,23 +50,23 @@ class Method(Protocol):
         sync: FactorSync,
         total: Callable[[Tensor], Tensor] | None,
     ) -> Any:
-        """Allocate the state of pieces of one shape; `group`: of one, which stands for those of all. Others: see Stack."""
+        """Allocate the state of pieces of one shape. `group` is one piece's, which stands for all; other arguments: see Stack."""
         ...
 
     def make_counters(self, number: int, options: Any, device: torch.device) -> Any:
-        """Make the counters of a run with so many parameters."""
+        """Make the counters of a run with `number` parameters."""
         ...
 
     def step(self, setup: Setup, groups: Sequence[Group], options: Any) -> None:
-        """Take a step: everything changes, or nothing but the count of refused steps."""
+        """Take a step. If it is refused, nothing changes but the count of refused steps."""
         ...
 
     def mend(self, setup: Setup, options: Any) -> None:
-        """Make what is computed from the state fit it, after others have written to it."""
+        """Make numbers that are computed from the state fit it, after others have written to the state."""
         ...
 
     def problem(self, setup: Setup, options: Any) -> str | None:
-        """Say what is wrong with a state that was read, whose entries are each as they may be; None: nothing.
+        """Say what is wrong with a state that was read; None: nothing. Each entry on its own was checked before.
 
         It is called on all processes that hold the state.
         """
@@ -86,7 +86,7 @@ class Method(Protocol):
 
 
 def of_all(method: Method, options: Any) -> set[str]:
-    """Give the names of the entries that the first parameter holds for all of them."""
+    """Give the names of the entries that the first parameter holds for all parameters."""
     first, second = ({spec.name for spec in method.shared_specs(i, options)} for i in (0, 1))
     return first - second
 

@@ -13,7 +13,8 @@ from ..options import OptionError, fraction, non_negative, option, parse_bytes, 
 
 STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
-# preset="measured" of the window methods: the metric, and updates of the size of Adam's; of those that compress: entries in bf16.
+# preset="measured" of the window methods: METRIC for all, with the metric and updates of Adam's size. SPARSE and LOW_RANK are for
+# the methods that compress: entries in bf16.
 METRIC: Mapping[str, Any] = MappingProxyType(
     {
         "window_size": 16,
@@ -177,7 +178,7 @@ class WindowOptions(StateOptions):
 
     @property
     def averaging(self) -> float:
-        """The momentum before preconditioning, by whatever option it is given."""
+        """The momentum before preconditioning, whichever option gives it."""
         return self.window_momentum
 
 

@@ -1,4 +1,4 @@
-"""Which parameters and parameter groups an optimizer takes; whatever would go wrong silently or late is refused at once."""
+"""Which parameters and parameter groups an optimizer takes. What would go wrong silently or late is refused at once."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ..distributed.fsdp2 import is_sharded, problem
 from ..distributed.placement import Placement
 from ..options import OTHER_NAMES, OptionError, ParamGroupOptions, build, field_types
 
-# Key of a parameter group: its place in the order in which parameters are numbered, if that is not the order of the groups.
+# Key of a parameter group: its place in the order in which parameters are numbered, if this is not the order of the groups.
 ORDER = "efcp_order"
 # What wrappers (torch.compile, DDP, activation checkpointing, PEFT) put into names.
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.|^module\.|^base_model\.model\.")
 
 
 def checked_params(params: Any, name: str) -> Any:
-    """Give what stands for parameters, or raise TypeError and say what to pass for what one may take for them.
+    """Give the parameters, or raise TypeError and say what to pass instead.
 
     Args:
-        params: of an optimizer or of a group.
+        params: of an optimizer or of a group, as the user gives them.
         name: of the optimizer's class.
     """
     if isinstance(params, nn.Module) or callable(params):
@@ -46,7 +46,7 @@ def checked_group(group: Any, options_type: type, name: str) -> dict[str, Any]:
 
     Args:
         group: as the user gives it.
-        options_type: the optimizer's options, none of which a group may set.
+        options_type: the dataclass of the optimizer's options. A group may set none of them.
         name: of the optimizer's class.
 
     Raises:
@@ -72,13 +72,13 @@ def checked_group(group: Any, options_type: type, name: str) -> dict[str, Any]:
             )
         params = list(once.values())
         for p in map(_tensor, params):
-            if isinstance(p, Tensor) and p.requires_grad:  # what is no tensor is torch's to refuse
+            if isinstance(p, Tensor) and p.requires_grad:  # torch refuses what is no tensor
                 refuse_parameter(p, name)
     return {**group, **{k: getattr(checked, k) for k in given}, "params": params}
 
 
 def check_rate(groups: list[dict[str, Any]], name: str) -> None:
-    """Raise OptionError, and drop the last group, where neither it nor the optimizer was given a learning rate."""
+    """Raise OptionError, and drop the last group, where neither the group nor the optimizer was given a learning rate."""
     if groups[-1]["lr"] is None:
         del groups[-1]
         raise OptionError(f"lr: a value is needed, {name} has none, and neither has its parameter group {len(groups)}")
@@ -115,7 +115,7 @@ def refuse_without_numbers(p: Tensor, name: str) -> None:
 
 
 def refuse_in_step(p: Tensor, name: str, tensors: bool) -> None:
-    """Raise OptionError for a parameter that cannot take a step; `tensors`: whether plain tensors can."""
+    """Raise OptionError for a parameter that cannot take a step. `tensors`: whether plain tensors can."""
     refuse_without_numbers(p, name)
     refuse_parameter(p, name)
     if not tensors and type(p) is Tensor:
@@ -126,12 +126,12 @@ def refuse_in_step(p: Tensor, name: str, tensors: bool) -> None:
 
 
 def agree(name: str, options: Any, placement: Placement, trained: Iterable[tuple[int, Sequence[Tensor]]]) -> None:
-    """Raise OptionError on every process where one has another class, other options or other parameters.
+    """Raise OptionError on every process if one process has another class, other options or other parameters.
 
     Args:
         name, options: of the optimizer.
         placement: whose processes have to agree.
-        trained: index of each group, and its parameters.
+        trained: the index of each group, and its parameters.
     """
     mine = [f"class {name}"]
     mine += [f"{option}={value!r}" for option, value in dataclasses.asdict(options).items()]
@@ -153,7 +153,7 @@ def levels_to_caller() -> int:
 
 
 def canonical_name(name: str) -> str:
-    """A parameter's name as in the bare model, whatever the model is wrapped in."""
+    """Give a parameter's name as in the bare model, whatever wraps the model."""
     while (bare := _WRAPPERS.sub(lambda m: m.group(1) or "", name)) != name:
         name = bare
     return name
@@ -165,12 +165,12 @@ def counted(groups: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def _meant(key: str, valid: Iterable[str], options: Iterable[str]) -> str | None:
-    """Give the key of a group, or the option, that a key of a group is likely to stand for; None: it is a user's own."""
+    """Give the key of a group, or the option, that an unknown key is likely to mean; None: the key is the user's own."""
     if str(key).lower() in OTHER_NAMES:
         return OTHER_NAMES[str(key).lower()]
     if near := difflib.get_close_matches(str(key).lower(), valid, n=1, cutoff=0.8):
         return near[0]
-    # max_momentum and base_momentum are a schedule's.
+    # Keys such as max_momentum and base_momentum are a schedule's.
     near = difflib.get_close_matches(str(key).lower(), options, n=1, cutoff=0.75)
     return near[0] if near and not str(key).endswith(f"_{near[0]}") and not str(key).startswith(f"{near[0]}_") else None
 

@@ -1,4 +1,4 @@
-"""Phases of a step, named where they are; naming them costs nothing when nobody measures.
+"""The phases of a step. The step names each phase where it begins, which costs nothing when nobody measures.
 
 phase = listener()
 with phase("compress"): ...
@@ -13,19 +13,19 @@ from contextlib import AbstractContextManager
 
 from ..kernels.devices import constant
 
-# What is called with a phase's name when the phase begins; the context that it returns is left when the phase ends.
+# Is called with a phase's name when the phase begins. The context that it returns is left when the phase ends.
 Listener = Callable[[str], AbstractContextManager[object]]
 
-# In the order of a step. What lies between phases (the gate, messages between processes) is in none of them.
+# In the order of a step. Work between phases (the gate, messages between processes) belongs to no phase.
 PHASES = ("compress", "dots", "feedback", "solve", "update")
 
-# Who hears of the phases, in this thread; by default nobody.
+# Who hears of the phases in this thread; by default nobody.
 LISTENER: contextvars.ContextVar[Listener] = contextvars.ContextVar("hf_efcp_phases", default=contextlib.nullcontext)
 
 
 @constant
 def listener() -> Listener:
-    """Give who hears of the phases, in this thread."""
+    """Give the listener that hears of the phases in this thread."""
     return LISTENER.get()
 
 

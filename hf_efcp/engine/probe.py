@@ -1,7 +1,7 @@
-"""Figures that a step does not know by itself: what compression loses, and how the update differs from the gradient.
+"""Figures that a usual step does not compute: what compression loses, and how the update differs from the gradient.
 
-A step is probed when somebody asks for it. It moves parameters and state as any other step. Every figure is made of sums over
-coordinates, which processes add up in one message, so that N processes answer what one would.
+A step is probed when somebody asks for it. A probed step changes parameters and state as any other step does. Every figure is
+made of sums over coordinates. Processes add up their sums in one message, so that N processes give the figures of one.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ..distributed.factors import mean_
 from .method import Group
 from .setup import Setup, l2_of, rate_of
 
-# Of |u/g|: bins for each power of two, and powers of two on each side of 1.
+# Bins of |u/g|: how many for each power of two, and how many powers of two on each side of 1.
 _FINE, _OCTAVES = 64, 64
 _BINS = 2 * _FINE * _OCTAVES
-# So many coordinates make the quantiles; of a larger model, every k-th.
+# The number of coordinates that make the quantiles. In a larger model, every k-th coordinate counts.
 _SAMPLE = 2**18
 _QUANTILES = (25, 50, 75)
 _TOTALS = ("g2", "ug", "p2", "moved2", "zero_g", "zero_u", "operand2", "entering2", "lost2", "error2")
 
 
 class Probe:
-    """The sums of one step: the engine shows it every operand and every update.
+    """The sums of one step. The engine shows the probe every operand and every update.
 
     Args:
         setup: of the step.
@@ -57,7 +57,7 @@ class Probe:
     # What the engine calls -------------------------------------------------------------------------------------------------
 
     def read_entries(self, taken: Sequence[Any]) -> None:
-        """Read a and c of the stacks of a window, before they are committed; `taken`: the stacks that have staged an entry."""
+        """Read a and c of a window method's stacks before they are committed. `taken`: the stacks of this step."""
         for f in self.setup.factors:
             self._read_factors(f)
         staging = {id(s) for s in taken}
@@ -65,7 +65,7 @@ class Probe:
             if s.params[0] in self._means:
                 continue
             staged = id(s) in staging
-            if not staged:  # it is taken together with others, which leaves it as it was
+            if not staged:  # the stack is in a `Together`, which does not open the stack itself
                 s.open(self.setup.counters.step)
             gradients = s.gradients(s.each(self.l2))
             if not staged and s.metric is not None:
@@ -81,7 +81,7 @@ class Probe:
                 self._held.append((s, s.accumulated(gradients).rows().clone()))
 
     def read_committed(self, j: Tensor, coefficients: Callable[[Any], tuple[Tensor, Tensor]]) -> None:
-        """Read errors, and updates, when all has been committed; `coefficients`: stack -> c and the weight of its residual."""
+        """Read errors and updates after the commit. `coefficients`: stack -> c and the weight of the stack's residual."""
         for s, a in self._held:
             self._add("lost2", _dot(lost := s.window.stored(int(j)).subtract_from_(a), lost))
         self._held.clear()
@@ -93,13 +93,13 @@ class Probe:
                 self.see(s, rows, s.update(c, outside, rows))
 
     def read_tensors(self, s: Any) -> None:
-        """Read a of a stack whose tensors are not coupled, before its update is made."""
+        """Read a of a stack of a method that couples no tensors, before the stack's update is made."""
         cell = s.cells.get("error")
         e = None if cell is None else _own(s, cell.read())
         self._read_operand(Accumulated(s.gradients(s.each(self.l2)), None, s.turn.absent), e)
 
     def seen(self, s: Any, u: Any, rate: float = 1.0) -> Any:
-        """Give u, or what gives rows of it, so that this hears of it, times the rule's rate; and read the errors of the stack."""
+        """Give u, or a function of rows of u, such that the probe sees u times the rule's rate; read the stack's errors."""
         if (cell := s.cells.get("error")) is not None:
             squares = _squares(_own(s, cell.read()))
             self._add("error2", squares.sum())
@@ -117,7 +117,7 @@ class Probe:
         return rows_of_u
 
     def see(self, s: Any, rows: slice, u: Tensor) -> None:
-        """Add up rows `rows` of a stack's u, (n, rows, cols), beside the same sums of the gradients and the parameters."""
+        """Add up sums over rows `rows` of a stack's u, (n, rows, cols), and of its gradients and parameters."""
         if not (live := _live(s)):
             return
         pieces, u = [s.pieces[i] for i in live], u[live] if s.turn.absent else u
@@ -139,7 +139,7 @@ class Probe:
         self._count(u, g, s.pieces[0].origin, rows, s.shape[1])
 
     def finish(self) -> None:
-        """Add everything up over the processes, in one message."""
+        """Add up all sums over the processes, in one message."""
         mine = torch.cat([torch.stack(list(self.sums.values())), self.bins])
         ends = self.setup.placement.sum(mine)
         self.sums = dict(zip(self.sums, ends.unbind(), strict=False))
@@ -150,7 +150,7 @@ class Probe:
     # Sums ------------------------------------------------------------------------------------------------------------------
 
     def _read_factors(self, f: Any) -> None:
-        """Take the mean over processes of gradients and operands that each has of its own (comm="factors")."""
+        """Take the mean over processes of gradients and operands, of which each process has its own (comm="factors")."""
         gradients, group, size = f.gradients(f.each(self.l2)), self.setup.placement.group, self.setup.placement.size
         for p in f.params:
             self._means[p] = torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
@@ -159,7 +159,7 @@ class Probe:
         a = Accumulated(gradients, f.error, scale=scale).rows().clone()
         mean_([*(self._means[p] for p in f.params), entering, a], group, size)
         if self.setup.placement.shards > 1 and self.setup.placement.rank:
-            return  # the first process has added up what all of them have
+            return  # the first process counts what all processes have
         live = _live(f)
         self._add("entering2", _squares(entering[live]).sum())
         self._add("operand2", _squares(a[live]).sum())
@@ -168,7 +168,7 @@ class Probe:
         self._add("error2", lost.sum())  # the next error, but for rounding
 
     def _read_operand(self, a: Accumulated, e: Tensor | None = None) -> None:
-        """Add up a and what enters it; e: the error that is not in `a`."""
+        """Add up a, and the gradient that enters a. `e`: the error, if it is not in `a`."""
         entering = Accumulated(a.gradients, None, a.absent, scale=a.scale)
         live = [i for i in range(a.shape[0]) if i not in a.absent]
         for rows in _row_parts(a):
@@ -186,7 +186,7 @@ class Probe:
             self._add("lost2", _squares(lost)[live].sum())
 
     def _count(self, u: Tensor, g: Tensor, origin: tuple[int, int], rows: slice, cols: int) -> None:
-        """Sort |u/g| of every k-th coordinate of the whole tensors into bins, but for what is 0 or not finite."""
+        """Sort |u/g| of every k-th coordinate of the whole tensors into bins. What is 0 or not finite is left out."""
         start = (origin[0] + rows.start) * cols + origin[1]
         some = slice(-start % self._every, None, self._every)
         u, g = u.flatten(1)[:, some].abs(), g.flatten(1)[:, some].abs()
@@ -210,7 +210,7 @@ class Probe:
     # Figures ---------------------------------------------------------------------------------------------------------------
 
     def figures(self) -> dict[str, float]:
-        """Give the figures, by name (docs/diagnostics.md); this is where the host waits for the device."""
+        """Give the figures, by name (docs/diagnostics.md). Here the host waits for the device."""
         sums = {name: float(value) for name, value in self.sums.items()}
         g, u = math.sqrt(sums["g2"]), math.sqrt(sums["u2 all"])
         cosine = min(1.0, max(-1.0, _ratio(sums["ug"], g * u)))
@@ -237,12 +237,12 @@ def _kinds(groups: Sequence[Group], setup: Setup) -> tuple[str, ...]:
 
 
 def _kind(group: Group, p: Tensor) -> str:
-    """Give the kind of a tensor, as `parameter_groups` names it; a group that has none says it by its tensors."""
+    """Give the kind of a tensor, as `parameter_groups` names it. Without a kind in its group, the tensor's dimensions tell."""
     return str(group.get("kind") or ("vector" if p.ndim < 2 else "matrix"))
 
 
 def _own(s: Any, e: Tensor) -> Tensor:
-    """Give this process's columns of errors that are of whole vectors on all processes."""
+    """Give this process's columns of errors e, where every process holds the errors of whole vectors."""
     return e[..., s.columns] if e.shape[-1] != s.shape[1] else e
 
 
@@ -265,14 +265,14 @@ def _row_parts(a: Accumulated) -> list[slice]:
 
 
 def _stride(least: int, cols: Collection[int]) -> int:
-    """Give the first number >= `least` that has no divisor in common with a number of columns: all columns take turns."""
+    """Give the first number >= `least` without a common divisor with any number of columns, so that all columns take turns."""
     while least > 1 and any(math.gcd(least, number) > 1 for number in cols):
         least += 1
     return max(1, least)
 
 
 def _quantiles(bins: Sequence[float]) -> dict[str, float]:
-    """Give quantiles of |u/g|, to one percent: a bin is 1/64 of a power of two wide."""
+    """Give quantiles of |u/g|, to one percent: a bin spans a factor of 2^(1/64)."""
     total, seen, found = sum(bins), 0.0, dict[str, float]()
     for place, count in enumerate(bins):
         for q in _QUANTILES:

@@ -1,4 +1,4 @@
-"""A checkpoint's numbers become a fresh setup's state: each is asked while it is copied; and checksums of what is there."""
+"""Copies a checkpoint's numbers to a fresh setup's state, and checks them meanwhile; computes the checksums of a state."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..core.checksums import checksum, checksums
 from ..core.values import Values, values_of
 from .setup import Setup
 
-# So many bytes are copied and asked at once: they are in the processor's cache meanwhile.
+# The bytes that are copied and checked at once, so that they stay in the processor's cache.
 _PIECE = 2**21
-# What a checkpoint has of an entry: as it is there; the part of it that this process holds; its checksum that was saved, or None.
+# A checkpoint's entry: the tensor as it is there; the part of it that this process holds; the saved checksum, or None.
 Found = tuple[Tensor, Tensor, Any]
 
 
 class Reading:
-    """Fills a fresh setup with a checkpoint's entries and asks their numbers, a few at a time, while the cache has them.
+    """Fills a fresh setup with a checkpoint's entries, and checks their numbers piece by piece while the cache has them.
 
     Args:
-        setup: that is filled.
+        setup: the setup to fill.
         state: its entries.
-        labels: what to call the parameters.
+        labels: names of the parameters, for messages.
     """
 
     def __init__(self, setup: Setup, state: Mapping[Tensor, Mapping[str, Tensor]], labels: Mapping[Tensor, str]):
@@ -35,10 +35,10 @@ class Reading:
         self._damaged: list[tuple[Tensor, str]] = []
 
     def fill(self, source_of: Callable[[Tensor], Callable[[str], Found | None]]) -> str | None:
-        """Fill the setup; say what is wrong with the numbers, None: nothing.
+        """Fill the setup; say what is wrong with the numbers. None: nothing.
 
         Args:
-            source_of: p -> name -> what the checkpoint has of the entry; None: no such entry, which begins anew.
+            source_of: p -> name -> the checkpoint's entry; None: the checkpoint has no such entry, which begins anew.
         """
         asked: list[tuple[Sequence[Tensor], Spec]] = []
         flags: list[Tensor] = []
@@ -70,7 +70,7 @@ class Reading:
         return None
 
     def _expected(self, p: Tensor, spec: Spec, found: Found | None) -> Any:
-        """Give the checksum that the copy of an entry should have; None: unknown, or asked of what was copied."""
+        """Give the checksum that the copy of an entry should have; None: unknown, or already checked on the original."""
         if found is None:
             return None
         whole, part, known = found
@@ -81,7 +81,7 @@ class Reading:
         return None
 
     def _wrong(self, params: Sequence[Tensor], spec: Spec) -> str | None:
-        """Say which parameter has numbers that are not allowed, where it is not certain that there are none."""
+        """Say which parameter has numbers that are not allowed, if any; called where `sure` did not rule them out."""
         values = values_of(spec)
         assert values is not None
         for p in params:
@@ -92,7 +92,7 @@ class Reading:
 
 
 def _copied(found: Sequence[Found | None], batch: Tensor, spec: Spec) -> Iterator[Tensor]:
-    """Copy what was found of n tensors to a batch (n, ...), piece by piece; give each piece, (rows, cols), when it is there."""
+    """Copy the found entries of n tensors to a batch (n, ...), piece by piece; give each piece, (rows, cols), once copied."""
     if not batch.numel():
         return
     sources = [None if one is None else one[1] for one in found]
@@ -114,19 +114,19 @@ def _like(t: Tensor | None, batch: Tensor) -> bool:
 
 
 def _pieces(t: Tensor, itemsize: int = 0) -> Sequence[Tensor]:
-    """Cut a tensor, not empty, into pieces (rows, cols) of so many bytes that the cache has them; `itemsize`: as if of that."""
+    """Cut a tensor, not empty, into pieces (rows, cols) that fit into the cache; `itemsize`: of its numbers, if not its own."""
     matrix = t.reshape(-1, t.shape[-1] if t.ndim else 1)
     rows = max(1, _PIECE // (matrix.shape[1] * (itemsize or t.itemsize)))
     return matrix.split(rows) if rows < len(matrix) else (matrix,)
 
 
 def _sure(values: Values, batch: Tensor) -> Tensor:
-    """Tell whether all numbers are certainly allowed, 0-D."""
+    """Tell whether all numbers are certainly allowed, a 0-D bool tensor."""
     return torch.stack([values.sure(piece) for piece in _pieces(batch)]).all()
 
 
 def _numbers(values: Sequence[Tensor]) -> list[list[Any]]:
-    """Give tensors (k,) of one dtype as lists; each device is waited for once."""
+    """Give tensors (k,) of one dtype as lists; the host waits for each device once."""
     result: list[list[Any]] = [[] for _ in values]
     for device in {t.device for t in values}:
         places = [(i, t) for i, t in enumerate(values) if t.device == device]
@@ -137,7 +137,7 @@ def _numbers(values: Sequence[Tensor]) -> list[list[Any]]:
 
 
 def _batches(setup: Setup) -> Iterator[tuple[Sequence[Tensor], list[tuple[Spec, Tensor]]]]:
-    """Give all entries of a setup: n parameters, and their specs and batches (n, ...)."""
+    """Give all entries of a setup: n parameters, and for them pairs of a spec and a batch (n, ...)."""
     for s in (*setup.stacks, *setup.factors):
         yield s.params, [(s.specs[name], buffer) for name, buffer in s.buffers.items()]
     for number, p in enumerate(setup.params):
@@ -146,7 +146,7 @@ def _batches(setup: Setup) -> Iterator[tuple[Sequence[Tensor], list[tuple[Spec, 
 
 
 def _parts(batch: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Cut a batch into parts of a few tensors, or of one: where they are, and they."""
+    """Cut a batch into parts of a few tensors, or of one; give the place of each part, and the part."""
     n = max(1, _PIECE * len(batch) // max(batch.nbytes, 1))
     for i, part in enumerate(batch.split(n) if n < len(batch) else (batch,)):
         yield slice(i * n, (i + 1) * n), part
@@ -156,9 +156,9 @@ def checksums_of(setup: Setup, keys: Mapping[Tensor, Any], with_window: bool) ->
     """Give the checksums of a setup's state, by key and name.
 
     Args:
-        setup: that has its state.
-        keys: of the parameters in the result.
-        with_window: whether with the window's entries.
+        setup: whose state it is.
+        keys: parameter -> its key in the result.
+        with_window: whether the window's entries are included.
     """
     asked = [(p, spec.name, t) for p, batches in _batches(setup) for spec, t in batches if with_window or not spec.window]
     result: dict[Any, dict[str, int]] = {keys[p]: {} for p in setup.params}

@@ -1,7 +1,7 @@
-"""Checkpoints: the state of an optimizer as one process has it, from what each process holds, and back.
+"""Checkpoints: makes the state that one process would have from the parts that processes hold, and the parts from the state.
 
-Nothing is ever cast: torch's own `load_state_dict` would cast state to the parameter's dtype, which turns int16 indices and an
-fp64 K into nonsense on a bf16 model.
+Nothing is cast. torch's own `load_state_dict` would cast state to the parameter's dtype, and so destroy int16 indices and the
+fp64 K of a bf16 model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ State = Mapping[str, Any]
 
 
 class Saving:
-    """The state of a setup, for whoever saves and loads it.
+    """The state of a setup, to save it and to load it.
 
     Args:
         setup: the parameters, their specs and who holds what.
@@ -54,9 +54,9 @@ class Saving:
         return None if builder.setup is None else cls(builder.setup, state)
 
     def outer(self, p: Any, with_window: bool) -> Any:
-        """Copy the state of p for `state_dict`, without the window where `with_window` is false; DTensors where p is one.
+        """Copy the state of p for `state_dict`, without the window if `with_window` is false. If p is a DTensor, so is its state.
 
-        What is not ours is given as it is.
+        Values that are not ours are given as they are.
         """
         specs = self.setup.specs.get(p, {})
         entry = copies(self.state[p], specs, with_window)
@@ -65,15 +65,15 @@ class Saving:
         return {name: self.placement.outer(t, specs[name], p) if name in specs else t for name, t in entry.items()}
 
     def stub(self, optimizer_id: int, params: Sequence[Tensor]) -> dict[str, Any]:
-        """Give what stands in the state_dict of a state that is saved apart.
+        """Give the stub that `state_dict` has in place of a state that is saved in a folder.
 
         Args:
-            optimizer_id: tells the optimizers of a process apart.
+            optimizer_id: a number that tells the optimizers of a process apart.
             params: of all groups.
 
         Returns:
-            `origin`: from which process, optimizer and step it is; `trained`: positions of the parameters with state;
-            `errors`: of how many processes it has errors, with comm="factors".
+            `processes`: how many there are; `origin`: the process, optimizer and step of the state; `trained`: positions of the
+            parameters with state; `errors`: with comm="factors", the number of processes whose errors the folder has.
         """
         trained = [i for i, p in enumerate(params) if p in self.setup.specs]
         origin = f"{os.getpid()}/{optimizer_id}/{int(self.setup.counters.step)}"
@@ -81,19 +81,19 @@ class Saving:
         return {**stub, "errors": self.placement.size} if self._has_own_errors else stub
 
     def save_folder(self, folder: Path, with_window: bool) -> None:
-        """Write this process's part; to be called on every process."""
+        """Write this process's part. Call it on every process."""
         from ..distributed import folder as folders  # takes most of a second
 
         folders.save(self._folder_parts(with_window), folder, self.placement.group)
 
     def load_folder(self, index: Index, with_window: bool, errors: int, labels: Mapping[Tensor, str]) -> None:
-        """Read this process's part of a folder that fits into the state, which has to be fresh.
+        """Read this process's part of a folder into the state, which has to be fresh. The folder has to fit the state.
 
         Args:
             index: of the folder; any number of processes wrote it.
-            with_window: whether it has the window.
-            errors: of how many processes it has errors (comm="factors"); 0: one error, of all.
-            labels: what to call the parameters.
+            with_window: whether the folder has the window.
+            errors: the number of processes whose errors the folder has (comm="factors"); 0: it has one error for all.
+            labels: names of the parameters, for messages.
 
         Raises:
             OptionError: on every process, where a file is damaged or a number is not allowed.
@@ -121,12 +121,12 @@ class Saving:
         agreed(self.placement, problem)
 
     def load(self, entries: Mapping[Tensor, State], sums: Mapping[Tensor, Any], labels: Mapping[Tensor, str]) -> None:
-        """Copy what this process holds of entries that fit into the state, which has to be fresh.
+        """Copy this process's part of a checkpoint's entries into the state, which has to be fresh. The entries have to fit.
 
         Args:
             entries: of the checkpoint.
-            sums: their checksums by name, as far as it has some.
-            labels: what to call the parameters.
+            sums: the entries' checksums by name, where the checkpoint has checksums.
+            labels: names of the parameters, for messages.
 
         Raises:
             OptionError: on every process, where a checksum differs or a number is not allowed.
@@ -145,7 +145,7 @@ class Saving:
         agreed(self.placement, Reading(setup, self.state, labels).fill(source_of))
 
     def start_without_window(self) -> None:
-        """Empty the window after a load without one; and the residuals' running means, which count steps as the window does."""
+        """Empty the window after a load without a window, and the residuals' running means, which count the window's steps."""
         for p, specs in self.setup.specs.items():
             for name, spec in specs.items():
                 if (spec.window or spec.kind == "residual") and name in self.state[p]:
@@ -157,7 +157,7 @@ class Saving:
         return bool(self.setup.factors) or any(s.held == "each" for specs in self.setup.specs.values() for s in specs.values())
 
     def _folder_parts(self, with_window: bool) -> dict[str, Part]:
-        """Give what this process holds, by the names in a folder."""
+        """Give the parts that this process holds, by their names in a folder."""
         from ..distributed.folder import Part
 
         parts = {}
@@ -168,7 +168,7 @@ class Saving:
                 if t is None or (spec.window and not with_window):
                     continue
                 key, dim = f"{number}.{name}", spec.divided(p)
-                if spec.held == "each":  # side by side
+                if spec.held == "each":  # the processes' entries side by side
                     parts[key] = Part(t[None], (self.placement.size, *t.shape), 0, self.placement.rank)
                 elif dim is None or rows is None:
                     parts[key] = Part(t, tuple(t.shape))
@@ -177,10 +177,10 @@ class Saving:
         return parts
 
     def _errors_of_others(self, errors: int, parts: dict[str, Part]) -> dict[str, Part]:
-        """Adapt `parts` to a folder with errors of another number of processes.
+        """Adapt `parts` to a folder that has the errors of another number of processes.
 
         Returns:
-            The parts that become the mean of those errors: only the mean matters to the run.
+            The parts that get the mean of the folder's errors: only the mean matters to the run.
         """
         from ..distributed.folder import Part
 
@@ -204,10 +204,10 @@ def check(
     """Raise OptionError if a checkpoint's entries do not belong to these parameters and options.
 
     Args:
-        params: what to call a parameter, and it.
+        params: pairs of a label, for messages, and a parameter.
         specs: of the parameters' state.
         entries: of the checkpoint.
-        with_window: whether it has the window.
+        with_window: whether the checkpoint has the window.
     """
     for label, p in params:
         known = specs.get(p, {}).values()
@@ -215,7 +215,7 @@ def check(
 
 
 def expected(specs: Mapping[Tensor, Specs], with_window: bool, errors: int) -> Expected:
-    """Give shape and dtype of everything in a folder; with the errors of so many processes, or one of all for 0."""
+    """Give the shape and dtype of each entry of a folder with the errors of `errors` processes; 0: with one error for all."""
     found = {}
     for number, entries in enumerate(specs.values()):
         for name, spec in entries.items():
@@ -227,7 +227,7 @@ def expected(specs: Mapping[Tensor, Specs], with_window: bool, errors: int) -> E
 
 
 def complete(saved: dict[str, Any], builder: Builder, groups: Sequence[Group], state: OptimizerState, number: int) -> None:
-    """Complete what torch's `state_dict` gives: copies in place of the entries, and class and options.
+    """Complete torch's state dict: copies in place of the entries, and the section with class and options.
 
     Args:
         saved: as torch gives it, changed in place.
@@ -252,7 +252,7 @@ def complete(saved: dict[str, Any], builder: Builder, groups: Sequence[Group], s
         if not saving.placement.follows and not saving.setup.released:
             numbers = {key: i for i, key in keys.items() if isinstance(key, Tensor)}
             saved["efcp"]["checksums"] = checksums_of(saving.setup, numbers, with_window)
-    # What is not ours and has a name of our kinds could not be told from it.
+    # A value that is not ours but has a name of our kinds would be taken for ours: such names are listed.
     strangers = {
         i: [name for name in foreign(state[key], builder.ours(key)) if name in builder.kinds]
         for i, key in keys.items()
@@ -263,7 +263,7 @@ def complete(saved: dict[str, Any], builder: Builder, groups: Sequence[Group], s
 
 
 def copies(entry: Any, specs: Specs, with_window: bool) -> Any:
-    """Copy an entry's tensors, because a view would drag its stack along. The window's: only with `with_window`."""
+    """Copy an entry's tensors, because a view would keep its whole stack. The window's are copied only with `with_window`."""
     if not isinstance(entry, Mapping):  # not ours
         return entry
     kept = {name: t for name, t in entry.items() if name not in specs or with_window or not specs[name].window}
@@ -271,7 +271,7 @@ def copies(entry: Any, specs: Specs, with_window: bool) -> Any:
 
 
 def section(name: str, options: Any) -> dict[str, Any]:
-    """Give the part of a state dict, `efcp`, that says whose state it is: class and options."""
+    """Give the section `efcp` of a state dict, which says whose state it is: class and options."""
     return {"format": FORMAT, "class": name, "options": dataclasses.asdict(options)}
 
 
@@ -279,11 +279,11 @@ def check_origin(saved: Any, state: Mapping[Any, Any], name: str, expected: set[
     """Raise OptionError where a checkpoint is of another optimizer.
 
     Args:
-        saved: its section with class and options; None: it is another optimizer's, or torch.distributed.checkpoint's, which
-            keeps state and groups only.
-        state: its state.
+        saved: the checkpoint's section with class and options. None: the checkpoint is another optimizer's, or
+            torch.distributed.checkpoint wrote it, which keeps state and groups only.
+        state: of the checkpoint.
         name: of this optimizer's class.
-        expected: names of state of which at least one is in a state of this package.
+        expected: names of entries; a state of this package has at least one of them.
     """
     if saved is None:
         names = {str(key) for entry in state.values() if isinstance(entry, Mapping) for key in entry}

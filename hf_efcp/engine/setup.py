@@ -1,4 +1,4 @@
-"""What an optimizer has built for its present parameters; it is built anew when the parameters change."""
+"""The setup that an optimizer has built for its present parameters. It is built anew when the parameters change."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..options import OptionError
 from .entries import Watch
 from .parameters import levels_to_caller
 
-# Name of the learning rate in groups, as a number on the device: a CUDA graph reads it there.
+# Key in a group for the learning rate as a number on the device, where a CUDA graph reads it.
 RATE = "rate on the device"
 
-# A schedule may end so far below 0.
+# By rounding, a schedule may end this far below 0.
 _ROUNDING = 1e-12
-# So many steps without any gradient are no accident.
+# This many steps in a row without any gradient are no accident.
 _IDLE_STEPS = 3
 
 
@@ -35,17 +35,18 @@ class Setup:
 
     Attributes:
         key: of the parameters for which this was built.
-        params: those that have state, in the order in which they are numbered.
-        placement: which processes train together, and what this one holds.
+        params: the parameters that have state, in the order in which they are numbered.
+        placement: which processes train together, and what this process holds.
         owners: who holds which rows of each parameter's state.
-        specs: the state of each parameter as one process has it, with what it holds for all of them.
+        specs: the state of each parameter as one process has it, including what it holds for all parameters.
         make: makes stacks, factors and counters.
-        stacks, factors: batches of the parameters; those whose factors are made during backward (comm="factors").
-        together: of stacks that are taken together (together.py); None: not known yet.
-        counters: of steps; a window method's Gram matrix.
+        stacks: batches of the parameters.
+        factors: batches of the parameters whose factors are made during backward (comm="factors").
+        together: batches of stacks that take a step together (together.py); None: not made yet.
+        counters: of steps; for a window method, the Gram matrix.
         names: of the entries that this process holds for each parameter.
         watch: of the entries as they were handed out; None: they are not in the state yet.
-        released: whether stacks and factors are gone, because the state is elsewhere.
+        released: whether stacks and factors were freed, because the state is kept elsewhere.
         last: coefficients of the last accepted step, for diagnostics.
         size: the sum of S_i^2 over the coordinates that had a gradient in the last step; without a metric, their number.
         rest: |S u|^2 of the update's part outside of the window.
@@ -53,9 +54,9 @@ class Setup:
         writing: whether a step has begun to change state and parameters, and has not ended.
         skips: the number of refused steps, as far as the host knows.
         exchange: of messages in place of parameters (exchange.py); None: not made yet.
-        probe: what reads this step, if somebody asked for it; it has the figures of the last step until the next one.
-        doubt: whether K may not be that of this process's entries, which others may have changed.
-        heard: on how many processes there is a doubt, 0-D; None: there is one process. `doubts` tells the host.
+        probe: the probe of this step, if somebody asked for it. It keeps the figures until the next step.
+        doubt: whether K may not fit this process's entries, because others may have changed them.
+        heard: the number of processes with a doubt, 0-D; None: there is one process. `doubts` tells the host.
     """
 
     key: list[Any]
@@ -77,14 +78,14 @@ class Setup:
         self.exchange: Any = None
         self.counters: Any = None
         self.heard: Tensor | None = None
-        self.doubts = DelayedFlag()  # never a new one: all processes have to hear of a doubt in the same step
+        self.doubts = DelayedFlag()  # is never replaced, so that all processes hear of a doubt in the same step
         self.renew()
         self.names = {p: tuple(entry) for p, entry in self.views().items()}
         self.dtype = torch.float64 if {compute_dtype(p) for p in self.params} == {torch.float64} else torch.float32
         self.listen_anew()
 
     def renew(self) -> None:
-        """Make stacks, factors and counters, which count on."""
+        """Make new stacks, factors and counters. The counters continue the old ones."""
         before = self.counters
         self.stacks, self.factors, self.counters = self.make()
         self.together: list[Any] | None = None
@@ -93,17 +94,17 @@ class Setup:
         self.released = False
 
     def release(self) -> None:
-        """Let go of the state's memory."""
+        """Free the state's memory."""
         self.stacks, self.factors, self.together, self.released = (), (), None, True
         self.counters.release()
 
     def note(self) -> None:
-        """Take the state for known: only this package has written to it."""
+        """Note that only this package has written to the state so far."""
         if self.watch is not None:
             self.watch.note(self)
 
     def coordinates(self) -> int:
-        """Count d, the coordinates of all tensors that have a gradient in this step, on all processes."""
+        """Count d, the number of coordinates of all tensors that have a gradient in this step, on all processes."""
         if self.placement.coordinates is not None:
             return self.placement.coordinates
         return sum(p.numel() for p in self.params if p.grad is not None)
@@ -113,10 +114,10 @@ class Setup:
         return any(p.grad is not None for p in self.params)
 
     def has_work(self) -> bool:
-        """Tell whether there is a gradient; on empty state, one that is not zero.
+        """Tell whether there is a gradient; before the first step, whether there is a gradient that is not zero.
 
-        torch.distributed.checkpoint takes a step on zero gradients to have the state allocated. The same parameters have a
-        gradient on all processes, but for flat pieces.
+        torch.distributed.checkpoint takes a step with zero gradients, so that the state is allocated. The same parameters have a
+        gradient on all processes, except with flat pieces.
         """
         if self.started or self.counters.step > 0:
             return self.placement.flat or self.has_gradients()
@@ -138,7 +139,7 @@ class Setup:
     def finish(
         self, last: Tensor | None = None, ok: bool | Tensor = True, size: Tensor | float = 0.0, rest: Tensor | float = 0.0
     ) -> None:
-        """End a step: hand out the parameters, and remember coefficients, size and rest, if any, where the step was accepted."""
+        """End a step: publish the parameters; if the step was accepted, remember coefficients, size and rest, if any."""
         travelling = () if self.exchange is None else self.exchange.params
         if params := [p for p in self.params if p not in travelling]:
             self.placement.publish(params, self.owners)
@@ -151,14 +152,14 @@ class Setup:
         self._idle = 0 if self._idle < _IDLE_STEPS else self._idle
 
     def listen_anew(self) -> None:
-        """Forget what the host knew of the state: it is another, and whoever saved it was warned of its skips."""
+        """Forget what the host knew of the state, since it is a new one. The user was warned of its skips before it was saved."""
         self.skips, self._warned_of, self.doubt = DelayedFlag(), int(self.counters.skipped), True
         self.counters.believe()
         for s in self.stacks:
             s.begun = False
 
     def warn_of_idleness(self, name: str) -> None:
-        """Warn, once, when several steps in a row find no gradient at all: somebody trains other parameters than these."""
+        """Warn once when several steps in a row find no gradient at all: the user may train other parameters than these."""
         self._idle += 1
         if self._idle == _IDLE_STEPS:
             warnings.warn(
@@ -169,7 +170,7 @@ class Setup:
             )
 
     def warn_of_skips(self, name: str) -> None:
-        """Warn of the 1st, 2nd, 4th, 8th, ... refused step; on a GPU one step late."""
+        """Warn at the 1st, 2nd, 4th, 8th, ... refused step; on a GPU one step late."""
         count = self.skips.exchange(self.counters.skipped)
         if count <= self._warned_of:
             return
@@ -184,7 +185,7 @@ class Setup:
 
 
 def _remembered(old: Any, new: Any, ok: bool | Tensor) -> Any:
-    """Give `new` where the step is accepted, else `old`; on a GPU in the memory of `old`, where a CUDA graph finds it again."""
+    """Give `new` if the step is accepted, else `old`; on a GPU in the memory of `old`, where a CUDA graph finds it again."""
     if ok is True or not isinstance(new, Tensor) or old is None:
         return new
     kept = masked(ok, new, old)
@@ -200,12 +201,12 @@ def check_numbers(groups: Sequence[Mapping[str, Any]], name: str) -> None:
 
 
 def rate_of(group: Mapping[str, Any]) -> float | Tensor:
-    """Give the learning rate; in a CUDA graph the number on the device."""
+    """Give the learning rate; for a CUDA graph, the number on the device."""
     return group[RATE] if RATE in group else _number(group, "lr")
 
 
 def l2_of(group: Mapping[str, Any], options: Any) -> float:
-    """Give the weight decay that enters the gradient."""
+    """Give the weight decay that enters the gradient; 0 unless weight_decay_mode is l2."""
     return _number(group, "weight_decay") if options.weight_decay_mode == "l2" else 0.0
 
 
@@ -215,12 +216,12 @@ def decoupled_of(group: Mapping[str, Any], options: Any) -> float:
 
 
 def shrink_of(group: Mapping[str, Any], options: Any) -> float | Tensor:
-    """Give lr*wd, by which p gets smaller."""
+    """Give lr*wd, the fraction by which p shrinks."""
     return rate_of(group) * decoupled_of(group, options)
 
 
 def _number(group: Mapping[str, Any], key: str) -> float:
-    """Read a number of a group, which users may have changed since it was checked."""
+    """Read a number of a group. The user may have changed it after it was checked."""
     try:
         return float(group[key])
     except (KeyError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What is between K and the update: messages of a step, the average that is preconditioned, and the size of the update."""
+"""The work between K and the update: messages of a step, the average that is preconditioned, and the size of the update."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from .setup import Setup
 
 
 def over_processes(setup: Setup, stacks: Sequence[Any], k_j: Tensor, o: Any) -> tuple[Tensor, Tensor | float]:
-    """Sum over processes, in one message: the new row of K, the sum of S_i^2, and what the metrics of divided tensors need.
+    """Sum over processes, in one message: the new row of K, the sum of S_i^2, and the means that divided tensors' metrics need.
 
-    Where there are several, they hear of each other's doubts, too.
+    With several processes, the message also has each process's doubt.
 
     Returns:
-        The row, (groups, m) fp64, and the sum over all coordinates that have a gradient, 0-D fp64; without a metric their number.
+        The row, (groups, m) fp64; and the sum of S_i^2 over all coordinates that have a gradient, 0-D fp64, or without a metric
+        the number of these coordinates.
     """
     if o.metric == "none":
         return _summed(setup, [k_j])[0], float(setup.coordinates())
@@ -39,7 +40,7 @@ def over_processes(setup: Setup, stacks: Sequence[Any], k_j: Tensor, o: Any) -> 
 
 
 def _summed(setup: Setup, parts: list[Tensor]) -> list[Tensor]:
-    """Sum fp64 tensors over the processes, with whether one of them has a doubt."""
+    """Sum fp64 tensors, and the number of processes with a doubt, over the processes."""
     if setup.placement.alone:
         return parts
     sent = [*parts, parts[0].new_full((), float(setup.doubt))]
@@ -49,26 +50,26 @@ def _summed(setup: Setup, parts: list[Tensor]) -> list[Tensor]:
 
 
 def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Join tensors of one number of dimensions, on the device of `like`; without any, give an empty fp64 one."""
+    """Join tensors with the same number of dimensions, on the device of `like`; without tensors, give an empty fp64 tensor."""
     return torch.cat([part.to(like.device) for part in parts]) if parts else like.new_zeros(0)
 
 
 def finite(k_j: Tensor, size: Tensor | float) -> bool | Tensor:
-    """Tell whether the staged entry may enter: a flag, or on a GPU the tensor that holds it.
+    """Tell whether the staged entry may enter the window: a bool, or on a GPU a 0-D bool tensor.
 
-    A gradient with NaN or infinity leaves its mark in the entry's own norm.
+    A gradient with NaN or infinity makes the norm of its entry NaN or infinite.
     """
     finite = (0 * k_j).sum() + 0 * size == 0  # 0 times what is not finite is NaN
     return bool(finite) if readable(finite.device) else finite
 
 
 def _normalized(o: Any) -> bool:
-    """Tell whether the weights of an average sum to 1."""
+    """Tell whether the weights of the average sum to 1."""
     return o.window_nesterov or o.metric != "none"
 
 
 def by_group(ids: Sequence[Tensor], parts: Tensor, like: Tensor, scope: str) -> Tensor:
-    """Sum what tensors contribute, (tensors, ...) in the order of `ids`, over each Gram matrix, (groups, ...) as `like`."""
+    """Sum the tensors' contributions, (tensors, ...) in the order of `ids`, for each Gram matrix: (groups, ...), like `like`."""
     if scope == "model":
         return parts.sum(0, keepdim=True)
     return torch.zeros_like(like).index_add_(0, joined(ids, like).long(), parts)
@@ -84,9 +85,9 @@ class Rest:
     """The residuals r, with residual="momentum".
 
     Attributes:
-        weight: (groups,) fp64, the update's part outside of the window is weight * S^-1 r.
+        weight: (groups,) fp64. The update's part outside of the window is weight * S^-1 r.
         square: (groups,) fp64, the sum of r^2 over all tensors of a Gram matrix.
-        mean: mean * r is the running mean of what compression left out.
+        mean: a number. The running mean of what compression left out is mean * r.
     """
 
     weight: Tensor
@@ -95,7 +96,7 @@ class Rest:
 
 
 def rest_of(setup: Setup, all_stacks: Sequence[Any], outside: Callable[[Any, GramMatrix], Tensor] | None, o: Any) -> Rest:
-    """Give what the residuals weigh in the update: phi(0) times the bias correction of their running mean."""
+    """Give the weight of the residuals in the update: phi(0) times the bias correction of their running mean."""
     gram, zeros = setup.counters, torch.zeros_like(setup.counters.matrix[:, 0, 0])
     if o.residual == "feedback":
         return Rest(zeros, zeros, 0.0)
@@ -104,7 +105,7 @@ def rest_of(setup: Setup, all_stacks: Sequence[Any], outside: Callable[[Any, Gra
     stacks, squares = [s for s in all_stacks if s.residual is not None], []
     for s in stacks:
         squares.append(s.residual.squares())
-        for i in s.turn.absent:  # what stays where it is has no part in the size of the update
+        for i in s.turn.absent:  # a tensor that does not move has no part in the size of the update
             squares[-1][i].zero_()
     square = by_group([s.ids for s in stacks], joined(squares, zeros), zeros, o.scope)
     beta, mean = o.averaging, 1 - o.averaging
@@ -123,11 +124,11 @@ def rescaled(
     dtype: torch.dtype,
     ok: bool | Tensor,
 ) -> tuple[Tensor, Rest]:
-    """Multiply c so that the sum of S_i^2 u_i^2 is update_rms^2 times the sum of S_i^2; S = 1 without a metric.
+    """Scale c so that the sum of S_i^2 u_i^2 is update_rms^2 times the sum of S_i^2; S = 1 without a metric.
 
-    |S u|^2 = c^T K c is free, so no pass over the parameters is needed. With rms_mode="adam" the update is smaller by the norm of
-    the averaged entry over the root mean square of the entries' norms. Residuals with a mean of their own count in all norms,
-    and the mean square of whole gradients is the sum of S_i^2. A refused step has zeros.
+    |S u|^2 = c^T K c costs nothing, so no pass over the parameters is needed. rms_mode="adam" multiplies the update by the norm
+    of the averaged entry, divided by the root mean square of the entries' norms. With residual="momentum", the residuals count in
+    all norms, and the sum of S_i^2 takes the place of the entries' mean square. For a refused step the result is zero.
     """
     k, far = gram.matrix, o.residual == "momentum"
     if o.update_rms is not None:
@@ -143,7 +144,7 @@ def rescaled(
             scale = torch.where(mean_square > 0, square / mean_square, 0.0).sqrt()
             scale = scale.clamp_max(1.0) if far else scale  # S of the step before does not know of a spike
             c, rest = c * scale, dataclasses.replace(rest, weight=rest.weight * scale)
-    # Gradients near the smallest fp32 number ask for coefficients beyond the largest: they are zeros.
+    # Gradients near the smallest fp32 number need coefficients beyond the largest fp32 number: c is then set to zero.
     largest = torch.maximum(c.abs().amax(-1), rest.weight.abs())
     fits = largest < torch.finfo(dtype).max / 2**20
     c, rest = torch.where(fits[:, None], c, 0.0), dataclasses.replace(rest, weight=torch.where(fits, rest.weight, 0.0))

@@ -1,4 +1,4 @@
-"""Tensors of one shape, stacked: their state is one buffer with a leading dimension n, and a step handles them as one batch."""
+"""Stacks of n tensors of one shape: their state is one buffer with a leading dimension n, and a step handles them as a batch."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ..distributed.plan import Owners
 from ..kernels.devices import kind
 from .setup import decoupled_of, rate_of, shrink_of
 
-# Of a parameter group; on a GPU a rate may be a 0-D tensor.
+# A number of a parameter group; on a GPU a rate may be a 0-D tensor.
 Number = float | Tensor
-# One that all pieces of a stack have, or one of each.
+# One number for all pieces of a stack, or a number for each piece.
 Numbers = Number | list[Any]
-# The same for what no graph keeps on its device.
+# The same for numbers that are never on a device.
 Floats = float | list[float]
 _X = TypeVar("_X")
 
-# Bytes of a stack's parameters, by kind of device: to a GPU, a launch costs the same for one matrix and for many.
+# The most bytes of a stack's parameters, by kind of device. On a GPU, a launch costs the same for one matrix and for many.
 _STACK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-# Whether buffers are left as the memory is.
+# Whether new buffers are left uninitialized.
 _unfilled = contextvars.ContextVar("unfilled", default=False)
 
 
@@ -80,7 +80,7 @@ class Piece:
 
 @contextlib.contextmanager
 def unfilled() -> Iterator[None]:
-    """Let stacks that are made meanwhile leave their buffers as the memory is: whoever makes them writes all of it."""
+    """Let stacks that are made inside leave their buffers uninitialized, because the caller writes all of them."""
     token = _unfilled.set(True)
     try:
         yield
@@ -103,7 +103,7 @@ class Stack:
         specs: of one parameter's state, by name.
         buffers: state name -> (n, ...).
         turn: the present step, for the cells.
-        groups: indices of the pieces' parameter groups, each once.
+        groups: indices of the pieces' parameter groups, without repetition.
         begun: whether the host knows that all n tensors have had a gradient.
     """
 
@@ -121,7 +121,7 @@ class Stack:
             if _unfilled.get():
                 self.buffers[spec.name] = torch.empty(shape, dtype=spec.dtype, device=self.device)
                 continue
-            buffer = torch.zeros(shape, dtype=spec.dtype, device=self.device)  # untouched memory, until it is written to
+            buffer = torch.zeros(shape, dtype=spec.dtype, device=self.device)  # the system gives the memory when it is written to
             self.buffers[spec.name] = buffer.fill_(spec.start) if spec.start else buffer
         self.turn = Turn(self.ids, first.origin)
         self.begun = False
@@ -140,7 +140,7 @@ class Stack:
         return [piece.param for piece in self.pieces]
 
     def each(self, number: Callable[[int], _X]) -> _X | list[_X]:
-        """Ask for the number of each group, by its index. Give one number if all are the same, else one for each of n pieces."""
+        """Ask for a number of each group, by the group's index. Give one number if all are equal, else one for each piece."""
         of_groups = {group: number(group) for group in self.groups}
         numbers = list(of_groups.values())
         if len(numbers) == 1 or all(isinstance(x, float) and x == numbers[0] for x in numbers):
@@ -148,13 +148,16 @@ class Stack:
         return [of_groups[piece.group] for piece in self.pieces]
 
     def rates(self, groups: Sequence[Mapping[str, Any]], options: Any) -> tuple[Numbers, Numbers]:
-        """Give lr and wd of p <- (1 - lr*wd) p - lr u. Where lr differs, u is multiplied by it before: lr*wd stands for wd."""
+        """Give lr and wd of p <- (1 - lr*wd) p - lr u.
+
+        Where lr differs between pieces, the caller multiplies u by lr, and the second result is lr*wd in place of wd.
+        """
         lr = self.each(lambda group: rate_of(groups[group]))
         decay = shrink_of if isinstance(lr, list) else decoupled_of
         return lr, self.each(lambda group: decay(groups[group], options))
 
     def open(self, step: Tensor) -> None:
-        """Begin a step: which tensors have a gradient, and by which number rounding is counted."""
+        """Begin a step: note which tensors have a gradient, and the step's number, which counts the random numbers."""
         self.turn.step, self.turn.ok = step, True
         self.turn.absent = [i for i, piece in enumerate(self.pieces) if piece.param.grad is None]
 
@@ -185,12 +188,12 @@ class Stack:
 
 
 def treatments_of(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
-    """Give what decides in each group on how its tensors are compressed."""
+    """Give for each group the values that decide how its tensors are compressed."""
     return [(group.get("compress"), group.get("kind")) for group in groups]
 
 
 def key_of(groups: Sequence[Mapping[str, Any]], trained: Iterable[tuple[int, Sequence[Tensor]]]) -> list[Any]:
-    """Give what a setup is made for."""
+    """Give the key of the parameters that a setup is made for."""
     treatments = treatments_of(groups)
     return [(i, treatments[i], id(p), p.shape, p.dtype, p.device) for i, params in trained for p in params]
 
@@ -206,13 +209,13 @@ def batches_of(
 
     Args:
         groups: index of each parameter group, and its parameters.
-        treatments: of each parameter group, what decides on how its tensors are compressed.
+        treatments: for each parameter group, the values that decide how its tensors are compressed.
         numbers: position of each parameter among all.
         owners: who holds which rows.
         placement: of this process.
 
     Yields:
-        The pieces, and what sums over the processes that share their matrices.
+        The pieces, and a function that sums over the processes that share their matrices (None: matrices are whole).
     """
     alike: dict[tuple, list[Piece]] = {}
     for index, params in groups:
@@ -220,7 +223,7 @@ def batches_of(
             if placement.rank not in owners[p]:
                 continue
             piece = Piece(p, numbers[p], owners[p][placement.rank], index)
-            # Rows of several tensors are one batch only where every process makes the same batches: they meet in each.
+            # Divided tensors share a batch only if every process makes the same batches: processes communicate in each batch.
             number = None if placement.follows else piece.number
             place = piece.rows and (piece.rows.start, piece.rows.stop, number)
             key = treatments[index], matrix_shape(p), p.ndim < 2, p.dtype, p.device, place
@@ -231,12 +234,12 @@ def batches_of(
 
 
 def times(x: Tensor, numbers: list[Any]) -> Tensor:
-    """Multiply each of n tensors, (n, ...), by its number; the numbers go to a GPU with the launch."""
+    """Multiply each of n tensors, (n, ...), by its number. The numbers go to a GPU with the launch."""
     return torch.stack(torch._foreach_mul(x.unbind(), numbers))
 
 
 def batches(members: list[Piece], processes: int = 1) -> Iterator[list[Piece]]:
-    """Cut pieces of one shape, each 1/processes of its parameter, into lists that are not too large for one stack."""
+    """Cut pieces of one shape, each 1/`processes` of its parameter, into lists that are not too large for a stack."""
     first = members[0].param
     limit = processes * _STACK_BYTES.get(kind(first.device), _STACK_BYTES["cuda"])
     size = max(1, limit // max(1, first.numel() * compute_dtype(first).itemsize))

@@ -1,4 +1,4 @@
-"""The step of every method that couples no tensors: a tensor's update is made of its own gradient and state alone."""
+"""The step of every method that couples no tensors: a tensor's update depends on its own gradient and state alone."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .stacks import Floats, Number, Numbers, Piece, Stack, times
 
 @dataclasses.dataclass(frozen=True)
 class Unformed:
-    """u, which is formed as it is added to the parameters.
+    """An update u that is formed only while it is added to the parameters.
 
     Attributes:
-        rows: gives some rows of it, (n, rows, cols); called once for each part of the rows.
-        add_to: (p, scale, decay) -> whether it has computed p <- decay * p + scale * u for n matrices p, by a kernel. It is
-            asked first, and where it gives False nothing has changed.
+        rows: gives some rows of u, (n, rows, cols); it is called once for each part of the rows.
+        add_to: (p, scale, decay) -> whether a kernel has computed p <- decay * p + scale * u for n matrices p. It is called
+            first. If it gives False, nothing has changed.
     """
 
     rows: Callable[[slice], Tensor]
@@ -41,21 +41,21 @@ class Unformed:
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """What u is made of, where it is smaller than the parameter: processes that share the state send it, not the parameters.
+    """The parts of an update u that are smaller than the parameter. Processes that share the state send them, not the parameters.
 
     Attributes:
         specs: (layout, options) -> the parts for one whole tensor.
-        form: (stack, parts (n, ...), options) -> u.
+        form: (stack, parts, options) -> u; each part is (n, ...).
     """
 
     specs: Callable[[Layout, Any], tuple[Spec, ...]]
     form: Callable[[TensorStack, Sequence[Tensor], Any], U]
 
 
-# u, (n, rows, cols); a function alone stands for `Unformed(function)`.
+# u, (n, rows, cols). A function alone means `Unformed(function)`.
 U = Tensor | Callable[[slice], Tensor] | Unformed
-# What makes an update: (stack, a, t, options) -> u. a = e + g; t, (n, 1, 1) in the compute dtype, counts each tensor's own
-# gradients, this one included.
+# Makes an update: (stack, a, t, options) -> u, with a = e + g. t, (n, 1, 1) in the compute dtype, is the number of each tensor's
+# own gradients, this one included.
 Update = Callable[["TensorStack", Accumulated, Tensor, Any], "U | tuple[Tensor, ...]"]
 
 
@@ -64,16 +64,16 @@ class Rule:
     """How tensors of one kind are optimized.
 
     Attributes:
-        specs: (layout, options) -> the state of one tensor, beside its count of steps and its error.
-        update: what makes the update; it reads and writes the stack's cells by name, `s.exp_avg.read()`.
-        lossy: whether the rule compresses, and calls `a.keep(c)`: then e is state, in the format that the options say. A function
-            of the options, where they decide.
+        specs: (layout, options) -> the state of one tensor, besides its count of steps and its error.
+        update: makes the update; it reads and writes the stack's cells by name, `s.exp_avg.read()`.
+        lossy: whether the rule compresses, and calls `a.keep(c)`. Then e is state, in the format that the options say. Where the
+            options decide, `lossy` is a function of them.
         operations: (n, rows, cols, options) -> operations of a step in the compute dtype, for the roofline.
-        vectors: whether the rule is for vectors too. They are whole then: FSDP2 gives a process a part of each, and the processes
-            exchange their gradients and all hold their state.
-        message: what `update` gives in place of u, where the rule has one: a tuple of its parts.
-        rate: options -> the rule's learning rate over that of the parameter's group.
-        decomposes: whether `update` calls a decomposition that raises for what is not finite, as `torch.linalg.eigh` does.
+        vectors: whether the rule is for vectors too. The rule then gets whole vectors: under FSDP2, where each process has a part
+            of a vector, the processes exchange their gradients, and each holds the whole state.
+        message: the message of the rule, if it has one. `update` then gives a tuple of the message's parts in place of u.
+        rate: options -> the rule's learning rate divided by that of the parameter's group.
+        decomposes: whether `update` calls a decomposition that raises for numbers that are not finite, as `torch.linalg.eigh`.
     """
 
     specs: Callable[[Layout, Any], tuple[Spec, ...]]
@@ -86,15 +86,15 @@ class Rule:
     decomposes: bool = False
 
     def keeps_error(self, options: Any) -> bool:
-        """Tell whether e is state."""
+        """Tell whether the error e is state."""
         return self.lossy(options) if callable(self.lossy) else self.lossy
 
 
 class TensorStack(Stack):
-    """n pieces of one shape, with their rule; the cells of their state are attributes.
+    """n pieces of one shape, with their rule. The cells of their state are attributes.
 
     Args:
-        pieces, specs, total: as in Stack.
+        pieces, specs, total: see Stack.
         rule: of the tensors.
     """
 
@@ -108,7 +108,7 @@ class TensorStack(Stack):
         super().__init__(pieces, specs, total)
         self.rule = rule
         if self.layout.vector and rule.vectors:
-            self.turn.origin = 0, 0  # state is of the whole vector
+            self.turn.origin = 0, 0  # the state is that of the whole vector
         scales = {f"{spec.name}_scale" for spec in specs if spec.cols is not None}
         names = [name for name in self.buffers if name not in scales]
         if taken := [name for name in names if hasattr(self, name)]:
@@ -124,7 +124,7 @@ class TensorStack(Stack):
         return cells[name]
 
     def newcomers(self, t: Tensor) -> list[int]:
-        """Give the positions of the tensors whose first gradient this is; a GPU is waited for until all have had one."""
+        """Give the positions of the tensors whose first gradient this is. Until all have had one, the host waits for a GPU."""
         if self.begun:
             return []
         counts = t.flatten().tolist()
@@ -132,17 +132,17 @@ class TensorStack(Stack):
         return [i for i, count in enumerate(counts) if count == 1 and i not in self.turn.absent]
 
     def message(self, options: Any) -> tuple[Spec, ...]:
-        """Give the parts of a message; none where the rule has no message."""
+        """Declare the parts of a message; none where the rule has no message."""
         return () if self.rule.message is None else self.rule.message.specs(self.layout, options)
 
     def formed(self, message: Sequence[Tensor], options: Any) -> Tensor | Unformed:
-        """Form u of the parts of a message, (n, ...) each."""
+        """Form u from the parts of a message, (n, ...) each."""
         assert self.rule.message is not None
         u = self.rule.message.form(self, message, options)
         return u if isinstance(u, Tensor | Unformed) else Unformed(u)
 
     def update(self, l2: Floats, options: Any) -> Tensor | Unformed | tuple[Tensor, ...]:
-        """Make the update, or what it is made of, and the state of the next step."""
+        """Make the update, or the parts of its message, and write the state of the next step."""
         t = self.cells["step"].read() + 1
         self.cells["step"].write(t)
         gradients, total = self.gradients(l2), self.total
@@ -150,14 +150,14 @@ class TensorStack(Stack):
         g = self._whole(gradients) if whole else gradients
         a = Accumulated(g, self.cells.get("error"), self.turn.absent, total, wide=True)
         ok = self.turn.ok
-        if isinstance(ok, Tensor) and self.rule.decomposes:  # nobody waits to hear whether the gradients are finite
+        if isinstance(ok, Tensor) and self.rule.decomposes:  # the host does not know whether the gradients are finite
             a.gradients = [masked(ok, g, 0.0) for g in a.gradients]
         u = self.rule.update(self, a, t.to(self.layout.dtype).view(-1, 1, 1), options)
         u = u if isinstance(u, Tensor | Unformed | tuple) else Unformed(u)
         return u if not whole or isinstance(u, tuple) else (u if isinstance(u, Tensor) else u.rows(ALL))[..., self.columns]
 
     def _whole(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Make whole vectors, (n, 1, cols), of the parts that the processes have."""
+        """Make whole vectors, (n, 1, cols), from the parts that the processes have."""
         assert self.total is not None
         whole = torch.zeros(len(gradients), 1, self.layout.cols, dtype=self.layout.dtype, device=self.device)
         whole[..., self.columns] = torch.stack(list(gradients))
@@ -165,12 +165,12 @@ class TensorStack(Stack):
 
     @property
     def columns(self) -> slice:
-        """Which part of its vectors this process has."""
+        """The part of its vectors that this process has."""
         start = self.pieces[0].origin[1]
         return slice(start, start + self.shape[1])
 
     def rates(self, groups: Sequence[Group], options: Any) -> tuple[Numbers, Numbers]:
-        """See Stack; at the rule's own rate."""
+        """See Stack. The rates are multiplied by the rule's own rate."""
         lr, weight_decay = super().rates(groups, options)
         if (by := self.rule.rate(options)) == 1.0:
             return lr, weight_decay
@@ -197,16 +197,16 @@ class TensorStack(Stack):
 
 
 class Tensorwise:
-    """A rule for matrices, and another one for everything else. A `Method`.
+    """A rule for matrices, and another rule for everything else. A `Method`.
 
     Args:
-        rule: for matrices, and vectors if it says so.
-        others: for other vectors and what is empty, for groups with `compress` false, and for groups of the kinds `other_kinds`.
+        rule: for matrices, and for vectors if `rule.vectors`.
+        others: for other vectors, empty tensors, groups with `compress` false, and groups of the kinds `other_kinds`.
         other_kinds: kinds of parameter groups ("embedding", "head", see `parameter_groups`) that `others` is for.
     """
 
-    takes_flat_pieces = False  # the rule would have no matrix
-    capturable = False  # a rule may ask the host: `newcomers`
+    takes_flat_pieces = False  # a rule for matrices needs matrices
+    capturable = False  # a rule may read numbers on the host: `newcomers`
 
     def __init__(self, rule: Rule, others: Rule, other_kinds: Container[str] = ()):
         self.matrices, self.others, self.other_kinds = rule, others, other_kinds
@@ -244,7 +244,7 @@ class Tensorwise:
         return TensorStack(pieces, self.specs(layout, group, options, flat), self.rule(layout, group), total)
 
     def mend(self, setup: Setup, options: Any) -> None:
-        """See Method: nothing is computed from the state."""
+        """See Method. There is nothing to do: nothing is computed from the state."""
 
     def problem(self, setup: Setup, options: Any) -> str | None:
         """See Method."""
@@ -259,7 +259,7 @@ class Tensorwise:
         return Counters(device)
 
     def exchange(self, setup: Setup, groups: Sequence[Group], options: Any) -> Exchange:
-        """Give the tensors whose messages travel: those that one process holds whole, where processes publish parameters."""
+        """Give the tensors that are updated by messages: one process holds the whole tensor, and processes share the state."""
         if setup.exchange is None:
             numbers, stacks = {p: number for number, p in enumerate(setup.params)}, []
             for i, group in enumerate(groups):
@@ -307,7 +307,7 @@ class Tensorwise:
         setup.finish()
 
     def diagnostics(self, setup: Setup) -> dict[str, float]:
-        """See Method: step and skipped_steps; error_norm, |e|, where one process trains."""
+        """See Method: step and skipped_steps; if one process trains, also error_norm, |e|."""
         figures = {"step": float(setup.counters.step), "skipped_steps": float(setup.counters.skipped)}
         if not any(figures.values()):
             return {}
@@ -317,7 +317,7 @@ class Tensorwise:
         return figures
 
     def costs(self, setup: Setup, options: Any) -> dict[str, Count]:
-        """See Method: state is read and written once, of a ring one slot written; a gradient is read, a parameter both."""
+        """See Method. State is read and written once (of a ring, one slot); a gradient is read, a parameter read and written."""
         counts = {name: Count() for name in PHASES}
         for s in setup.stacks:
             n, (rows, cols) = len(s.pieces), s.shape
@@ -331,9 +331,9 @@ class Tensorwise:
 
 
 def _gate(setup: Setup) -> bool | Tensor:
-    """Tell whether the gradients of all tensors and processes are finite, and their squares too; on a GPU a flag.
+    """Tell whether all gradients on all processes are finite, and the sum of their squares too: a bool, or on a GPU a tensor.
 
-    QR and other decompositions raise for what is not finite, so that a step has to know before it forms anything.
+    QR and other decompositions raise for numbers that are not finite, so a step has to know before it forms anything.
     """
     device = setup.counters.step.device
     gradients = [g for s in setup.stacks for piece in s.pieces if (g := piece.grad) is not None and g.numel()]

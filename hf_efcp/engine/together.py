@@ -1,8 +1,8 @@
-"""Many small matrices of different shapes as one stack: on a CPU a stack for each shape would mostly be overhead.
+"""Takes a step of many small matrices of different shapes as one stack: on a CPU, a step for each shape is mostly overhead.
 
-State stays in the stacks of one shape. What is taken together is decided anew at each step: a stack in which a gradient is
-missing, or the power iteration has to begin anew, goes its usual way. Results differ by rounding, so that a model of few
-shapes, and one whose matrices are large, is left alone.
+State stays in the stacks of one shape. Each step decides anew which stacks take part. A stack goes its usual way if a gradient is
+missing, or if a column of a warm start is dead. Results differ from the usual way by rounding. So models with few shapes or large
+matrices always go the usual way.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from .formats import LowRankFormat, SparseFormat
 from .method import Group
 from .setup import Setup, decoupled_of, rate_of
 
-# So many stacks are worth it.
+# The fewest stacks that are worth it.
 _MANY = 64
-# Of a matrix: numbers, and products of its G^T c. Libraries are faster at larger ones, and can divide one among threads.
+# The most numbers of a matrix, and the most products in its G^T c. For larger matrices, libraries are faster: they can divide
+# one among threads.
 _LARGEST, _MOST_PRODUCTS = 2**14, 2**21
 
 _log = logging.getLogger("hf_efcp")
@@ -37,12 +38,12 @@ class Together:
     """Stacks of small matrices, as one stack in a step of `Windowed`.
 
     Args:
-        stacks: window stacks of one kind of format and dtypes.
+        stacks: window stacks of one kind of format, with the same dtypes.
         many: the module of compiled functions.
 
     Attributes:
-        ids, turn, pieces, device: as of a stack; of what takes part in this step.
-        metric, residual: this object, for whoever sums what the metric and the residuals have; None: there is none.
+        ids, turn, pieces, device: as in Stack, of the matrices that take part in this step.
+        metric, residual: this object, which has the sums of the metric and of the residuals; None: there is none.
     """
 
     divided = False
@@ -80,7 +81,7 @@ class Together:
         self.residual = None if first.residual is None else self
 
     def compile(self) -> None:
-        """Compile what a step calls."""
+        """Compile the functions that a step calls."""
         self._many.compile()
 
     def open(self) -> set[int]:
@@ -111,11 +112,11 @@ class Together:
         self.turn.step = step
 
     def each(self, number: Any) -> float:
-        """Give the weight decay that enters gradients: there is none."""
+        """Give the weight decay that enters gradients, which is 0 here."""
         return 0.0
 
     def dots(self, j: Tensor) -> Tensor:
-        """See WindowStack: entries are staged here."""
+        """See WindowStack. The entries are staged here."""
         dots, self._squares, self._means = self._many.stage(self._table, int(j))
         return dots
 
@@ -129,7 +130,7 @@ class Together:
         return [self._means]
 
     def squares(self) -> Tensor:
-        """See Cell: of the residuals."""
+        """See Cell: the squares of the residuals."""
         return self._many.squares(self._table)
 
     def commit(self, j: Tensor, l2: Any, ok: bool | Tensor) -> None:
@@ -148,7 +149,7 @@ class Together:
 
 
 def _row(s: Any, i: int, number: int, sparse: bool) -> Iterator[int]:
-    """Give the columns of a table for the matrix i of a stack, but for places in rooms and blocks; see kernels/cpu_many.py."""
+    """Give a table's columns for matrix i of a stack, without places in rooms and blocks; see kernels/cpu_many.py."""
     cell, window = s.error or s.residual, s.window.buffers
     parts = ("window_indices", "window_values") if sparse else ("window_p", "window_q")
     yield from (*s.shape, s.format.grid.per_row if sparse else s.format.rank, 0, 0, cell.buffer[i].data_ptr())
@@ -159,7 +160,7 @@ def _row(s: Any, i: int, number: int, sparse: bool) -> Iterator[int]:
 
 
 def made(setup: Setup) -> list[Together]:
-    """Find what can be taken together: plain formats, on a CPU, in one process."""
+    """Find the stacks that can take a step together: those with plain formats, on a CPU, in one process."""
     alike: dict[tuple, list[Any]] = {}
     if not setup.placement.alone:
         return []
@@ -183,7 +184,7 @@ def _fits(s: Any) -> bool:
 
 
 def _compiled(alike: list[list[Any]]) -> list[Together]:
-    """Make what can be compiled; nothing where that fails."""
+    """Make and compile the batches of stacks; none if the compiler fails."""
     global _failed
     if not alike or _failed or os.environ.get("HF_EFCP_KERNELS", "1") == "0":
         return []
@@ -200,7 +201,7 @@ def _compiled(alike: list[list[Any]]) -> list[Together]:
 
 
 def stacks_of(setup: Setup) -> list[Any]:
-    """Give the stacks of this step."""
+    """Give the stacks of this step: those that take it together as one each, and the others."""
     if len(setup.stacks) < _MANY:
         return list(setup.stacks)
     if setup.together is None:

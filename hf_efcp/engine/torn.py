@@ -1,4 +1,4 @@
-"""Steps that raise: as if they had not begun while nothing has changed, and remembered where something has."""
+"""Steps that raise. If nothing has changed yet, the step is undone; if something has changed, that is remembered."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Torn:
 
     @contextlib.contextmanager
     def watch(self, setup: Setup) -> Iterator[None]:
-        """Let a step that raises be as if it had not begun, or remember that it has changed a part of what it changes."""
+        """Undo a step that raises before it writes, or remember that it has changed a part of state and parameters."""
         setup.writing = False
         setup.counters.begin()
         try:
@@ -45,5 +45,5 @@ class Torn:
             )
 
     def mended(self) -> None:
-        """State and parameters are whole again."""
+        """Note that state and parameters are whole again."""
         self._error = None

@@ -1,7 +1,7 @@
-"""What saved tensors tell of the options that they were made with, where a state does not name them.
+"""Tells from saved tensors the options that they were made with, if the state does not name its options.
 
-A state dict of ours names its options. One that torch.distributed.checkpoint has gathered does not, but its tensors tell some:
-the window size is that of the Gram matrix, the rank that of the warm starts, and dtypes and formats are the tensors' own.
+A state dict of ours names its options. A state that torch.distributed.checkpoint has gathered does not, but its tensors tell some
+options: the Gram matrix tells the window size, the warm starts tell the rank, and the tensors' dtypes tell dtypes and formats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Known = tuple[str, tuple[int, ...], torch.dtype]
 
 
 def entries_of(state_dict: Mapping[Any, Any]) -> Iterator[Known]:
-    """Give what a state dict has, by parameters (as torch's) or flat (`state.layer.weight.error`)."""
+    """Give the entries of a state dict, by parameters (as torch's) or flat (`state.layer.weight.error`)."""
     for key, value in state_dict.items():
         if isinstance(value, Mapping):
             yield from entries_of(value)
@@ -30,7 +30,7 @@ def entries_of(state_dict: Mapping[Any, Any]) -> Iterator[Known]:
 
 
 def options_of(entries: Iterable[Known]) -> dict[str, Any]:
-    """Give window size, rank, metric, formats and dtypes as far as the state shows them."""
+    """Give window size, rank, metric, residual, formats and dtypes, as far as the state shows them."""
     options: dict[str, Any] = {}
     entries = list(entries)
     shapes = {name: (shape, dtype) for name, shape, dtype in entries}
@@ -39,8 +39,8 @@ def options_of(entries: Iterable[Known]) -> dict[str, Any]:
     elif "window_values" in shapes:
         options["window_size"] = shapes["window_values"][0][-2]
     if ranks := [shape[-1] for name, shape, _ in entries if name == "warm_start"]:
-        options["rank"] = max(ranks)  # smaller tensors clamp it
-    kinds = {"metric_rows": "factored", "metric_values": "diagonal", "metric_mean": "tensor"}  # a vector's is diagonal
+        options["rank"] = max(ranks)  # small tensors clamp the rank
+    kinds = {"metric_rows": "factored", "metric_values": "diagonal", "metric_mean": "tensor"}  # vectors: diagonal
     options["residual"] = "momentum" if "residual" in shapes else "feedback"
     options["metric"] = next((kind for name, kind in kinds.items() if name in shapes), "none")
     numbers = [shapes[name][1] for name in ("window_rows", "window_q", "window_values", "window_entries") if name in shapes]
@@ -55,14 +55,14 @@ def options_of(entries: Iterable[Known]) -> dict[str, Any]:
 
 
 def scopes_of(entries: Iterable[Known], options: Any) -> list[str]:
-    """Give the scopes that a state may have, the likelier first: several Gram matrices are of tensors, or of states."""
+    """Give the scopes that a state may have, the likelier first. Several Gram matrices may be tensors', or several states'."""
     grams = sum(name == "gram" for name, _, _ in entries)
     likely = "layer" if grams > 1 else getattr(options, "scope", "model")
     return sorted(("model", "layer"), key=lambda scope: scope != likely)
 
 
 def _format(kind: str, dtype: torch.dtype, otherwise: str) -> dict[str, Any]:
-    """Give a plain format with its dtype, where that is a floating one."""
+    """Give the options of a plain format, if the dtype is a floating one; else the format `otherwise`."""
     plain = {f"{kind}_format": "plain", f"{kind}_dtype": dtype}
     return plain if dtype.is_floating_point else {f"{kind}_format": otherwise}
 
@@ -77,7 +77,7 @@ def saved_choice(saved: Mapping[str, Any] | str | Path, placement: Placement) ->
 
     Args:
         saved: a folder of `torch.distributed.checkpoint.save`, a file of `torch.save`, or a state dict.
-        placement: processes that have none (an empty dict, no such file) take it from the others.
+        placement: of this process. A process that has no state (an empty dict, no such file) takes it from the others.
 
     Raises:
         OptionError: nothing can be read on any process.

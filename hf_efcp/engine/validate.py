@@ -1,10 +1,10 @@
-"""What a checkpoint's state is asked before it becomes the state: kinds, shapes, numbers, checksums, and K.
+"""Checks a checkpoint's state before it becomes the state: kinds, shapes, numbers, checksums, and K.
 
 check_container   how the dict is built
-check_entries     what the tensors are: before any memory is taken for them
-gram_problem      what they are together
+check_entries     kinds, shapes and dtypes of the tensors, before memory is taken for them
+gram_problem      whether K fits the window
 
-Their numbers are asked while they are copied into fresh memory: reading.py.
+The numbers are checked while they are copied into fresh memory: reading.py.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ..distributed.placement import Placement
 from ..options import OptionError
 from .entries import own
 
-# Where K is formed anew, its rows read so many bytes of the window in less than a second.
+# Bytes of the window that can be read in less than a second, to form the rows of K anew.
 _BYTES_IN_A_SECOND = 2**28
-# Names that wrappers have in entries of their own, too.
+# Names of ours that wrappers use too.
 _COMMON = ("step", "skipped", "momentum", "exp_avg", "exp_avg_sq")
-# More do not train together.
+# More processes than this do not train together.
 _MOST_PROCESSES = 2**20
 # By how much an inner product may exceed the norms' product, where products are in fp32.
 _ROUNDING = 1e-3
 
 
 def check_container(state_dict: Any) -> None:
-    """Raise OptionError for what is not built as an optimizer's state dict is."""
+    """Raise OptionError for an object that is not built as an optimizer's state dict is."""
     if not isinstance(state_dict, Mapping):
         raise OptionError(f"not the checkpoint of an optimizer: expected a dict, got {type(state_dict).__name__}")
     missing = [key for key in ("state", "param_groups") if key not in state_dict]
@@ -56,7 +56,7 @@ def check_container(state_dict: Any) -> None:
 
 
 def check_strangers(state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], kinds: Container[str]) -> None:
-    """Raise OptionError where a checkpoint's state has what can only be ours under keys that are no parameters of its groups.
+    """Raise OptionError where a checkpoint has entries of ours under a key that is no parameter of its groups.
 
     Args:
         state: of the checkpoint.
@@ -118,12 +118,12 @@ def _list_of(name: str, values: Any, kind: type | tuple[type, ...]) -> list[Any]
 
 
 def check_entries(label: str, here: Mapping[str, Spec], there: Any) -> None:
-    """Raise OptionError where what a checkpoint has of a parameter is not the tensors that its state consists of.
+    """Raise OptionError where a checkpoint's entries of a parameter are not the tensors that are expected.
 
     Args:
-        label: what to call the parameter.
-        here: specs of the entries that are expected.
-        there: of the checkpoint.
+        label: name of the parameter, for messages.
+        here: specs of the expected entries.
+        there: the checkpoint's entries.
     """
     if not isinstance(there, Mapping):
         raise OptionError(f"{label}: the checkpoint has {type(there).__name__} in place of its state")
@@ -139,7 +139,7 @@ def check_entries(label: str, here: Mapping[str, Spec], there: Any) -> None:
         if not isinstance(t, Tensor):
             raise OptionError(f"{label}: {name} is of type {type(t).__name__} in the checkpoint, not a tensor")
         if kind := _strange(t):
-            raise OptionError(f"{label}: {name} is a {kind} tensor in the checkpoint, and has to be a plain one with numbers")
+            raise OptionError(f"{label}: {name} is a {kind} tensor in the checkpoint, but has to be a plain tensor with numbers")
         if t.dtype == spec.dtype and t.shape == spec.shape:
             continue
         widened = (spec.dtype, t.dtype) == (torch.int16, torch.int32)  # as it is saved under FSDP2
@@ -148,7 +148,7 @@ def check_entries(label: str, here: Mapping[str, Spec], there: Any) -> None:
 
 
 def _strange(t: Tensor) -> str | None:
-    """Say what kind of tensor this is, if it is none that has its numbers in plain memory."""
+    """Say what kind of tensor this is, if its numbers are not in plain memory; else None."""
     if t.is_nested:
         return "nested"
     if t.layout != torch.strided:
@@ -164,21 +164,21 @@ def _strange(t: Tensor) -> str | None:
 
 
 def agreed(placement: Placement, problem: str | None) -> None:
-    """Raise OptionError, on every process, where one has a problem."""
+    """Raise OptionError on every process, if one process has a problem."""
     for rank, text in enumerate(placement.gather(problem)):
         if text is not None:
             raise OptionError(text if text == problem else f"rank {rank}: {text}")
 
 
 def gram_problem(gram: GramMatrix, row: Callable[[int], Tensor], placement: Placement, size: int, verify: bool) -> str | None:
-    """Say what is wrong with K; None: nothing that was asked.
+    """Say what is wrong with K; None: the checks found nothing.
 
     Args:
         gram: K and the count of steps.
-        row: slot -> that row of K, (groups, m) fp64, formed from the entries of this process.
+        row: slot -> the row of K, (groups, m) fp64, formed from the entries of this process.
         placement: of the process.
         size: bytes of the window, on all processes.
-        verify: whether K is formed anew however long that takes.
+        verify: whether K is formed anew from the window and compared, even if that takes more than a second.
     """
     k, filled = gram.matrix, int(gram.filled)
     squares = k.diagonal(dim1=-2, dim2=-1)

@@ -1,4 +1,4 @@
-"""n tensors of one shape of a method with a window: from the gradient to the window, and from it to the parameters."""
+"""Stacks of a method with a window: n tensors of one shape, from the gradient to the window, and from there to the parameters."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .stacks import Floats, Number, Piece, Stack, times
 
 
 class WindowStack(Stack):
-    """n pieces of one shape, with their way from the gradient to the window and from the window to the parameter.
+    """n pieces of one shape, which pass from the gradient to the window, and from the window to the parameter.
 
     Args:
-        pieces, total: as in Stack.
+        pieces, total: see Stack.
         format: of their entries.
     """
 
@@ -38,9 +38,9 @@ class WindowStack(Stack):
         self.metric = format.metric(self)
 
     def stage(self, step: Tensor, l2: Floats) -> None:
-        """Compute a = e + S^-1 g and c = C(a) as the window stores it; the state stays as it is.
+        """Compute a = e + S^-1 g, and c = C(a) as the window stores it. The state does not change.
 
-        A parameter without a gradient gives an entry of zeros, and its error stays.
+        A parameter without a gradient gives an entry of zeros, and its error stays as it is.
         """
         self.open(step)
         gradients = self.gradients(l2)
@@ -59,14 +59,14 @@ class WindowStack(Stack):
         return Accumulated(self.metric.whitened(gradients), self.error, self.turn.absent, self.total, self.metric.entering)
 
     def dots(self, j: Tensor) -> Tensor:
-        """Give the staged entry's inner products with the window, (n, m) fp64. A plain entry, the gradient, is not held."""
+        """Give the staged entry's inner products with the window, (n, m) fp64. An entry that is the gradient is then released."""
         dots = self.window.dots(j.to(self.device))
         if isinstance(self.compressor, Identity):
             self.window.release()
         return dots
 
     def commit(self, j: Tensor, l2: Floats, ok: bool | Tensor) -> None:
-        """Let e <- a - c, or r <- beta r + S^-1 g - c; write c into slot j, and let D contain g; where the step is accepted."""
+        """If the step is accepted: e <- a - c, or r <- beta r + S^-1 g - c; c goes into slot j; D takes g."""
         gradients = self.gradients(l2)
         if self.window.staged is None:
             self.compress(gradients)
@@ -83,10 +83,11 @@ class WindowStack(Stack):
             self.metric.commit(gradients)
 
     def apply(self, c: Tensor, outside: Tensor, groups: Sequence[Group], options: Any) -> None:
-        """Let u = S^-1 (G^T c + outside * r) for c (n, m) and outside (n,);  v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v.
+        """Form u = S^-1 (G^T c + outside * r) for c (n, m) and outside (n,);  v <- mu v + (1 - mu) u;  p <- (1 - lr*wd) p - lr v.
 
-        A tensor without a gradient stays where it is, and so does its v. A large tensor's u is never whole. Of a refused step,
-        u is zero; with lr and 1 - mu zero too, nothing moves. Where tensors have different rates, u is linear in c and `outside`.
+        A tensor without a gradient does not change, and neither does its v. A large tensor's u is formed a few rows at a time. In
+        a refused step on a GPU, u, lr and 1 - mu are zero, so nothing changes. Where tensors have different rates, the rates
+        multiply c and `outside`, since u is linear in both; with momentum they multiply v.
         """
         ok, absent, momentum, own = self.turn.ok, self.turn.absent, options.momentum, None
         lr, weight_decay = self.rates(groups, options)
@@ -130,39 +131,39 @@ class WindowStack(Stack):
         apply(self, lambda rows: self.window.product(c, rows), rate, weight_decay, rounding, absent, rest)
 
     def update(self, c: Tensor, outside: Tensor, rows: slice) -> Tensor:
-        """Give rows `rows` of what `apply` has just multiplied by lr and subtracted: u, or v. Nothing changes."""
+        """Give rows `rows` of u (with momentum, of v), which `apply` has just multiplied by lr and subtracted; change nothing."""
         if self.momentum is not None:
             return self.momentum[:, rows]
         outside = outside if self.residual is None else outside.to(self.layout.dtype)
         return self._finished(self.window.combine(c, rows), outside, rows)
 
     def _finished(self, u: Tensor, outside: Tensor, rows: slice) -> Tensor:
-        """Turn rows of G^T c into rows of u."""
+        """Make rows of u from rows of G^T c."""
         u = u.to(self.layout.dtype)
         if self.residual is not None:
             u += outside[:, None, None] * self.residual.read(rows)
         return u if self.metric is None else self.metric.unwhiten_(u, rows)
 
     def _shrink(self, by: Sequence[Any]) -> None:
-        """Let p <- (1 - by_i) p for the tensors that have a gradient, where the step is accepted."""
+        """Compute p <- (1 - by_i) p for the tensors that have a gradient, if the step is accepted."""
         live = sorted(set(range(len(self.pieces))).difference(self.turn.absent))
         ok = 1.0 if self.turn.ok is True else torch.as_tensor(self.turn.ok).to(self.device, self.layout.dtype)
         if live:
             torch._foreach_mul_([self.pieces[i].data for i in live], [1 - by[i] * ok for i in live])
 
     def _apply_at_once(self, c: Tensor, outside: Tensor, lr: Number, weight_decay: Number) -> bool:
-        """Do the plain case of `apply` without forming u; tell whether the window can."""
+        """Do the plain case of `apply` without forming u; tell whether it was done."""
         pieces, dtype = self.pieces, self.layout.dtype
         factors = None if self.metric is None else self.metric.scale
         plain = self.momentum is None and not self.turn.absent and (self.metric is None or factors is not None)
         params = [piece.data for piece in pieces] if plain else []
         if not plain or any(p.dtype != dtype for p in params):
             return False
-        # Copies where the layout is another.
+        # A parameter that is not contiguous is copied.
         matrices = kernels.Held(p if p.shape == self.shape else p.reshape(self.shape) for p in params)
         matrices[:] = [matrix.contiguous() for matrix in matrices]
         decay: Number = 1 - lr * weight_decay if weight_decay else 1.0
-        if weight_decay and isinstance(self.turn.ok, Tensor):  # of a refused step c is 0, and p has to stay
+        if weight_decay and isinstance(self.turn.ok, Tensor):  # a refused step has c = 0, and must not shrink p
             kept = decay if isinstance(decay, Tensor) else torch.full((), decay, dtype=dtype, device=self.device)
             decay = masked(self.turn.ok, kept, 1.0)
         if not self.window.apply(c, matrices, -lr, decay, factors):
@@ -172,6 +173,6 @@ class WindowStack(Stack):
         for p, matrix in zip(params, matrices, strict=True):
             if not p.is_contiguous():  # then the matrix is a copy
                 p.copy_(matrix.view(p.shape))
-        # A kernel writes unseen by autograd, which has to refuse a graph from before.
+        # Autograd does not see a kernel's writes. The new version makes it refuse a graph from before.
         torch.autograd.graph.increment_version([piece.param for piece in pieces])
         return True

@@ -1,4 +1,4 @@
-"""Algorithm 1 of EFCP (arXiv 2306.06098): the step of every method that keeps a window, whatever its compressor and its phi."""
+"""Algorithm 1 of EFCP (arXiv 2306.06098): the step of every method with a window, whatever its compressor and its phi."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ class Windowed:
 
     Args:
         entries: the format of compressed tensors.
-        phi: (options, gram, j, w, dtype) -> c = phi(K) w, (groups, m) fp64: for K with the newest entry in it, its slot j, a (1,)
-            int64 tensor, w (groups, m) fp64, and the dtype in which G^T c will be summed.
+        phi: (options, gram, j, w, dtype) -> c = phi(K) w, (groups, m) fp64. K contains the newest entry; j is its slot, a (1,)
+            int64 tensor; w is (groups, m) fp64; dtype is the one in which G^T c will be summed.
         solve: m -> fp64 operations of `phi` for one Gram matrix.
-        outside: (options, gram) -> phi(0), (groups,) fp64, by which residuals are preconditioned; None: there are none.
+        outside: (options, gram) -> phi(0), (groups,) fp64, by which residuals are preconditioned; None: the method takes no
+            residuals.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Windowed:
         return self.format(layout, group, options, flat).specs()
 
     def shared_specs(self, number: int, options: Any) -> tuple[Spec, ...]:
-        """See Method: K of the model, or of each tensor."""
+        """See Method: K of the model, or K of each tensor."""
         m = options.window_size
         gram = Spec("gram", (m, m), torch.float64, window=True, held="everywhere")
         step = Spec("step", (), torch.int64, window=True, held="everywhere")
@@ -130,13 +131,13 @@ class Windowed:
     # fmt: on
 
     def mend(self, setup: Setup, options: Any) -> None:
-        """See Method: without a step a window is empty, and K is that of the entries; on several processes from a step on."""
+        """See Method: at step 0 the window is emptied, later K is made to fit the entries. Several processes do so in a step."""
         gram = setup.counters
         if bool(gram.step == 0):
             gram.matrix.zero_()
             for s in setup.stacks:
                 for spec in s.specs.values():
-                    if spec.window or spec.kind == "residual":  # a running mean counts steps as the window does
+                    if spec.window or spec.kind == "residual":  # a residual's running mean counts the window's steps
                         s.buffers[spec.name].zero_()
         elif setup.placement.alone:
             self._renew(setup, options, int(gram.step) - 1)
@@ -147,7 +148,7 @@ class Windowed:
         return w, self.phi(o, setup.counters, j, w, setup.dtype)
 
     def _settled(self, setup: Setup, options: Any) -> bool:
-        """Form K anew if a process had a doubt, and tell so: on several none knows what others' entries were changed to."""
+        """Form K anew if a process had a doubt: no process knows of changes to others' entries. Tell whether it was formed."""
         if setup.heard is None or not setup.doubts.exchange(setup.heard):
             return False
         setup.doubt = False
@@ -156,7 +157,7 @@ class Windowed:
         return True
 
     def _renew(self, setup: Setup, options: Any, step: int) -> None:
-        """Form K anew from the entries where that row of it is not theirs which a step has written."""
+        """Form K anew from the entries, where the row of K that `step` wrote does not fit the entries."""
         gram, total = setup.counters, setup.placement.sum
         slot = step % gram.window_size
         wrong = ~gram.agrees(slot, total(self._row(setup, slot, options))) | ~gram.matrix.flatten(1).any(1)
@@ -165,7 +166,7 @@ class Windowed:
                 gram.put(i, total(self._row(setup, i, options)), wrong)
 
     def problem(self, setup: Setup, options: Any) -> str | None:
-        """See Method: K is that of the entries; one that is zero, lost with the first parameter's entries, is formed anew."""
+        """See Method: K has to fit the entries. A zero K was lost with the first parameter's entries, and is formed anew."""
         if bool(setup.counters.step > 0) and not bool(setup.counters.matrix.any()):
             self.mend(setup, options)
             return None
@@ -183,7 +184,7 @@ class Windowed:
         return _new_row(setup.stacks, dots, gram, options.scope)
 
     def remarks(self, setup: Setup, options: Any, given: Container[str]) -> list[str]:
-        """See Method: the rank of small matrices, if they are more than a classification head; a product that stays in fp32."""
+        """See Method: small matrices' rank, if they are more than a classification head; a product that stays in fp32."""
         lines, small = [], {}
         for p, specs in setup.specs.items():
             if "warm_start" in specs and (rank := specs["warm_start"].shape[1]) < min(options.rank, *matrix_shape(p)):
@@ -204,7 +205,7 @@ class Windowed:
         return lines
 
     def costs(self, setup: Setup, options: Any) -> dict[str, Count]:
-        """See Method: of a step with a full window."""
+        """See Method. The counts are those of a step with a full window."""
         counts = {name: Count() for name in PHASES}
         for s in setup.stacks:
             for name, count in costs_of(s).items():
@@ -220,12 +221,12 @@ class Windowed:
 
 
 def _new_row(stacks: Iterable[WindowStack], dots: Sequence[Tensor], gram: GramMatrix, scope: str) -> Tensor:
-    """Sum the new row of K, (groups, m), over all tensors of this process; or give each tensor its own."""
+    """Sum the new row of K, (groups, m), over all tensors of this process; with scope="layer", give each tensor's own row."""
     like = gram.matrix[:, 0]
     return by_group([s.ids for s in stacks], joined(dots, like).view(-1, like.shape[1]), like, scope)
 
 
 def _coefficients_of(c: Tensor, s: WindowStack, scope: str) -> Tensor:
-    """Take the stack's coefficients, (n, ...), from the groups' coefficients."""
+    """Take the stack's coefficients, (n, ...), from those of the Gram matrices."""
     c = c.to(s.device)
     return c.index_select(0, s.ids) if scope == "layer" else c.expand(len(s.pieces), *c.shape[1:])

@@ -17,7 +17,7 @@ from .parsing import refuse_unknown
 from .run_options import FIELD, RunOptions
 from .trainer_options import efcp_fields
 
-# EFCPFields stands beside another subclass of TrainingArguments: types are checked as if it were one itself.
+# EFCPFields is a mixin beside a subclass of TrainingArguments. The type checker takes it for a TrainingArguments.
 if TYPE_CHECKING:
     _Base = TrainingArguments
 else:
@@ -25,7 +25,7 @@ else:
 
 
 def _fields() -> list[tuple[str, Any, Any]]:
-    """(name, type, field) of every option but those that TrainingArguments has itself; None means not given."""
+    """(name, type, field) of every option of the optimizers and of a run. The default None means that it is not given."""
     users: dict[str, list[str]] = {}
     defaults: dict[str, list[str]] = {}
     options: dict[str, tuple[Any, dataclasses.Field[Any]]] = {}
@@ -58,17 +58,17 @@ def _with_fields(cls: type[_Base]) -> type[_Base]:
 
 @_with_fields
 class EFCPFields(_Base):
-    """The fields alone, for other subclasses of TrainingArguments: `@dataclass class Config(EFCPFields, SFTConfig)`."""
+    """Only the fields, for other subclasses of TrainingArguments: `@dataclass class Config(EFCPFields, SFTConfig)`."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Refuse a misspelt field by name: Python's own error has no nearest one."""
+        """Refuse a misspelt field, and name the nearest one, which Python's own error does not."""
         fields = [field.name for field in dataclasses.fields(cls)]
         refuse_unknown([name for name in kwargs if name not in fields], fields)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for option, value in efcp_fields(self).items():
-            if isinstance(value, torch.dtype):  # to_json_string, which reporters call, cannot write it
+            if isinstance(value, torch.dtype):  # to_json_string, which reporters call, cannot write a dtype
                 setattr(self, FIELD + option, str(value).removeprefix("torch."))
         super().__post_init__()
 
@@ -77,10 +77,10 @@ class EFCPFields(_Base):
 class EFCPTrainingArguments(EFCPFields, TrainingArguments):
     """TrainingArguments with `optim="efcp_lowrank_mfac"` and a field `efcp_OPTION` for every option.
 
-    A field that is not given has the `--optim` default (`hf-efcp list --options`). It may be given in `optim_args` instead.
+    A field that is not given has the `--optim` default (`hf-efcp list --options`). Options may be given in `optim_args` instead.
 
     Raises:
-        OptionError: a bad value, a field that the chosen optimizer does not have, or one that contradicts `optim_args`.
+        OptionError: a bad value, a field that the chosen optimizer does not have, or a field that contradicts `optim_args`.
     """
 
     optim: OptimizerNames | str = dataclasses.field(

@@ -1,4 +1,4 @@
-"""A Trainer callback that logs the optimizer's diagnostics, and how a Trainer gets the callbacks that its arguments ask for."""
+"""A Trainer callback that logs the optimizer's diagnostics; and the function that adds the callbacks that arguments ask for."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .wrapped import diagnostics
 class EFCPCallback(TrainerCallback):
     """Logs the optimizer's `diagnostics()` through Trainer's own logging, as `efcp_NAME`: to all reporters and the history.
 
-    Every N-th step is probed and logged, and so is the last one; the loss is in the same log. Other logs of the training loss
-    get the diagnostics that cost nothing. With an optimizer that is not ours nothing changes.
+    Every N-th step and the last step are probed and logged, together with the loss. Other logs of the training loss get the
+    diagnostics that cost nothing. With another package's optimizer nothing changes.
 
     Args:
         every: N; 0: no step is probed.
@@ -34,7 +34,7 @@ class EFCPCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Let a step that is due be probed, on every process."""
+        """Probe a step that is due, on every process."""
         if self._due(state.global_step + 1, state) and (ours := unwrapped(optimizer)) is not None:
             ours.probe_next_step()
 
@@ -59,7 +59,7 @@ class EFCPCallback(TrainerCallback):
             return
         found = diagnostics(optimizer)
         logs.update(found)
-        # The history got its own copy of the log before the callbacks were called.
+        # The history got its own copy of the log before the callbacks ran.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(found)
 
@@ -68,11 +68,13 @@ class EFCPCallback(TrainerCallback):
 
 
 def add_callbacks(trainer: Trainer, always: bool = False) -> None:
-    """Give a Trainer the callbacks that its arguments ask for, before the reporters, which see what came before them only.
+    """Give a Trainer the callbacks that its arguments ask for.
+
+    Diagnostics come before the reporters, which see only what callbacks before them have added.
 
     Args:
-        trainer: whose arguments may have `efcp_diagnostics_steps` and `efcp_report`, as fields or in `optim_args`.
-        always: whether diagnostics are logged unasked.
+        trainer: its arguments may have `efcp_diagnostics_steps` and `efcp_report`, as fields or in `optim_args`.
+        always: whether diagnostics are logged even if nobody asks for them.
     """
     wanted, callbacks = run_options(trainer.args), trainer.callback_handler.callbacks
     own = [callback for callback in callbacks if isinstance(callback, EFCPCallback)]

@@ -1,9 +1,9 @@
-"""What the checkpoints of Trainer and Accelerate hold of a state beside what these write themselves.
+"""Adds the parts of a state to the checkpoints of Trainer and Accelerate that these do not write themselves.
 
-Sharded state: `optimizer.pt` (`optimizer.bin`) is written by the first process and holds groups and options only; every process
-writes and reads its tensors in the folder `efcp_optim` of the checkpoint. Under FSDP2 torch.distributed.checkpoint writes tensors
-and groups only, and the first process writes class and options to `efcp_options.pt`; what torch reads with pickle there is looked
-at first. Elsewhere nothing of this does anything.
+With sharded state, the first process writes `optimizer.pt` (`optimizer.bin`), which has groups and options only. Every process
+writes and reads its tensors in the folder `efcp_optim` of the checkpoint. Under FSDP2, torch.distributed.checkpoint writes
+tensors and groups only, and the first process writes class and options to `efcp_options.pt`. Files that torch reads with pickle
+are checked first. In all other cases nothing is added.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from ..options import OptionError
 
 # Class and options of a state that torch.distributed.checkpoint writes.
 OPTIONS_FILE = "efcp_options.pt"
-# As accelerate.utils.constants has it.
+# The name in accelerate.utils.constants.
 _OPTIMIZER_NAME = "optimizer"
 
 
 def unwrapped(optimizer: Any) -> EngineOptimizer | None:
-    """Our optimizer inside what Accelerate made of it; None if it is another one."""
+    """Give our optimizer inside Accelerate's wrappers; None if the optimizer is not ours."""
     while optimizer is not None and not isinstance(optimizer, EngineOptimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
 
 
 def save_beside(original: Any) -> Any:
-    """Trainer's `_save_optimizer_and_scheduler`, which runs on every process."""
+    """Wrap Trainer's `_save_optimizer_and_scheduler`, which runs on every process: the shards are saved first."""
 
     def _save_optimizer_and_scheduler(self, output_dir, *args, **kwargs):
         _save([self.optimizer], output_dir)
@@ -45,7 +45,7 @@ def save_beside(original: Any) -> Any:
 
 
 def load_beside(original: Any) -> Any:
-    """Trainer's `_load_optimizer_and_scheduler`."""
+    """Wrap Trainer's `_load_optimizer_and_scheduler`: the optimizer learns where the shards are."""
 
     def _load_optimizer_and_scheduler(self, checkpoint, *args, **kwargs):
         if checkpoint is not None:
@@ -54,15 +54,16 @@ def load_beside(original: Any) -> Any:
             return original(self, checkpoint, *args, **kwargs)
         finally:
             if (ours := unwrapped(self.optimizer)) is not None:
-                ours.shard_folder = None  # a checkpoint without an optimizer leaves nothing behind for a later load
+                ours.shard_folder = None  # after a checkpoint without an optimizer, a later load must not find the folder
 
     return _load_optimizer_and_scheduler
 
 
 def hook_states(original: Any) -> Any:
-    """Accelerator's `prepare_optimizer`: `save_state` and `load_state` then call ours first, on every process.
+    """Wrap Accelerator's `prepare_optimizer`: `save_state` and `load_state` then call our functions first, on every process.
 
-    FSDP1 is refused here, before training: with `use_orig_params=False` our optimizer would hold parameters nobody trains.
+    FSDP1 is refused here, before training. With its `use_orig_params=False`, our optimizer would hold parameters that nobody
+    trains.
     """
 
     def prepare_optimizer(self, optimizer, *args, **kwargs):
@@ -82,11 +83,11 @@ def hook_states(original: Any) -> Any:
 
 
 def load_fsdp(original: Any) -> Any:
-    """Accelerate's `load_fsdp_optimizer`, which Trainer calls too: names are compared, and the saved run's options taken."""
+    """Wrap Accelerate's `load_fsdp_optimizer`, which Trainer calls too: compare names, and take the saved run's options."""
 
     def load_fsdp_optimizer(fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index=0, *args, **kwargs):
         ours = unwrapped(optimizer)
-        if ours is not None and kwargs.get("use_dcp", True):  # else each process has a file of its own
+        if ours is not None and kwargs.get("use_dcp", True):  # without it, each process has a file of its own
             name = f"{_OPTIMIZER_NAME}_{optimizer_index}"
             folder = Path(input_dir) if Path(input_dir).name == name else Path(input_dir, name)
             file = Path(input_dir, f"{name if optimizer_index else _OPTIMIZER_NAME}.bin")
@@ -109,17 +110,17 @@ def _save(optimizers: list, folder: str | Path) -> None:
 
 
 def _check_names(ours: EngineOptimizer, model: torch.nn.Module, saved: Path) -> None:
-    """Raise OptionError where a file or folder under FSDP2 is of other parameters: torch names one tensor of them, or none."""
+    """Raise OptionError where a file or folder under FSDP2 is of other parameters: torch's own error names at most one tensor."""
     from ..distributed import folder  # takes most of a second
 
     try:
         state = {} if saved.is_dir() else torch.load(str(saved), map_location="meta", mmap=True, weights_only=True)["state"]
         there = folder.names(saved) if saved.is_dir() else {str(key) for key in state}
-    except Exception:  # a damaged one, or none on this process: who reads it says so
+    except Exception:  # the file is damaged, or not on this process: the code that reads it says so
         return
     trained = {p for group in ours.param_groups for p in group["params"] if p.requires_grad or p in ours.state}
     here = [canonical_name(name) for name, p in model.named_parameters() if p in trained]
-    if there:  # else saved before the first step
+    if there:  # it is empty if the state was saved before the first step
         refuse_others(sorted(map(canonical_name, there)), here)
 
 
@@ -131,7 +132,7 @@ def _find(optimizers: list, folder: str | Path) -> None:
 
 
 def _refuse_programs(folder: Path) -> None:
-    """Raise OptionError where a folder that torch.distributed.checkpoint is about to read with pickle may hold a program."""
+    """Raise OptionError if a folder that torch.distributed.checkpoint is about to read with pickle may hold a program."""
     if not folder.is_dir():
         return
     from ..distributed import dcp_metadata
@@ -143,6 +144,6 @@ def _refuse_programs(folder: Path) -> None:
 
 
 def _numbered(folder: str | Path, name: str, number: int) -> Path:
-    # Numbered as Accelerate numbers optimizer.bin, optimizer_1.bin, ...
+    # The numbers are those of Accelerate: optimizer.bin, optimizer_1.bin, ...
     path = Path(folder, name)
     return path.with_stem(f"{path.stem}_{number}") if number else path

@@ -1,4 +1,4 @@
-"""comm="factors" under Accelerate, and so under Trainer: the model's DistributedDataParallel gets the optimizer's hook."""
+"""comm="factors" under Accelerate, and so under Trainer: gives the model's DistributedDataParallel the optimizer's hook."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .checkpoints import unwrapped
 
 
 def hook_model(original: Any) -> Any:
-    """Accelerator's `prepare_model`."""
+    """Wrap Accelerator's `prepare_model`: its DistributedDataParallel gets the hook, once the optimizer is there too."""
 
     def prepare_model(self, *args, **kwargs):
         prepared = original(self, *args, **kwargs)
@@ -27,7 +27,7 @@ def hook_model(original: Any) -> Any:
 
 
 def hook_optimizer(original: Any) -> Any:
-    """Accelerator's `prepare_optimizer`, which may come before or after `prepare_model`."""
+    """Wrap Accelerator's `prepare_optimizer`, which may come before or after `prepare_model`."""
 
     def prepare_optimizer(self, *args, **kwargs):
         prepared = original(self, *args, **kwargs)
@@ -38,7 +38,7 @@ def hook_optimizer(original: Any) -> Any:
 
 
 def _join(accelerator: Any) -> None:
-    """Give each model that has not got it yet the hook of the optimizer that trains it."""
+    """Give each model without a hook the hook of the optimizer that trains the model."""
     for model in list(getattr(accelerator, "_hf_efcp_models", ())):
         for optimizer in map(unwrapped, accelerator._optimizers):
             if optimizer is None or hasattr(model, "_hf_efcp_hooked"):

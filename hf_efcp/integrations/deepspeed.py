@@ -1,9 +1,9 @@
-"""DeepSpeed through Accelerate and Trainer: what can be right is set up, the rest is refused before training.
+"""DeepSpeed through Accelerate and Trainer: sets up the configurations that work, and refuses all others before training.
 
-ZeRO-1 and 2 hand an optimizer, for each parameter group, this process's piece of all the group's parameters as one flat fp32
-tensor, and call `step` once for each group. With a single group that is one step of one window over all pieces: K is summed over
-the processes, everything else is local. A flat piece has no matrices, so that low rank is refused; so is ZeRO-3, which calls
-`step` once for each sub-group. Nothing here imports deepspeed.
+For each parameter group, ZeRO-1 and 2 give an optimizer this process's piece of the group's parameters as one flat fp32 tensor,
+and call `step` once. With a single group, that is one step of one window over all pieces: K is summed over the processes, and
+everything else is local. Low rank is refused, because a flat piece has no matrices. ZeRO-3 is refused, because it calls `step`
+once for each sub-group. Nothing here imports deepspeed.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from .checkpoints import unwrapped
 
 logger = logging.getLogger(__name__)
 
-# Metrics that need rows, or tensors' means.
+# Metrics that need the rows, or the single tensors, of the parameters.
 _OF_ROWS = ("factored", "diagonal")
 INSTEAD = "use DDP, where shard=auto divides the optimizer's state as ZeRO-1 does, or FSDP2"
 
 
 def config_of(args: Any) -> Mapping[str, Any]:
-    """The DeepSpeed configuration of TrainingArguments, from `--deepspeed` or from `accelerate launch`; empty: none."""
+    """Give the DeepSpeed configuration of TrainingArguments, from `--deepspeed` or `accelerate launch`; empty: there is none."""
     plugin = getattr(args, "deepspeed_plugin", None)
     holder = getattr(args, "hf_deepspeed_config", None) or getattr(plugin, "hf_ds_config", None)
     return getattr(holder, "config", None) or {}
 
 
 def stage_of(config: Mapping[str, Any]) -> int:
-    """The ZeRO stage; 0 where there is none."""
+    """Give the ZeRO stage; 0 if the configuration has none."""
     stage = _section(config, "zero_optimization").get("stage", 0)
     if not str(stage).isdigit():
         raise OptionError(f"DeepSpeed zero_optimization.stage={stage!r}: expected 0, 1, 2 or 3")
@@ -45,7 +45,7 @@ def stage_of(config: Mapping[str, Any]) -> int:
 
 
 def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A section of the configuration; empty where there is none."""
+    """Give a section of the configuration; empty if it is not there."""
     section = config.get(key) or {}
     if not isinstance(section, Mapping):
         raise OptionError(f"DeepSpeed's config has {key}={section!r}: expected a section, {{...}}")
@@ -55,13 +55,13 @@ def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def check_config(
     config: Mapping[str, Any], cls: type[EngineOptimizer], options: Mapping[str, Any], given: Collection[str] = ()
 ) -> None:
-    """Raise OptionError where DeepSpeed would replace the optimizer, or hand it what it cannot train.
+    """Raise OptionError where DeepSpeed would replace the optimizer, or give it parameters that it cannot train.
 
     Args:
-        config: DeepSpeed's.
+        config: DeepSpeed's configuration.
         cls: the optimizer's class.
         options: all options of the optimizer.
-        given: the names of those that the user gave.
+        given: the names of the options that the user gave.
     """
     name, stage = cls.__name__, stage_of(config)
     zero = _section(config, "zero_optimization")
@@ -104,17 +104,17 @@ def check_config(
 
 
 def _without_matrices(cls: type[EngineOptimizer]) -> list[str]:
-    """The classes of the same family that take flat pieces, as one piece of text; empty where `cls` is not registered."""
+    """Give the classes of the same family that take flat pieces, joined to one text; empty if there are none."""
     family = next((info.family for info in all_optimizers() if info.cls is cls), None)
     flat = [i.cls.__name__ for i in all_optimizers() if i.family == family and i.cls.method.takes_flat_pieces]
     return [" or ".join(flat)] if flat else []
 
 
 def one_group(groups: list[dict[str, Any]], stage: int) -> list[dict[str, Any]]:
-    """Parameter groups as one, which is what ZeRO-1 and 2 need, with what all of them have in common.
+    """Join the parameter groups to one, as ZeRO-1 and 2 need. All have the same weight decay, and `compress`.
 
     Raises:
-        OptionError: they have different weight decay, or are not all compressed.
+        OptionError: the groups have different weight decay, or only some of them are compressed.
     """
     if len(groups) < 2:
         return groups
@@ -130,7 +130,7 @@ def one_group(groups: list[dict[str, Any]], stage: int) -> list[dict[str, Any]]:
 
 
 def prepare(original: Any) -> Any:
-    """Accelerator's `_prepare_deepspeed`: checked before, set up, and checked after."""
+    """Wrap Accelerator's `_prepare_deepspeed`: check the configuration, set up the optimizer, and check DeepSpeed's engine."""
 
     def _prepare_deepspeed(self, *args):
         ours = next((found for a in args if (found := unwrapped(a)) is not None), None)
@@ -152,7 +152,7 @@ def prepare(original: Any) -> Any:
 def _set_up(ours: EngineOptimizer, stage: int) -> None:
     if ours.state:
         raise OptionError("the optimizer has taken steps: under DeepSpeed prepare it first")
-    # DeepSpeed saves what the first process has, or with ZeRO what each has: no stubs.
+    # DeepSpeed saves the first process's state, or with ZeRO each process's state: a stub would not do.
     if ours.builder.keep_state_together() and stage == 0:
         logger.warning("DeepSpeed without ZeRO: every process holds the optimizer's whole state (shard=off)")
     if stage == 0:
@@ -164,7 +164,7 @@ def _set_up(ours: EngineOptimizer, stage: int) -> None:
             f"{len(groups)}: pass the parameters as one list, or {INSTEAD}"
         )
     builder = ours.builder
-    if getattr(ours.options, "metric", "none") in _OF_ROWS:  # the preset's: one that is given was refused
+    if getattr(ours.options, "metric", "none") in _OF_ROWS:  # it is the preset's: a given one was refused
         builder.options = dataclasses.replace(ours.options, metric="tensor")
         logger.warning("DeepSpeed zero_optimization.stage=%d: metric=tensor, one for each parameter's part of a piece", stage)
     ours.take_flat_pieces(sum(p.numel() for group in groups for p in group["params"] if p.requires_grad))
@@ -194,10 +194,10 @@ def _check_engine(engine: nn.Module, ours: EngineOptimizer, stage: int) -> None:
 
 
 def _parts_of(zero: Any) -> tuple[slice, ...]:
-    """The place of each parameter's part in this process's piece, in order; padding belongs to none.
+    """Give the place of each parameter's part in this process's piece, in order. Padding belongs to no part.
 
     Args:
-        zero: a DeepSpeedZeroOptimizer with one group: its tensors lie one behind the other, perhaps with padding after each, and
+        zero: a DeepSpeedZeroOptimizer with one group. Its tensors lie one behind the other, perhaps with padding after each, and
             are cut into pieces of `partition_size`.
     """
     tensors, size, parts = zero.round_robin_bit16_groups[0], int(zero.partition_size[0]), []

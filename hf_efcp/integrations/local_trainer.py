@@ -13,7 +13,7 @@ from ..groups import parameter_groups
 from ..local import LocalUpdates, LoRDO
 from ..options import OptionError
 
-# The mixin stands beside another subclass of Trainer: types are checked as if it were one itself.
+# The mixin is used beside a subclass of Trainer. The type checker takes it for a Trainer.
 if TYPE_CHECKING:
     _Base = Trainer
 else:
@@ -23,14 +23,15 @@ logger = logging.getLogger(__name__)
 
 
 class LocalUpdateTrainerMixin(_Base):
-    """Trainer's processes train alone, and average their models now and then: `class T(LocalUpdateTrainerMixin, Trainer): ...`
+    """Trainer's processes train alone, and average their models at intervals: `class T(LocalUpdateTrainerMixin, Trainer): ...`
 
-    An evaluation, a checkpoint and the end of training bring the next synchronisation forward. Checkpoints have the state of each
-    worker (`LocalUpdates.save`). Losses are means over a process's own tokens: `average_tokens_across_devices` is off.
+    The processes also synchronise before an evaluation, before a checkpoint and at the end of training. Checkpoints have the
+    state of each worker (`LocalUpdates.save`). A loss is a mean over a process's own tokens: `average_tokens_across_devices` is
+    off.
 
     Args:
-        local_updates: options of `LocalUpdates`, `sync_every` and others, but for `min_workers`; and `lordo`, a mapping of
-            LoRDO's options, which makes LoRDO with preset="measured" the optimizer, unless there is one.
+        local_updates: options of `LocalUpdates`, such as `sync_every`, except `min_workers`; and `lordo`, a mapping of LoRDO's
+            options. With `lordo`, the optimizer is LoRDO with preset="measured", unless there is an optimizer already.
 
     Raises:
         OptionError: an unknown option or a bad value, before training starts.
@@ -39,7 +40,7 @@ class LocalUpdateTrainerMixin(_Base):
     def __init__(self, *given: Any, local_updates: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         options = dict(local_updates or {})
         if options.get("min_workers") is not None:
-            raise OptionError("min_workers: Trainer itself needs every process to log and to save; it is for loops of your own")
+            raise OptionError("min_workers: Trainer needs every process to log and to save; use min_workers in your own loop")
         lordo = options.pop("lordo", None)
         self._lordo: dict[str, Any] | None = None if lordo is None else {"preset": "measured", **lordo}
         LocalUpdates.check(options)
@@ -63,7 +64,7 @@ class LocalUpdateTrainerMixin(_Base):
         return super().create_optimizer() if model is None else super().create_optimizer(model)
 
     def evaluate(self, *given: Any, **kwargs: Any) -> dict[str, float]:
-        """See Trainer; on the workers' mean."""
+        """See Trainer. The workers' mean is evaluated."""
         self._synchronize()
         return super().evaluate(*given, **kwargs)
 
@@ -85,8 +86,8 @@ class LocalUpdateTrainerMixin(_Base):
             self.local.synchronize()
 
     def _begin(self) -> None:
-        """Start, now that Accelerate has prepared everything and a checkpoint is loaded."""
-        if self.local is not None:  # of a train() that was interrupted
+        """Start, after Accelerate has prepared everything and a checkpoint, if any, is loaded."""
+        if self.local is not None:  # an earlier train() was interrupted
             self.local.detach()
         self.local = LocalUpdates(self.accelerator, self.model_wrapped, self.optimizer, **self.local_options)
         if self._local_folder is not None:

@@ -9,21 +9,21 @@ from ..options import OptionError
 
 
 def meta_model(name: str, dtype: torch.dtype) -> torch.nn.Module:
-    """The model that a configuration describes, on the meta device.
+    """Make the model that a configuration describes, on the meta device.
 
     Args:
-        name: a folder with a config.json, such a file, or a name of the hub.
+        name: a folder with a config.json, such a file, or a name on the hub.
         dtype: of the parameters.
 
     Returns:
-        A model of the class that the configuration names, or of AutoModel's where it names none.
+        A model of the class that the configuration names; AutoModel chooses the class where it names none.
 
     Raises:
         OptionError: no configuration is found, or transformers cannot build its model.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-    except Exception as error:  # of many kinds: missing file, no network, bad JSON, unknown architecture
+    except Exception as error:  # there are many kinds: missing file, no network, bad JSON, unknown architecture
         raise OptionError(f"model {name!r}: no configuration found: {_first_line(error)}") from None
     cls = next((c for a in config.architectures or () if (c := getattr(transformers, a, None)) is not None), None)
     try:

@@ -1,4 +1,4 @@
-"""What HfArgumentParser and EFCPTrainingArguments say of arguments they do not know: where the option belongs, or its name."""
+"""Errors of HfArgumentParser and EFCPTrainingArguments for unknown arguments: they say where the option belongs, or its name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .run_options import FIELD, NAMES
 
 
 def named(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`HfArgumentParser.parse_args_into_dataclasses` or `parse_dict`: what they list as unused is explained, if it is ours."""
+    """Wrap `HfArgumentParser.parse_args_into_dataclasses` or `parse_dict`: an unused argument that is ours is explained."""
 
     @functools.wraps(original)
     def parse(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,7 +38,7 @@ def named(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _one_line_for_optim(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Let a name that --optim does not have end the program in one line with the nearest one, not in 126 lines of usage."""
+    """Let an unknown name for --optim end the program with one line that has the nearest name, not with 126 lines of usage."""
 
     def error(message: str) -> Any:
         unknown = re.match(r"argument --optim: invalid choice: '([^']*)'", message)
@@ -62,8 +62,8 @@ def refuse_unknown(names: Collection[str], fields: Collection[str]) -> None:
     """Raise OptionError for the first name that is, or is meant to be, an option of ours.
 
     Args:
-        names: that some arguments do not have; of the command line with dashes, and with "=" where a value follows.
-        fields: that they have.
+        names: names that the arguments do not have. Names from the command line have dashes, and "=" if a value follows.
+        fields: names that the arguments have.
     """
     options = {option for info in all_optimizers() for option in info.options()} | {*NAMES}
     typed = {field for field in fields if field.startswith(FIELD)}

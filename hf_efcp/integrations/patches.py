@@ -1,10 +1,10 @@
-"""What hf_efcp changes in transformers and accelerate: one table, `_PATCHES`, and how its lines are applied.
+"""What hf_efcp changes in transformers and accelerate: the table `_PATCHES`, and the code that applies its lines.
 
-transformers has no plug-in mechanism for optimizers. Each line is applied as soon as its module has been imported (at once, if
-it already was), so that `import hf_efcp` itself does not pay for importing transformers. Names other than those of
-`list_optimizers()` go to the original, untouched.
+transformers has no plug-in mechanism for optimizers. A line is applied as soon as its module has been imported, or at once if the
+module already was. So `import hf_efcp` does not import transformers. Names that are not in `list_optimizers()` go to the original
+unchanged.
 
-Where a future transformers lacks one of these parts, one warning names the public way, which needs none of them:
+If a future transformers lacks one of the changed parts, a warning names the public way, which needs none of them:
 `hf_efcp.optimizer_cls_and_kwargs`.
 """
 
@@ -41,7 +41,7 @@ _warned = False
 
 
 def register_with_transformers() -> None:
-    """Make our names valid for `--optim`, `TrainingArguments` and the stock Trainer. Idempotent; survives reloads."""
+    """Make our names valid for `--optim`, `TrainingArguments` and the stock Trainer. May be called again, also after reloads."""
     sys.meta_path[:] = [f for f in sys.meta_path if not _is_import_hook(f)]
     sys.meta_path.insert(0, _PatchOnImport())
     for name in dict.fromkeys(patch.module for patch in _PATCHES):
@@ -53,24 +53,24 @@ def register_with_transformers() -> None:
 
 
 def _with_names(names: type[OptimizerNames]) -> type[OptimizerNames]:
-    """`OptimizerNames` with a member for every registered name: argparse and `TrainingArguments(optim=...)` accept them."""
+    """Add a member to `OptimizerNames` for every registered name: argparse and `TrainingArguments(optim=...)` then accept it."""
     for value in list_optimizers():
         member: Any = names._value2member_map_.get(value)
         if member is None:
             member = _add_member(names, value)
-        # On the member, not the class: the built-in names keep their own pickling.
+        # Set on the member, not on the class, so that the built-in names keep their own pickling.
         member.__reduce_ex__ = functools.partial(_reduce, value)
     return names
 
 
 def _add_member(names: Any, value: str) -> Any:
-    """A new member of the str enum `names`, entered wherever Python's enum module (3.10 to 3.13) looks for members."""
+    """Make a new member of the str enum `names`, and enter it wherever Python's enum module (3.10 to 3.13) looks for members."""
     name = value.upper()
     member: Any = str.__new__(names, value)
     member._name_, member._value_, member._sort_order_ = name, value, len(names._member_names_)
     member.__objclass__ = names
     by_name, by_value, order = names._member_map_, names._value2member_map_, names._member_names_
-    setattr(names, name, member)  # 3.12+ has no lookup in _member_map_; once it is there, setting it is refused
+    setattr(names, name, member)  # 3.12+ does not look in _member_map_; an entry there would refuse the setting
     by_name[name] = by_value[value] = member
     order.append(name)
     if hasattr(names, "_hashable_values_"):
@@ -83,14 +83,14 @@ def _reduce(value: str, protocol: int) -> tuple[Callable[[str], OptimizerNames],
 
 
 def _restore(value: str) -> OptimizerNames:
-    """Unpickle one of our names: finding this function imports hf_efcp, which registers it."""
+    """Unpickle one of our names. To find this function, pickle imports hf_efcp, which registers the name."""
     from transformers.training_args import OptimizerNames
 
     return OptimizerNames(value)
 
 
 def _checked(original: Callable[..., None]) -> Callable[..., None]:
-    """`TrainingArguments.__post_init__`, which then fails for a bad `--optim_args` before any data or model is loaded."""
+    """Wrap `TrainingArguments.__post_init__`: a bad `--optim_args` then fails before any data or model is loaded."""
 
     def __post_init__(self: TrainingArguments, *args: Any, **kwargs: Any) -> None:
         check_name(self)
@@ -106,7 +106,7 @@ def _checked(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _answered(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Trainer.get_optimizer_cls_and_kwargs`, before whose parser of `optim_args` ours comes: that one fails on JSON."""
+    """Wrap `Trainer.get_optimizer_cls_and_kwargs`: our parser of `optim_args` comes before its own, which fails on JSON."""
 
     def get_optimizer_cls_and_kwargs(
         args: TrainingArguments, model: torch.nn.Module | None = None, *rest: Any, **kwargs: Any
@@ -119,7 +119,7 @@ def _answered(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _decay_names(model: torch.nn.Module | None) -> list[str] | None:
-    """What the Trainer decays; it passes no instance, so that a subclass's own rule is not known here (EFCPTrainer knows it)."""
+    """Give the names that the Trainer decays. Without an instance, a subclass's rule is unknown here (EFCPTrainer knows it)."""
     from transformers.trainer import Trainer
 
     rule: Callable[..., list[str]] = Trainer.get_decay_parameter_names  # it does not look at its instance
@@ -127,7 +127,7 @@ def _decay_names(model: torch.nn.Module | None) -> list[str] | None:
 
 
 def _handled(handlers: dict[str, Any]) -> dict[str, Any]:
-    """`_OPTIMIZER_HANDLERS` with ours, for code that looks there: the Trainer itself is answered above."""
+    """Add our names to `_OPTIMIZER_HANDLERS`, for other code that looks there. `_answered` is for the Trainer itself."""
     handlers.update(dict.fromkeys(list_optimizers(), _handler))
     return handlers
 
@@ -137,12 +137,12 @@ def _handler(context: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]
 
 
 def _hooked(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Accelerator.prepare_optimizer` with both hooks: of checkpoints and of comm="factors"."""
+    """Wrap `Accelerator.prepare_optimizer` for checkpoints and for comm="factors"."""
     return hook_optimizer(hook_states(original))
 
 
 def _with_callbacks(original: Callable[..., None]) -> Callable[..., None]:
-    """`Trainer.__init__`, after which a Trainer has the callbacks that its arguments ask for."""
+    """Wrap `Trainer.__init__`: a Trainer then has the callbacks that its arguments ask for."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
@@ -158,14 +158,14 @@ def _with_callbacks(original: Callable[..., None]) -> Callable[..., None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Patch:
-    """One private part that is changed.
+    """A private part that is changed.
 
     Attributes:
-        module: where it is.
-        path: its attributes' names from there, with dots between them.
+        module: the module that has the part.
+        path: the names of attributes that lead to the part from there, with dots between them.
         wrapper: original -> replacement; or the original, changed in place.
-        static: whether the original is a static method; if it is not as said here, nothing is changed.
-        optional: whether it may be absent.
+        static: whether the original is a static method. If this is wrong, nothing is changed.
+        optional: whether the part may be absent.
     """
 
     module: str
@@ -209,7 +209,7 @@ def _apply(module: ModuleType) -> None:
 
 
 def _replace(module: ModuleType, patch: _Patch) -> None:
-    """Put the wrapped original in its place; a version of ours that is already there is replaced, not wrapped again."""
+    """Put the wrapped original in its place. A wrapper of ours that is already there is replaced, not wrapped again."""
     *parents, name = patch.path.split(".")
     owner: Any = functools.reduce(getattr, parents, module)
     if patch.optional and not hasattr(owner, name):
@@ -240,15 +240,15 @@ def _warn_unsupported(reason: str) -> None:
 
 
 def _is_import_hook(finder: object) -> bool:
-    # By name: after a reload of this module the class of an installed finder is another one.
+    # Compared by name: after a reload of this module, an installed finder has another class.
     return (type(finder).__module__, type(finder).__name__) == (__name__, "_PatchOnImport")
 
 
 class _PatchOnImport(importlib.abc.MetaPathFinder):
-    """Finds the modules of `_PATCHES` as the other finders do, and patches them when they have been executed."""
+    """Finds the modules of `_PATCHES` by the other finders, and patches a module after it was executed."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """See importlib: None unless the table has lines for the module."""
+        """See importlib. None unless the table has lines for the module."""
         if all(patch.module != fullname for patch in _PATCHES):
             return None
         others = (f for f in sys.meta_path if hasattr(f, "find_spec") and not _is_import_hook(f))
@@ -260,6 +260,6 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
                 execute(module)
                 _apply(module)
 
-            # On this loader alone: one of another class would lose the source, the cache and the resources.
+            # Only this loader is changed: a loader of another class would lose the source, the cache and the resources.
             spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
         return spec

@@ -1,4 +1,4 @@
-"""A Trainer callback that prunes a model while it is trained, and holds its zeros, over a resume too."""
+"""A Trainer callback that prunes a model while it is trained, and keeps its zeros, even over a resume."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ logger = logging.getLogger(__name__)
 class IOBSCallback(TrainerCallback):
     """Prunes a Trainer's model by `prune`, at once or in stages, and keeps the zeros during the steps that follow.
 
-    The zeros hold with every optimizer. A checkpoint has the masks in `pruning_masks.pt`. A resumed run takes them from there,
-    or, if that file is missing, from the zeros of the weights that it has loaded.
+    The zeros stay with every optimizer. A checkpoint has the masks in `pruning_masks.pt`. A resumed run takes the masks from this
+    file or, if it is missing, from the zeros of the loaded weights.
 
     Args:
-        sparsity: the share of zeros after the last stage, as for `prune`.
-        pattern: as for `prune`.
-        start_step: the first stage comes after this many steps; 0: before the first one.
-        stages: number of stages; sparsity rises from stage i = 1 on as sparsity * (1 - (1 - i / stages)^3) (arXiv 1710.01878).
+        sparsity: the share of zeros after the last stage, see `prune`.
+        pattern: see `prune`.
+        start_step: the first stage comes after this many steps; 0: before the first step.
+        stages: number of stages. Stage i = 1, 2, ... has the sparsity sparsity * (1 - (1 - i / stages)^3) (arXiv 1710.01878).
         stage_steps: steps from one stage to the next.
-        calibration: batches, as for `prune`; None: drawn from the training data.
-        calibration_batches: how many of them, of the Trainer's training batch size.
+        calibration: batches, see `prune`; None: they are drawn from the training data.
+        calibration_batches: the number of batches that are drawn, of the Trainer's training batch size.
         seed: of the draw.
-        modules: as for `prune`.
-        **options: the other options of `prune`. With method="mfac" the window of the Trainer's own optimizer is taken, if that is
-            of the M-FAC family and has a window.
+        modules: see `prune`.
+        **options: the other options of `prune`. method="mfac" takes the window of the Trainer's own optimizer, if the optimizer
+            is of the M-FAC family and has entries in its window.
 
     Attributes:
         masks: what is pruned; None before the first stage.
@@ -85,10 +85,10 @@ class IOBSCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Prune, if the first stage is before the first step; take the masks of a run that goes on.
+        """Prune if the first stage is before the first step; in a resumed run, take the masks.
 
         Raises:
-            OptionError: DeepSpeed or FSDP, whose weights are not whole here.
+            OptionError: under DeepSpeed or FSDP, where weights are not whole here.
         """
         if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
             raise OptionError("IOBSCallback: DeepSpeed and FSDP divide the weights; use DDP, or prune before with prune()")
@@ -97,7 +97,7 @@ class IOBSCallback(TrainerCallback):
         elif self._due[0] == 0:
             self._prune(args, 0, model, kwargs)
         if self.options.method == "mfac" and (ours := _mfac(kwargs.get("optimizer"))) is not None:
-            refuse_unfit(ours)  # now, and not at the stage
+            refuse_unfit(ours)  # refuse now, not only at the stage
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Undo what the optimizer did to pruned weights."""
@@ -107,7 +107,7 @@ class IOBSCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Prune, if a stage is due."""
+        """Prune if a stage is due."""
         if state.global_step > 0 and state.global_step in self._due:
             self._prune(args, self._due.index(state.global_step), model, kwargs)
 
@@ -117,12 +117,12 @@ class IOBSCallback(TrainerCallback):
             self.masks.save(_checkpoint(args, state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let the weights go; they have their zeros, unless Trainer has loaded an earlier checkpoint as the best one."""
+        """Release the weights. They have their zeros, unless Trainer has loaded an earlier checkpoint as the best one."""
         if self.masks is not None:
             if not self.masks.are_zero():
                 logger.warning(
-                    "load_best_model_at_end has loaded a checkpoint of before the last stage: weights that were pruned are not "
-                    "zero. Take a checkpoint of after step %d, or prune() the model now",
+                    "load_best_model_at_end has loaded a checkpoint from before the last stage: pruned weights are not zero. "
+                    "Take a checkpoint from after step %d, or prune() the model now",
                     self._due[-1],
                 )
             self.masks.release()
@@ -147,7 +147,7 @@ class IOBSCallback(TrainerCallback):
         logger.info("stage %d of %d: %.1f%% of the weights are zero", stage + 1, len(self._due), 100 * self.masks.sparsity())
 
     def _saved(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> Masks:
-        """Find the masks of the checkpoint that was loaded: those whose zeros the weights have."""
+        """Find the masks of the loaded checkpoint, which are masks whose zeros the weights have."""
         given = args.resume_from_checkpoint
         for folder in [*([Path(given)] if isinstance(given, str) else []), _checkpoint(args, state)]:
             if (folder / FILE).is_file():
@@ -159,9 +159,9 @@ class IOBSCallback(TrainerCallback):
 
 
 def drawn(loader: Any, args: TrainingArguments, number: int, seed: int) -> list[Any]:
-    """Draw batches of the training data for calibration; the order of training and the random numbers do not change."""
+    """Draw batches of the training data for calibration, without a change in the order of training or in random numbers."""
     data, size = loader.dataset, args.per_device_train_batch_size
-    known = hasattr(data, "__len__")  # a stream is taken from its beginning
+    known = hasattr(data, "__len__")  # of a stream, the first batches are taken
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -170,7 +170,7 @@ def drawn(loader: Any, args: TrainingArguments, number: int, seed: int) -> list[
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    """Give the folder of the checkpoint of this step; in a hyperparameter search it is in the trial's own folder."""
+    """Give the folder of this step's checkpoint. In a hyperparameter search it is in the trial's own folder."""
     name = f"checkpoint-{state.global_step}"
     folders = [Path(str(args.output_dir), name), *sorted(Path(str(args.output_dir)).glob(f"run-*/{name}"))]
     there = [folder for folder in folders if folder.is_dir()]
@@ -178,7 +178,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _window(optimizer: Any) -> Any:
-    """Give the optimizer if it has the window of M-FAC, with entries; else None."""
+    """Give the optimizer if it is of the M-FAC family and its window has entries; else None."""
     ours = _mfac(optimizer)
     return ours if ours is not None and int(ours.setup().counters.step) > 0 else None
 

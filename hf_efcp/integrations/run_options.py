@@ -1,4 +1,4 @@
-"""What a run does beside training: log diagnostics, write a report. Given as the optimizer's options are, but no part of them."""
+"""Options of a run, not of its optimizer: log diagnostics, write a report. They are given where the optimizer's options are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ..options import OptionError, build, option, unknown_name
 
-# Fields of EFCPTrainingArguments: this and the option's name.
+# The prefix of an option's field in EFCPTrainingArguments.
 FIELD = "efcp_"
 DIAGNOSTICS_STEPS = 100
 
@@ -35,14 +35,14 @@ NAMES = tuple(field.name for field in dataclasses.fields(RunOptions))
 
 
 def split(given: Mapping[str, Any], others: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part options of a run from the optimizer's.
+    """Separate the options of a run from the optimizer's.
 
     Args:
         given: option -> value, of both.
-        others: the names that the optimizer has.
+        others: the names of the optimizer's options.
 
     Raises:
-        OptionError: a name that neither has and that is nearest to one of a run's.
+        OptionError: an unknown name that is nearest to an option of a run.
     """
     for name in given.keys() - {*others, *NAMES}:
         if (near := difflib.get_close_matches(name, [*others, *NAMES], n=1)) and near[0] in NAMES:
@@ -52,16 +52,16 @@ def split(given: Mapping[str, Any], others: Collection[str]) -> tuple[dict[str, 
 
 
 def fields_of(args: Any) -> dict[str, Any]:
-    """Give the options of a run that stand in fields of the training arguments."""
+    """Give the options of a run that are set in fields of the training arguments."""
     there = {name: getattr(args, FIELD + name, None) for name in NAMES}
     return {name: value for name, value in there.items() if value is not None}
 
 
 def checked(in_optim_args: Mapping[str, Any], in_fields: Mapping[str, Any]) -> RunOptions:
-    """Give the options of a run from both places.
+    """Give the options of a run from both places, checked.
 
     Raises:
-        OptionError: a bad value, two places that disagree, or a report where matplotlib is not installed.
+        OptionError: a bad value, two places that disagree, or a report without matplotlib.
     """
     text = build(RunOptions, dict(in_optim_args), "optim_args")
     field = build(RunOptions, dict(in_fields), "EFCPTrainingArguments")

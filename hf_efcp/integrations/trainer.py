@@ -14,7 +14,7 @@ from .arguments import EFCPTrainingArguments
 from .callback import add_callbacks
 from .trainer_options import is_ours, name_of, optimizer_cls_and_kwargs
 
-# EFCPTrainerMixin stands beside another subclass of Trainer: types are checked as if it were one itself.
+# EFCPTrainerMixin is used beside a subclass of Trainer. The type checker takes it for a Trainer.
 if TYPE_CHECKING:
     _Base = Trainer
 else:
@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 class EFCPTrainerMixin(_Base):
-    """What EFCPTrainer adds, for any subclass of Trainer: `class MyTrainer(EFCPTrainerMixin, Seq2SeqTrainer): ...`
+    """Gives any subclass of Trainer what EFCPTrainer has: `class MyTrainer(EFCPTrainerMixin, Seq2SeqTrainer): ...`
 
     - Parameter groups follow the trainer's own `get_decay_parameter_names`; `optim_target_modules` is checked at once.
-    - `diagnostics()` are in every training log, see `EFCPCallback`.
+    - Every training log has the `diagnostics()`, see `EFCPCallback`.
 
-    With an optimizer that is not ours it changes nothing.
+    With another package's optimizer it changes nothing.
     """
 
     def __init__(self, *given: Any, **kwargs: Any) -> None:
-        # By type and not by place: DPOTrainer and GRPOTrainer have something else between model and args.
+        # Arguments are found by type, not by place: DPOTrainer and GRPOTrainer have another one between model and args.
         model = kwargs.get("model", given[0] if given else None)
         args = next((a for a in (*given, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
         adapted_later = kwargs.get("peft_config") is not None
@@ -57,9 +57,9 @@ class EFCPTrainerMixin(_Base):
 
 
 class EFCPTrainer(EFCPTrainerMixin, Trainer):
-    """`transformers.Trainer` with EFCPTrainerMixin, and EFCPTrainingArguments if it is given none.
+    """`transformers.Trainer` with EFCPTrainerMixin.
 
-    It takes any TrainingArguments. EFCPTrainingArguments has typed options.
+    It takes any TrainingArguments. Without `args`, it makes EFCPTrainingArguments, which have typed options.
     """
 
     def __init__(self, model: Any = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any) -> None:

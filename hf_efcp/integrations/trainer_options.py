@@ -1,4 +1,4 @@
-"""The optimizer that TrainingArguments ask for: its name, its options from every place where they may stand, all checked."""
+"""The optimizer that TrainingArguments ask for: its name, and its options from every place where they may be given, checked."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def optimizer_cls_and_kwargs(
     model: torch.nn.Module | None = None,
     decay_names: Iterable[str] | None = None,
 ) -> tuple[type[EngineOptimizer], dict[str, Any]]:
-    """What `Trainer(optimizer_cls_and_kwargs=...)` takes: the class and its keyword arguments, every option checked.
+    """Give the class and the keyword arguments for `Trainer(optimizer_cls_and_kwargs=...)`, with every option checked.
 
-    The Trainer calls this by itself for a registered name. By hand it needs nothing private of transformers.
+    For a registered name, the Trainer calls this by itself. A call by hand needs no private part of transformers.
 
     Args:
-        args: the TrainingArguments, of which only what concerns the optimizer is read.
+        args: the TrainingArguments. Only arguments of the optimizer are read.
         name: one of `hf_efcp.list_optimizers()`; None: `args.optim`.
-        model: what is trained: the keyword arguments then include its `params`, in groups (see `parameter_groups`), which
-            replace the Trainer's own. `optim_target_modules` needs it.
-        decay_names: the parameters with weight decay; None: as `parameter_groups` has it.
+        model: the trained model. With a model, the keyword arguments include its `params`, in groups (see `parameter_groups`)
+            that replace the Trainer's own. `optim_target_modules` needs a model.
+        decay_names: the parameters with weight decay; None: the default of `parameter_groups`.
 
     Raises:
         OptionError: unknown name or option, wrong type, value out of range, or an option that contradicts `args`.
@@ -71,12 +71,12 @@ def optimizer_cls_and_kwargs(
 
 
 def name_of(args: TrainingArguments) -> str:
-    """The value of `args.optim` as text."""
+    """Give the value of `args.optim` as text."""
     return str(getattr(args.optim, "value", args.optim))
 
 
 def check_name(args: TrainingArguments) -> None:
-    """Raise OptionError for a name that is like one of ours: transformers would list all of its own."""
+    """Raise OptionError for an unknown name that is like one of ours: transformers' error would list all of its own names."""
     from transformers.training_args import OptimizerNames
 
     ours = next((info for info in all_optimizers() if info.cls is args.optim), None)
@@ -90,18 +90,18 @@ def check_name(args: TrainingArguments) -> None:
 
 
 def is_ours(args: TrainingArguments) -> bool:
-    """Whether `args.optim` is a registered name."""
+    """Tell whether `args.optim` is a registered name."""
     return name_of(args) in list_optimizers()
 
 
 def efcp_fields(args: TrainingArguments) -> dict[str, Any]:
-    """Option name -> value of the optimizer's `efcp_...` fields of `args` that are set."""
+    """Give the optimizer's `efcp_...` fields of `args` that are set: option name -> value."""
     set_fields = {n.removeprefix(FIELD): v for n, v in vars(args).items() if n.startswith(FIELD) and v is not None}
     return {name: value for name, value in set_fields.items() if name not in NAMES}
 
 
 def run_options(args: TrainingArguments, info: OptimizerInfo | None = None) -> RunOptions:
-    """Give what `args` ask for beside training, checked; `info`: of the optimizer, if it is another one than they name."""
+    """Give the options of the run that `args` have, checked. `info`: of the optimizer, if it is not the one that `args` name."""
     if info is None and not is_ours(args):
         return checked(_of_others(args.optim_args), fields_of(args))
     info = info or get_optimizer_info(name_of(args))
@@ -109,7 +109,7 @@ def run_options(args: TrainingArguments, info: OptimizerInfo | None = None) -> R
 
 
 def _of_others(optim_args: Any) -> dict[str, Any]:
-    """Give the options of a run that stand among another optimizer's options. Those others are not judged here."""
+    """Give the options of a run that are among another optimizer's options. The other options are not checked here."""
     try:
         given = parse_optim_args(optim_args)
     except OptionError:
@@ -125,7 +125,7 @@ def check_no_fields(args: TrainingArguments) -> None:
 
 
 def _given_options(args: TrainingArguments, info: OptimizerInfo) -> dict[str, Any]:
-    """The options of `optim_args` and of the `efcp_...` fields, which may repeat but not contradict each other."""
+    """Give the options of `optim_args` and of the `efcp_...` fields, which may repeat each other but must not disagree."""
     _, options = split(parse_optim_args(args.optim_args), info.options())
     for option in [option for option in options if option not in info.options()]:
         if having := _having(option):
@@ -150,12 +150,12 @@ def _given_options(args: TrainingArguments, info: OptimizerInfo) -> dict[str, An
 
 
 def _having(option: str) -> str:
-    """The names that have an option, with commas between them."""
+    """Give the names of the optimizers that have an option, with commas between them."""
     return ", ".join(info.name for info in all_optimizers() if option in info.options())
 
 
 def _check_for_factors(args: TrainingArguments) -> None:
-    """With comm="factors" no process ever has the gradient: its norm is not known, and it is not unscaled."""
+    """Refuse clipping and fp16 with comm="factors": no process has the mean gradient, so its norm and scale are unknown."""
     if getattr(args, "max_grad_norm", None):
         raise OptionError(
             f"comm='factors' with max_grad_norm={args.max_grad_norm!r}: the gradient's norm is not known where only factors are "

@@ -1,4 +1,4 @@
-"""Figures of our optimizer where Accelerate has wrapped it."""
+"""The figures of our optimizer, if Accelerate has wrapped it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 from .checkpoints import unwrapped
 
-# What a wrapped optimizer answers as ours does.
+# The methods that a wrapped optimizer passes on to ours.
 _METHODS = ("memory_footprint", "diagnostics", "probe_next_step")
 
 
 def diagnostics(optimizer: Any, prefix: str = "efcp_") -> dict[str, float]:
-    """Give the figures of the last step, for `accelerator.log` and the like; more of them if the step was probed.
+    """Give the figures of the last step, for `accelerator.log` and the like. A probed step has more figures.
 
     Args:
-        optimizer: one of ours, or what Accelerate made of it; another one has no figures.
+        optimizer: one of ours, or Accelerate's wrapper of it; any other optimizer has no figures.
         prefix: of all names.
     """
     ours = unwrapped(optimizer)
@@ -22,7 +22,7 @@ def diagnostics(optimizer: Any, prefix: str = "efcp_") -> dict[str, float]:
 
 
 def answering(wrapper: Any) -> Any:
-    """Accelerate's `AcceleratedOptimizer`, which then has the figures of our optimizer inside."""
+    """Change Accelerate's `AcceleratedOptimizer` so that it has the figures of our optimizer inside."""
 
     def __getattr__(self: Any, name: str) -> Any:
         if name in _METHODS and (ours := unwrapped(self.__dict__.get("optimizer"))) is not None:

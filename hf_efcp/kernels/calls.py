@@ -1,4 +1,4 @@
-"""Finds the kernel of an operation for a device and calls it, once; what fails is given up, and said."""
+"""Finds the kernel of an operation for a device and calls it. A kernel that fails is logged, and not called again."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ MODULES = {
     "dense_combine": {"cuda": "gpu_codes"},
 }
 _NEEDS = {"cpu": "numba", "cuda": "triton"}
-# (device type, operation) of kernels that failed: each is given up alone. Of those that worked.
+# (device type, operation) of kernels that failed, which are not called again; and of kernels that worked.
 FAILED: set[tuple[str, str]] = set()
 _WORKED: set[tuple[str, str]] = set()
-# They write to state or parameters.
+# Operations that write to state or parameters.
 _IN_PLACE = {
     "remember_factored",
     "remember_diagonal",
@@ -71,7 +71,12 @@ _IN_PLACE = {
 
 
 def attempt(name: str, example: Tensor, *args: Any) -> Any:
-    """The operation by the device of `example`; None where there is nothing to do, or no kernel."""
+    """Call the kernel of an operation for the device of `example`; None where there is nothing to do, or no kernel.
+
+    Raises:
+        Exception: what the kernel raised, if it may have written something already; if memory ran out; or if a CUDA graph is
+            being made.
+    """
     type = kind(example.device)
     if not example.numel():  # a shard without rows
         return None
@@ -88,7 +93,7 @@ def attempt(name: str, example: Tensor, *args: Any) -> Any:
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # the compiler's own errors are of many types
-        if (tables := TABLES.get()) is not None and tables.fixed:  # a step before was taken by the kernel: the graph is at fault
+        if (tables := TABLES.get()) is not None and tables.fixed:  # the kernel worked in an earlier step: the graph is at fault
             raise
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == _NEEDS[type]:
             FAILED.update((type, operation) for operation in MODULES)
@@ -100,10 +105,10 @@ def attempt(name: str, example: Tensor, *args: Any) -> Any:
             *(_NEEDS[type], name, type, f"{error.__class__.__name__}: {error}"),
         )
         if name in _IN_PLACE and (WRITTEN.turns > written or _launched(type, name, error)):
-            raise  # what is written must not be written twice
+            raise  # torch must not write a second time what the kernel has written
         return None
 
 
 def _launched(type: str, name: str, error: Exception) -> bool:
-    """Whether a kernel of a GPU may have begun: one that worked before fails in the compiler or later."""
+    """Tell whether a GPU kernel may have begun to write: it worked before, and the error is not one of Triton's compiler."""
     return type != "cpu" and (type, name) in _WORKED and not error.__class__.__module__.startswith("triton")

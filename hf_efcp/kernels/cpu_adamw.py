@@ -1,4 +1,4 @@
-"""AdamW on CPUs, by numba: of each number gradient, moments and parameter are read once, and written once."""
+"""AdamW on CPUs, by numba: gradient, moments and parameter are read once; moments and parameter are written once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cpu_tools import CONTRACTED, Addresses, array, compiled, example, matrix_r
 
 @compiled(relaxed=CONTRACTED)
 def _rows(lo, hi, gradients, m, v, params, like, one, two, beta1, beta2, eps, scale, decay):
-    """As torch does it, bit for bit: a loop of its own for each of its operations, so that nothing else is contracted."""
+    """Take AdamW's step for some rows, bit for bit as torch does: each operation has its own loop, so no two are contracted."""
     rows, cols = m.shape[1:]
     number = m.dtype.type
     by1, by2, half = number(1.0 - beta1), number(1.0 - beta2), number(0.5)
@@ -49,7 +49,7 @@ def adamw(
     scale: float,
     decay: float,
 ) -> bool:
-    """See `hf_efcp.kernels.adamw`; it is done for contiguous parameters in fp32, fp64 or bf16, which is rounded to nearest."""
+    """See `hf_efcp.kernels.adamw`. Parameters must be contiguous, in fp32, fp64 or bf16; bf16 is rounded to nearest."""
     if not writes(params, gradients[0].dtype):
         return False
     g, p, (m, v) = Addresses(gradients), Addresses(params), moments

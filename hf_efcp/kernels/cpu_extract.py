@@ -1,4 +1,4 @@
-"""Block top-k and the error that it leaves on CPUs, by numba: a row of a = e + g is formed once, for c and for e <- a - c."""
+"""Block top-k and the new error on CPUs, by numba: a row of a = e + g is formed once, for c and for e <- a - c."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def extract_rows(
     indices,
     values,
 ):
-    """Indices and values of the largest numbers in the blocks of some rows of a = e + g, and e <- a without them."""
+    """Write indices and values of the largest numbers in the blocks of some rows of a = e + g; then e <- a without them."""
     rows = values.shape[1]
     a, magnitudes, lanes = np.empty(cols, values.dtype), np.empty(block, unsigned.dtype), np.empty(block, unsigned.dtype)
     words, where, bits = np.empty(-(-block // 8), np.int64), np.empty(block, np.int32), a.view(unsigned.dtype)
@@ -61,7 +61,7 @@ def extract_rows(
 
 
 def extract(error: Error, gradients: Matrices, blocks: Blocks, rounding: Rounding, absent: Sequence[int]) -> Entry | None:
-    """The largest magnitudes of every block of a = e + g, and e <- a without them in place.
+    """Give the numbers of largest magnitude in every block of a = e + g; e <- a without them, in place.
 
     Args:
         error: e, as `Errors` takes it.
@@ -71,7 +71,7 @@ def extract(error: Error, gradients: Matrices, blocks: Blocks, rounding: Roundin
         absent: tensors whose error stays as it is; their values are 0.
 
     Returns:
-        (n, rows, k) int16 indices in the block, and values in g's dtype; None: it cannot be done, and nothing was.
+        Indices in the block, int16 (n, rows, k), and values in g's dtype. None: no kernel can do it, and nothing has changed.
     """
     if error is None or not reads(error):
         return None

@@ -1,6 +1,6 @@
-"""e <- e + g - c on CPUs, by numba: a row of the sum is formed in the cache, rounded, and written.
+"""e <- decay * e + g - c on CPUs, by numba: a row of the sum is formed in the cache, rounded, and written.
 
-Rounding is that of `core.error_feedback`: stochastic where e has few bits, by the numbers of `core.random`.
+Rounding is that of `core.cells`: stochastic where e has few bits, by the random numbers of `core.random`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from .cpu_tools import (
 
 @compiled
 def _mix(x):
-    """`core.random._mix`."""
+    """Compute `core.random._mix`."""
     x = ((x ^ (x >> 16)) * HASH_MULTIPLIER) & HASH_MASK
     x = ((x ^ (x >> 16)) * HASH_MULTIPLIER) & HASH_MASK
     return x ^ (x >> 16)
@@ -58,7 +58,7 @@ def _mix(x):
 
 @compiled
 def column_keys(step, salt, origin, keys):
-    """The columns' factors of `core.random.counted_bits`, from column `origin` on, into `keys`; returns what `row_key` takes."""
+    """Write the columns' factors of `core.random.counted_bits`, from column `origin` on, to `keys`; return `row_key`'s key."""
     key = _mix(_mix(step & COUNTER_MASK) ^ _mix(salt + SALT_OFFSET))
     mixed = _mix(key)
     for x in range(keys.size):
@@ -68,7 +68,7 @@ def column_keys(step, salt, origin, keys):
 
 @compiled
 def row_key(key, row):
-    """A row's factor."""
+    """Give a row's factor of `core.random.counted_bits`, for the key that `column_keys` returned."""
     return np.int32(_mix(key ^ row) | 1)
 
 
@@ -78,13 +78,13 @@ def _noise(factor, key):
 
 
 def write(e, scale, a, factor, keys, single, limit):
-    """e <- a for a row, as `core.error_feedback` does it: plain, or rounded by the hashes factor * keys.
+    """Write e <- a for a row, as `core.cells` does it: plain, or rounded by the hashes factor * keys.
 
     Args:
         e: fp32 or fp64; the bits of bf16; or int8 or packed 4-bit codes.
-        scale: where e is codes, those of its blocks; or their bounds.
+        scale: the scales or the bounds of the row's blocks, where e is codes.
         a: the row, which may be overwritten.
-        factor, keys: what the numbers of `counted_bits` are the products of.
+        factor, keys: the row's and the columns' factors, whose products are the numbers of `counted_bits`.
         single: room for a row of fp32.
         limit: the largest scale that may be stored.
     """
@@ -128,14 +128,14 @@ def _write_halves(e, scale, a, factor, keys, single, limit):
 
 @compiled
 def _encode(scale, a, factor, keys, largest_code, limit):
-    """a <- its codes, rounded stochastically: `core.codecs.BlockQuantizer.encode`."""
+    """Compute a <- the codes of a, rounded stochastically: `core.codecs.BlockQuantizer.encode`."""
     top, finite = np.finfo(a.dtype).max, True
     for x in range(a.size):
         finite &= abs(a[x]) <= top
     if finite:
         _quantize(scale, a, factor, keys, largest_code, limit)
         return
-    for block in range(scale.size):  # noticed at the next step
+    for block in range(scale.size):  # the next step notices NaN
         scale[block] = np.nan
     for x in range(a.size):
         a[x] = 0
@@ -143,7 +143,7 @@ def _encode(scale, a, factor, keys, largest_code, limit):
 
 @compiled(relaxed=FINITE)
 def _quantize(scale, a, factor, keys, largest_code, limit):
-    """`_encode` for finite numbers."""
+    """Do `_encode` for finite numbers."""
     tiny, half, unit = np.finfo(a.dtype).tiny, np.float32(0.5), np.float32(UNIFORM_UNIT)
     top = a.dtype.type(largest_code)
     for block in range(scale.size):
@@ -161,7 +161,7 @@ def _quantize(scale, a, factor, keys, largest_code, limit):
 
 @compiled(relaxed=CONTRACTED)
 def _subtract_product(a, p, row, q):
-    """a <- a - rows of p^T q, four terms at a time: a is read and written once for them. a is one row, or four."""
+    """Compute a <- a - rows of p^T q. Four terms are subtracted in one pass over a. a is one row, or four."""
     many = len(q)
     tiled = many - many % TILE
     if len(a) == TILE:
@@ -183,7 +183,7 @@ def _subtract_product(a, p, row, q):
 
 
 def scales_of(scale, t, row, like):
-    """The scales or bounds of a row; where there are none, `like`, a row of numbers."""
+    """Give the scales or bounds of a row; where there are none, the array `like`, which is not used."""
     raise NotImplementedError  # compiled code only
 
 
@@ -198,7 +198,7 @@ def _scales_of_compiled(scale, t, row, like):
 def keep_sparse_rows(
     lo, hi, error, scale, limit, absent, gradients, left, right, index, c, starts, cols, decay, step, salts, row_0, col_0, like
 ):
-    """e <- decay * e + g - c for some rows; c has its numbers in the columns starts + index."""
+    """Compute e <- decay * e + g - c for some rows; the numbers of c are in the columns starts + index."""
     rows = error.shape[1]
     a, room = np.empty(cols, like.dtype), np.empty(cols, like.dtype)
     single, keys, key = np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
@@ -220,7 +220,7 @@ def keep_sparse_rows(
 def keep_low_rank_rows(
     lo, hi, error, scale, limit, absent, gradients, left, right, p, q, cols, decay, step, salts, row_0, col_0, like
 ):
-    """e <- decay * e + g - p^T q for some rows, which are formed four at a time."""
+    """Compute e <- decay * e + g - p^T q for some rows. Four rows are formed at a time."""
     rows = error.shape[1]
     a, room = np.empty((TILE, cols), like.dtype), np.empty(cols, like.dtype)
     single, keys, key = np.empty(cols, np.float32), np.empty(cols, np.int32), np.int64(0)
@@ -253,19 +253,19 @@ def keep(
     accepted: bool | Tensor = True,
     wide: bool = False,
 ) -> bool:
-    """e <- decay * e + g - c in place, for a sparse entry c with `blocks` and a low-rank one without: see `hf_efcp.kernels.keep`.
+    """Compute e <- decay * e + g - c in place: see `hf_efcp.kernels.keep`. c is sparse with `blocks`, and low rank without.
 
     Args:
         error: e, as `Errors` takes it.
         gradients: g, n matrices (rows, cols) in fp32 or fp64.
         entry: int16 indices and values (n, rows, k); or p (n, r, rows) and q (n, r, cols).
-        rounding: the step, () int64; a salt of each tensor, (n,) int64; their origin: as `core.random.counted_bits` takes them.
+        rounding: the step, () int64; a salt for each tensor, (n,) int64; their origin: see `core.random.counted_bits`.
         absent: tensors whose error stays as it is.
         blocks: of a sparse entry.
         scale: of g.
         decay: a number.
-        accepted: on a CPU the host knows it.
-        wide: for entries of more rank too, see `hf_efcp.kernels.times`.
+        accepted: has to be True, since on a CPU the host knows whether the step is accepted.
+        wide: whether c may have a larger rank, see `hf_efcp.kernels.times`.
 
     Returns:
         Whether it was done.
@@ -279,7 +279,7 @@ def keep(
     else:
         arrays, starts, numbers = [array(x.to(g.dtype)) for x in entry], np.empty(0, np.int32), cols * (2 + entry[0].shape[1])
     like = array(torch.empty(0, dtype=g.dtype))
-    by = like.dtype.type(decay)  # as fp64 it would make every sum one of fp64
+    by = like.dtype.type(decay)  # an fp64 number would make every sum fp64
     absent_flags = np.zeros(n, bool)
     absent_flags[list(absent)] = True
     where = *kept.arrays, kept.limit, absent_flags, g.array, *factors(scale, g.dtype)
@@ -290,7 +290,7 @@ def keep(
 
 @compiled(relaxed=REORDERED)
 def square_rows(lo, hi, error, scale, cols, like, out):
-    """out[t, row] <- the sum of the squares of a row of e, in fp64."""
+    """Compute out[t, row] <- the sum of the squares of a row of e, in fp64."""
     rows = error.shape[1]
     e, zeros = np.empty(cols, like.dtype), np.zeros(cols, like.dtype)
     for task in range(lo, hi):
@@ -303,7 +303,7 @@ def square_rows(lo, hi, error, scale, cols, like, out):
 
 @compiled(relaxed=REORDERED)
 def add_kept_rows(lo, hi, error, scale, left, right, params, weights, cols):
-    """p <- p + weight * diag(left) e diag(right) for some rows; without factors where they are empty."""
+    """Compute p <- p + weight * diag(left) e diag(right) for some rows; p <- p + weight * e where left and right are empty."""
     rows = error.shape[1]
     e, zeros = np.empty(cols, weights.dtype), np.zeros(cols, weights.dtype)
     for task in range(lo, hi):
@@ -324,7 +324,7 @@ def add_kept_rows(lo, hi, error, scale, left, right, params, weights, cols):
 
 
 def square(error: Error, cols: int, dtype: torch.dtype) -> Tensor | None:
-    """The sum of the squares of e, (n,) fp64; `cols`: numbers in a row; `dtype`: of the numbers."""
+    """Give the sum of the squares of e, (n,) fp64. A row of e has `cols` numbers, which are read in `dtype`."""
     if error is None or not reads(error):
         return None
     kept, (n, rows) = Errors(error, dtype), error[0].shape[:2]
@@ -334,7 +334,7 @@ def square(error: Error, cols: int, dtype: torch.dtype) -> Tensor | None:
 
 
 def add_kept(params: Matrices, error: Error, weights: Tensor, scale: Scale) -> bool:
-    """p <- p + weight * diag(x) e diag(y) in place, for n contiguous matrices (rows, cols) and weights (n,) in their dtype.
+    """Compute p <- p + weight * diag(x) e diag(y) in place, for n contiguous matrices p, and weights (n,) in p's dtype.
 
     Returns:
         Whether it was done.

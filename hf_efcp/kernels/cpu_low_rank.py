@@ -1,6 +1,6 @@
-"""The low-rank family's products with gradients and windows on CPUs, by numba.
+"""Products of low-rank methods with gradients and windows on CPUs, by numba.
 
-torch has each as several passes, and the products with r columns on one core.
+torch takes several passes for each product, and forms products with r columns on one core.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .cpu_tools import (
     real,
 )
 
-# The new entry's factor is converted at once, and read from the cache for each factor of the window.
+# Most numbers of the new entry's factor b. It is converted to fp64 whole, and then read from the cache for each row of a.
 _LONG = 2**20
-# A longer row is read in runs of this length, so that b's run stays in the cache; measured.
+# A row longer than _LONGEST_RUN is read in runs of _RUN numbers, so that b's run stays in the cache. Both were measured.
 _RUN, _LONGEST_RUN = 2048, 4096
 
 
 @compiled(relaxed=REORDERED)
 def products(x, y, start, out):
-    """out[s] += <x, y[s]> with y from the column `start` on, four at a time: x is read and converted once for them."""
+    """Compute out[s] += <x, y[s]> with y from column `start` on. x is read and converted once for four rows of y."""
     many, stop = len(out), start + x.size
     for s in range(0, many - 3, 4):
         y0, y1, y2, y3 = y[s, start:stop], y[s + 1, start:stop], y[s + 2, start:stop], y[s + 3, start:stop]
@@ -68,7 +68,7 @@ def _times(lo, hi, gradients, x, y, error, scale, q, out):
 
 @compiled(relaxed=REORDERED)
 def _times_wide(lo, hi, blocks, gradients, x, y, error, scale, q, out):
-    """`_times` for blocks of four rows. Sums are in another order: which rows are a block depends on the shape alone."""
+    """Compute `_times` for blocks of four rows, whose sums have another order. The blocks depend on the shape alone."""
     rows, (many, cols) = out.shape[1], q.shape[1:]
     a, room = np.empty((TILE, cols), q.dtype), np.empty(cols, q.dtype)
     for task in range(lo, hi):
@@ -85,7 +85,7 @@ def _times_wide(lo, hi, blocks, gradients, x, y, error, scale, q, out):
 
 @compiled(relaxed=CONTRACTED)
 def _add_rows(a, weights, first, out):
-    """out[s] += the sum over four rows of weights[s, first + i] * a[i], in this order."""
+    """Compute out[s] += the sum of weights[s, first + i] * a[i] over the four rows i of a, in their order."""
     many = len(out)
     for s in range(0, many - many % TILE, TILE):
         add_tile(out, weights, s, first, a)
@@ -130,7 +130,7 @@ def _inner(lo, hi, a, b, out):
 
 @compiled
 def _scaled(lo, hi, factor, c, sizes, out):
-    """out <- the bits of c * factor * sizes, rounded to the nearest bf16, ties to even; without sizes where they are empty."""
+    """Compute out <- the bf16 bits of c * factor * sizes, or of c * factor where sizes are empty: nearest, ties to even."""
     rank, length = factor.shape[1:]
     slots = len(c) // max(1, len(sizes))
     single = np.empty(length, np.float32)
@@ -159,14 +159,14 @@ def _add(lo, hi, params, update, scale, decay):
 
 
 def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
-    """a q^T for a = e + g, which is not formed: (n, rows, r) in g's dtype.
+    """Give a q^T, (n, rows, r) in g's dtype, for a = e + g. Only a few rows of a are formed at a time.
 
     Args:
         gradients: g, n matrices (rows, cols) in fp32 or fp64.
         error: e, as `Errors` takes it.
         q: (n, r, cols) in g's dtype.
         scale: of g.
-        wide: for more columns too, see `hf_efcp.kernels.times`.
+        wide: whether r may be larger, see `hf_efcp.kernels.times`.
     """
     if not fits(gradients, error, q, wide):
         return None
@@ -183,7 +183,7 @@ def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None, wid
 
 
 def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
-    """p a for a = e + g and p (n, r, rows): (n, r, cols) in g's dtype; otherwise as `times`."""
+    """Give p a, (n, r, cols) in g's dtype, for a = e + g and p (n, r, rows). The other arguments are those of `times`."""
     if not fits(gradients, error, p, wide):
         return None
     g = Addresses(gradients)
@@ -196,7 +196,7 @@ def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale 
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor | None:
-    """Inner products of rows, formed and summed in fp64: (n, M, N) of a (n, M, L) and b (n, N, L)."""
+    """Give the inner products of the rows of a (n, M, L) with those of b (n, N, L), formed and summed in fp64: (n, M, N)."""
     if a.dtype not in DTYPES or b.shape[1] > SKINNY or b.numel() > _LONG:
         return None
     n, many, length = a.shape
@@ -215,14 +215,15 @@ def add(
     kept: Kept | None = None,
     first: int = 0,
 ) -> bool:
-    """p <- decay * p + scale * u in place; whether it was done.
+    """Compute p <- decay * p + scale * u in place; tell whether it was done.
 
     Args:
-        params: n contiguous matrices (rows, cols) in fp32.
+        params: p, n contiguous matrices (rows, cols) in fp32.
         update: u, (n, rows, cols) in bf16.
         scale, decay: numbers.
-        rounding: p is in fp32.
-        sizes, kept, first: none.
+        rounding: not used, since p is in fp32.
+        sizes, kept: have to be None.
+        first: not used.
     """
     if isinstance(scale, Tensor) or isinstance(decay, Tensor) or sizes is not None or kept is not None:
         return False
@@ -236,7 +237,7 @@ def add(
 
 
 def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None = None) -> Tensor | None:
-    """c_i * factor_i diag(sizes), rounded once, in bf16.
+    """Give c_i * factor_i diag(sizes) in bf16, rounded once.
 
     Args:
         factor: (n, m, r, L) in fp32 or bf16.

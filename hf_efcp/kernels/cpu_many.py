@@ -1,9 +1,9 @@
-"""A step of many small matrices of different shapes on CPUs, by numba: one call for all, where one for each takes too long.
+"""A step of many small matrices of different shapes on CPUs, by numba. One call handles all: a call for each would take too long.
 
-A matrix is handled as by the kernels for n matrices of one shape, as a view of the memory that a table names. A row of the table
-is a matrix; its columns are named below: addresses in bytes, and places in rooms in numbers.
+A table has a row for each matrix. The names of its columns are below. An address is in bytes; a place in a room counts numbers. A
+matrix is a view of the memory at its address, and the kernels for n matrices of one shape handle it with n = 1.
 
-numba does not notice when a file changes whose functions are compiled in here: see cpu_tools.py.
+numba does not notice a change in another file whose functions are compiled in here: see cpu_tools.py.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from .cpu_keep import add_kept_rows, square_rows
 from .cpu_metric import measure_columns, measure_parts
 from .cpu_tools import compiled, pointer
 
-# Shape; rank, or numbers kept in a row; addresses of the gradient, parameter, error or residual, warm start, both parts of the
-# window, and the metric's state; the parameter's number; places in the rooms of numbers, means and indices; length of a block,
-# and how many numbers are kept in it and in a shorter last one.
+# The columns of the table: the shape; the rank, or the numbers kept in a row; addresses of the gradient, the parameter, the error
+# or residual, the warm start, both parts of the window, and the metric's state; the parameter's number; places in the rooms of
+# numbers, means and indices; the length of a block, and how many numbers are kept in it and in a shorter last block.
 ROWS, COLS, KEPT, GRADIENT, PARAM, ERROR, WARM, FIRST, SECOND, BY_ROW, BY_COL, COUNT, NUMBER = range(13)
 IN_ROOM, IN_MEANS, IN_INDICES, BLOCK, IN_BLOCK, IN_TAIL, WIDTH = range(13, 20)
-# A NaN, as bf16's bits.
+# The bits of a NaN in bf16.
 _NAN = np.int16(0x7FC0)
 
 
 @compiled
 def view_at(address, shape, like):
-    """The array of this shape at an address, in the dtype of `like`."""
+    """Give the array of this shape at an address, in the dtype of `like`."""
     return numba.carray(pointer(address, like), shape)
 
 
 @compiled
 def one_number(number):
-    """An array of one number: what kernels take for n matrices."""
+    """Give an array of one number, for kernels that take an array of n numbers for n matrices."""
     one = np.empty(1, np.int64)
     one[0] = number
     return one
 
 
 def store(x, out):
-    """out <- x, both of one dimension, rounded to nearest where out is the bits of bf16."""
+    """Compute out <- x, both of one dimension. Where out is bf16's bits, x is rounded to nearest."""
     raise NotImplementedError  # compiled code only
 
 
@@ -68,13 +68,13 @@ def _store_bf16(x, out):
 
 @compiled
 def error_of(row, far, like):
-    """e of a matrix, (1, rows, cols); empty where `far`: then what is at its place does not enter a."""
+    """Give e of a matrix, (1, rows, cols). Empty where `far`: a residual is stored at the address then, and does not enter a."""
     return view_at(row[ERROR], (0, 0, 0) if far else (1, row[ROWS], row[COLS]), like)
 
 
 @compiled
 def factors_of(row, metric, room):
-    """x (1, rows) and y (1, cols) of the metric; empty where there is none."""
+    """Give x (1, rows) and y (1, cols) of the metric; both empty without a metric."""
     at, rows, cols = row[IN_ROOM], row[ROWS], row[COLS]
     if not metric:
         return room[:0].reshape(0, 0), room[:0].reshape(0, 0)
@@ -83,7 +83,7 @@ def factors_of(row, metric, room):
 
 @compiled
 def measure_one(row, like, beta, eps, room, means):
-    """Put x, y, the new means over rows and over columns into the rooms; returns the sum of S^2."""
+    """Write x, y and the new means over rows and over columns into the rooms; return the sum of S^2."""
     at, rows, cols = row[IN_ROOM], row[ROWS], row[COLS]
     x, y = factors_of(row, True, room)
     new = room[at + rows + cols : at + 2 * rows + cols].reshape(1, rows)
@@ -98,7 +98,7 @@ def measure_one(row, like, beta, eps, room, means):
 
 @compiled
 def remember_one(row, like, beta, room, means):
-    """Let the metric's state contain the gradient."""
+    """Put the gradient into the metric's state."""
     at, rows, cols = row[IN_ROOM], row[ROWS], row[COLS]
     by_row, by_col, total = view_at(row[BY_ROW], (rows,), like), view_at(row[BY_COL], (cols,), like), 0.0
     for i in range(rows):
@@ -114,7 +114,7 @@ def remember_one(row, like, beta, room, means):
 
 @compiled
 def add_far(row, weight, metric, room, like, error_like):
-    """p <- p + weight * S^-1 r for the residual r of a matrix."""
+    """Compute p <- p + weight * S^-1 r, where r is the matrix's residual."""
     x, y = factors_of(row, metric, room)
     no_scale = view_at(row[ERROR], (0, 0, 0), like)
     add_kept_rows(0, row[ROWS], error_of(row, False, error_like), no_scale, x, y, one_number(row[PARAM]), weight, row[COLS])
@@ -122,7 +122,7 @@ def add_far(row, weight, metric, room, like, error_like):
 
 @compiled
 def far_squares(lo, hi, table, like, error_like, out):
-    """The sum of the squares of each residual."""
+    """Write the sum of the squares of each residual to `out`."""
     for t in range(lo, hi):
         row = table[t]
         sums = np.empty((1, row[ROWS]))

@@ -1,4 +1,4 @@
-"""Low-rank entries of many small matrices: see cpu_many.py. Bases come from Householder reflections in fp64."""
+"""Low-rank entries of many small matrices: see cpu_many.py. Householder reflections in fp64 make the bases."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .cpu_tools import CONTRACTED, REORDERED, compiled, read_row, real
 
 @compiled
 def _start(row, like, least):
-    """Q^T (r, cols) with columns of length 1, and whether one is dead, not longer than `least` times the longest."""
+    """Give Q^T (r, cols), where Q's columns have length 1; and whether a column is dead: at most `least` times the longest."""
     cols, rank = row[COLS], row[KEPT]
     warm, q, norms = view_at(row[WARM], (cols, rank), like), np.empty((rank, cols), like.dtype), np.zeros(rank)
     for k in range(cols):
@@ -50,7 +50,7 @@ def _start(row, like, least):
 
 @compiled
 def _orthonormal(a):
-    """Let the rows of a, (r, length), become an orthonormal basis in their order, by Householder reflections; fp64."""
+    """Replace the rows of a, (r, length) fp64, by an orthonormal basis in their order, by Householder reflections."""
     rank, length = a.shape
     v, q = a.copy(), np.zeros((rank, length))
     for s in range(rank):
@@ -74,7 +74,7 @@ def _orthonormal(a):
 
 @compiled
 def _reflect(v, square, start, x):
-    """x <- x - 2 v <v, x> / |v|^2 from `start` on; as it is where v is 0."""
+    """Compute x <- x - 2 v <v, x> / |v|^2 from `start` on; x stays as it is where |v|^2, which is `square`, is 0."""
     dot = 0.0
     for k in range(start, x.size):
         dot += v[k] * x[k]
@@ -86,7 +86,7 @@ def _reflect(v, square, start, x):
 
 @compiled
 def _entry(row, room):
-    """Where the new entry's P^T (r, rows) and Q^T (r, cols) are, as stored, and Q^T before."""
+    """Give views of the new entry in the room: P^T (r, rows) and Q^T (r, cols) as stored, and Q^T (r, cols) before rounding."""
     rows, cols, rank = row[ROWS], row[COLS], row[KEPT]
     at = row[IN_ROOM] + 2 * rows + cols
     p = room[at : at + rank * rows].reshape(rank, rows)
@@ -98,7 +98,7 @@ def _entry(row, room):
 
 @compiled
 def _as_stored(x, like):
-    """x, of one dimension, as numbers of `like`'s dtype are read."""
+    """Round x, of one dimension, to the numbers that the dtype of `like` can hold."""
     stored = np.empty(x.size, like.dtype)
     store(x, stored)
     for i in range(x.size):
@@ -107,14 +107,14 @@ def _as_stored(x, like):
 
 @compiled
 def are_dead(lo, hi, table, like, least, dead):
-    """Whether columns of warm starts have to be drawn anew."""
+    """Write to `dead` whether a matrix's warm start has columns that must be drawn anew."""
     for t in range(lo, hi):
         dead[t] = _start(table[t], like, least)[1]
 
 
 @compiled(relaxed=REORDERED)
 def stage_low_rank(lo, hi, table, like, error_like, window_like, m, j, metric, far, beta, eps, least, room, means, squares, dots):
-    """The new entry, its inner products with the window, (m,) for each matrix, and the metric."""
+    """Make the new entry and measure the metric; write the entry's inner products with the window to `dots` (matrices, m)."""
     for t in range(lo, hi):
         row = table[t]
         rows, cols, rank = row[ROWS], row[COLS], row[KEPT]
@@ -173,7 +173,7 @@ def _factor_dots(row, p, q, like, m, j, dots):
 
 @compiled
 def commit_low_rank(lo, hi, table, like, error_like, window_like, m, j, metric, limit, decay, step, beta, room, means):
-    """e <- decay * e + S^-1 g - c; c goes into slot j, Q and D are those of this step."""
+    """Compute e <- decay * e + S^-1 g - c; put c into slot j, this step's Q into the warm start, g into the metric's state."""
     nothing = np.zeros(1, np.bool_)
     for t in range(lo, hi):
         row = table[t]
@@ -203,7 +203,7 @@ def commit_low_rank(lo, hi, table, like, error_like, window_like, m, j, metric, 
 
 @compiled(relaxed=CONTRACTED)
 def apply_low_rank(lo, hi, table, like, error_like, window_like, m, c, decays, weights, metric, far, room):
-    """p <- decay * p + diag(x) (sum of c_i P_i^T Q_i + weight * r) diag(y); c (matrices, m) in the compute dtype."""
+    """Compute p <- decay * p + diag(x) (sum of c_i P_i^T Q_i + weight * r) diag(y), for c (matrices, m) in the compute dtype."""
     for t in range(lo, hi):
         row = table[t]
         rows, cols, rank = row[ROWS], row[COLS], row[KEPT]

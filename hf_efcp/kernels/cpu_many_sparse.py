@@ -36,7 +36,7 @@ from .cpu_top_k import top_k_rows
 
 @compiled
 def _kept_places(row):
-    """`kept_places`, the columns counted in a row with room around it."""
+    """Give `kept_places`, with columns counted in a row that has room around it."""
     block, kept = row[BLOCK], row[IN_BLOCK]
     full = row[COLS] // block
     starts, numbers = np.empty(row[KEPT], np.int32), np.empty(row[KEPT], np.int32)
@@ -48,7 +48,7 @@ def _kept_places(row):
 
 @compiled
 def _kept(row, indices, values):
-    """Where the new entry's indices and values are, (1, rows, k)."""
+    """Give views of the new entry's indices and values in their rooms, (1, rows, k)."""
     at, shape = row[IN_INDICES], (1, row[ROWS], row[KEPT])
     stop = at + row[ROWS] * row[KEPT]
     return indices[at:stop].reshape(shape), values[at:stop].reshape(shape)
@@ -59,7 +59,10 @@ def stage_sparse(
     lo, hi, table, like, error_like, window_like, unsigned, codes, m, j, metric, far, beta, eps, room, means, squares, dots,
     indices, values,
 ):  # fmt: skip
-    """The new entry, its inner products with the window, (m,) for each matrix, and the metric. `codes`: empty uint8."""
+    """Make the new entry and measure the metric; write the entry's inner products with the window to `dots` (matrices, m).
+
+    `codes` is an empty uint8 array, since the window has no scales.
+    """
     for t in range(lo, hi):
         row = table[t]
         rows, cols, kept = row[ROWS], row[COLS], row[KEPT]
@@ -93,7 +96,7 @@ def stage_sparse(
 def commit_sparse(
     lo, hi, table, like, error_like, window_like, m, j, metric, limit, decay, step, beta, room, means, indices, values
 ):
-    """e <- decay * e + S^-1 g - c; c goes into slot j, and D contains g."""
+    """Compute e <- decay * e + S^-1 g - c; put c into slot j, and g into the metric's state."""
     nothing = np.zeros(1, np.bool_)
     for t in range(lo, hi):
         row = table[t]
@@ -116,7 +119,7 @@ def commit_sparse(
 
 @compiled
 def apply_sparse(lo, hi, table, like, error_like, window_like, index_like, codes, m, c, decays, weights, metric, far, room):
-    """p <- decay * p + diag(x) (G^T c + weight * r) diag(y); c (matrices, m) in the compute dtype."""
+    """Compute p <- decay * p + diag(x) (G^T c + weight * r) diag(y), for c (matrices, m) in the compute dtype."""
     for t in range(lo, hi):
         row = table[t]
         rows, cols, kept = row[ROWS], row[COLS], row[KEPT]

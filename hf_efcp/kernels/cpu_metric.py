@@ -1,4 +1,4 @@
-"""What the metric reads of a gradient on CPUs, by numba: sums of squares over rows and columns, and roots, in one pass."""
+"""The metric's sums on CPUs, by numba: the squares of a gradient over rows and columns, and roots, in one pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .cpu_tools import REORDERED, Addresses, array, compiled, matrix_row
 
 @compiled(relaxed=REORDERED)
 def _square_sum(g, by_col):
-    """The sum of g^2 over a row, in fp64; g^2 is added to by_col."""
+    """Give the sum of g^2 over a row g, in fp64; add g^2 to by_col."""
     total = 0.0
     for k in range(g.size):
         square = np.float64(g[k]) * np.float64(g[k])
@@ -33,7 +33,7 @@ def _squares(lo, hi, parts, gradients, like, by_row, by_col):
 
 @compiled(relaxed=REORDERED)
 def _root(d, x):
-    """x <- d^(-1/4), 0 where d is 0, and NaN where d is not finite; the sum of d^(1/2)."""
+    """Compute x <- d^(-1/4): 0 where d is 0, NaN where d is not finite; return the sum of d^(1/2)."""
     total = 0.0
     for i in range(d.size):
         root = np.sqrt(d[i])
@@ -44,7 +44,7 @@ def _root(d, x):
 
 @compiled(relaxed=REORDERED)
 def measure_columns(c, count, beta, eps, y, numbers):
-    """y, and for `measure_parts` of each tensor: 1 - beta^(k + 1), eps mu, the sum over columns of y^-2."""
+    """Write y, and each tensor's numbers for `measure_parts`: 1 - beta^(k + 1), the term eps mu, the sum of y^-2 over columns."""
     d = np.empty(c.shape[1])
     for t in range(len(c)):
         mean = 0.0
@@ -64,7 +64,7 @@ def measure_columns(c, count, beta, eps, y, numbers):
 
 @compiled(relaxed=REORDERED)
 def measure_parts(lo, hi, parts, gradients, old, beta, numbers, new, x, roots, by_col):
-    """The means over rows with g in them, x, sums of x^-2, and sums of g^2 over columns, for parts of the rows of matrices."""
+    """Write, for parts of matrices' rows, the means over rows with g in them, x, sums of x^-2, and sums of g^2 over columns."""
     rows, cols = old.shape[1], by_col.shape[2]
     for task in range(lo, hi):
         t, part = task // parts, task % parts
@@ -79,7 +79,7 @@ def measure_parts(lo, hi, parts, gradients, old, beta, numbers, new, x, roots, b
 
 
 def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
-    """The sums of g^2 over rows and over columns, (n, rows) and (n, cols) fp64.
+    """Give the sums of g^2 over rows and over columns, (n, rows) and (n, cols) fp64.
 
     Args:
         gradients: g, n matrices (rows, cols) in fp32 or fp64.
@@ -95,7 +95,7 @@ def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
 def measure(
     gradients: Matrices, r: Tensor, c: Tensor, count: Tensor, beta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """See `core.moments.measured`, whose arguments and results these are; None for a state in another dtype than g's."""
+    """See `core.moments.measured`, which has the same arguments and results. None where the state's dtype is not g's."""
     g = Addresses(gradients)
     if (r.dtype, c.dtype) != (g.dtype, g.dtype):
         return None
@@ -114,7 +114,7 @@ def measure(
 
 
 def _by_col(g: Addresses) -> tuple[int, Tensor]:
-    """Into how many parts the rows of a matrix are cut, and room for the sums of each."""
+    """Give the number of parts that the rows of a matrix are cut into, and room for each part's sums over columns."""
     n, rows, cols = g.shape
     parts = min(rows, -(-PARTS // n))
     return parts, torch.zeros(n, parts, cols, dtype=torch.float64)

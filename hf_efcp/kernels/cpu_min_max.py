@@ -1,4 +1,4 @@
-"""Four bits between two bounds on CPUs, by numba: `core.codecs.MinMaxQuantizer.encode` for a row."""
+"""Four-bit codes between two bounds on CPUs, by numba: `core.codecs.MinMaxQuantizer.encode` for a row."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from numba.extending import overload
 from .constants import BF16_SHIFT, BLOCK, INT4_BITS, INT4_MASK, LARGEST_BOUND, NAN_16, SIGN_16
 from .cpu_tools import bounds, compiled
 
-# There is no NaN: maxima are vectorized.
+# For numbers without NaN: with these flags, maxima are vectorized.
 FINITE = {"nnan", "nsz"}
 
 
 @compiled
 def pack(e, a, zero):
-    """e <- the codes a[x] + zero, 0 ... 15, two to a byte."""
+    """Compute e <- the codes a[x] + zero, which are 0 ... 15, two to a byte."""
     for i in range(a.size >> 1):
         e[i] = np.uint8((np.int32(a[2 * i]) + zero) | ((np.int32(a[2 * i + 1]) + zero) << INT4_BITS))
     if a.size % 2:
@@ -23,12 +23,12 @@ def pack(e, a, zero):
 
 
 def write_between_bounds(e, scale, a, factor, keys, single, limit):
-    """e, scale <- a for a row: `cpu_keep.write` for `core.codecs.MinMaxQuantizer`. It compiles as a part of that."""
+    """Write e, scale <- a for a row: `cpu_keep.write` for `core.codecs.MinMaxQuantizer`, as a part of which it is compiled."""
     for run in range(len(scale)):
         part, codes = a[run * BLOCK : (run + 1) * BLOCK], e[run * BLOCK // 2 :]
         least, largest = _ends(part)
         if not (np.isfinite(least) and np.isfinite(largest)):
-            scale[run, 0], scale[run, 1] = np.int16(NAN_16), np.int16(NAN_16)  # noticed at the next step
+            scale[run, 0], scale[run, 1] = np.int16(NAN_16), np.int16(NAN_16)  # the next step notices NaN
             codes[: (part.size + 1) >> 1] = 0
             continue
         scale[run, 0] = np.int16(_bf16_below(least))
@@ -37,13 +37,13 @@ def write_between_bounds(e, scale, a, factor, keys, single, limit):
 
 
 def _ends(a):
-    """The least and the largest of a; one of them is not finite where a number is not."""
+    """Give the least and the largest number of a. If a number is not finite, one of the two is not finite."""
     raise NotImplementedError  # compiled code only
 
 
 @overload(_ends)
 def _ends_compiled(a):
-    """By integers that are ordered as the numbers are, with NaN outside: their minima are vectorized, those of floats are not."""
+    """Compare integers in the floats' order, with NaN at an end: minima of integers are vectorized, minima of floats are not."""
     kind, number = (np.int32, np.float32) if a.dtype == types.float32 else (np.int64, np.float64)
     sign, most = kind(8 * kind().itemsize - 1), kind(np.iinfo(kind).max)
 
@@ -59,7 +59,7 @@ def _ends_compiled(a):
 
 @compiled(relaxed=FINITE)
 def _encode(e, a, lo, unit):
-    """e <- the codes of a, two to a byte: `core.codecs.MinMaxQuantizer.encode`. What is not negative is cut as floor cuts it."""
+    """Compute e <- the codes of a, two to a byte: `core.codecs.MinMaxQuantizer.encode`. No number is negative: a cut is floor."""
     zero, top, half = a.dtype.type(0), a.dtype.type(INT4_MASK), a.dtype.type(0.5)
     by = a.dtype.type(1) if unit == 0 else unit
     for i in range(a.size >> 1):
@@ -72,7 +72,7 @@ def _encode(e, a, lo, unit):
 
 @compiled
 def _bf16_below(x):
-    """The bits, int32, of the largest bf16 number that is not above x: `core.codecs._bf16_below`."""
+    """Give the bits, int32, of the largest bf16 number that is not above x, within the bounds: `core.codecs._bf16_below`."""
     within = min(max(np.float64(x), -LARGEST_BOUND), LARGEST_BOUND)
     near = np.float32(within)
     single = np.nextafter(near, np.float32(-np.inf)) if near > within else near

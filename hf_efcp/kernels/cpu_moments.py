@@ -1,4 +1,4 @@
-"""Moments of a sparse window on CPUs, by numba: m / (sqrt(v) + eps) of a row is formed in the cache, and added to p there."""
+"""Moments of a sparse window on CPUs, by numba: a row of m / (sqrt(v) + eps) is formed in the cache, and added to p there."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .cpu_tools import CONTRACTED, Addresses, array, compiled, example, matrix_r
 
 @compiled
 def _weigh_moments(one, two, kept, by_one, by_two):
-    """Weights of the numbers of a row's window, for m and for v: those of their slots."""
+    """Give each number of a row's window the weights of its slot, for m and for v."""
     for j in range(by_one.size):
         by_one[j], by_two[j] = one[j // kept], two[j // kept]
 
 
 @compiled(relaxed=CONTRACTED)
 def _add_moments(index, value, columns, by_one, by_two, first, second, places, dense, squares):
-    """The row's m is added to `dense` and v to `squares`, which are zero; where, into `places`."""
+    """Add the row's m to `dense` and its v to `squares`, which are zero; write where to `places`."""
     number = dense.dtype.type
-    for j in range(value.size):  # in loops of their own, these are vectorized
+    for j in range(value.size):  # a loop of its own is vectorized
         x = number(real(value[j]))
         first[j], second[j] = by_one[j] * x, by_two[j] * (x * x)
     for j in range(value.size):
@@ -36,7 +36,7 @@ def _add_moments(index, value, columns, by_one, by_two, first, second, places, d
 
 @compiled(relaxed=CONTRACTED)
 def _adam(lo, hi, start, indices, values, one, two, eps, columns, cols, out):
-    """Rows of m / (sqrt(v) + eps), m the sum of one_i c_i and v of two_i c_i^2."""
+    """Give rows of m / (sqrt(v) + eps), where m is the sum of one_i c_i, and v the sum of two_i c_i^2."""
     rows, length = out.shape[1], indices.shape[2]
     dense, squares = zeros_row(cols, out), zeros_row(cols, out)
     m, v, columns = dense[ROOM : ROOM + cols], squares[ROOM : ROOM + cols], tiled(columns, length)
@@ -57,7 +57,7 @@ def _adam(lo, hi, start, indices, values, one, two, eps, columns, cols, out):
 
 @compiled(relaxed=CONTRACTED)
 def _move(lo, hi, indices, values, one, two, eps, columns, params, like, rows, cols, scale, decay):
-    """p <- decay * p + scale * u for rows of `_adam`'s u, which is 0 where the window has nothing."""
+    """Compute p <- decay * p + scale * u for some rows. u is as in `_adam`, which is 0 where the window holds no number."""
     length = indices.shape[2]
     dense, squares, columns = zeros_row(cols, one), zeros_row(cols, one), tiled(columns, length)
     first, second, base = np.empty(length, one.dtype), np.empty(length, one.dtype), np.empty(length, one.dtype)
@@ -77,20 +77,20 @@ def _move(lo, hi, indices, values, one, two, eps, columns, params, like, rows, c
             dense[np.uint32(places[j])], squares[np.uint32(places[j])] = 0, 0
         for j in range(length):
             x = np.uint32(places[j] - np.int32(ROOM))
-            base[j] = decay * one.dtype.type(real(p[x])) if x < cols else 0  # of a damaged checkpoint, beside the row
-        for j in range(length):  # a loop of its own: the product before is rounded, as in torch
+            base[j] = decay * one.dtype.type(real(p[x])) if x < cols else 0  # a damaged checkpoint's index is beside the row
+        for j in range(length):  # a loop of its own: the product above is rounded first, as in torch
             base[j] += scale * first[j]
         if decay != 1:
             for x in range(cols):
                 p[x] = narrowed(decay * one.dtype.type(real(p[x])), p)
-        for j in range(length):  # a place that the window has twice gets the same number twice
+        for j in range(length):  # a place that the window holds twice gets the same number twice
             x = np.uint32(places[j] - np.int32(ROOM))
             if x < cols:
                 p[x] = narrowed(base[j], p)
 
 
 def adam(stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks: Blocks, rows: slice) -> Tensor:
-    """Rows `rows` of m / (sqrt(v) + eps) for a plain window and weights (n, m) in fp32 or fp64, the dtype of the result."""
+    """Give rows `rows` of m / (sqrt(v) + eps) for a plain window. The weights (n, m) are fp32 or fp64, as is the result."""
     n, all_rows, _, _ = stored[0].shape
     start, stop, _ = rows.indices(all_rows)
     out = torch.empty(n, stop - start, cols, dtype=one.dtype)
@@ -104,7 +104,7 @@ def adam(stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks
 def move(
     stored: Stored, one: Tensor, two: Tensor, eps: float, cols: int, blocks: Blocks, params: Matrices, scale: float, decay: float
 ) -> bool:
-    """p <- decay * p + scale * u in place for `adam`'s u, for n contiguous matrices in the weights' dtype, or in bf16.
+    """Compute p <- decay * p + scale * u in place, with `adam`'s u, for n contiguous matrices in the weights' dtype or in bf16.
 
     Returns:
         Whether it was done.

@@ -1,4 +1,4 @@
-"""Sparse windows on CPUs, by numba: a row's window is one run of memory, which is streamed once, past a row in the cache."""
+"""Sparse windows on CPUs, by numba: a row's window is one run of memory. It is read once, against a row in the cache."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .cpu_threads import PARTS, divide_work
 from .cpu_tools import Addresses, array, compiled, factors, kept_places, matrix_row, real
 from .cpu_top_k import flagged
 
-# Up to this many new numbers in a row, each is compared with all of the window; else they are marked in a row of flags.
+# Up to this many new numbers in a row, each is compared with the row's whole window; more are marked in a row of flags.
 _FEW = 16
-# Kept numbers that meet the new row's, to be read at once.
+# How many met numbers of the window are collected before their values are read, see `dots_parts`.
 _MET = 2**12
-# 16-bit indices cannot leave a row with so much room around it, whatever a damaged checkpoint holds.
+# A row has this much room on either side: a 16-bit index cannot leave it, whatever a damaged checkpoint holds.
 ROOM = 2**16
 
 
 @compiled
 def zeros_row(cols, like):
-    """A row of zeros with room around it, which only damaged indices reach: it is not written, since that takes long."""
+    """Give a row of zeros with room around it. Only damaged indices reach the room, so it is left unset, which saves time."""
     row = np.empty(cols + 2 * ROOM, like.dtype)
     row[ROOM : ROOM + cols] = 0
     return row
@@ -30,29 +30,29 @@ def zeros_row(cols, like):
 
 @compiled
 def index_of(stored, shift):
-    """The index of a kept number: int16, or the upper 10 bits of one in 16 bits (`SparseCodec`)."""
+    """Give the index of a kept number: a whole int16, or the upper 10 of its 16 bits (`SparseCodec`)."""
     return (np.int32(stored) & np.int32(LOWER_16_BITS)) >> shift
 
 
 @compiled
 def _value(stored):
-    """The value of a kept number in 16 bits, in units of its block's scale."""
+    """Give the value of a kept number of `SparseCodec`, in units of its block's scale."""
     return np.float32((np.int32(stored) & np.int32(VALUE_MASK)) - np.int32(VALUE_ZERO))
 
 
 @compiled
 def _power(scale):
-    """2^e for a scale e + EXPONENT_BIAS; 0 for 0."""
+    """Give 2^e for a scale e + EXPONENT_BIAS; 0 for 0."""
     return np.int32(np.int32(scale) << np.int32(EXPONENT_SHIFT)).view(np.float32)
 
 
 @compiled
 def _flag(index, shift, new_i, columns, marks, flags):
-    """Flag the numbers of a row's window that may meet one of the new row: the indices are equal, if in another block."""
+    """Flag the numbers of a row's window that may meet a new number: indices are equal, perhaps in different blocks."""
     length = index.size
     if new_i.size > _FEW:
         for j in range(length):
-            flags[j] = marks[np.uint32(columns[j] + index_of(index[j], shift))] & np.uint8(1)  # in the room is anything
+            flags[j] = marks[np.uint32(columns[j] + index_of(index[j], shift))] & np.uint8(1)  # the room holds any bits
         return
     for j in range(length):
         flags[j] = 0
@@ -68,10 +68,11 @@ def _flag(index, shift, new_i, columns, marks, flags):
 
 @compiled
 def dots_parts(lo, hi, parts, shift, indices, values, scales, new_indices, new_values, columns, blocks_of, cols, out):
-    """Of a row's window few numbers lie where the new row has one: these numbers are looked for by their indices, in bulk.
+    """Write the inner products of the new entry with the window to `out` (n, parts, m), for parts of the rows.
 
-    Their values are read later, many at a time: the values are scattered over memory, and to wait for each would take longer
-    than all the rest.
+    A number of the window is met if the new row has a number in the same column. Few are met. They are found by their indices,
+    many at once. Their values are read later, also many at once: the values are scattered over memory, and waiting for each
+    alone would take longer than all the rest.
     """
     rows, length = indices.shape[1:]
     kept, (m, blocks) = new_values.shape[2], scales.shape[2:]
@@ -122,7 +123,7 @@ def dots_parts(lo, hi, parts, shift, indices, values, scales, new_indices, new_v
 
 @compiled
 def _weigh(c, scale, blocks_of, weights):
-    """Weights of the numbers of a row's window: the slot's coefficient, times the scale of the block where there are scales."""
+    """Give the weights of a row's window: the slot's coefficient, times the block's scale if the window has scales."""
     kept = blocks_of.size
     for slot in range(c.size):
         for i in range(kept):
@@ -131,8 +132,8 @@ def _weigh(c, scale, blocks_of, weights):
 
 @compiled
 def _sum_row(shift, index, value, columns, weights, products, places, dense):
-    """The row's part of G^T c is added to `dense`, which is zero."""
-    for j in range(index.size):  # in loops of their own, these are vectorized
+    """Add the row's part of G^T c to `dense`, which is zero."""
+    for j in range(index.size):  # a loop of its own is vectorized
         products[j] = weights[j] * (_value(index[j]) if shift else real(value[j]))
     for j in range(index.size):
         places[j] = columns[j] + index_of(index[j], shift)
@@ -144,8 +145,9 @@ def _sum_row(shift, index, value, columns, weights, products, places, dense):
 def update_rows(
     lo, hi, start, shift, indices, values, scales, c, columns, blocks_of, left, right, params, rows, cols, factor, decay
 ):
-    """p <- decay * p + factor * u with u = diag(left) G^T c diag(right), of `rows` rows from `start` on, for the matrices at
-    `params`; u = G^T c where left and right are empty.
+    """Compute p <- decay * p + factor * u with u = diag(left) G^T c diag(right), or u = G^T c where left and right are empty.
+
+    p are the matrices at the addresses `params`; u has `rows` rows of the window, from row `start` on.
     """
     length = indices.shape[2]
     dense, columns = zeros_row(cols, c), tiled(columns, length)
@@ -171,7 +173,7 @@ def update_rows(
 
 @compiled
 def tiled(columns, length):
-    """`columns` over and over, `length` of them."""
+    """Give `columns`, repeated up to `length` numbers."""
     tiled = np.empty(length, np.int32)
     for j in range(length):
         tiled[j] = columns[j % columns.size]
@@ -179,7 +181,7 @@ def tiled(columns, length):
 
 
 def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | None = None) -> Tensor | None:
-    """(n, m) fp64: inner products of `entry`, indices and values (n, rows, k), with the window; None where j is given."""
+    """Give the inner products of an entry, indices and values (n, rows, k), with the window: (n, m) fp64; None if j is given."""
     if j is not None:
         return None
     n, rows, m, k = stored[0].shape
@@ -192,7 +194,7 @@ def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | No
 
 
 def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor:
-    """Rows `rows` of G^T c, (n, rows, cols) in c's dtype, fp32 or fp64; c is (n, m)."""
+    """Give rows `rows` of G^T c, (n, rows, cols) in c's dtype, for c (n, m) in fp32 or fp64."""
     u = torch.zeros(len(c), rows.stop - rows.start, cols, dtype=c.dtype)
     _updated(stored, c, blocks, rows.start, u, 1.0, 0.0, None)
     return u
@@ -208,10 +210,12 @@ def apply(
     decay: float | Tensor,
     sizes: Scale = None,
 ) -> bool:
-    """p <- decay * p + scale * u with u = diag(x) G^T c diag(y), which is not formed, for n matrices (rows, cols) in c's dtype.
+    """Compute p <- decay * p + scale * u with u = diag(x) G^T c diag(y), for n matrices p (rows, cols) in c's dtype.
+
+    Only a row of u is formed at a time.
 
     Returns:
-        Whether it was done: matrices have to be contiguous.
+        Whether it was done: the matrices have to be contiguous, and `scale` and `decay` numbers.
     """
     if isinstance(scale, Tensor) or isinstance(decay, Tensor) or not all(p.is_contiguous() for p in params):
         return False
@@ -231,7 +235,7 @@ def _updated(
 
 
 def window_arrays(stored: Stored) -> tuple[np.int32, np.ndarray, np.ndarray, np.ndarray]:
-    """By how much an index is shifted; indices and values (n, rows, m k), scales (n, rows, m, blocks)."""
+    """Give the bits by which an index is shifted; indices and values (n, rows, m k); scales (n, rows, m, blocks)."""
     indices, values, scales = stored
     n, _, m, _ = indices.shape
     values = indices[:1, :1, :0] if values is None else values
@@ -241,6 +245,6 @@ def window_arrays(stored: Stored) -> tuple[np.int32, np.ndarray, np.ndarray, np.
 
 
 def places_in_row(cols: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-    """`kept_places`, the columns counted in a row with room around it."""
+    """Give `kept_places`, with columns counted in a row that has room around it."""
     starts, numbers = kept_places(cols, blocks)
     return starts + np.int32(ROOM), numbers

@@ -1,7 +1,7 @@
-"""Threads of the compiled CPU functions. They hold no lock, and use as many threads as torch does.
+"""Threads of the compiled CPU functions, which hold no lock. There are as many threads as torch uses.
 
-Work is cut by rows of the tensors. Every row is one thread's, and sums over rows are cut by the shape alone: the result does not
-depend on the number of threads.
+Work is cut by rows of the tensors. One thread handles a row, and the shape alone says how sums over rows are cut. So the result
+does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ import torch
 
 from .devices import WRITTEN
 
-# Into how many parts a sum over rows is cut, whatever the number of threads.
+# The parts that a sum over rows is cut into, whatever the number of threads.
 PARTS = 16
-# Less than this many numbers are not worth a turn of another thread.
+# A turn has at least this many numbers: fewer are not worth another thread.
 _SMALL = 2**16
-# Turns of each thread: what else a core has to do delays one of them, not half of the work.
+# Turns for each thread: if a core has other work to do, that delays one turn, not half of the work.
 _TURNS = 4
 
 
 def divide_work(function: Callable[..., object], total: int, numbers: int, *args: Any) -> None:
-    """function(lo, hi, *args) over range(total), each item of `numbers` numbers, by as many threads as torch uses."""
+    """Call function(lo, hi, *args) over range(total), by as many threads as torch uses. An item has `numbers` numbers."""
     turns = max(1, min(total, total * numbers // _SMALL))
     threads = min(torch.get_num_threads(), turns)
     turns = min(turns, _TURNS * threads) if threads > 1 else 1
@@ -58,22 +58,22 @@ def divide_work(function: Callable[..., object], total: int, numbers: int, *args
         WRITTEN.turns += len(done)
 
 
-# torch's own threads, where it has GNU's OpenMP: after each of torch's loops they look for work, at full speed, for some
-# milliseconds, and threads of our own would share their cores with them. They do not survive a fork. (numba's pools would abort
-# where two threads step at once, or in a process forked after a step, and choosing one is a global setting.)
+# torch's own threads do the work where torch has GNU's OpenMP. After each of torch's loops its threads look for work for some
+# milliseconds, at full speed: other threads would share the cores with them. torch's threads do not survive a fork. (numba's
+# pools would abort if two threads step at once, or in a process forked after a step, and a pool is chosen by a global setting.)
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _gomp_parallel: Any = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform == "linux" else None
 _HOME = os.getpid()
 
 
 def _in_team(work: Callable[[], None]) -> None:
-    """work() in every thread of the team that torch's loops have when called from this thread."""
+    """Call work() in every thread of the team that torch's loops would use if called from this thread."""
     raised: list[BaseException] = []
 
     def guarded(_: object) -> None:
         try:
             work()
-        except BaseException as error:  # would be printed and forgotten
+        except BaseException as error:  # otherwise it would be printed and forgotten
             raised.append(error)
 
     _gomp_parallel(_CALLBACK(guarded), None, ctypes.c_uint(torch.get_num_threads()), ctypes.c_uint(0))
@@ -82,13 +82,13 @@ def _in_team(work: Callable[[], None]) -> None:
 
 
 def _in_pool(work: Callable[[], None], threads: int) -> None:
-    """work() in this thread, and in others as far as the system gives some."""
+    """Call work() in this thread, and in as many other threads as the system gives."""
     there, active, closed, raised = threading.Condition(), 0, False, []
 
     def guarded() -> None:
         nonlocal active
         with there:
-            if closed:  # what could not be started at once may be taken up by another thread, later
+            if closed:  # a call that found no thread at once may get one later, after the end
                 return
             active += 1
         try:
@@ -114,5 +114,5 @@ def _in_pool(work: Callable[[], None], threads: int) -> None:
 
 @functools.cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """Of this process: threads do not survive a fork. A thread is started when none is idle."""
+    """Give the pool of a process, since threads do not survive a fork. The pool starts a thread when none is idle."""
     return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="hf_efcp")

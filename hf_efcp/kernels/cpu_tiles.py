@@ -1,6 +1,6 @@
 """Products with few columns on CPUs, by numba, in tiles of 4 x 4: eight rows are read for sixteen products.
 
-Sums over terms have the order of the terms, whatever the tile.
+A sum keeps the order of its terms, whatever the tile; `multiply_tile` alone may reorder sums.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ TILE = 4
 
 @compiled(relaxed=CONTRACTED)
 def add_tile(out, weights, s, first, a):
-    """out[s + i] += the sum over k of weights[s + i, first + k] * a[k], for four i and four k."""
+    """Compute out[s + i] += the sum over k of weights[s + i, first + k] * a[k], for four i and four k."""
     w, u, v, z = weights[s], weights[s + 1], weights[s + 2], weights[s + 3]
     w0, w1, w2, w3 = w[first], w[first + 1], w[first + 2], w[first + 3]
     u0, u1, u2, u3 = u[first], u[first + 1], u[first + 2], u[first + 3]
@@ -30,7 +30,7 @@ def add_tile(out, weights, s, first, a):
 
 @compiled(relaxed=CONTRACTED)
 def subtract_tile(a, weights, s, first, q):
-    """a[i] -= the sum over k of weights[s + k, first + i] * q[s + k], for four i and four k."""
+    """Compute a[i] -= the sum over k of weights[s + k, first + i] * q[s + k], for four i and four k."""
     w, u, v, z = weights[s], weights[s + 1], weights[s + 2], weights[s + 3]
     w0, w1, w2, w3 = w[first], w[first + 1], w[first + 2], w[first + 3]
     u0, u1, u2, u3 = u[first], u[first + 1], u[first + 2], u[first + 3]
@@ -48,7 +48,7 @@ def subtract_tile(a, weights, s, first, q):
 
 @compiled(relaxed=REORDERED)
 def multiply_tile(out, a, q, s):
-    """out[i, s + k] = <a[i], q[s + k]>, for four i and four k."""
+    """Compute out[i, s + k] = <a[i], q[s + k]>, for four i and four k."""
     t00 = t01 = t02 = t03 = t10 = t11 = t12 = t13 = a.dtype.type(0)
     t20 = t21 = t22 = t23 = t30 = t31 = t32 = t33 = a.dtype.type(0)
     a0, a1, a2, a3 = a[0], a[1], a[2], a[3]

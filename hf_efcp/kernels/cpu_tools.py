@@ -1,7 +1,7 @@
-"""What the compiled CPU functions share: compiling, matrices by address, and the formats of the error.
+"""What the compiled CPU functions share: the compiler's settings, matrices by address, and the formats of the error.
 
-numba keeps compiled code by the file that a function is in. Who edits what others compile in, as all that is here and in
-constants.py, has to delete `__pycache__`.
+numba keeps a function's compiled code until the function's own file changes. Other files compile in what is here and in
+constants.py: after a change in one of these two, delete `__pycache__`.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ from . import Blocks, Error, Matrices, Scale
 from .constants import BF16_SHIFT, BLOCK, HALF_BF16, INT4_BITS, INT4_MASK, INT4_ZERO, LARGEST_INT4, LARGEST_INT8
 from .cpu_compiling import ANNOUNCEMENT
 
-# Sums may be taken in any order, so that loops are vectorized; NaN and infinity stay what they are.
+# LLVM may sum in any order, so that loops are vectorized. NaN and infinity stay as they are.
 REORDERED = {"reassoc", "contract", "nsz"}
-# A product may be added without being rounded; the order of sums stays.
+# LLVM may add a product without rounding it first. The order of sums stays.
 CONTRACTED = {"contract"}
-# More columns of a factor than this are a matter for a library of matrix products.
+# The most columns of a factor. With more, a library of matrix products is faster.
 SKINNY = 16
-# The same where products are formed in tiles.
+# The most columns where products are formed in tiles.
 WIDE = 128
-# dtypes that the kernels read and write; bf16, which numpy does not know, as its bits.
+# The dtypes that the kernels read and write. numpy does not know bf16: it is handled as its bits.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def compiled(function: Callable[..., Any] | None = None, *, relaxed: set[str] | None = None) -> Any:
-    """Decorator: compile at the first call, keep the code on disk, hold no lock. `relaxed`: LLVM's fast-math flags."""
+    """Decorate a function: compile it at the first call, keep the code on disk, hold no lock.
+
+    `relaxed` are LLVM's fast-math flags.
+    """
     if function is None:
         return functools.partial(compiled, relaxed=relaxed)
-    # A division by zero gives infinity or NaN, as in torch: a check for each division would keep loops from being vectorized.
+    # A division by zero gives infinity or NaN, as in torch. A check at each division would keep loops from being vectorized.
     options = {"nogil": True, "fastmath": relaxed or False, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(function)
@@ -47,7 +50,7 @@ def compiled(function: Callable[..., Any] | None = None, *, relaxed: set[str] | 
 
 
 def real(x):
-    """The number x, or the one whose bf16 bits x are."""
+    """Give the number x; if x is an integer, the number whose bf16 bits x holds."""
     raise NotImplementedError  # compiled code only
 
 
@@ -59,7 +62,7 @@ def _real(x):
 
 
 def narrowed(x, like):
-    """The number x as an element of the array `like`: itself, or the bits of the nearest bf16 number."""
+    """Give the number x as an element of the array `like`: itself, or the bits of the nearest bf16 number."""
     raise NotImplementedError  # compiled code only
 
 
@@ -72,13 +75,13 @@ def _narrowed(x, like):
 
 @compiled
 def bf16_bits(bits):
-    """The bits of the bf16 number that is nearest to the fp32 number of these bits; ties to even."""
+    """Give the bits of the bf16 number nearest to the fp32 number whose bits are given; ties to even."""
     return np.int16((bits + np.int32(HALF_BF16) + ((bits >> np.int32(BF16_SHIFT)) & np.int32(1))) >> np.int32(BF16_SHIFT))
 
 
 @intrinsic
 def pointer(typing, address, like):
-    """`address` as a pointer to numbers of the dtype of the array `like`."""
+    """Give the address as a pointer to numbers in the dtype of the array `like`."""
     pointer = types.CPointer(like.dtype)
 
     def generate(context, builder, signature, args):
@@ -99,8 +102,8 @@ def _add_run(a, g, codes, at, scales, run, by):
 
 @overload(_add_run)
 def _add_run_compiled(a, g, codes, at, scales, run, by):
-    """a <- g + by * e for the numbers from `at` on, which lie in one run; scales as `core.codecs` has them."""
-    if codes.dtype not in (types.int8, types.uint8):  # numbers and no codes: they are added without it
+    """Compute a <- g + by * e for the numbers from `at` on, which lie in one run; scales are those of `core.codecs`."""
+    if codes.dtype not in (types.int8, types.uint8):  # `add_error` adds plain numbers by itself
         return lambda a, g, codes, at, scales, run, by: None
     if codes.dtype == types.int8:
         return _add_bytes
@@ -124,14 +127,14 @@ def _add_between_bounds(a, g, codes, at, scales, run, by):
 
 @compiled
 def _add_halves(a, g, codes, at, zero, unit, lo, by):
-    """a <- g + by * ((code - zero) * unit + lo), for 4-bit codes: two to a byte, number 2i in the low half of byte i."""
+    """Compute a <- g + by * ((code - zero) * unit + lo), for 4-bit codes: two to a byte, number 2i in the low half of byte i."""
     odd = np.int64(at & np.uint64(1))
     if odd:
         code = (np.int32(codes[at >> np.uint64(1)]) >> np.int32(INT4_BITS)) - zero
         a[0] = g[0] + by * (a.dtype.type(code) * unit + lo)
     to, of, pairs = a[odd:], g[odd:], codes[np.int64(at + np.uint64(1)) >> 1 :]
     many = to.size >> 1
-    for i in range(many):  # by bytes, the loop is vectorized
+    for i in range(many):  # a loop over bytes is vectorized
         byte = np.int32(pairs[i])
         low, high = (byte & np.int32(INT4_MASK)) - zero, (byte >> np.int32(INT4_BITS)) - zero
         to[2 * i] = of[2 * i] + by * (a.dtype.type(low) * unit + lo)
@@ -143,16 +146,16 @@ def _add_halves(a, g, codes, at, zero, unit, lo, by):
 
 @compiled
 def bounds(scales, run, like):
-    """lo and u = (hi - lo) / 15 of a run of `core.codecs.MinMaxQuantizer`, from the bits of its bounds (runs, 2)."""
+    """Give lo and u = (hi - lo) / 15 of a run of `core.codecs.MinMaxQuantizer`, from the bits of its bounds (runs, 2)."""
     lo, hi = like.dtype.type(real(scales[run, 0])), like.dtype.type(real(scales[run, 1]))
     return lo, (hi - lo) / like.dtype.type(INT4_MASK)
 
 
 @compiled
 def add_error(a, g, error, scale, t, row, start, decay=1.0):
-    """a <- g + decay * e, for the columns from `start` on of a row of tensor t.
+    """Compute a <- g + decay * e, for the columns from `start` on of a row of tensor t.
 
-    `error` is (n, rows, cols), or empty; or codes, with the scales of their blocks in `scale`, which is empty else.
+    `error` is e (n, rows, cols), or empty, with `scale` empty; or codes of e, with the scales or bounds of blocks in `scale`.
     """
     by = a.dtype.type(decay)
     if error.size == 0:
@@ -173,7 +176,7 @@ def add_error(a, g, error, scale, t, row, start, decay=1.0):
 
 @compiled
 def read_row(a, room, g, x, y, error, scale, t, row, start, decay=1.0):
-    """`add_error` for x[t, row] * g * y[t]; where x and y are empty, for g. `room` is as long as a."""
+    """Do `add_error` with x[t, row] * g * y[t] in place of g; with g itself where x and y are empty. `room` is as long as a."""
     if y.size == 0:
         add_error(a, g, error, scale, t, row, start, decay)
         return
@@ -190,27 +193,27 @@ def read_row(a, room, g, x, y, error, scale, t, row, start, decay=1.0):
 
 
 def array(x: Tensor) -> np.ndarray:
-    """x for compiled functions; shares memory where x is contiguous. bf16 as int16, its bits."""
+    """Give x for compiled functions, bf16 as its bits in int16. The array shares memory with x where x is contiguous."""
     x = x.contiguous()
     return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def example(dtype: torch.dtype) -> np.ndarray:
-    """An empty array of numbers of `dtype`, as `array` has them."""
+    """Give an empty array of the dtype that `array` gives for `dtype`."""
     return array(torch.empty(0, dtype=dtype))
 
 
 def writes(params: Matrices, dtype: torch.dtype) -> bool:
-    """Whether parameters can be updated where they are by numbers of `dtype`."""
+    """Tell whether parameters can be updated in place by numbers of `dtype`: contiguous, in this dtype, or bf16 for fp32."""
     known = params[0].dtype == dtype or (params[0].dtype, dtype) == (torch.bfloat16, torch.float32)
     return known and all(p.is_contiguous() for p in params)
 
 
 class Addresses:
-    """n matrices of one shape and dtype for compiled functions, where they are.
+    """The addresses of n matrices of one shape and dtype, for compiled functions.
 
     Attributes:
-        array: (n,) int64; valid as long as this object lives.
+        array: the addresses, (n,) int64; valid as long as this object lives.
         shape: (n, rows, cols).
         dtype: of the numbers.
     """
@@ -227,12 +230,12 @@ class Errors:
     """The error e for compiled functions.
 
     Args:
-        error: e, (n, rows, cols) in fp32, fp64 or bf16, and None; or its codes and scales (`BlockQuantizer`) or bounds
+        error: e, (n, rows, cols) in fp32, fp64 or bf16, and None; or codes of e and scales (`BlockQuantizer`) or bounds
             (`MinMaxQuantizer`); or None.
         dtype: of the gradients.
 
     Attributes:
-        arrays: e or its codes, and its scales; empty where there are none.
+        arrays: e or its codes, and its scales or bounds; each is empty where there is nothing.
         limit: the largest scale that may be stored.
     """
 
@@ -246,24 +249,24 @@ class Errors:
 
 
 def factors(scale: Scale, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """x and y for compiled functions; empty where there are none."""
+    """Give x and y for compiled functions; empty where there are none."""
     x, y = (torch.empty(0, 0, dtype=dtype),) * 2 if scale is None else scale
     return array(x), array(y)
 
 
 def reads(error: Error) -> bool:
-    """Whether `Errors` knows the format."""
+    """Tell whether `Errors` knows the format of e, and e is contiguous."""
     known = error is None or error[0].dtype in DTYPES or error[1] is not None
     return known and (error is None or all(x is None or x.is_contiguous() for x in error))
 
 
 def fits(gradients: Matrices, error: Error, factor: Tensor, wide: bool = False) -> bool:
-    """Whether products of e + g with `factor` (n, r, ...), or with such factors, are skinny and the formats known."""
+    """Tell whether kernels can multiply e + g by `factor` (n, r, ...): r is small, and they know the formats of e and g."""
     return reads(error) and factor.shape[1] <= (WIDE if wide else SKINNY) and gradients[0].dtype in (torch.float32, torch.float64)
 
 
 def kept_places(cols: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-    """Of each kept number of a row: the column where its block starts, and the block; (k,) int32 both."""
+    """Give for each kept number of a row the column where its block starts, and the block's number; both (k,) int32."""
     block, kept, kept_tail = blocks
     full = np.repeat(np.arange(cols // block, dtype=np.int32), kept)
     number = np.append(full, np.full(kept_tail if cols % block else 0, cols // block, np.int32))

@@ -1,4 +1,4 @@
-"""Block top-k on CPUs, by numba: of each block of a row the numbers of largest magnitude."""
+"""Block top-k on CPUs, by numba: the numbers of largest magnitude in each block of a row."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from . import Blocks, Entry, Error, Matrices, Scale
 from .cpu_threads import divide_work
 from .cpu_tools import Addresses, Errors, array, compiled, factors, matrix_row, read_row, reads
 
-# Where more is kept, a heap over the whole block.
+# If more numbers are kept in a block, a heap over the whole block selects them.
 _MANY = 32
-# Maxima of parts of a block: at most this many, at least what is kept.
+# The most maxima of parts of a block; there are at least as many as kept numbers.
 _LANES = 64
 
 
 @compiled
 def flagged(words, where):
-    """Where the bytes of `words`, int64, are 1, in order, into `where`; returns how many."""
+    """Write the positions of the bytes of `words`, int64, that are 1 to `where`, in order; return how many there are."""
     count = 0
     for w in range(words.size):
         word = words[w]
@@ -31,9 +31,9 @@ def flagged(words, where):
 
 @compiled
 def select(bits, kept, magnitudes, lanes, words, where):
-    """Indices of the `kept` numbers of largest magnitude, of these bits, into where[:kept]. The other arrays are room.
+    """Write the indices of the `kept` numbers of largest magnitude to where[:kept]. The numbers are given as their bits.
 
-    Without the sign, the bits of numbers are ordered as their magnitudes are, with NaN above all.
+    Without the sign, the bits have the order of the magnitudes, with NaN above all numbers. The other arrays are room.
     """
     width, top = bits.size, np.iinfo(magnitudes.dtype).max
     for i in range(width):
@@ -55,9 +55,9 @@ def select(bits, kept, magnitudes, lanes, words, where):
 
 @compiled
 def _bound(bits, kept, lanes):
-    """A number that `kept` of `bits` reach, and not many more: the kept-th largest maximum of disjoint subsets."""
+    """Give a bound that at least `kept` of `bits` reach, but not many more: the kept-th largest maximum of disjoint subsets."""
     many = (bits.size + 1) // 2
-    low, high = bits[:many], bits[many:]  # slices start at 0, which lets loops be vectorized
+    low, high = bits[:many], bits[many:]  # indices of slices start at 0, so that loops are vectorized
     for i in range(high.size):
         lanes[i] = max(low[i], high[i])
     if high.size < many:
@@ -72,7 +72,7 @@ def _bound(bits, kept, lanes):
         largest = bits.dtype.type(-1)
         for i in range(many):
             largest = max(largest, left[i] if left[i] < least else bits.dtype.type(-1))
-        if largest < 0:  # equal numbers count once
+        if largest < 0:  # equal numbers count once, so there may be fewer than `kept`
             break
         least = largest
     return least
@@ -80,7 +80,7 @@ def _bound(bits, kept, lanes):
 
 @compiled
 def _largest(bits, candidates, kept, where):
-    """Move those of where[:candidates] with the `kept` largest of `bits` to the front: a heap of the largest so far."""
+    """Move the indices of the `kept` largest of `bits` to the front of where[:candidates], by a heap of the largest so far."""
     if candidates == kept:
         return
     for start in range(kept // 2 - 1, -1, -1):
@@ -93,7 +93,7 @@ def _largest(bits, candidates, kept, where):
 
 @compiled
 def _sift(bits, where, start, size):
-    """Let the index at `start` sink until no child is smaller."""
+    """Let the index at `start` sink until no child has a smaller number."""
     index = where[start]
     value = bits[index]
     while True:
@@ -111,7 +111,7 @@ def _sift(bits, where, start, size):
 
 @compiled
 def top_k_rows(lo, hi, gradients, x, y, error, scale, unsigned, block, kept, kept_tail, cols, indices, values):
-    """Indices and values of the largest numbers in the blocks of some rows of a = e + g."""
+    """Write indices and values of the largest numbers in the blocks of some rows of a = e + g."""
     rows = values.shape[1]
     a, room = np.empty(block, values.dtype), np.empty(block, values.dtype)
     magnitudes, lanes = np.empty(block, unsigned.dtype), np.empty(block, unsigned.dtype)
@@ -131,21 +131,21 @@ def top_k_rows(lo, hi, gradients, x, y, error, scale, unsigned, block, kept, kep
 
 
 def unsigned_like(dtype: torch.dtype) -> np.ndarray:
-    """An empty array of integers as long as numbers of `dtype`."""
+    """Give an empty array of integers as long as numbers of `dtype`."""
     return np.empty(0, np.int32 if dtype.itemsize == 4 else np.int64)
 
 
 def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> Entry | None:
-    """The largest magnitudes of every block of a = e + g; a is not formed.
+    """Give the numbers of largest magnitude in every block of a = e + g. Only a block of a is formed at a time.
 
     Args:
         gradients: g, n matrices (rows, cols) in fp32 or fp64.
         error: e, as `Errors` takes it.
-        blocks: length of a block, how many numbers are kept in each, and how many in a shorter last one.
+        blocks: the length of a block, how many numbers are kept in each block, and how many in a shorter last block.
         scale: of g.
 
     Returns:
-        (n, rows, k) int16 indices in the block, and values in g's dtype; None: it cannot be done.
+        Indices in the block, int16 (n, rows, k), and values in g's dtype. None: no kernel can do it.
     """
     if not reads(error):
         return None

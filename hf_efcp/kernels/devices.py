@@ -1,4 +1,4 @@
-"""The kind of a device, on which the way of a step depends; pretending to another, to count what a GPU would do."""
+"""The kind of a device, which decides how a step runs. One can pretend another kind, to count what a GPU would do."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class _Written(threading.local):
-    """What kernels that this thread called on a CPU have done, for whoever may repeat it otherwise.
+    """How much CPU kernels that this thread called have done. Torch must not repeat work that is partly done.
 
     Attributes:
-        turns: parts of their work that are done.
+        turns: the number of parts of their work that are done.
     """
 
     turns = 0
@@ -28,9 +28,9 @@ _PRETENDED: contextvars.ContextVar[str | None] = contextvars.ContextVar("hf_efcp
 
 
 def constant(function: Function) -> Function:
-    """Mark a function whose result torch.compile shall take for a constant, as it cannot look into a context variable.
+    """Mark a function so that torch.compile takes its result for a constant: it cannot look into a context variable.
 
-    This is `torch.compiler.assume_constant_result`, which imports the compiler, whether anybody compiles or not.
+    `torch.compiler.assume_constant_result` does the same, but imports the compiler, whether anybody compiles or not.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -44,7 +44,7 @@ def kind(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def pretending(type: str) -> Iterator[None]:
-    """Let all devices be of this type inside, in this thread: fake tensors on a CPU then go the way of a GPU."""
+    """Let `kind` give this type for every device inside, in this thread: fake tensors on a CPU then go the way of a GPU."""
     token = _PRETENDED.set(type)
     try:
         yield

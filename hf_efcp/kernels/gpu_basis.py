@@ -1,7 +1,7 @@
-"""What a power iteration starts from, and orthonormal bases, on GPUs, by Triton.
+"""Orthonormal bases, and the start of a power iteration, on GPUs, by Triton.
 
-The basis comes from the Gram matrix G of the columns in fp64: with G = L L^T, A L^-T has orthonormal columns, those of QR up to
-signs. A rounding error of G counts as often as the condition of A squared, so it is done twice.
+The basis of A's columns comes from their Gram matrix G = A^T A in fp64. With G = L L^T, the columns of A L^-T are orthonormal:
+those of QR, up to signs. The condition number of A, squared, amplifies a rounding error of G. So a second pass follows.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from .gpu_tools import (
     tensor_key,
 )
 
-_UNIT = tl.constexpr(2.0**-15)  # of 16 bits with a sign, to (-1, 1)
-# Columns of which a program forms a Gram matrix.
+_UNIT = tl.constexpr(2.0**-15)  # takes 16 bits with a sign to (-1, 1)
+# The most columns of which a program forms a Gram matrix.
 _LARGEST_RANK = 32
-# Of a column of length 1, what is left beside the others is rounding errors below this.
+# Squared length that is left of a unit column without its part along the columns before: rounding errors if below this.
 _DEPENDENT = tl.constexpr(1e-14)
 # Sums in a tile: 32 fp64 numbers for each thread of 8 warps.
 _SUMS, _WARPS = 8192, 8
 _LONGEST_BLOCK = 1024
-# Partial sums that one program adds, as numbers at once; and tensors below which there would be too many of them.
+# Numbers of partial sums that one program adds at once. A sum is cut as if there were at least _FEW tensors, so that there are
+# not too many partial sums.
 _ADDED, _FEW = 1024, 8
-# Numbers of Q that a program writes, and that each program reads for itself to know the columns' lengths.
+# Numbers of Q that a program writes. If Q has at most _READ numbers, each program computes the columns' lengths for itself.
 _WRITTEN, _READ = 2048, 2**17
 
 
@@ -40,7 +41,7 @@ _WRITTEN, _READ = 2048, 2**17
 
 @triton.jit
 def _column_squares(last, t, begin, end, cols, rank, R: tl.constexpr, BLOCK: tl.constexpr):
-    """The sums of the squares of columns, rows begin ... end, (R,) fp64."""
+    """Give the sums of the squares of columns, rows begin ... end, (R,) fp64."""
     k = tl.arange(0, R)[None, :]
     total = tl.zeros([BLOCK, R], dtype=tl.float64)
     for start in range(begin, end, BLOCK):
@@ -52,7 +53,7 @@ def _column_squares(last, t, begin, end, cols, rank, R: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _partial_squares(last, out, cols, rank, parts, each, R: tl.constexpr, BLOCK: tl.constexpr):
-    """A program for some rows of a tensor's last Q: out (n, parts, R)."""
+    """A program sums the squares of some rows of a tensor's last Q: out (n, parts, R)."""
     t, begin = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * each
     sums = _column_squares(last, t, begin, tl.minimum(begin + each, cols), cols, rank, R, BLOCK)
     tl.store(out + tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), sums)
@@ -63,7 +64,7 @@ def _start(
     last, sums, step, salts, out, cols, rank, parts,
     DEAD: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program for a block of rows of a tensor's Q: out (n, rank, cols)."""
+    """A program writes a block of rows of a tensor's Q: out (n, rank, cols)."""
     blocks = tl.cdiv(cols, BLOCK)
     t = (tl.program_id(0) // blocks).to(tl.int64)
     k = tl.arange(0, R)
@@ -93,8 +94,8 @@ def start(last: Tensor, step: Tensor, salts: Tensor, dead: float) -> Tensor | No
 
     Args:
         last: (n, cols, r) in fp32 or fp64.
-        step, salts: () and (n,) int64, which random numbers are counted by.
-        dead: a column is, that is not longer than this times the longest.
+        step, salts: () and (n,) int64, which count the random numbers.
+        dead: a column is dead if it is at most this times as long as the longest column.
 
     Returns:
         (n, cols, r), as a view of (n, r, cols).
@@ -124,7 +125,7 @@ def start(last: Tensor, step: Tensor, salts: Tensor, dead: float) -> Tensor | No
 
 @triton.jit
 def _gram(a, out, length, rank, parts, each, R: tl.constexpr, BLOCK: tl.constexpr):
-    """A program for a part of the rows of A, which lies as (n, rank, length): partial Gram matrices (n, parts, R, R)."""
+    """A program takes a part of the rows of A, stored as (n, rank, length): out has partial Gram matrices (n, parts, R, R)."""
     t, begin = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * each
     k = tl.arange(0, R).to(tl.int64)
     left, right, within = k[:, None, None], k[None, :, None], tl.arange(0, BLOCK)[None, None, :]
@@ -140,9 +141,9 @@ def _gram(a, out, length, rank, parts, each, R: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def _factor(gram, out, parts, rank, R: tl.constexpr, PARTS: tl.constexpr):
-    """A program a tensor: B (n, R, R), upper triangular, that makes the columns of A B orthonormal.
+    """A program for each tensor: out is B (n, R, R), upper triangular, such that A B has orthonormal columns.
 
-    Column by column, as Gram and Schmidt: what makes up the basis is kept as a sum of the columns of A.
+    It goes column by column, as Gram-Schmidt does. A column of B holds a basis vector's coefficients in the columns of A.
     """
     t = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, R)
@@ -154,7 +155,7 @@ def _factor(gram, out, parts, rank, R: tl.constexpr, PARTS: tl.constexpr):
     square = tl.sum(tl.where(row == col, g, 0.0), 1)
     size = tl.where(square > 0, 1 / tl.sqrt(square), 0 * square)
     b = tl.where(row == col, size[:, None], 0.0)
-    # Columns of length 1: their sizes do not matter. What is not finite stays so: 0 * infinity is NaN.
+    # Columns get length 1, so that their sizes do not matter. What is not finite stays so: 0 * infinity is NaN.
     g = (g * size[:, None]) * tl.sum(b, 0)[None, :]
     floor = tl.full([], _DEPENDENT, tl.float64)
     for i in range(rank):
@@ -171,7 +172,7 @@ def _factor(gram, out, parts, rank, R: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _multiply(a, b, out, gram, length, rank, parts, each, GRAM: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
-    """A program for a part of the rows of A B, and where GRAM its partial Gram matrices; A and A B lie as (n, rank, length)."""
+    """A program forms a part of the rows of A B, and where GRAM, its partial Gram matrix. A and A B lie as (n, rank, length)."""
     t, begin = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * each
     k = tl.arange(0, R).to(tl.int64)
     total = tl.zeros([R, R, BLOCK if GRAM else 1], dtype=tl.float64)
@@ -192,14 +193,14 @@ def _multiply(a, b, out, gram, length, rank, parts, each, GRAM: tl.constexpr, R:
 
 
 def orthonormal(a: Tensor) -> Tensor | None:
-    """Make an orthonormal basis of the columns of matrices, that of QR up to signs; None for more than 32 columns.
+    """Make an orthonormal basis of the columns of each matrix: that of QR up to signs. None for more than 32 columns.
 
     Args:
         a: (n, rows, r) in fp32 or fp64.
 
     Returns:
-        (n, rows, r) in a's dtype, as a view of (n, r, rows). Columns that depend on those before become 0; where a has what is
-        not finite, there is NaN.
+        (n, rows, r) in a's dtype, as a view of (n, r, rows). A column that depends on the columns before it becomes 0. Where a
+        number of a is not finite, the result has NaN.
     """
     n, length, rank = a.shape
     if rank > _LARGEST_RANK or a.dtype not in (torch.float32, torch.float64):

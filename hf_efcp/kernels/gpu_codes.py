@@ -1,7 +1,8 @@
-"""Windows in few bits on GPUs, by Triton: the codes of `core.codecs`, rounded to nearest, bit for bit; products of dense codes.
+"""Low-bit windows on GPUs, by Triton: the codes of `core.codecs`, rounded to nearest, bit for bit; products of dense codes.
 
-E4M3 is made of integers: any GPU can do that. Codes are written together with the numbers that they stand for, which a step
-needs as well. Of a run that holds a number that is not finite only the scale, NaN, is that of plain torch: its step is refused.
+E4M3 codes are made by integer arithmetic, which any GPU has. A step needs the decoded numbers too, so codes and decoded numbers
+are written together. If a run holds a number that is not finite, its scale is NaN as in plain torch, but its codes may differ:
+the step is refused.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from .gpu_tools import FLOAT8, INT8, RUN, cdiv, divided, from_float8, on, power_
 
 # Numbers of a program's tile.
 _NUMBERS = 2048
-# The same of blocks, each of which is reduced alone.
+# Numbers of a program's tile where its rows are blocks of a sparse entry, each of which is reduced alone.
 _BLOCKS = 512
-# Slots of a window, and numbers of each, that are multiplied at once.
+# Slots of a window, and numbers of each slot, that are multiplied at once.
 _SLOTS, _LENGTH = 8, 256
 _INT8, _FLOAT8 = tl.constexpr(INT8), tl.constexpr(FLOAT8)
 _FLOAT8_SCALE = tl.constexpr(constants.FLOAT8_SCALE)
 _BIAS, _SHIFT = tl.constexpr(constants.EXPONENT_BIAS), tl.constexpr(constants.EXPONENT_SHIFT)
 _BIAS_64, _SHIFT_64 = tl.constexpr(1023), tl.constexpr(52)
 _FRACTION, _FRACTION_64 = tl.constexpr((1 << constants.EXPONENT_SHIFT) - 1), tl.constexpr((1 << 52) - 1)
-# E4M3 in the bits of fp32: numbers below 2^-6 are subnormal, all from 480 on are NaN. An fp32 number of 2^14 ends at 2^-9.
+# E4M3, in the bits of fp32. Numbers below 2^-6 are subnormal; all from 480 on are NaN. The last bit of the fp32 number 2^14 is
+# 2^-9, so that adding 2^14 rounds a small number to a multiple of 2^-9.
 _SUBNORMAL, _NAN_FROM, _ENDS = tl.constexpr(121 << 23), tl.constexpr(1087 << 20), tl.constexpr(141 << 23)
 _VALUE_BITS, _VALUE_MASK = tl.constexpr(constants.VALUE_BITS), tl.constexpr(constants.VALUE_MASK)
 _VALUE_ZERO, _LARGEST_VALUE = tl.constexpr(constants.VALUE_ZERO), tl.constexpr(constants.LARGEST_VALUE)
@@ -37,20 +39,20 @@ _16_BITS, _NOT_FINITE = tl.constexpr(constants.LOWER_16_BITS), tl.constexpr(cons
 
 @triton.jit
 def _divide(a, b):
-    """a / b for tensors, rounded to nearest as in torch: the operator is less exact in fp32."""
+    """Give a / b for tensors, rounded to nearest as in torch. Triton's operator is less exact in fp32."""
     return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
 
 
 @triton.jit
 def _nearest(x):
-    """x, which is small, rounded to nearest, ties to even: beside 1.5 * 2^23, or 2^52, there is no room for a fraction."""
+    """Round small x to the nearest integer, ties to even: a sum with 1.5 * 2^23, or in fp64 with 1.5 * 2^52, has no fraction."""
     large = 12582912.0 if x.dtype == tl.float32 else 6755399441055744.0
     return (x + large) - large
 
 
 @triton.jit
 def _largest(x):
-    """The largest magnitude of each row of a tile, (ROWS, 1); infinity where there is a NaN, which maxima would lose."""
+    """Give the largest magnitude of each row of a tile, (ROWS, 1); infinity if the row has a NaN, which a maximum would lose."""
     size = tl.abs(x)
     return tl.max(tl.where(size < float("inf"), size, float("inf")), 1)[:, None]
 
@@ -59,11 +61,11 @@ def _largest(x):
 def quantized(
     a, mask, random, LARGEST: tl.constexpr, LIMIT: tl.constexpr, TINY: tl.constexpr, NEAREST: tl.constexpr
 ):  # fmt: skip
-    """Codes, int32, and scales (ROWS, 1) of a tile whose rows are runs: `core.codecs.BlockQuantizer.encode`.
+    """Give codes, int32, and scales (ROWS, 1) of a tile whose rows are runs: `core.codecs.BlockQuantizer.encode`.
 
-    NEAREST: in place of rounding by `random`, uniform numbers.
+    NEAREST rounds to nearest. Without NEAREST, the uniform numbers `random` round stochastically.
     """
-    largest = _largest(tl.where(mask, a, 0.0))  # outside, a kept number may have been subtracted
+    largest = _largest(tl.where(mask, a, 0.0))  # outside the mask, a kept number may have been subtracted
     finite = largest < float("inf")
     scale = _divide(largest, tl.full(largest.shape, LARGEST, largest.dtype))
     scale = tl.where(scale > LIMIT, LIMIT, scale)
@@ -77,7 +79,7 @@ def quantized(
 
 @triton.jit
 def _to_float8(x):
-    """Codes of `core.codecs.encode_float8`, int32."""
+    """Give codes of `core.codecs.encode_float8`, int32."""
     y = (x * _FLOAT8_SCALE).to(tl.float32)
     bits = y.to(tl.int32, bitcast=True)
     sign, bits = (bits >> 24) & 128, bits & 0x7FFFFFFF
@@ -89,13 +91,13 @@ def _to_float8(x):
 
 @triton.jit
 def _power(scale, like):
-    """2^e for scales of `core.codecs.SparseCodec`."""
+    """Give 2^e for a scale of `core.codecs.SparseCodec`, in the type that `like` points to."""
     return (scale.to(tl.int32) << _SHIFT).to(tl.float32, bitcast=True).to(like.dtype.element_ty)
 
 
 @triton.jit
 def unpacked(number, scale, like):
-    """Indices, int32, and values, in the type that `like` points to, of numbers and scales of `core.codecs.SparseCodec`."""
+    """Give indices, int32, and values, in the type that `like` points to, for numbers and scales of `core.codecs.SparseCodec`."""
     number = number.to(tl.int32)
     value = ((number & _VALUE_MASK) - _VALUE_ZERO).to(like.dtype.element_ty) * _power(scale, like)
     return (number & _16_BITS) >> _VALUE_BITS, value
@@ -103,7 +105,7 @@ def unpacked(number, scale, like):
 
 @triton.jit
 def _exponent(x):
-    """The least e with x <= 2^e that fp32 has as a normal number, int32; 0 for x = 0."""
+    """Give the least e with x <= 2^e, int32, within the exponents of fp32's normal numbers; 0 for x = 0."""
     if x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True)
         e = (bits >> _SHIFT) - _BIAS + ((bits & _FRACTION) != 0).to(tl.int32)
@@ -118,7 +120,7 @@ def _encode(
     x, codes, scales, numbers, rows, cols,
     FORMAT: tl.constexpr, LARGEST: tl.constexpr, LIMIT: tl.constexpr, TINY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A program a tile, whose rows are runs in INT8."""
+    """A program encodes a tile, whose rows are runs for INT8."""
     _, row, first = tile(rows, cols, ROWS, COLS)
     col = first + tl.arange(0, COLS)[None, :]
     mask = (row < rows) & (col < cols)
@@ -130,7 +132,7 @@ def _encode(
         code, scale = quantized(a, mask, 0.0, LARGEST, LIMIT, TINY, True)
         number = code.to(a.dtype) * scale
         tl.store(scales + row * tl.cdiv(cols, RUN) + first // RUN, scale, mask=row < rows)
-    # `numbers` may be x, which threads have read that do not write it.
+    # `numbers` may be x: all threads must have read x before one writes.
     tl.debug_barrier()
     tl.store(codes + row * cols + col, code.to(codes.dtype.element_ty), mask=mask)
     tl.store(numbers + row * cols + col, number, mask=mask)
@@ -141,7 +143,7 @@ def _encode_sparse(
     indices, values, entries, scales, numbers, many, per_row, kept, kept_tail, full, blocks,
     ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """A program for ROWS blocks."""
+    """A program encodes ROWS blocks."""
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     row, number, within = place // blocks, place % blocks, tl.arange(0, SIZE)[None, :]
     at = row * per_row + number * kept + within
@@ -164,7 +166,7 @@ def _encode_sparse(
 def _dense_dots(
     codes, scales, entry, j, out, m, rows, cols, length, parts, each, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A program for some slots and a part of a tensor: out (n, parts, m)."""
+    """A program sums over a part of a tensor, for some slots: out (n, parts, m)."""
     part, rest, groups = tl.program_id(0) % parts, tl.program_id(0) // parts, tl.cdiv(m, SLOTS)
     t, slot = (rest // groups).to(tl.int64), (rest % groups * SLOTS + tl.arange(0, SLOTS))[:, None]
     own, place = slot == tl.load(j), t * m + slot
@@ -182,7 +184,7 @@ def _dense_dots(
 
 @triton.jit
 def _dense_combine(codes, scales, c, out, m, window_rows, begin, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """A program a tile of the sum, from row `begin` of the window's entries on."""
+    """A program forms a tile of the sum. Its rows are counted from row `begin` of the window's entries."""
     t, row, first = tile(rows, cols, ROWS, COLS)
     col = first + tl.arange(0, COLS)[None, :]
     mask = (row < rows) & (col < cols)
@@ -198,7 +200,7 @@ def _dense_combine(codes, scales, c, out, m, window_rows, begin, rows, cols, ROW
 
 
 def encode(x: Tensor, float8: bool, in_place: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Give codes of x, their scales, and the numbers that they stand for; see `hf_efcp.kernels.encode`."""
+    """Give codes of x, their scales, and the decoded numbers; see `hf_efcp.kernels.encode`."""
     if x.dtype not in (torch.float32, torch.float64) or (in_place and not x.is_contiguous()):
         return None
     x, cols, range_ = x.contiguous(), x.shape[-1], torch.finfo(x.dtype)
@@ -216,7 +218,7 @@ def encode(x: Tensor, float8: bool, in_place: bool) -> tuple[Tensor, Tensor, Ten
 
 
 def encode_sparse(indices: Tensor, values: Tensor, blocks: Blocks, cols: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Give numbers in 16 bits, their blocks' scales, and the values that they stand for; see `hf_efcp.kernels.encode_sparse`."""
+    """Give a sparse entry in 16 bits a number, its scales, and its decoded values; see `hf_efcp.kernels.encode_sparse`."""
     if values.dtype not in (torch.float32, torch.float64):
         return None
     block, kept, kept_tail = blocks
@@ -235,7 +237,7 @@ def encode_sparse(indices: Tensor, values: Tensor, blocks: Blocks, cols: int) ->
 
 
 def dense_dots(codes: Tensor, scales: Tensor, entry: Tensor, j: Tensor) -> Tensor:
-    """Give inner products with a window in int8, (n, m) fp64, formed and summed in fp64; see `hf_efcp.kernels.dense_dots`."""
+    """Give the inner products with a window in int8, (n, m) fp64, formed and summed in fp64; see `hf_efcp.kernels.dense_dots`."""
     n, m, rows, cols = codes.shape
     slots, length = min(_SLOTS, power_of_2(m)), min(_LENGTH, power_of_2(rows * cols))
     programs = n * cdiv(m, slots)

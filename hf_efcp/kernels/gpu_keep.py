@@ -1,7 +1,7 @@
 """e <- decay * e + g - c on GPUs, by Triton: each number of g is read once, and the new e is rounded once, in registers.
 
-Rounding is that of `core.cells`: stochastic where e has few bits, by the numbers of `core.random`. The largest number of a run
-that shares a scale is found inside one program, whose tile is as wide as a run.
+Rounding is that of `core.cells`: stochastic where e has few bits, by the random numbers of `core.random`. A run of numbers that
+share a scale lies in one program's tile, which is as wide as a run: the program finds the largest number of the run alone.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ from .gpu_tools import (
     to_bf16,
 )
 
-# Of a low-rank entry, and kept in a block of a sparse one: more is a matter for matrix products and for scattering.
+# The largest rank of a low-rank entry, and the most kept numbers in a block of a sparse entry. For more, torch's matrix products
+# and scattering are faster.
 _LARGEST_RANK = 64
 _MOST_KEPT = 64
-# Numbers of a program's tile, by their bytes.
+# Numbers of a program's tile, by the bytes of a number.
 _NUMBERS = {4: 2048, 8: 1024}
-# A tile lies in one block of a sparse entry where that leaves it as many columns as this.
+# A tile lies in one block of a sparse entry, if it then still has this many columns.
 _NARROW = 32
 _INT4 = tl.constexpr(INT4)
 
@@ -51,9 +52,10 @@ def _without_sparse(
     a, indices, values, t, row, col, first, inside, rows, cols, per_row, block, kept, kept_tail,
     MOST: tl.constexpr, IN_ONE: tl.constexpr,
 ):  # fmt: skip
-    """A tile without the kept numbers of its blocks, each of which is compared with all: an index out of range meets none.
+    """Give a tile without the kept numbers of its blocks.
 
-    IN_ONE: the whole tile lies in one block, so that a kept number is loaded once for a row of the tile.
+    The index of a kept number is compared with every column of the block, so an index out of range meets none. IN_ONE: the whole
+    tile lies in one block, so that a kept number is loaded once for a row of the tile.
     """
     within = col % block
     number = (first + tl.zeros([1, 1], tl.int32) if IN_ONE else col) // block
@@ -69,7 +71,7 @@ def _without_sparse(
 
 @triton.jit
 def _without_low_rank(a, p, q, t, row, col, down, across, rows, cols, RANK: tl.constexpr):
-    """A tile without p^T q."""
+    """Give a tile without p^T q."""
     for s in range(RANK):
         left = tl.load(p + (t * RANK + s) * rows + row, mask=down, other=0.0).to(a.dtype)
         right = tl.load(q + (t * RANK + s) * cols + col, mask=across, other=0.0).to(a.dtype)
@@ -85,9 +87,9 @@ def _keep(
     SPARSE: tl.constexpr, IN_ONE: tl.constexpr, LARGEST: tl.constexpr, LIMIT: tl.constexpr, TINY: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A program a tile. `one` and `two` are indices and values where SPARSE, at most MANY a block; else p and q, of rank MANY.
+    """A program for each tile. `one` and `two` hold the entry c.
 
-    Of rank 0, both are c itself.
+    SPARSE: they are indices and values, at most MANY in a block. Else they are p and q of rank MANY. With MANY = 0 both are c.
     """
     t, row, first = tile(rows, cols, ROWS, COLS)
     col = first + tl.arange(0, COLS)[None, :]
@@ -113,7 +115,7 @@ def _keep(
         by_row, by_col = row_factors(key, row + row_0), col_factors(key, col.to(tl.int64) + col_0)
     if LARGEST != 0:
         code, scale = quantized(a, mask, noise(by_row, by_col), LARGEST, LIMIT, TINY, False)
-        # Codes and scales are not written by the threads that read them.
+        # Other threads may have to read the codes and scales that a thread overwrites: wait for them.
         tl.debug_barrier()
         tl.store(scales + number * tl.cdiv(cols, RUN) + first // RUN, scale, mask=down)
         if FORMAT == _INT4:
@@ -148,13 +150,13 @@ def keep(
         gradients: g, n matrices (rows, cols) in fp32 or fp64.
         entry: int16 indices and values (n, rows, k), at most 64 in a block; or p (n, r, rows) and q (n, r, cols), r at most 64;
             or c (n, rows, cols) alone.
-        rounding: the step, () int64; a salt of each tensor, (n,) int64; their origin: as `core.random.counted_bits` takes them.
+        rounding: the step, () int64; a salt for each tensor, (n,) int64; their origin: see `core.random.counted_bits`.
         absent: tensors whose error stays as it is.
         blocks: of a sparse entry.
         scale: of g.
         decay: a number, for which the kernel is compiled.
-        accepted: whether e changes at all; a 0-D flag where that is known on the device only.
-        wide: as it is.
+        accepted: whether e changes at all; a 0-D flag where only the device knows it.
+        wide: has no effect on a GPU.
 
     Returns:
         Whether it was done.
@@ -188,7 +190,7 @@ def keep(
 
 
 def _widest(cols: int, block: int, coded: bool) -> tuple[int | None, bool]:
-    """The most columns of a tile, and whether every tile then lies in one block of the entry."""
+    """Give the most columns of a tile (None: any number), and whether every tile then lies in one block of the entry."""
     if cols <= block:
         return BLOCK if coded else None, True
     divisor = block & -block

@@ -1,4 +1,4 @@
-"""Products of e + g with r columns on GPUs, by Triton: e + g is formed in registers, from g and from e as it is stored."""
+"""Products of e + g with r columns on GPUs, by Triton. e + g is formed in registers, from g and from e as it is stored."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .gpu_tools import (
     reads,
 )
 
-# A tile of e + g, rows and columns. Few columns of q are multiplied one by one, into sums over three dimensions that are added
-# up at the end; more, by Triton's products, which read the side that is summed over into registers.
+# Rows and columns of a tile of e + g. A few columns of q are multiplied one by one, into a tile of sums with three dimensions,
+# which is added up at the end. More columns go to Triton's products, which read the side that is summed over into registers.
 _FEW_TILE = 16, 64
 _TIMES_TILE, _TRANSPOSED_TILE = (64, 32), (32, 64)
-# Triton's products have no side below this.
+# The shortest side that Triton's products take.
 _SHORTEST = tl.constexpr(16)
 _LARGEST_RANK = 32
 
@@ -37,7 +37,7 @@ def _times(
     table, like, error, scales, left, right, q, out, n, rows, cols, rank, parts, each,
     FORMAT: tl.constexpr, SCALED: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A program for some rows of a tensor and a part of the columns: out (parts, n, rank, rows)."""
+    """A program forms some rows of a tensor's product, from a part of the columns of a: out (parts, n, rank, rows)."""
     part, rest, groups = tl.program_id(0) % parts, tl.program_id(0) // parts, tl.cdiv(rows, ROWS)
     t = (rest // groups).to(tl.int64)
     row = (rest % groups * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -64,7 +64,7 @@ def _transposed_times(
     table, like, error, scales, left, right, p, out, n, rows, cols, rank, parts, each,
     FORMAT: tl.constexpr, SCALED: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A program for some columns of a tensor and a part of the rows: out (parts, n, rank, cols)."""
+    """A program forms some columns of a tensor's product, from a part of the rows of a: out (parts, n, rank, cols)."""
     part, rest, groups = tl.program_id(0) % parts, tl.program_id(0) // parts, tl.cdiv(cols, COLS)
     t = (rest // groups).to(tl.int64)
     col = (rest % groups * COLS + tl.arange(0, COLS))[None, :]
@@ -87,14 +87,14 @@ def _transposed_times(
 
 
 def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
-    """Multiply a = e + g, which is not formed, by q^T; None for fp64, and for more than 32 columns.
+    """Multiply a = e + g by q^T; None for fp64, and for r above 32. a is formed in registers only.
 
     Args:
         gradients: g, n matrices (rows, cols) in fp32.
         error: e.
         q: (n, r, cols) in fp32.
         scale: of g.
-        wide: as it is; a GPU has one order of sums.
+        wide: has no effect: a GPU has one order of sums.
 
     Returns:
         (n, rows, r) in fp32, as a view of (n, r, rows).
@@ -112,7 +112,7 @@ def times(gradients: Matrices, error: Error, q: Tensor, scale: Scale = None, wid
 
 
 def transposed_times(gradients: Matrices, error: Error, p: Tensor, scale: Scale = None, wide: bool = False) -> Tensor | None:
-    """Multiply p (n, r, rows) by a = e + g: (n, r, cols) in fp32; otherwise as `times`."""
+    """Multiply p (n, r, rows) by a = e + g: (n, r, cols) in fp32. The rest is as in `times`."""
     if not _fits(gradients, error, p):
         return None
     g, rank = Addresses(gradients), p.shape[1]
@@ -134,7 +134,7 @@ def _padded(rank: int) -> int:
 
 
 def _tile(rank: int, of_products: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a tile."""
+    """Give rows and columns of a tile."""
     return of_products if _padded(rank) >= _SHORTEST.value else _FEW_TILE
 
 

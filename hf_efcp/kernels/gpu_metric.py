@@ -1,7 +1,8 @@
-"""What the metric reads of a gradient on GPUs, by Triton: sums of squares over rows and columns, in fp64, and roots of them.
+"""The metric's sums on GPUs, by Triton: the squares of a gradient over rows and columns in fp64, and roots of the sums.
 
-A pass over g leaves partial sums: those of rows for each run of columns, those of columns for each block of rows. A second
-kernel adds them, a program for a run of rows and of columns each: a matrix with a long side keeps the device busy too.
+A first kernel reads g once and writes partial sums: over rows for each part of the columns, over columns for each block of rows.
+A second kernel adds them. Its programs each take a run of rows and a run of columns, so that a matrix with one long side keeps
+the device busy too.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from .gpu_tools import (
     power_of_2,
 )
 
-# A tile of g has so many numbers, in so many rows: 16 sums in fp64 for each thread of 4 warps.
+# Numbers of a tile of g, and its rows: 16 sums in fp64 for each thread of 4 warps.
 _TILE, _ROWS = 2048, 16
-# Rows and columns whose roots a program takes; partial sums that it adds at once.
+# Rows, and columns, whose roots a program takes; partial sums that it adds at once.
 _RUN, _ADDED = 64, 32
-# Stands for 0 where a logarithm is taken.
+# Takes the place of beta = 0 in a logarithm.
 _NO_BETA = 1e-300
 # Partial sums of c that a program reads at once.
 _MEANS = 1024
@@ -40,9 +41,9 @@ _MEANS = 1024
 def _squares(
     table, like, by_row, by_col, c, c_sums, rows, cols, parts, each, MEAN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """A program for a block of rows and a part of the columns: by_row (n, parts, rows), by_col (n, blocks of rows, cols).
+    """A program reads a block of rows and a part of the columns: by_row (n, parts, rows), by_col (n, blocks of rows, cols).
 
-    Where MEAN, the first block of rows adds c up too: c_sums (n, parts).
+    Where MEAN, the programs of the first block of rows also add up c: c_sums (n, parts).
     """
     part, rest, blocks = tl.program_id(0) % parts, tl.program_id(0) // parts, tl.cdiv(rows, ROWS)
     t = (rest // blocks).to(tl.int64)
@@ -70,7 +71,7 @@ def _squares(
 
 @triton.jit
 def _added(partial, t, many, place, length, RUN: tl.constexpr, ADDED: tl.constexpr):
-    """The sums over `many` of partial (n, many, length) at some places, (RUN,)."""
+    """Give the sums of partial (n, many, length) over its `many` parts, at some places of tensor t: (RUN,)."""
     total = tl.zeros([ADDED, RUN], dtype=tl.float64)
     for start in range(0, many, ADDED):
         i = start + tl.arange(0, ADDED)[:, None]
@@ -82,7 +83,7 @@ def _added(partial, t, many, place, length, RUN: tl.constexpr, ADDED: tl.constex
 
 @triton.jit
 def _root(d):
-    """d^(1/2), and d^(-1/4): 0 where d is 0, NaN where it is not finite."""
+    """Give d^(1/2), and d^(-1/4): 0 where d is 0, NaN where d is not finite."""
     root = tl.sqrt(d)
     return root, tl.where(d == 0, 0.0, 1 / tl.sqrt(tl.where(d == 0, 1.0, root)) + 0 * d)
 
@@ -93,7 +94,7 @@ def _measure(
     BETA: tl.constexpr, LOG_BETA: tl.constexpr, EPS: tl.constexpr,
     RUN: tl.constexpr, ADDED: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
-    """A program for a run of rows and the same run of columns of a tensor: roots (n, 2, runs)."""
+    """A program takes a run of a tensor's rows, and the run of its columns at the same places: roots (n, 2, runs)."""
     t = (tl.program_id(0) // runs).to(tl.int64)
     run = tl.program_id(0) % runs
     place = run.to(tl.int64) * RUN + tl.arange(0, RUN)
@@ -132,11 +133,11 @@ def _measure(
 
 
 class _Sums:
-    """Sums of g^2 in parts, as `_squares` leaves them.
+    """Partial sums of g^2, as `_squares` writes them.
 
     Args:
-        gradients: n matrices (rows, cols) in fp32 or fp64.
-        c: (n, cols), which is added up too; None: nothing is.
+        gradients: g, n matrices (rows, cols) in fp32 or fp64.
+        c: (n, cols), whose partial sums are formed too; None: they are not.
 
     Attributes:
         by_row, by_col: (n, parts, rows) and (n, blocks, cols) fp64.
@@ -175,9 +176,9 @@ def squares(gradients: Matrices) -> tuple[Tensor, Tensor] | None:
 def measure(
     gradients: Matrices, r: Tensor, c: Tensor, count: Tensor, beta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """Make the factors of a metric that contains g: see `core.moments.measured`, whose arguments and results these are.
+    """Make the factors of a metric that contains g: see `core.moments.measured`, which has the same arguments and results.
 
-    None for a state in another dtype than g's.
+    None where the state's dtype is not g's.
     """
     if {r.dtype, c.dtype} != {gradients[0].dtype}:
         return None

@@ -1,6 +1,6 @@
-"""The sparse family on GPUs, by Triton. Nothing is added atomically: the same input gives the same bits.
+"""Kernels of sparse methods on GPUs, by Triton. Nothing is added atomically: the same input gives the same bits.
 
-TRITON_INTERPRET=1 runs the kernels on CPU tensors, which is how they are tested where there is no GPU.
+TRITON_INTERPRET=1 runs the kernels on CPU tensors. Tests use that where there is no GPU.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from .gpu_codes import unpacked
 from .gpu_tools import Addresses, Errors, accumulated_tile, cdiv, divided, factors, on, power_of_2, reads
 from .gpu_update import add
 
-# How many rows one program of `dots` sums over, and how many slots at once.
+# Rows that one program of `dots` sums over, and slots that it takes at once.
 _ROWS = 64
 _SLOTS = 64
-# Where more is kept in a block, comparing all pairs of numbers takes longer than torch's way through a dense row.
+# If more numbers are kept in a block, comparing all pairs of numbers takes longer than torch's way through a dense row.
 _PAIRS = 64
-# Bytes of the update that is formed at once.
+# The most bytes of an update that are formed at once.
 _UPDATES = 2**28
 
 
@@ -29,7 +29,7 @@ def _top_k(
     table, like, error, scales, left, right, indices, values, rows, cols, per_row, block, kept, kept_tail, blocks,
     FORMAT: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A program a block. Magnitudes are compared as integers; the kept-th largest is found bit by bit, by counting."""
+    """A program for each block. Magnitudes are compared as integers; the kept-th largest is found bit by bit, by counting."""
     row, number = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     within = tl.arange(0, WIDTH)
     col = number * block + within
@@ -58,9 +58,9 @@ def _dots(
     sections, each, groups, blocks,
     CODED: tl.constexpr, OWN: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """A program for some slots, some rows and some blocks of a tensor: out (n, parts, sections, m).
+    """A program sums over some rows and some blocks of a tensor, for some slots: out (n, parts, sections, m).
 
-    In each block, the new number with the same index is looked for. Where OWN, slot j is the new entry itself.
+    For each number of the window, it looks for the block's new number with the same index. Where OWN, slot j is the new entry.
     """
     group, rest = tl.program_id(0) % groups, tl.program_id(0) // groups
     section = rest % sections
@@ -104,9 +104,10 @@ def _combine(
     indices, values, scales, c, out, rows, window_rows, start, cols, per_row, block, kept, kept_tail, full, blocks,
     CODED: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """A program of one warp for a block of a row, which adds slot after slot to the zeros in `out`.
+    """A program of one warp for each block of a row. It adds slot after slot to `out`, which is zero before.
 
-    A slot's numbers have different indices (or are zeros), so that they cannot meet; between slots the warp waits for itself.
+    The numbers of a slot have different indices (or are zeros), so no two of them meet. Between slots, the threads wait for each
+    other.
     """
     place, number = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     t, row = place // rows, place % rows
@@ -130,7 +131,7 @@ def _combine(
 
 
 def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None) -> Entry | None:
-    """As in cpu_top_k.py; of equal magnitudes the first ones."""
+    """See cpu_top_k.py. Of equal magnitudes, the first ones are kept."""
     if not reads(error):
         return None
     g = Addresses(gradients)
@@ -151,7 +152,7 @@ def top_k(gradients: Matrices, error: Error, blocks: Blocks, scale: Scale = None
 
 
 def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | None = None) -> Tensor | None:
-    """As in cpu_sparse.py, and slot j, (1,) int64 on the device, counts as the entry itself."""
+    """See cpu_sparse.py. With j, (1,) int64 on the device, slot j counts as the entry. None where a block keeps more than 64."""
     indices, values, scales = _arrays(stored)
     n, rows, m, per_row = indices.shape
     block, kept, kept_tail = blocks
@@ -173,7 +174,7 @@ def dots(stored: Stored, entry: Entry, cols: int, blocks: Blocks, j: Tensor | No
 
 
 def combine(stored: Stored, c: Tensor, cols: int, blocks: Blocks, rows: slice) -> Tensor | None:
-    """As in cpu_sparse.py."""
+    """See cpu_sparse.py."""
     indices, values, scales = _arrays(stored)
     n, window_rows, m, per_row = indices.shape
     block, kept, kept_tail = blocks
@@ -199,7 +200,7 @@ def apply(
     decay: float | Tensor,
     sizes: Scale = None,
 ) -> bool:
-    """As in cpu_sparse.py, but u is formed, for some tensors at a time."""
+    """See cpu_sparse.py. Here u is formed, for some tensors at a time."""
     rows, limit = len(params[0]), max(1, _UPDATES // (params[0].numel() * c.element_size()))
     for start in range(0, len(params), limit):
         some = slice(start, start + limit)
@@ -212,6 +213,6 @@ def apply(
 
 
 def _arrays(stored: Stored) -> tuple[Tensor, Tensor, Tensor]:
-    """The window's tensors; the first one stands for what is not there."""
+    """Give the window's tensors. The first one takes the place of a tensor that the format does not have."""
     first, values, scales = stored
     return first, first if values is None else values, first if scales is None else scales

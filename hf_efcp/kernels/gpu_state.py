@@ -1,6 +1,6 @@
-"""State of a step on GPUs, by Triton: what is kept where the step is accepted, and the metric of vectors.
+"""A step's small state on GPUs, by Triton: the metric of vectors, and writes that depend on whether the step is accepted.
 
-Small tensors, each of which would be a launch of its own: of rows and columns, of vectors, of counts.
+In torch, each of these small tensors would take launches of its own: those of rows and columns, of vectors, of counts.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .gpu_tools import (
 
 # Numbers that a program handles at once.
 _RUN = 1024
-# A longer vector is left to torch: one program would take long.
+# A longer vector is left to torch: here one program handles a vector, which would take long.
 _LONGEST = 2**20
 
 
 @triton.jit
 def _accepted(flag, MASKED: tl.constexpr):
-    """Whether the step is accepted: 1 or 0."""
+    """Tell whether the step is accepted: 1 or 0."""
     accepted = 1
     if MASKED:
         accepted = tl.load(flag).to(tl.int32)
@@ -38,7 +38,7 @@ def _accepted(flag, MASKED: tl.constexpr):
 
 @triton.jit
 def _mixed(old, new, LARGEST: tl.constexpr, BETA: tl.constexpr):
-    """beta old + (1 - beta) new in fp64, at most the largest number that the state can hold."""
+    """Give beta old + (1 - beta) new in fp64, cut to the largest number that the state can hold."""
     beta, largest = tl.full([], BETA, tl.float64), tl.full([], LARGEST, tl.float64)
     mean = old.to(tl.float64) + (1 - beta) * (new - old.to(tl.float64))
     return tl.where(mean > largest, largest, mean)
@@ -49,7 +49,7 @@ def _remember_factored(
     rows_state, rows_new, cols_state, means, count, x, y, flag, rows, cols, runs,
     BETA: tl.constexpr, LARGEST: tl.constexpr, MASKED: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """A program for a run of rows and the same run of columns of a tensor; the first one counts."""
+    """A program for a run of a tensor's rows and its columns at the same places. A tensor's first program updates the count."""
     t, run = (tl.program_id(0) // runs).to(tl.int64), tl.program_id(0) % runs
     place = run.to(tl.int64) * RUN + tl.arange(0, RUN)
     row, col = place < rows, place < cols
@@ -65,7 +65,7 @@ def _remember_factored(
                 at = start + tl.arange(0, RUN)
                 most = tl.maximum(most, tl.load(means + t * cols + at, mask=at < cols, other=0.0))
             tl.store(count + t, seen + tl.where((seen > 0) | (tl.max(most, 0) > 0), 1, 0).to(seen.dtype))
-    else:  # of a refused step u is 0, and has to stay so: 0 * NaN is not
+    else:  # a refused step has u = 0, which has to stay 0: 0 * NaN would not
         tl.store(x + t * rows + place, tl.zeros([RUN], dtype=tl.float32).to(x.dtype.element_ty), mask=row)
         tl.store(y + t * cols + place, tl.zeros([RUN], dtype=tl.float32).to(y.dtype.element_ty), mask=col)
 
@@ -75,7 +75,7 @@ def _remember_diagonal(
     state, values, mean_state, means, count, inverse, flag, cols, runs,
     BETA: tl.constexpr, LARGEST: tl.constexpr, MASKED: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """The same of a vector."""
+    """A program for a run of a vector. A vector's first program updates the mean and the count."""
     t, run = (tl.program_id(0) // runs).to(tl.int64), tl.program_id(0) % runs
     place = run.to(tl.int64) * RUN + tl.arange(0, RUN)
     inside = place < cols
@@ -103,7 +103,7 @@ def _measure_vectors(
     table, like, state, mean_state, count, values, inverse, white, square, means, cols,
     BETA: tl.constexpr, LOG_BETA: tl.constexpr, EPS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """A program a vector."""
+    """A program for each vector."""
     t = tl.program_id(0).to(tl.int64)
     k = tl.load(count + t)
     beta, eps = tl.full([], BETA, tl.float64), tl.full([], EPS, tl.float64)
@@ -132,7 +132,7 @@ def _measure_vectors(
 def measure_vectors(
     gradients: Matrices, v: Tensor, mean: Tensor, count: Tensor, beta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """Give D of vectors, as `core.metric.Diagonal` has it.
+    """Measure the metric D of vectors: see `core.metric.Diagonal`.
 
     Args:
         gradients: g, n matrices (1, cols) in fp32 or fp64.
@@ -141,7 +141,7 @@ def measure_vectors(
 
     Returns:
         v with g in it, S^-1, S^-1 g, each (n, 1, cols) in g's dtype; the sum of S^2 and the mean of g^2, each (n,) fp64. None
-        for a state in another dtype than g's, and for long vectors.
+        where the state's dtype is not g's, and for vectors of more than 2^20 numbers.
     """
     g = Addresses(gradients)
     n, _, cols = g.shape
@@ -165,7 +165,7 @@ def remember_factored(
     beta: float,
     accepted: Tensor | bool,
 ) -> bool:
-    """Put a gradient into the running means of D where the step is accepted; where it is not, make x and y of S^-1 zero.
+    """Put a gradient into the running means of D if the step is accepted; else set x and y of S^-1 to zero.
 
     Args:
         state: r (n, rows) and c (n, cols) in one dtype, and the count (n,) int64.
@@ -190,7 +190,7 @@ def remember_factored(
 def remember_diagonal(
     state: tuple[Tensor, Tensor, Tensor], values: Tensor, means: Tensor, inverse: Tensor, beta: float, accepted: Tensor | bool
 ) -> bool:
-    """Do the same for vectors.
+    """Put a gradient into the running means of vectors if the step is accepted; else set S^-1 to zero.
 
     Args:
         state: v (n, 1, cols) and mean (n,) in one dtype, and the count (n,) int64.
@@ -212,7 +212,7 @@ def remember_diagonal(
 
 
 def remember(state: Tensor, new: Tensor, alive: Tensor, accepted: Tensor | bool) -> bool:
-    """Copy `new` into the state (n, ...), of the same dtype, where the step is accepted and `alive` (n,) is not 0."""
+    """Copy `new` into the state (n, ...) of the same dtype, if the step is accepted, for tensors whose `alive` (n,) is not 0."""
     if state.dtype != new.dtype or not state.is_contiguous():
         return False
     length = state[0].numel()
@@ -226,5 +226,5 @@ def remember(state: Tensor, new: Tensor, alive: Tensor, accepted: Tensor | bool)
 
 
 def _flag(accepted: Tensor | bool, other: Tensor) -> Tensor:
-    """The flag, where `other` is; or `other`, which is not read."""
+    """Give the flag, on the device of `other`. Without a flag, `other`: the kernel does not read it."""
     return accepted.to(other.device) if isinstance(accepted, Tensor) else other

@@ -1,7 +1,7 @@
 """What the Triton kernels share: matrices by address, the formats of the error, counted random numbers.
 
-A kernel's grid has one dimension: the others end at 65,535. TRITON_INTERPRET=1 runs the kernels on CPU tensors, which is how they
-are tested where there is no GPU.
+A kernel's grid has one dimension, since the other dimensions end at 65,535. TRITON_INTERPRET=1 runs the kernels on CPU tensors.
+Tests use that where there is no GPU.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _COUNTER = tl.constexpr(constants.COUNTER_MASK)
 _MASK = tl.constexpr(constants.HASH_MASK)
 _SALT = tl.constexpr(constants.SALT_OFFSET)
 _UNIFORM = tl.constexpr(constants.UNIFORM_UNIT)
-# Numbers that share a scale, and what is added to a code of 4 bits.
+# How many numbers share a scale, and what is added to a code of 4 bits.
 RUN = tl.constexpr(constants.BLOCK)
 INT4_ZERO = tl.constexpr(constants.INT4_ZERO)
 
-# Formats of numbers, as kernels know them: there are none; plain ones; codes in 8 and in 4 bits, with scales; E4M3 without.
+# The kernels' names for formats: no numbers; plain numbers; 8-bit and 4-bit codes, with scales; E4M3 codes, without scales.
 NONE, PLAIN, INT8, INT4, FLOAT8 = 0, 1, 8, 4, 3
 _INT8, _INT4, _FLOAT8 = tl.constexpr(INT8), tl.constexpr(INT4), tl.constexpr(FLOAT8)
-# A number in E4M3 is an integer below 2^18 times the least one, which is 2^-9, here divided by the codec's scale.
+# A number in E4M3 is an integer below 2^18 times E4M3's least number 2^-9. Here 2^-9 is divided by the codec's scale.
 _FLOAT8_UNIT = tl.constexpr(2.0**-9 / constants.FLOAT8_SCALE)
-# How many tables of addresses are kept: a step needs about three for each stack, and most steps need those of the one before.
+# How many tables of addresses are kept. A step needs about three for each stack, mostly the same as the step before.
 _TABLES = 4096
-# Programs that keep a large GPU busy, and the fewest blocks of a sum that are worth a program.
+# The number of programs that keeps a large GPU busy, and the fewest blocks of a sum that are worth a program.
 _PROGRAMS, _FEWEST_BLOCKS = 512, 2
 
 
@@ -44,13 +44,13 @@ _PROGRAMS, _FEWEST_BLOCKS = 512, 2
 
 @triton.jit
 def matrix(table, t, like):
-    """The address of matrix t, as a pointer of the type of `like`; 0 where there is none."""
+    """Give the address of matrix t, as a pointer of the type of `like`; 0 for a matrix that the kernel leaves out."""
     return tl.load(table + t).to(like.dtype)
 
 
 @triton.jit
 def mix(x):
-    """`core.random._mix` of int64 numbers, which are below 2^63."""
+    """Compute `core.random._mix` of int64 numbers, which are below 2^63."""
     x = ((x ^ (x >> 16)) * _MULTIPLIER) & _MASK
     x = ((x ^ (x >> 16)) * _MULTIPLIER) & _MASK
     return x ^ (x >> 16)
@@ -58,44 +58,44 @@ def mix(x):
 
 @triton.jit
 def tensor_key(step, salt):
-    """What the factors of a tensor's counted numbers are made of, from the addresses of the step and of the tensor's salt."""
+    """Give the key of a tensor's counted numbers, for `row_factors` and `col_factors`. `step` and `salt` are addresses."""
     return mix(mix(tl.load(step) & _COUNTER) ^ mix(tl.load(salt) + _SALT))
 
 
 @triton.jit
 def row_factors(key, row):
-    """The rows' factors of `core.random.counted_bits`, int32."""
+    """Give the rows' factors of `core.random.counted_bits`, int32."""
     return (mix(key ^ row) | 1).to(tl.int32, bitcast=False)
 
 
 @triton.jit
 def col_factors(key, col):
-    """The columns' factors."""
+    """Give the columns' factors of `core.random.counted_bits`, int32."""
     return (mix(mix(key) ^ col) | 1).to(tl.int32, bitcast=False)
 
 
 @triton.jit
 def noise_16(rows, cols):
-    """The uniform bits 0 ... 65535 of products of factors, int32."""
+    """Give the upper 16 bits of products of factors: uniform numbers 0 ... 65535, int32."""
     return ((rows * cols) >> 16) & 0xFFFF
 
 
 @triton.jit
 def noise(rows, cols):
-    """Uniform numbers in (0, 1), fp32."""
+    """Give uniform numbers in (0, 1), fp32, from products of factors."""
     return (noise_16(rows, cols).to(tl.float32) + 0.5) * _UNIFORM
 
 
 @triton.jit
 def to_bf16(x, rows, cols):
-    """x in bf16, rounded stochastically as by `core.random.stochastic_round`."""
+    """Give x in bf16, rounded stochastically as `core.random.stochastic_round` does."""
     bits = x.to(tl.float32).to(tl.int32, bitcast=True) + noise_16(rows, cols)
     return (bits & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
 @triton.jit
 def from_float8(code, like):
-    """What codes of `core.codecs.encode_float8`, int32, stand for, by integers: Triton's own 8-bit floats need a newer GPU."""
+    """Decode codes of `core.codecs.encode_float8`, int32, by integer arithmetic: Triton's 8-bit floats need a newer GPU."""
     exponent, mantissa = (code >> 3) & 15, code & 7
     size = tl.where(exponent == 0, mantissa, (mantissa | 8) << tl.maximum(exponent - 1, 0))
     x = size.to(like.dtype.element_ty) * _FLOAT8_UNIT
@@ -105,7 +105,7 @@ def from_float8(code, like):
 
 @triton.jit
 def stored(numbers, scales, place, run, mask, like, FORMAT: tl.constexpr):
-    """Numbers at `place` of a buffer, in a format but INT4, in the type that `like` points to; their scales are at `run`."""
+    """Give numbers at `place` of a buffer, in the type that `like` points to. Any format but INT4; the scales are at `run`."""
     code = tl.load(numbers + place, mask=mask, other=0)
     if FORMAT == _INT8:
         x = code.to(like.dtype.element_ty) * tl.load(scales + run, mask=mask, other=0.0)
@@ -118,12 +118,12 @@ def stored(numbers, scales, place, run, mask, like, FORMAT: tl.constexpr):
 
 @triton.jit
 def error_tile(error, scales, t, row, col, mask, rows, cols, like, FORMAT: tl.constexpr):
-    """Numbers of e at (row, col) of tensor t, in the type that `like` points to.
+    """Give numbers of e at (row, col) of tensor t, in the type that `like` points to.
 
     Args:
-        error, scales: of n matrices (rows, cols), in a format; `scales` counts for codes.
+        error, scales: e of n matrices (rows, cols) in the format FORMAT. `scales` are read for codes only.
         row, col: int64 and int32 tensors of a tile.
-        mask: which of them are inside.
+        mask: which places of the tile are inside the matrix.
     """
     where = t * rows + row
     run = where * tl.cdiv(cols, RUN) + col // RUN
@@ -141,7 +141,7 @@ def accumulated_at(
     gradient, error, scales, left, right, t, row, col, mask, rows, cols, DECAY: tl.constexpr, FORMAT: tl.constexpr,
     SCALED: tl.constexpr,
 ):  # fmt: skip
-    """`accumulated_tile`, where a loop has found the address of g, the matrix of tensor t, before."""
+    """Give `accumulated_tile`, for a loop that has already found the address of g, which is the matrix of tensor t."""
     a = tl.load(gradient + row * cols + col, mask=mask, other=0.0)
     if SCALED:
         x = tl.load(left + t * rows + row, mask=row < rows, other=0.0)
@@ -156,11 +156,12 @@ def accumulated_tile(
     table, like, error, scales, left, right, t, row, col, mask, rows, cols,
     DECAY: tl.constexpr, FORMAT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of a = DECAY * e + x g y at (row, col) of tensor t: see `error_tile`.
+    """Give numbers of a = DECAY * e + diag(x) g diag(y) at (row, col) of tensor t.
 
     Args:
         table, like: of g, see `matrix`.
-        left, right: x (n, rows) and y (n, cols), where SCALED.
+        error, scales, row, col, mask: see `error_tile`.
+        left, right: x (n, rows) and y (n, cols), where SCALED; otherwise a = DECAY * e + g.
     """
     gradient = matrix(table, t, like)
     return accumulated_at(gradient, error, scales, left, right, t, row, col, mask, rows, cols, DECAY, FORMAT, SCALED)
@@ -168,7 +169,7 @@ def accumulated_tile(
 
 @triton.jit
 def tile(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The tensor, its rows (ROWS, 1) and the first of COLS columns that this program is for: see `tiling`."""
+    """Give this program's tile: the tensor, the rows (ROWS, 1), and the first of COLS columns. See `tiling`."""
     across = tl.cdiv(cols, COLS)
     each = across * tl.cdiv(rows, ROWS)
     program = tl.program_id(0)
@@ -179,7 +180,7 @@ def tile(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
 # Around them --------------------------------------------------------------------------------------------------------------
 
 
-# Triton's own functions of these names cost the host several microseconds a call.
+# Triton's own functions of these names take the host several microseconds a call.
 def cdiv(x: int, y: int) -> int:
     """Give x / y, rounded up."""
     return -(-x // y)
@@ -191,15 +192,15 @@ def power_of_2(x: int) -> int:
 
 
 class Addresses:
-    """n matrices of one shape and dtype for kernels, where they are.
+    """The addresses of n matrices of one shape and dtype, for kernels.
 
     Args:
-        matrices: they need not be contiguous: then they are copied.
-        but: positions of those that a kernel shall leave out; their address is 0.
+        matrices: the matrices. One that is not contiguous is copied.
+        but: positions of the matrices that a kernel shall leave out. Their address is 0.
 
     Attributes:
-        table: (n,) int64, on the device; valid as long as this object lives.
-        like: one of them; in a CUDA graph one of their dtype, as they may move.
+        table: the addresses, (n,) int64 on the device; valid as long as this object lives.
+        like: one of the matrices; in a CUDA graph, where matrices may move, another tensor of their dtype.
         shape: (n, rows, cols).
     """
 
@@ -215,7 +216,7 @@ class Addresses:
 
 def _places(matrices: Matrices) -> tuple[Sequence[Tensor], tuple[int, ...]]:
     """Give contiguous tensors, which have to live as long as their addresses are used, and the matrices' addresses."""
-    if isinstance(matrices, Tensor):  # one behind another
+    if isinstance(matrices, Tensor):  # the matrices lie one behind another
         whole = matrices.resolve_neg().contiguous()
         first, step = whole.data_ptr(), whole[0].numel() * whole.element_size()
         return [whole], tuple(first + i * step for i in range(len(whole)))
@@ -230,17 +231,17 @@ def _places(matrices: Matrices) -> tuple[Sequence[Tensor], tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=_TABLES)
 def _on_device(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
-    # "cpu" is said, as the user's default device may be another.
+    # "cpu" is explicit, since the user's default device may be another.
     if device.type != "cuda":
         return torch.tensor(addresses, dtype=torch.int64, device="cpu")
-    # From pinned memory: any other copy would wait for the device.
+    # The copy comes from pinned memory, since any other copy would wait for the device.
     return torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=True).to(device, non_blocking=True)
 
 
 def divided(length: int, block: int, programs: int) -> tuple[int, int]:
-    """Tell how to cut a sum, so that a GPU is busy: into how many parts, and the length of each, a multiple of `block`.
+    """Tell how to cut a sum, so that a GPU is busy: the number of parts, and the length of a part, a multiple of `block`.
 
-    Where there are `programs` already, the sum stays whole. The device does not count: the same input gives the same bits on all.
+    The more `programs` there are already, the fewer parts. The device has no influence: all devices give the same bits.
     """
     blocks = cdiv(length, block)
     wanted = max(1, min(cdiv(blocks, _FEWEST_BLOCKS), _PROGRAMS // programs))
@@ -252,12 +253,12 @@ class Errors:
     """The error e for kernels.
 
     Args:
-        error: e, (n, rows, cols) in fp32, fp64 or bf16, and None; or its codes and scales (`BlockQuantizer`); or None.
-        like: a tensor that stands for what is not there.
+        error: e, (n, rows, cols) in fp32, fp64 or bf16, and None; or codes of e and scales (`BlockQuantizer`); or None.
+        like: a tensor that takes the place of a missing one.
 
     Attributes:
         arrays: e or its codes, and its scales.
-        format: as kernels know it.
+        format: NONE, PLAIN, INT8 or INT4.
         limit: the largest scale that may be stored.
     """
 
@@ -272,12 +273,12 @@ class Errors:
 
 
 def factors(scale: Scale, like: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """x, y, and whether there are any."""
+    """Give x, y, and whether there are any."""
     return (like, like, False) if scale is None else (scale[0].contiguous(), scale[1].contiguous(), True)
 
 
 def reads(error: Error) -> bool:
-    """Whether kernels know the format, which is not that of `MinMaxQuantizer`, and e lies in memory as they expect."""
+    """Tell whether kernels know the format of e (not that of `MinMaxQuantizer`), and e is contiguous."""
     return error is None or all(x is None or (x.ndim < 4 and x.is_contiguous()) for x in error)
 
 
@@ -290,7 +291,7 @@ def tiling(shape: tuple[int, int, int], numbers: int, widest: int | None = None)
         widest: the most columns of a tile, a power of two; None: any number.
 
     Returns:
-        The grid, one program a tile, and the rows and columns of a tile, powers of two.
+        The grid, with a program for each tile, and the rows and columns of a tile, which are powers of two.
     """
     n, rows, cols = shape
     longest = min(max(2, power_of_2(cols)), widest or numbers)  # 2: codes of 4 bits share a byte
@@ -300,7 +301,7 @@ def tiling(shape: tuple[int, int, int], numbers: int, widest: int | None = None)
 
 
 def on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """Make the device of x the current one, on which Triton launches."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)

@@ -1,4 +1,4 @@
-"""What is added to the parameters on GPUs, in place, and the error's squares, by Triton.
+"""Additions to the parameters in place, and the error's sum of squares, on GPUs, by Triton.
 
 Nothing is added atomically: the same input gives the same bits.
 """
@@ -35,7 +35,7 @@ _HALVES = torch.bfloat16, torch.float16
 
 @triton.jit
 def _square(error, scales, like, out, rows, cols, FORMAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """A program a tile, whose sum it writes."""
+    """A program for each tile, whose sum it writes."""
     t, row, first = tile(rows, cols, ROWS, COLS)
     col = first + tl.arange(0, COLS)[None, :]
     mask = (row < rows) & (col < cols)
@@ -48,7 +48,7 @@ def _add_kept(
     table, like, error, scales, weights, left, right, rows, cols,
     FORMAT: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A program a tile."""
+    """A program for each tile."""
     t, row, first = tile(rows, cols, ROWS, COLS)
     col = first + tl.arange(0, COLS)[None, :]
     mask = (row < rows) & (col < cols)
@@ -67,7 +67,7 @@ def _add(
     SCALE_AT: tl.constexpr, DECAY_AT: tl.constexpr, SCALED: tl.constexpr, FORMAT: tl.constexpr, COUNTED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A program a tile. `scale` and `decay` are fp32 numbers, or where they are; `compute` points to the dtype of the sum."""
+    """A program for each tile. `scale` and `decay` are fp32 numbers or addresses; `compute` points to the dtype of the sum."""
     t, row, first = tile(rows, cols, ROWS, COLS)
     col = first + tl.arange(0, COLS)[None, :]
     mask = (row < rows) & (col < cols)
@@ -91,7 +91,7 @@ def _add(
 
 
 def square(error: Error, cols: int, dtype: torch.dtype) -> Tensor | None:
-    """Sum the squares of each tensor of e, (n,) fp64.
+    """Sum the squares of e for each tensor, (n,) fp64.
 
     Args:
         error: as `Errors` takes it, of n matrices.
@@ -146,18 +146,18 @@ def add(
     kept: Kept | None = None,
     first: int = 0,
 ) -> bool:
-    """Compute p <- decay * p + scale * diag(x) (u + weight * e) diag(y) in place, in fp64 where p or u is, else in fp32.
+    """Compute p <- decay * p + scale * diag(x) (u + weight * e) diag(y) in place.
 
-    It is rounded once.
+    The arithmetic is in fp64 where p or u is fp64, else in fp32. The result is rounded once.
 
     Args:
         params: p, n contiguous matrices (rows, cols) in a float dtype.
         update: u, (n, rows, cols) in a float dtype.
         scale, decay: numbers, which may differ at each step, or 0-D tensors on the device.
-        rounding: where p is bf16 and rounded stochastically, what the random numbers are counted by; None: to nearest.
+        rounding: counts the random numbers by which bf16 parameters are rounded stochastically; None: round to nearest.
         sizes: x (n, rows) and y (n, cols); None: ones.
-        kept: e, as `Errors` takes it, and the weights (n,); None: there is none.
-        first: where p and u are some rows of n matrices, the first of them: x and e are of whole matrices.
+        kept: e, as `Errors` takes it, and the weights (n,); None: there is no e.
+        first: the first row, where p and u are some rows of n matrices. x and e are always those of the whole matrices.
 
     Returns:
         Whether it was done.
@@ -189,12 +189,12 @@ def add(
 
 
 def _number(x: float | Tensor, double: bool, device: torch.device) -> float | Tensor:
-    """A kernel's own numbers have 32 bits: one of 64 is written to the device, by a fill, so that nothing waits."""
+    """Give a number for a kernel, whose arguments have 32 bits: an fp64 number is filled in on the device, and nothing waits."""
     if isinstance(x, Tensor):
         return x.to(device)
     return torch.full((), x, dtype=torch.float64, device=device) if double else float(x)
 
 
 def _in_place(params: Matrices) -> bool:
-    """Whether the kernels write to p itself, not to a copy."""
+    """Tell whether the kernels write to p itself, rather than to a copy."""
     return all(p.is_contiguous() and not p.is_neg() for p in params)

@@ -1,6 +1,6 @@
-"""Windows on GPUs, by Triton: inner products in fp64, low-rank entries' too, writing an entry, scaling factors.
+"""Windows on GPUs, by Triton: inner products in fp64, also of low-rank entries; writing an entry; scaling factors.
 
-Tensor cores have no fp64 on most devices: products are formed one by one, and summed at the end, over tiles of three dimensions.
+Tensor cores have no fp64 on most devices. So products are formed one by one in tiles of three dimensions, and summed at the end.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 from . import Entry, constants
 from .gpu_tools import FLOAT8, INT8, PLAIN, RUN, cdiv, divided, on, power_of_2, stored
 
-# Rows of b, and the rank of factors, for which a tile of sums fits in registers.
+# The most rows of b, and the largest rank of factors: a tile of sums then fits in registers.
 _SKINNY = 16
 # Sums in a tile: 32 fp64 numbers for each thread of 8 warps.
 _SUMS, _WARPS = 8192, 8
 _LONGEST_BLOCK = 1024
-# Rows of a at once.
+# Rows of a that a program takes at once.
 _ROWS = 16
 # Numbers that a program moves or scales.
 _MOVED = 2048
-# Half of the last bit of bf16, less one, in the bits of fp32.
+# Half of bf16's last bit, less one, in the bits of fp32.
 _SHIFT = tl.constexpr(constants.BF16_SHIFT)
 _HALF = tl.constexpr(2 ** (constants.BF16_SHIFT - 1) - 1)
-# Integers of a width: what is stored is moved as such.
+# The integer type for each number of bytes: stored numbers are moved as integers.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -36,7 +36,7 @@ def _inner(
     a, b, out, many, length, stride_t, stride_row, parts, each, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program for some rows of a and a part of their length: out (n, parts, many, N)."""
+    """A program sums over a part of the length, for some rows of a: out (n, parts, many, N)."""
     part, rest, groups = tl.program_id(0) % parts, tl.program_id(0) // parts, tl.cdiv(many, ROWS)
     t = (rest // groups).to(tl.int64)
     row = (rest % groups * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -59,7 +59,10 @@ def _inner(
 def _factor_gram(
     factors, scales, entry, place, t, own, rank, length, FORMAT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Inner products of the columns of a factor, or of the `own` ones of the entry, with the entry's: (R, R)."""
+    """Give the inner products of a factor's columns with the entry's columns, (R, R).
+
+    The first `own` columns of the factor are those of the entry itself; the window has the rest.
+    """
     k = tl.arange(0, R).to(tl.int64)
     left, right, within = k[:, None, None], k[None, :, None], tl.arange(0, BLOCK)[None, None, :]
     total = tl.zeros([R, R, BLOCK], dtype=tl.float64)
@@ -79,7 +82,7 @@ def _factor_dots(
     window_p, window_q, scales, p, q, j, out, m, rank, rows, cols,
     FORMAT_P: tl.constexpr, FORMAT_Q: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A program a slot."""
+    """A program for each slot."""
     place = tl.program_id(0).to(tl.int64)
     t = place // m
     own = tl.where(place % m == tl.load(j), rank, 0)
@@ -90,7 +93,7 @@ def _factor_dots(
 
 @triton.jit
 def _store(buffer, entry, j, accepted, outer, m, length, MASKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program for some rows of the entry (outer, length), or for a block of a row; the buffer is (outer, m, length)."""
+    """A program copies some rows of the entry (outer, length), or a block of a row, to the buffer (outer, m, length)."""
     blocks = tl.cdiv(length, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -106,7 +109,7 @@ def _scaled(
     factor, scales, c, sizes, compute, out, many, m, rank, length, stride_t, stride_slot, stride_row,
     FORMAT: tl.constexpr, WEIGHTED: tl.constexpr, SIZED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program for some rows of all factors, or for a block of a row; `compute` points to the dtype of the arithmetic."""
+    """A program scales some rows of all factors, or a block of a row. `compute` points to the dtype of the arithmetic."""
     blocks = tl.cdiv(length, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -128,9 +131,9 @@ def _scaled(
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor | None:
-    """Form and sum inner products of rows in fp64: (n, M, N) of a (n, M, L) and b (n, N, L), any float dtypes.
+    """Form and sum inner products of rows in fp64: (n, M, N) for a (n, M, L) and b (n, N, L) in any float dtypes.
 
-    None for N above 16: that is a matter for a library of matrix products.
+    None for N above 16, for which a library of matrix products is faster.
     """
     n, many, length = a.shape
     skinny = b.shape[1]
@@ -151,11 +154,11 @@ def inner(a: Tensor, b: Tensor) -> Tensor | None:
 
 
 def factor_dots(window: Entry, entry: Entry, j: Tensor) -> Tensor | None:
-    """Form inner products of a low-rank entry with a window's in fp64, (n, m); None for a rank above 16.
+    """Form the inner products of a low-rank entry with a window in fp64, (n, m); None for a rank above 16.
 
     Args:
-        window: P (n, m, r, rows) and Q (n, m, r, cols); or codes of them, E4M3 and int8, and Q's scales (n, m, r, runs).
-        entry: p (n, r, rows) and q (n, r, cols), in the same dtypes or, where the window is codes, in that of the scales.
+        window: P (n, m, r, rows) and Q (n, m, r, cols); or P in E4M3, Q in int8, and Q's scales (n, m, r, runs).
+        entry: p (n, r, rows) and q (n, r, cols), in the window's dtypes; for a window of codes, in the dtype of the scales.
         j: the slot that counts as the entry itself, (1,) int64 on the device.
     """
     n, m, rank, rows = window[0].shape
@@ -175,11 +178,11 @@ def factor_dots(window: Entry, entry: Entry, j: Tensor) -> Tensor | None:
 
 
 def store(buffer: Tensor, entry: Tensor, dim: int, j: Tensor, accepted: bool | Tensor) -> bool:
-    """Write an entry into a slot of a buffer, where `accepted`; tell whether it was done: not for another dtype.
+    """Write an entry into a slot of a buffer, if `accepted`; tell whether it was done: not for another dtype or shape.
 
     Args:
-        buffer: contiguous, any dtype; its dimension `dim` are the slots.
-        entry: as the buffer, without this dimension.
+        buffer: contiguous, in any dtype; dimension `dim` counts the slots.
+        entry: like the buffer, without dimension `dim`.
         j: the slot, (1,) int64 on the device.
         accepted: a flag, or a 0-D bool tensor on the device.
     """
@@ -217,13 +220,14 @@ def scaled(factor: Tensor, c: Tensor | None, sizes: Tensor | None = None) -> Ten
 def decode(
     codes: Tensor, scales: Tensor | None, out: tuple[torch.dtype, torch.dtype], c: Tensor | None, sizes: Tensor | None
 ) -> Tensor | None:
-    """Do the same for codes; the result is as `out` says.
+    """Give c_i * factor_i diag(sizes) for factors stored as codes.
 
     Args:
         codes: (n, m, r, L), E4M3 in uint8, or int8. The last dimension has to be contiguous, for int8 also the last but one.
-        scales: (n, m, r, runs) of int8, at the same strides.
-        out: dtypes of the arithmetic, also of scales, c and sizes, fp32 or fp64; and of the result: the same or, of fp32, bf16.
-        c, sizes: as in `scaled`.
+        scales: (n, m, r, runs) of int8 codes, with strides that match those of the codes; None for E4M3.
+        out: two dtypes. The first is that of the arithmetic, the scales, c and sizes: fp32 or fp64. The second is that of the
+            result: the same, or bf16 where the first is fp32.
+        c, sizes: see `scaled`.
     """
     compute, rounded = out
     if rounded not in (compute, torch.bfloat16) or any(x is not None and x.dtype != compute for x in (scales, c, sizes)):
@@ -256,11 +260,11 @@ def _launch_scaled(
 
 
 def _block(length: int, sums: int) -> int:
-    """How many numbers of a row to read at once, where each takes part in so many sums."""
+    """Give how many numbers of a row to read at once, if each number takes part in `sums` sums."""
     return min(_SUMS // sums, _LONGEST_BLOCK, power_of_2(length))
 
 
 def _moved(rows: int, length: int) -> tuple[int, int]:
-    """A tile of (rows, length) that is not much larger than it, in powers of two."""
+    """Give the sides of a tile for (rows, length): powers of two, so that the tile is not much larger."""
     block = min(_MOVED, power_of_2(length))
     return min(_MOVED // block, power_of_2(rows)), block

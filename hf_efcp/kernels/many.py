@@ -1,4 +1,4 @@
-"""Calls of the compiled functions for many small matrices of different shapes; see cpu_many.py, which has the table's columns."""
+"""Calls of the compiled functions for many small matrices of different shapes. cpu_many.py has the table's columns."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["WIDTH", "Many"]
 
 @dataclasses.dataclass
 class Many:
-    """What all of the matrices have, and the room for what a step remembers of them.
+    """A step of many small matrices: what all of them have in common, and room for the step's numbers.
 
     Args:
         sparse: whether entries are sparse; else low rank.
         dtype, error_dtype, window_dtype: of the arithmetic, of the error or residual, and of the window's numbers.
         m: length of the window.
-        metric: beta and eps of the factored one; None: there is none.
-        far: whether what compression leaves out is a residual.
+        metric: beta and eps of the factored metric; None: there is no metric.
+        far: whether the part that compression leaves out is a residual; else it is the error.
         decay: of the error or residual.
-        least: a column of a warm start is dead that is not longer than this times the longest.
-        room: how many numbers, means, indices.
-        numbers: of a matrix, by which work is divided.
+        least: a column of a warm start is dead if it is at most this times as long as the longest column.
+        room: how many numbers, means and indices there is room for.
+        numbers: numbers of a matrix, by which work is divided among threads.
     """
 
     sparse: bool
@@ -55,7 +55,7 @@ class Many:
         self._codes, self._indices = array(torch.empty(0, dtype=torch.uint8)), array(torch.empty(0, dtype=torch.int16))
 
     def compile(self) -> None:
-        """Compile all functions: what cannot be compiled raises now, when nothing is written."""
+        """Compile all functions. A function that cannot be compiled raises here, before anything is written."""
         none, numbers = torch.empty(0, WIDTH, dtype=torch.int64), torch.empty(0, dtype=self.dtype)
         self.dead(none)
         self.stage(none, 0)
@@ -65,14 +65,19 @@ class Many:
         self.apply(none, torch.empty(0, self.m, dtype=self.dtype), numbers, numbers)
 
     def dead(self, table: Tensor) -> Tensor:
-        """Tell whose warm starts have dead columns, (matrices,) bool."""
+        """Tell which matrices' warm starts have dead columns, (matrices,) bool."""
         dead = torch.zeros(len(table), dtype=torch.bool)
         if not self.sparse:
             self._divide(are_dead, table, self._likes[0], self.least, array(dead))
         return dead
 
     def stage(self, table: Tensor, j: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Make entries; give their inner products with the windows, (matrices, m), sums of S^2, and the room of means, fp64."""
+        """Make the new entries, without writing state.
+
+        Returns:
+            The entries' inner products with the windows, (matrices, m); the sums of S^2, (matrices,); the room of means, in which
+            `table` has places. All are fp64.
+        """
         numbers, means, indices = self.room
         self._room, self._means = torch.empty(numbers, dtype=self.dtype), torch.zeros(means, dtype=torch.float64)
         dots, squares = torch.zeros(len(table), self.m, dtype=torch.float64), torch.zeros(len(table), dtype=torch.float64)
@@ -87,7 +92,7 @@ class Many:
         return dots, squares, self._means
 
     def commit(self, table: Tensor, j: int, step: int) -> None:
-        """Write the step's state."""
+        """Write the step's state: errors or residuals, the entries in slot j, warm starts, the metric."""
         numbers = self.m, j, self.metric is not None, self._limit, self._decay, step, self._beta
         room = array(self._room), array(self._means)
         if self.sparse:
@@ -96,7 +101,13 @@ class Many:
             self._divide(commit_low_rank, table, *self._likes, *numbers, *room)
 
     def apply(self, table: Tensor, c: Tensor, decays: Tensor, weights: Tensor) -> None:
-        """Let p <- decay * p + S^-1 (G^T c + weight * r), for c (matrices, m), and n numbers each, in the compute dtype."""
+        """Compute p <- decay * p + S^-1 (G^T c + weight * r) in place.
+
+        Args:
+            table: of the matrices.
+            c: (matrices, m) in the compute dtype.
+            decays, weights: a number for each matrix, (matrices,) in the compute dtype.
+        """
         flags = self.metric is not None, self.far, array(self._room)
         numbers = self.m, *map(array, (c, decays, weights))
         if self.sparse:

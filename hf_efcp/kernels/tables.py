@@ -1,4 +1,4 @@
-"""Tables of addresses that the kernels of a CUDA graph read, written anew before a replay where matrices have moved."""
+"""Tables of addresses that the kernels of a CUDA graph read. Before a replay, they are rewritten if matrices have moved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-# Tables begin at multiples of so many entries, 16 bytes, as memory of their own does: Triton compiles for that.
+# A table begins at a multiple of this many entries, which is 16 bytes, as memory of its own would: Triton compiles for that.
 _ALIGNED = 2
 
 
@@ -18,11 +18,11 @@ class Spans:
     """Where tensors lie in memory.
 
     Args:
-        tensors: by number; empty ones lie nowhere.
+        tensors: by number. Empty tensors are left out.
 
     Attributes:
         starts: number -> address.
-        mixed: numbers of those that share memory with others, so that an address does not tell which one it is of.
+        mixed: numbers of the tensors that share memory with others, so that an address may belong to several.
     """
 
     def __init__(self, tensors: Mapping[int, Tensor]):
@@ -38,7 +38,7 @@ class Spans:
                 last, of = end, i
 
     def at(self, address: int) -> int | None:
-        """Give the number of the tensor that an address lies in; None: it is elsewhere."""
+        """Give the number of the tensor that an address lies in; None if it lies in none."""
         place = bisect.bisect_right(self._firsts, address) - 1
         if place < 0 or address >= self._order[place][1]:
             return None
@@ -46,16 +46,16 @@ class Spans:
 
 
 class Tables:
-    """The tables of one graph. Without room it only takes notes, of a step that shows how much room a graph will need.
+    """The tables of one graph. Without room, it only counts what a step asks for, which is the room that a graph will need.
 
     Args:
-        device: where they are.
-        entries: how many there is room for; None: none.
+        device: where the tables are.
+        entries: how many entries there is room for; None: there is no room.
 
     Attributes:
-        fixed: whether there is room, and a graph is being made, so that nothing else may be brought to the device.
-        entries: how many were asked for.
-        addresses: that were asked for.
+        fixed: whether there is room. Then a graph is being made, and nothing else may be brought to the device.
+        entries: how many entries were asked for.
+        addresses: the addresses that were asked for.
     """
 
     def __init__(self, device: torch.device, entries: int | None = None):
@@ -67,7 +67,7 @@ class Tables:
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """Let kernels take their tables from here inside, in this thread."""
+        """Let the kernels inside take their tables from here, in this thread."""
         token = TABLES.set(self)
         try:
             yield
@@ -75,7 +75,11 @@ class Tables:
             TABLES.reset(token)
 
     def table(self, addresses: tuple[int, ...]) -> Tensor | None:
-        """Give a table, whose content is written later, by `write`; None where there is no room at all."""
+        """Give a table, whose content `write` brings later; None where there is no room at all.
+
+        Raises:
+            RuntimeError: more entries are asked for than there is room for.
+        """
         if addresses in self._made:
             return self._made[addresses][1]
         self.addresses.update(addresses)
@@ -83,22 +87,22 @@ class Tables:
         if not self.fixed:
             return None
         if self.entries > len(self._memory):
-            raise RuntimeError(f"more than {len(self._memory)} addresses, as many as the step before had")
+            raise RuntimeError(f"more than {len(self._memory)} addresses, which is how many the step before had")
         table = self._memory[start : start + len(addresses)]
         self._made[addresses] = start, table
         return table
 
     def like(self, x: Tensor) -> Tensor:
-        """Give a tensor that stands for the dtype of x: kernels never see x itself, which may move."""
+        """Give a tensor of the dtype of x, for kernels to know the dtype by. They never see x itself, which may move."""
         if x.dtype not in self._likes:
             self._likes[x.dtype] = torch.empty(1, dtype=x.dtype, device=self.device)
         return self._likes[x.dtype]
 
     def follow(self, moving: Spans) -> set[int]:
-        """Let the entries that are addresses of these matrices follow them; give the numbers of the matrices that are found.
+        """Find the entries that are addresses of these matrices, for `write` to update. Give the numbers of the matrices found.
 
         Raises:
-            RuntimeError: an entry lies inside of a matrix, not at its beginning.
+            RuntimeError: an entry points inside a matrix, not to its beginning.
         """
         content, places, sources = [0] * len(self._memory), list[int](), list[int]()
         numbers = {i: place for place, i in enumerate(moving.starts)}
@@ -121,7 +125,7 @@ class Tables:
         return {i for i, place in numbers.items() if place in found}
 
     def write(self, addresses: Sequence[int]) -> None:
-        """Bring the tables to the device, unless they are there; nothing waits.
+        """Bring the tables to the device, unless they are there already, without waiting for this step's work.
 
         Args:
             addresses: of the matrices that `follow` was given, in the order of `Spans.starts`.
@@ -129,11 +133,11 @@ class Tables:
         if addresses == self._written:
             return
         self._written = list(addresses)
-        self._hosts.reverse()  # the other one may still be on its way
+        self._hosts.reverse()  # the copy from the other host tensor may still be under way
         self._copied.reverse()
         host, copied = self._hosts[0], self._copied[0]
         if copied is not None:
-            copied.synchronize()  # queued two steps ago
+            copied.synchronize()  # this copy was queued two steps ago
         host.index_copy_(0, self._places, torch.tensor(addresses, dtype=torch.int64, device="cpu").index_select(0, self._sources))
         self._memory.copy_(host, non_blocking=True)
         if self._memory.is_cuda:
@@ -141,10 +145,10 @@ class Tables:
             copied.record(torch.cuda.current_stream(self.device))
 
 
-# Where kernels take their tables from; None: from those that all steps share.
+# Where kernels take their tables from. None: from the tables that all steps share.
 TABLES: contextvars.ContextVar[Tables | None] = contextvars.ContextVar("hf_efcp_tables", default=None)
 
 
 def _length(x: Tensor) -> int:
-    """Count the bytes from the first number of a tensor to its last."""
+    """Count the bytes from the first to the last number of a tensor."""
     return (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))) * x.element_size()

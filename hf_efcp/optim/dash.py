@@ -1,13 +1,14 @@
-"""DASH: Shampoo of blocks, whose inverse roots are formed together (arXiv 2602.02016; Shampoo arXiv 1802.09568).
+"""DASH: Shampoo on blocks, whose inverse roots are formed together (arXiv 2602.02016; Shampoo arXiv 1802.09568).
 
-A matrix is cut into blocks G (b1 x b2), each with L (b1 x b1) and R (b2 x b2); b is `shampoo_beta`, 1: plain sums.
+A matrix is cut into blocks G (h x w). Each block has L (h x h) and R (w x w). b is `shampoo_beta`; with b = 1, L and R are plain
+sums: L <- L + G G^T. b1 and b2 are `beta1` and `beta2`.
 
     L <- b L + (1 - b) G G^T,   R <- b R + (1 - b) G^T G
     m <- b1 m + (1 - b1) G,   v <- b2 v + (1 - b2) G^2,   A = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
     U = L^(-1/4) m R^(-1/4),   P = U |A| / |U|;   before `start_preconditioning_step` P = A
-    M <- mu M + P,   u = P + mu M, without Nesterov M
+    M <- mu M + P,   u = P + mu M;   without Nesterov u = M
 
-Both roots are those of every `inverse_root_interval`-th step. The norms are a block's. Vectors have AdamW.
+The roots are renewed in every `inverse_root_interval`-th step. The norms are those of a block. Vectors are trained by AdamW.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ..engine.options import StepOptions
 from ..engine.tensorwise import Rule, TensorStack, Tensorwise
 from ..options import OptionError, fraction, option, positive
 
-# Added to |U|, which is 0 where the gradient is.
+# Added to |U|, which is 0 where the gradient is 0.
 _TINY = 1e-16
 
 
@@ -93,7 +94,7 @@ class DASHOptions(AdamWOptions, StepOptions):
 
     @property
     def root(self) -> InverseRoot:
-        """What forms the inverse roots."""
+        """The object that forms the inverse roots."""
         return InverseRoot(
             self.root_method,
             self.root_eps,
@@ -106,14 +107,14 @@ class DASHOptions(AdamWOptions, StepOptions):
 
 
 class Blocks:
-    """How matrices are cut: into as few rows and columns of blocks as `block_size` allows, the last ones filled up with zeros.
+    """How matrices are cut: into as few rows and columns of blocks as `block_size` allows. The last ones are filled with zeros.
 
     Args:
         layout: of the whole matrices.
         block_size: most rows and columns of a block.
 
     Attributes:
-        height, width: of a block, b1 and b2.
+        height, width: of a block, h and w.
         down, across: numbers of blocks.
     """
 
@@ -149,7 +150,7 @@ def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
 
 
 def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> Tensor:
-    """Give u; the equations are above."""
+    """Give u by the equations at the top of the file."""
     b, matrices = Blocks(s.layout, o.block_size), a.rows()
     g = b.cut(matrices)
     added = 1.0 if o.shampoo_beta == 1 else 1 - o.shampoo_beta
@@ -180,7 +181,7 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> Tensor:
 def renewed(
     roots: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor], due: list[int], root: InverseRoot
 ) -> tuple[Tensor, Tensor]:
-    """Give the roots (n, down, across, b, b) of both sides, new ones for the tensors `due` where they are finite."""
+    """Give the roots (n, down, across, b, b) of both sides. Tensors that are `due` get new roots, where these are finite."""
     old = [x[due].flatten(0, 2) for x in roots]
     wanted = [x[due].flatten(0, 2) for x in sums]
     together = wanted[0].shape[1:] == wanted[1].shape[1:]
@@ -193,7 +194,7 @@ def renewed(
 
 
 def operations(n: int, rows: int, cols: int, o: Any) -> float:
-    """Count four products of length rows cols b, 16 operations of each number, and a share of the inverse roots."""
+    """Count four products of length rows cols b, 16 operations for each number, and a share of the inverse roots."""
     b = Blocks(Layout(rows, cols, torch.float32), o.block_size)
     count = b.down * b.across
     products = 4.0 * count * b.height * b.width * (b.height + b.width)
@@ -202,12 +203,12 @@ def operations(n: int, rows: int, cols: int, o: Any) -> float:
 
 
 class DASH(EngineOptimizer):
-    """Shampoo of blocks with the size of Adam's updates.
+    """Shampoo on blocks, with updates of the size of Adam's.
 
     Args:
-        params: tensors, parameter groups, or (name, tensor) pairs. Vectors, and groups with `compress` false, have AdamW.
+        params: tensors, parameter groups, or (name, tensor) pairs. AdamW trains vectors, and groups with `compress` false.
         lr: learning rate.
-        **options: see the signature; meaning and range of each: `hf-efcp list --options`.
+        **options: see the signature. `hf-efcp list --options` has the meaning and range of each.
     """
 
     options_type = DASHOptions

@@ -1,14 +1,15 @@
-"""DCT-AdamW: AdamW in r columns of a fixed cosine basis, chosen anew by the gradient, with error feedback (arXiv 2505.17967).
+"""DCT-AdamW: AdamW in r columns of a fixed cosine basis that the gradient chooses, with error feedback (arXiv 2505.17967).
 
-A is a or a^T, long x short; a = e + g; D (short x short) is the orthonormal DCT-II basis, which no state holds.
+a = e + g. A (long x short) is a or a^T. D (short x short) is the orthonormal DCT-II basis, which is not a part of the state. i0
+are the columns of the step before.
 
     S = A D,   i = the r columns of S of largest norm,   h = S_i = A D_i
     e <- A - h D_i^T
-    m' = m D_i0^T D_i,  v' = v D_i0^T D_i:   a column that stays keeps its moments, one that is new begins with zeros
+    m' = m D_i0^T D_i,  v' = v D_i0^T D_i:   a column that stays keeps its moments, a new column begins with zeros
     m = b1 m' + (1 - b1) h,   v = b2 v' + (1 - b2) h^2
     u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) D_i^T
 
-Tensors that it is not for (vectors, embeddings, the head) have AdamW.
+Other tensors (vectors, embeddings, the head) are trained by AdamW.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class DCTAdamWOptions(ColumnsOptions, SubspaceOptions, AdamWOptions, StateOption
     )
 
 
-# preset="measured": with it AdamW's learning rates work.
+# preset="measured": AdamW's learning rates work with these values.
 MEASURED: Mapping[str, Any] = MappingProxyType({"error_format": "int8", "adjust_lr_fn": "match_rms_adamw"})
 
 
@@ -70,7 +71,7 @@ def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
 
 
 def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
-    """Give u as factors; the equations are above."""
+    """Give u as factors, by the equations at the top of the file."""
     columns, i0 = Columns.of(s, o), s.indices.read().long()
     i, h = choose(columns, a, t, i0, o.update_interval)
     d = columns.vectors(i)
@@ -89,7 +90,7 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
 
 
 def choose(columns: Columns, a: Accumulated, t: Tensor, i0: Tensor, interval: int) -> tuple[Tensor, Tensor]:
-    """Give i and h. Where no columns are due, i is i0, that of the step before; the host has to know, unless they always are."""
+    """Give i and h. Where no columns are due, i is i0. The host has to know what is due, unless columns are always due."""
     if interval == 1:
         return columns.choose(a)
     anew = (t == 1) | (t % interval == 0)
@@ -101,7 +102,7 @@ def choose(columns: Columns, a: Accumulated, t: Tensor, i0: Tensor, interval: in
 
 
 def operations(n: int, rows: int, cols: int, o: Any) -> float:
-    """Count S by a Fourier transform and its norms, h where columns stay, e minus h D_i^T, and u."""
+    """Count the operations for S by a Fourier transform and its norms, h where columns stay, e minus h D_i^T, and u."""
     short, chosen = min(rows, cols), 1 / o.update_interval
     products = 1 + (1 if o.error_feedback else 0) + (1 - chosen)
     return n * rows * cols * (2.0 * products * min(o.rank, short) + chosen * (2.5 * math.log2(short) + 2))
@@ -111,10 +112,10 @@ class DCTAdamW(EngineOptimizer):
     """AdamW in the columns of a cosine basis that the gradient lies along most, with error feedback.
 
     Args:
-        params: tensors, parameter groups, or (name, tensor) pairs. A group of the kind "embedding" or "head" has AdamW, as
-            `parameter_groups(model)` makes them; so has one with `compress=False`.
+        params: tensors, parameter groups, or (name, tensor) pairs. AdamW trains vectors, groups of the kind "embedding" or
+            "head", which `parameter_groups(model)` makes, and groups with `compress=False`.
         lr: learning rate.
-        **options: see the signature; meaning and range of each: `hf-efcp list --options`.
+        **options: see the signature. `hf-efcp list --options` has the meaning and range of each.
     """
 
     options_type = DCTAdamWOptions

@@ -2,8 +2,8 @@
 
     u = ((A^T A)^1/2 + eps*I)^-1 c_j = G^T D [ ((D K D)^1/2 + eps*I)^-1 ] D^-1 e_j
 
-Low-rank and sparse windows with error feedback are EFCP (arXiv 2306.06098). The entries that are preconditioned lie in the span
-of the window, so there is no jitter on K; 1/eps, the complement's value, multiplies residuals only (`residual="momentum"`).
+Low-rank and sparse windows with error feedback are EFCP (arXiv 2306.06098). The preconditioned vector lies in the span of the
+window, so K needs no jitter. Outside of the span the matrix is 1/eps, which multiplies residuals only (`residual="momentum"`).
 """
 
 from __future__ import annotations
@@ -76,28 +76,28 @@ class LowRankGGTOptions(LowRankOptions, DenseGGTOptions):
     """Options of LowRankGGT."""
 
 
-# preset="measured": with it AdamW's learning rates work.
+# preset="measured": AdamW's learning rates work with these values.
 MEASURED: Mapping[str, Any] = MappingProxyType({**METRIC, "eps": 0.3, "eps_mode": "relative"})
 
 
 def eps_of(o: Any, gram: GramMatrix) -> Tensor | float:
-    """Give eps, (groups,) fp64 where it is relative."""
+    """Give eps; with eps_mode="relative", it is (groups,) fp64."""
     return o.eps if o.eps_mode == "absolute" else o.eps * gram.mean_square().sqrt()
 
 
 def phi(o: Any, gram: GramMatrix, j: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give c = D phi(D K D) D^-1 w, (groups, m) fp64; arguments: see `Windowed`."""
+    """Give c = D phi(D K D) D^-1 w, (groups, m) fp64. For the arguments, see `Windowed`."""
     decay = o.beta2 ** gram.ages(j).double()
     return ggt(gram.matrix, w, decay, eps_of(o, gram), dtype, gram.filled_slots if o.centered else None)
 
 
 def outside(o: Any, gram: GramMatrix) -> Tensor:
-    """Give phi(0) = 1 / eps, (groups,) fp64; 0 while there is no gradient."""
+    """Give phi(0) = 1 / eps, (groups,) fp64; 0 where eps is 0, since there is no gradient yet."""
     return reciprocal(torch.zeros_like(gram.matrix[:, 0, 0]) + eps_of(o, gram))
 
 
 def solve(m: int) -> float:
-    """Count the operations of an eigendecomposition: tridiagonal form 4/3 m^3, its eigenvectors 4/3, turning them back 2."""
+    """Count the operations of an eigendecomposition: tridiagonal form 4/3 m^3, its eigenvectors 4/3 m^3, turning back 2 m^3."""
     return 14 / 3 * m**3
 
 

@@ -1,6 +1,7 @@
 """LDAdamW: AdamW in a subspace of rank r that drifts from step to step, with error feedback (arXiv 2410.16103).
 
-A is a or a^T, short x long; a = e + g; P (short x r) has orthonormal columns; P0, m0, v0 are those of the step before.
+a = e + g. A (short x long) is a or a^T. P (short x r) has orthonormal columns. P0, m0, v0 are those of the step before. `turned`
+changes the basis of v0.
 
     b = rho P0 m0 / (1 - b1^(t-1)) + (1 - rho) A,   P = orth(b b^T P0);  the first P: A's r leading left singular vectors
     h = P^T A,   T = P^T P0,   k = b1 / (1 - b1)
@@ -8,7 +9,7 @@ A is a or a^T, short x long; a = e + g; P (short x r) has orthonormal columns; P
     m = b1 T m0 + (1 - b1) h,   v = b2 turned(v0) + (1 - b2) h^2
     u = P (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-Tensors that it is not for (vectors, embeddings, the head) have AdamW.
+Other tensors (vectors, embeddings, the head) are trained by AdamW.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ..engine.options import StateOptions, SubspaceOptions
 from ..engine.tensorwise import Rule, TensorStack, Tensorwise, U
 from ..options import fraction, option, positive
 
-# A singular value this much smaller than the first is made of rounding errors.
+# A singular value below this fraction of the first is nothing but rounding errors.
 _NO_VALUE = 1e-6
 
 
@@ -65,12 +66,12 @@ class LDAdamWOptions(SubspaceOptions, AdamWOptions, StateOptions):
     )
 
 
-# preset="measured": with it AdamW's learning rates work.
+# preset="measured": AdamW's learning rates work with these values.
 MEASURED: Mapping[str, Any] = MappingProxyType({"error_dtype": torch.bfloat16, "adjust_lr_fn": "match_rms_adamw"})
 
 
 class Side:
-    """The side of the matrices that is projected: A = a where it is the left one, else a^T.
+    """The side of the matrices that is projected. For the left side A = a, else A = a^T.
 
     Args:
         layout: of the matrices.
@@ -78,10 +79,11 @@ class Side:
         total: sums over the processes that share the rows, see `Stack`.
 
     Attributes:
-        left: which side.
+        left: whether it is the left side.
         rank: r.
-        sum_short, sum_long: make a sum over A's rows, or over its columns, one over those of all processes, in place.
-        reduce: sum_short; None where A's rows are all here.
+        sum_short: sums a tensor over the processes in place, if each holds some of A's rows.
+        sum_long: sums a tensor over the processes in place, if each holds some of A's columns.
+        reduce: sum_short; None where this process holds all of A's rows.
     """
 
     def __init__(self, layout: Layout, o: Any, total: Callable[[Tensor], Tensor] | None = None):
@@ -102,7 +104,7 @@ class Side:
         return a.transposed_times(p) if self.left else a.times(p)
 
     def entry(self, p: Tensor, h: Tensor) -> LowRankEntry:
-        """Make a's entry of P (n, short, r) and H (n, r, long): P H or (P H)^T."""
+        """Make a's entry from P (n, short, r) and H (n, r, long): P H or (P H)^T."""
         return LowRankEntry.of(p, h.mT, wide=True) if self.left else LowRankEntry.of(h.mT, p, wide=True)
 
 
@@ -118,7 +120,7 @@ def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
 
 
 def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
-    """Give u as factors; the equations are above."""
+    """Give u as factors, by the equations at the top of the file."""
     side, k = Side(s.layout, o, a.total), o.beta1 / (1 - o.beta1)
     p0, m0, v0 = s.projector.read(), s.exp_avg.read(), s.exp_avg_sq.read()
     c1, c2 = (_correction(beta, t) for beta in (o.beta1, o.beta2))
@@ -138,17 +140,17 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
 
 
 def turned(v0: Tensor, m0: Tensor, m1: Tensor, turn: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    """Give v0 (n, r, long) in another basis, T = `turn`, m1 = T m0: the turned variance plus m1^2, both unbiased."""
+    """Give v0 (n, r, long) in another basis, for T = `turn` and m1 = T m0: the turned variance plus m1^2, both without bias."""
     return c2 * (turn.square() @ (v0 / c2 - (m0 / c1).square()) + (m1 / c1).square()).abs()
 
 
 def next_projector(s: TensorStack, a: Accumulated, t: Tensor, side: Side, p0: Tensor, mean: Tensor, o: Any) -> Tensor:
-    """Give P, (n, short, r), for `mean`, m0 without its bias."""
+    """Give P, (n, short, r). `mean` is m0 without its bias."""
     new, n = s.newcomers(t), len(p0)
     if o.proj_method == "svd":
         z, decomposed = torch.zeros_like(p0), list(range(n))
     else:
-        # y = b^T P0,  z = b y,  as P0^T P0 = 1; sizes do not matter, and would leave fp32's range
+        # y = b^T P0,  z = b y,  as P0^T P0 = 1. The columns' sizes do not matter, but would leave fp32's range.
         y = o.rho * mean.mT + (1 - o.rho) * side.transposed_times(a, p0)
         y = y * reciprocal(lengths(y, 1, side.sum_long)).to(y.dtype)
         z, decomposed = o.rho * p0 @ side.sum_long(mean @ y) + (1 - o.rho) * side.times(a, y), new
@@ -168,10 +170,10 @@ def next_projector(s: TensorStack, a: Accumulated, t: Tensor, side: Side, p0: Te
 
 
 def leading(s: TensorStack, side: Side, b: Tensor) -> Tensor:
-    """Give the r leading singular vectors of b (rows, cols) on the projected side, (short, r), in any scale; 0 where b has fewer.
+    """Give the r leading singular vectors of b (rows, cols) on the projected side, (short, r), in any scale.
 
-    They are eigenvectors of the smaller of b b^T and b^T b, in fp64. Where rows are divided among processes, the first needs
-    all of b on each of them.
+    If b has fewer, the rest is 0. They are eigenvectors of b b^T or b^T b, whichever is smaller, in fp64. Where rows are divided
+    among processes, b b^T needs all of b on each process.
     """
     rows, cols, total = s.layout.rows, s.layout.cols, s.total or as_it_is
     start = s.turn.origin[0]
@@ -193,25 +195,25 @@ def leading(s: TensorStack, side: Side, b: Tensor) -> Tensor:
 
 
 def _correction(beta: float, t: Tensor) -> Tensor:
-    """Give 1 - beta^(t-1), (n, 1, 1); 1 at t = 1, where what it divides is 0."""
+    """Give 1 - beta^(t-1), (n, 1, 1); 1 at t = 1, where the numbers that it divides are 0."""
     c = 1 - beta ** (t.double() - 1)
     return torch.where(t > 1, c, 1.0).to(t.dtype)
 
 
 def operations(n: int, rows: int, cols: int, o: Any) -> float:
-    """Count the products with a (three; with svd one), with e of rank 2r, and P times the quotient: all of length rows cols r."""
+    """Count products of length rows cols r: with a (three; one with svd), two for e of rank 2r, and P times the quotient."""
     products = (3 if o.proj_method == "power_iteration" else 1) + (2 if o.error_feedback else 0) + 1
     return 2.0 * n * products * rows * cols * min(o.rank, rows, cols)
 
 
 class LDAdamW(EngineOptimizer):
-    """AdamW in a subspace of rank r that drifts, with error feedback.
+    """AdamW in a subspace of rank r that drifts from step to step, with error feedback.
 
     Args:
-        params: tensors, parameter groups, or (name, tensor) pairs. A group of the kind "embedding" or "head" has AdamW, as
-            `parameter_groups(model)` makes them; so has one with `compress=False`.
+        params: tensors, parameter groups, or (name, tensor) pairs. AdamW trains vectors, groups of the kind "embedding" or
+            "head", which `parameter_groups(model)` makes, and groups with `compress=False`.
         lr: learning rate.
-        **options: see the signature; meaning and range of each: `hf-efcp list --options`.
+        **options: see the signature. `hf-efcp list --options` has the meaning and range of each.
     """
 
     options_type = LDAdamWOptions

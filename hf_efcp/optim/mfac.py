@@ -56,24 +56,24 @@ class LowRankMFACOptions(LowRankOptions, MFACOptions, WindowOptions):
     """Options of LowRankMFAC."""
 
 
-# preset="measured": with it AdamW's learning rates work.
+# preset="measured": AdamW's learning rates work with these values.
 MEASURED: Mapping[str, Any] = MappingProxyType({**METRIC, "damping": 0.1, "damping_mode": "relative"})
 
 
 def damping_of(o: Any, gram: GramMatrix) -> Tensor | float:
-    """Give the damping, (groups,) fp64 where it is relative."""
+    """Give the damping; with damping_mode="relative", it is (groups,) fp64."""
     if o.damping_mode == "absolute":
         return o.damping
     return o.damping * gram.mean_square()
 
 
 def outside(o: Any, gram: GramMatrix) -> Tensor:
-    """Give phi(0) = 1 / damping, (groups,) fp64; 0 while there is no gradient."""
+    """Give phi(0) = 1 / damping, (groups,) fp64; 0 where the damping is 0, since there is no gradient yet."""
     return reciprocal(torch.zeros_like(gram.matrix[:, 0, 0]) + damping_of(o, gram))
 
 
 def phi(o: Any, gram: GramMatrix, j: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give c = N (M K + N*damping*I)^-1 w, (groups, m) fp64; arguments: see `Windowed`."""
+    """Give c = N (M K + N*damping*I)^-1 w, (groups, m) fp64. For the arguments, see `Windowed`."""
     k, damping = gram.matrix, damping_of(o, gram)
     divisor = gram.filled.double() if o.centered or o.divisor == "filled" else o.window_size
     return mfac(k, w, damping, divisor, dtype, gram.filled_slots if o.centered else None)

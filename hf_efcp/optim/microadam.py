@@ -4,9 +4,9 @@
     m = sum_i w1_i c_i,  v = sum_i w2_i c_i^2                   over the ring, w_i = (1 - b) b^age(i) / (1 - b^t)
     u = m / (sqrt(v) + eps) + alpha e,  e <- (1 - alpha) e
 
-t counts a tensor's own gradients, of which the ring has the last min(t, m). The weights of those add up to (1 - b^min(t, m)) /
-(1 - b^t), which is small for b2: the update of a coordinate that is always kept grows to 6.5 times Adam's (m = 10). With
-`window_bias_correction`, weights are divided by their own sum.
+t counts a tensor's own gradients. The ring has the last min(t, m) of them. Their weights add up to (1 - b^min(t, m)) / (1 - b^t),
+which is small for b2. So the update of a coordinate that is always kept grows to 6.5 times Adam's (m = 10). With
+`window_bias_correction`, the weights are divided by their own sum.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def grid_of(cols: int, density: float, block_size: int) -> BlockTopK:
 def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
     """Write the ring and the error; give u."""
     grid, count = grid_of(s.layout.cols, o.density, o.block_size), t.view(-1).long()
-    c = a.extract(grid, s.turn.step)  # a - c is 0 where c is not: what c loses in bf16 is not fed back, as in the reference
+    c = a.extract(grid, s.turn.step)  # as in the reference, what c loses in bf16 is not fed back: a - c is 0 where c is kept
     for cell, x in zip((s.window_indices, s.window_values), c.parts, strict=True):
         cell.put(x, (count - 1) % o.window_size)
     w1, w2 = (weights(count, o.window_size, beta, o.window_bias_correction) for beta in (o.beta1, o.beta2))
@@ -93,11 +93,11 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> U:
 
 
 def weights(t: Tensor, m: int, beta: float, window_bias_correction: bool) -> Tensor:
-    """Give the weight (1 - b) b^age / (1 - b^t) of each slot, (n, m) fp64; with the correction 1 - b^min(t, m) for 1 - b^t.
+    """Give the weight (1 - b) b^age / (1 - b^t) of each slot, (n, m) fp64. The correction puts 1 - b^min(t, m) for 1 - b^t.
 
     Args:
-        t: (n,) int64, how many gradients each tensor has had; the newest is in slot (t - 1) mod m.
-        m: length of the ring; empty slots are 0, whatever they weigh.
+        t: (n,) int64, the number of gradients that each tensor has had; the newest is in slot (t - 1) mod m.
+        m: length of the ring. An empty slot holds zeros, so its weight does not matter.
         beta: b.
         window_bias_correction: whether the weights of filled slots add up to 1.
     """
@@ -109,8 +109,8 @@ def weights(t: Tensor, m: int, beta: float, window_bias_correction: bool) -> Ten
 def operations(n: int, rows: int, cols: int, o: Any) -> float:
     """Count the operations of a step.
 
-    Of each number: adding e, decoding it (2), encoding it (4), and of u (4) and p (2). Of each number in the ring: two products
-    and two sums, and a square.
+    For each number of the matrix: 1 to add e, 2 to decode it, 4 to encode it, 4 for u and 2 for p. For each number in the ring:
+    two products, two sums and a square.
     """
     grid = grid_of(cols, o.density, o.block_size)
     return n * rows * (13.0 * cols + 5.0 * o.window_size * grid.per_row)
@@ -120,9 +120,9 @@ class MicroAdam(EngineOptimizer):
     """AdamW in 0.9 bytes per parameter: block top-k gradients in a ring, error feedback in 4 bits.
 
     Args:
-        params: tensors, parameter groups, or (name, tensor) pairs. Those of groups with `compress` false have AdamW.
+        params: tensors, parameter groups, or (name, tensor) pairs. AdamW trains groups with `compress` false.
         lr: learning rate.
-        **options: see the signature; meaning and range of each: `hf-efcp list --options`.
+        **options: see the signature. `hf-efcp list --options` has the meaning and range of each.
     """
 
     options_type = MicroAdamOptions

@@ -1,14 +1,14 @@
 """Trion: Muon in r columns of a fixed cosine basis, with error feedback inside the momentum (arXiv 2505.17967).
 
-A is a or a^T, long x short; a = M + g; D (short x short) is the orthonormal DCT-II basis, which no state holds.
+a = M + g. A (long x short) is a or a^T. D (short x short) is the orthonormal DCT-II basis, which is not a part of the state.
 
     S = A D,   i = the r columns of S of largest norm,   h = S_i = A D_i
-    M <- A - (1 - mu) h D_i^T:   what the columns hold decays, what they leave out is kept whole
+    M <- A - (1 - mu) h D_i^T:   the part in the columns decays, the part outside of them is kept whole
     o = NS(h):   nearly the polar factor of h, by five steps of Newton-Schulz
     u = kappa o D_i^T
 
-At full rank M = mu A, and u is that of Muon without Nesterov's momentum. Tensors that it is not for (vectors, embeddings, the
-head) have AdamW, whose learning rate is a multiple of the matrices'.
+At full rank M = mu A, and u is that of Muon without Nesterov's momentum. Other tensors (vectors, embeddings, the head) are
+trained by AdamW, with `adam_lr_ratio` times the matrices' learning rate.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class TrionOptions(ColumnsOptions, SubspaceOptions, AdamWOptions, StateOptions):
     eps: float = option(1e-10, "added to AdamW's root mean square", allowed="a finite number > 0", check=positive)
 
 
-# preset="measured": updates of AdamW's size, so that AdamW's learning rates work.
+# preset="measured": updates have AdamW's size, so that AdamW's learning rates work.
 MEASURED: Mapping[str, Any] = MappingProxyType(
     {
         "error_dtype": torch.bfloat16,
@@ -85,7 +85,7 @@ def specs(layout: Layout, o: Any) -> tuple[Spec, ...]:
 
 
 def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> tuple[Tensor, ...]:
-    """Give i (n, r) int32 and o (n, long, r); the equations are above."""
+    """Give i (n, r) int32 and o (n, long, r), by the equations at the top of the file."""
     columns = Columns.of(s, o)
     i, h = columns.choose(a)
     d = columns.vectors(i)
@@ -94,7 +94,7 @@ def update(s: TensorStack, a: Accumulated, t: Tensor, o: Any) -> tuple[Tensor, .
 
 
 def parts(layout: Layout, o: Any) -> tuple[Spec, ...]:
-    """Declare i and o of one matrix: long r numbers, and not rows x cols, are what the processes of DDP send each other."""
+    """Declare i and o of one matrix. DDP's processes send each other these long x r numbers in place of rows x cols."""
     columns = Columns(layout, o.rank)
     return columns.spec(), Spec("orthonormal", (columns.long, columns.rank), layout.dtype)
 
@@ -119,7 +119,7 @@ def size_of(layout: Layout, o: Any) -> float:
 
 
 def operations(n: int, rows: int, cols: int, o: Any) -> float:
-    """Count S by a Fourier transform and its norms, M minus h D_i^T, u, and five times two products and a square."""
+    """Count operations for S by a Fourier transform and its norms, M minus h D_i^T, u, and Newton-Schulz's five steps."""
     short, long = min(rows, cols), max(rows, cols)
     r = min(o.rank, short)
     return n * (rows * cols * (4.0 * r + 2.5 * math.log2(short) + 2) + 5 * (4.0 * long * r**2 + 2 * r**3))
@@ -129,10 +129,10 @@ class Trion(EngineOptimizer):
     """Muon in the columns of a cosine basis that the momentum lies along most.
 
     Args:
-        params: tensors, parameter groups, or (name, tensor) pairs. A group of the kind "embedding" or "head" has AdamW, as
-            `parameter_groups(model)` makes them; so has one with `compress=False`.
-        lr: learning rate of the matrices; AdamW's is `adam_lr_ratio` times as large.
-        **options: see the signature; meaning and range of each: `hf-efcp list --options`.
+        params: tensors, parameter groups, or (name, tensor) pairs. AdamW trains vectors, groups of the kind "embedding" or
+            "head", which `parameter_groups(model)` makes, and groups with `compress=False`.
+        lr: learning rate of the matrices. AdamW's is `adam_lr_ratio` times as large.
+        **options: see the signature. `hf-efcp list --options` has the meaning and range of each.
     """
 
     options_type = TrionOptions
