@@ -1,4 +1,4 @@
-"""How many rows of the window hardly enter the update, and what leaving them out would change. Takes text_classification.py's
+"""How many entries of the window hardly enter the update, and what leaving them out would change. Takes text_classification.py's
 arguments:
 
 python recipes/negligible_rows.py --optim efcp_lowrank_mfac --optim_args window_size=128 --max_steps 300
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     if not steps:
         raise SystemExit("the window was never full: give more --max_steps, or a smaller window_size")
     print(f"\n{steps} steps with a full window; medians\n")
-    print("| rows below this part of the largest | are | without them u changes by |")
+    print("| entries below this part of the largest | share of all entries | without them u changes by |")
     print("|---|---|---|")
     for share, found in dropped.items():
         rows, change = (statistics.median(part) for part in zip(*found, strict=True))
