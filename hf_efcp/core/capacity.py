@@ -53,7 +53,7 @@ def effective_bits(gmse: float) -> float:
 
 
 def capacity(gmse: float, fit: Fit = FITS["llama"]) -> float:
-    """Give rho of a GMSE: 0 where the GMSE is 1 or more (a scale that does not fit), L where the GMSE is 0."""
+    """Give rho of a GMSE: 0 where the GMSE is 1 or more (a scale that does not fit), L in the limit of 0."""
     return fit.L * math.tanh(fit.F * effective_bits(gmse)) ** fit.C
 
 

@@ -25,8 +25,9 @@ def of_last_step(setup: Setup) -> dict[str, float]:
         A probed step also has (see `of_window`):
         condition: largest over smallest eigenvalue of K. directions: (sum of them)^2 / sum of their squares.
         weight_age_0, weight_age_1, weight_age_2_3, ...: shares of the entries of these ages.
-        error_norm: |e|. error_share: |e|^2 / (|e|^2 + |c_j|^2), the share that compression holds back. Both are left out where
-            several processes train, because each has a part of e, and processes do not communicate here.
+        error_norm: |e| (with residual="momentum": of its running mean). error_share: |e|^2 / (|e|^2 + |c_j|^2), the share that
+            compression holds back. Both are left out where several processes train, because each has a part of
+            e, and processes do not communicate here.
     """
     gram = setup.counters
     if setup.last is None or gram.step == 0:
