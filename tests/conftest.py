@@ -16,6 +16,7 @@ logging.getLogger("hf_efcp.compiling").setLevel(logging.ERROR)  # which test com
 
 # Tests with more variants run these, and about a quarter of the others, which chance chose once for ever; the rest is `slow`.
 VARIANTS = 4
+OF_EVERY_PAGE = ("test_docs.py", "test_cli_page.py", "test_contributing.py")  # a page takes a moment
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -35,7 +36,7 @@ def pytest_collection_modifyitems(items):
                 seen.add(key)
     counts = {}
     for item in items:
-        if item.get_closest_marker("slow") or item.get_closest_marker("gpu"):
+        if item.get_closest_marker("slow") or item.get_closest_marker("gpu") or item.path.name in OF_EVERY_PAGE:
             continue
         test = item.nodeid.partition("[")[0]
         counts[test] = counts.get(test, 0) + 1
