@@ -16,7 +16,7 @@ logging.getLogger("hf_efcp.compiling").setLevel(logging.ERROR)  # which test com
 
 # Tests with more variants run these, and about a quarter of the others, which chance chose once for ever; the rest is `slow`.
 VARIANTS = 4
-OF_EVERY_PAGE = ("test_docs.py", "test_cli_page.py", "test_contributing.py")  # a page takes a moment
+OF_EVERY_PAGE = ("test_commands.py", "test_docs.py", "test_cli_page.py", "test_contributing.py")  # a page takes a moment
 
 
 @pytest.hookimpl(tryfirst=True)
