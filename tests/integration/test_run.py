@@ -159,7 +159,7 @@ def test_usage_errors(argv, message, capsys, monkeypatch):
 
 def test_help(capsys):
     assert main(["run", "--help"]) == 0
-    assert "hf_efcp.run script.py" in capsys.readouterr().out
+    assert "hf-efcp run script.py" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0

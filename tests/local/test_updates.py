@@ -161,7 +161,7 @@ def test_the_python_of_local_md_runs(tmp_path, monkeypatch):
 def test_what_trainer_is_refused(tmp_path):
     for options, message in (
         ({"sync_evry": 3}, "did you mean 'sync_every'"),
-        ({"min_workers": 1}, "min_workers: Trainer itself needs every process"),
+        ({"min_workers": 1}, "min_workers: Trainer needs every process"),
         ({"lordo": {"rnk": 3}}, "did you mean 'rank'"),
     ):
         with pytest.raises(OptionError, match=message):

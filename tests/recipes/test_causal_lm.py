@@ -205,5 +205,5 @@ def test_the_learning_rate_suits_what_is_trained(flags, trained, monkeypatch):
         return float(str(failure.value))
 
     pretrained = f"--model_name_or_path={trained}"
-    assert (rate(), rate(pretrained), rate(pretrained, "--lora")) == (1e-3, 1e-4, 1e-3)
+    assert (rate(), rate(pretrained), rate(pretrained, "--lora")) == (1e-3, 1e-4, 1 / 64)
     assert rate("--learning_rate=0.5") == rate(pretrained, "--learning_rate=0.5") == 0.5
