@@ -147,6 +147,11 @@ def accuracy(model, data: Batch) -> float:
     return right / len(data["labels"])
 
 
+def fits(method: str, sparsity: str) -> bool:
+    """Whether the method can prune so: banded training has no patterns N:M."""
+    return method != "banded" or ":" not in sparsity
+
+
 def prune_and_finetune(dense, method: str, sparsity: str, seed: int, data: Batch, test: Batch, options) -> dict:
     """Prune a copy of the dense model, evaluate, fine-tune, evaluate; returns the figures of the run."""
     model, start = copy.deepcopy(dense), time.process_time()
@@ -250,6 +255,8 @@ def main(argv: list[str] | None = None) -> dict:
     for sparsity in options.sparsity:
         number = re.fullmatch(r"0?\.\d+", sparsity)
         Pattern.parse("unstructured" if number else sparsity).sparsity(float(sparsity) if number else None)
+    for method, sparsity in [(m, s) for m in options.methods for s in options.sparsity if not fits(m, s)]:
+        print(f"left out: {method} at {sparsity}, as banded training has no patterns")
     if options.layers is not None and (options.task != "bbc" or not 1 <= options.layers <= 6):
         raise OptionError(f"--layers {options.layers}: must be 1 to 6, with --task bbc")
     steps, finetune, batch, rate, _ = TASKS[options.task]
@@ -267,7 +274,7 @@ def main(argv: list[str] | None = None) -> dict:
     results["settings"] = made_with
     done = {(r["method"], r["sparsity"], r["seed"]) for r in results["runs"]}
     for seed in options.seeds:
-        wanted = [(m, s, seed) for s in options.sparsity for m in options.methods if (m, s, seed) not in done]
+        wanted = [(m, s, seed) for s in options.sparsity for m in options.methods if fits(m, s) and (m, s, seed) not in done]
         if not wanted:
             continue
         sizes = seed, options.train_steps, batch, options.max_eval_samples

@@ -27,8 +27,9 @@ def test_every_method_on_digits(tmp_path, capsys):
     table = (tmp_path / "out/short.md").read_text()
     assert all(f"| 0.6 | `{method}` |" in table for method in recipe.METHODS)
 
-    more = ["--task=digits", "--sparsity", "0.6", "2:4", "--methods", "magnitude", *SHORT]
-    again = recipe.main(more)
+    more = ["--task=digits", "--sparsity", "0.6", "2:4", "--methods", "magnitude", "banded", *SHORT]
+    again = recipe.main(more)  # banded has no patterns
+    assert "left out: banded at 2:4" in capsys.readouterr().out
     assert again["runs"][:-1] == results["runs"] and again["runs"][-1]["zeros"] == 0.5
 
 
