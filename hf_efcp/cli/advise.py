@@ -59,7 +59,8 @@ def add_parser(commands: Any) -> None:
         writes=False,
         optim="an optimizer that you want, as `hf-efcp list` names it (default: the command chooses one)",
     )
-    parser.add_argument("--task", default="classification", help=f"what is trained: {', '.join(TASKS)} (default: classification)")
+    tasks = ", ".join(f"{name} ({task.about})" for name, task in TASKS.items())
+    parser.add_argument("--task", default="classification", help=f"what is trained: {tasks}. Default: classification")
     parser.add_argument(
         "--gpu",
         metavar="SIZE",

@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(handler=run)
     parser.add_argument(
-        "formats", metavar="FORMAT", nargs="*", help="the formats, as in the list above (default: some of the list)"
+        "formats", metavar="FORMAT", nargs="*", help="names of formats, which --help lists (default: a selection of them)"
     )
     parser.add_argument(
         "--model",

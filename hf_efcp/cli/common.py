@@ -56,7 +56,7 @@ def add_command(
         metavar="MODEL",
         nargs=None if needs_model else "?",
         help=f"the model. A name from this list: {BUILT_IN_HELP}. Or a name on the hub, a folder or file with a "
-        "configuration, or a .json file of shapes, {name: [rows, cols]} or a list. Weights are not read"
+        "configuration, or a .json file of shapes, {name: [rows, cols]} or [[rows, cols], ...]. Weights are not read"
         + ("" if needs_model else ". Not needed with --sweep"),
     )
     parser.add_argument("--optim", metavar="NAME[,NAME]" if optim == _OPTIMIZERS else "NAME", help=optim)

@@ -25,7 +25,7 @@ _LINE = "import os; _ = {file!a}; os.environ.get('HF_EFCP') == '0' or not os.pat
 def add_parsers(commands: Any) -> None:
     """Add the three commands."""
     for name, run, text in (
-        ("enable", _enable, "let --optim take our names in every program of this Python environment"),
+        ("enable", _enable, "let --optim take the names of hf-efcp list in every program of this Python environment"),
         ("disable", _disable, "undo hf-efcp enable"),
         ("status", _status, "tell whether this Python environment is enabled"),
     ):

@@ -66,7 +66,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--capacity",
         action="store_true",
-        help="also print what the window and the error of each optimizer are worth, as `hf-efcp capacity` measures formats",
+        help="also print the capacity of the formats in which each optimizer keeps its window and its error, as "
+        "`hf-efcp capacity` does",
     )
 
 

@@ -225,9 +225,11 @@ class _Target:
             raise OptionError(problem)
         if not self.with_window:
             saving.start_without_window()
+            fed_back = getattr(builder.options, "residual", "feedback") == "feedback"
+            error = "the compression error is restored" if fed_back else "the mean of the compression error starts at zero"
             warnings.warn(
-                f"{builder.name}: the checkpoint was saved without its window (save_window=False): error feedback is "
-                "restored, the window starts empty",
+                f"{builder.name}: the checkpoint was saved without its window (save_window=False): the window starts empty, "
+                f"and {error}",
                 stacklevel=levels_to_caller(),
             )
 

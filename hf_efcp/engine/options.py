@@ -158,7 +158,9 @@ class WindowOptions(StateOptions):
         "more than a second",
     )
     save_window: bool = option(
-        True, "false: checkpoints leave out the window, which is their largest part; a resumed run starts with an empty window"
+        True,
+        "false: checkpoints leave out the window; a resumed run starts with an empty window, and with residual=momentum its "
+        "running mean of the compression error starts at zero too",
     )
 
     def __post_init__(self) -> None:
