@@ -37,7 +37,7 @@ METHODS = {
     "magnitude": {"method": "magnitude"},
     "one_shot": {"iterations": 1},
     "iobs": {"iterations": 3},
-    "iobs_dense": {"iterations": 3, "target": "dense"},
+    "iobs_dense": {"target": "dense"},
     "mfac": {"method": "mfac"},
     "banded": {"training": "banded"},
 }
@@ -223,7 +223,9 @@ def plot(results: dict, options) -> None:
                 if chosen and r[name] is not None:
                     groups.setdefault(r["sparsity"], []).append(100 * r[name])
             shares = sorted((float(s), statistics.mean(v)) for s, v in groups.items() if ":" not in s)
-            axes.plot(*zip(*shares, strict=True) if shares else ((), ()), "o-", label=method, color=COLOURS[method], markersize=4)
+            x, y = zip(*shares, strict=True) if shares else ((), ())
+            hollow = {"linestyle": ":", "markerfacecolor": "none", "markersize": 8} if method == "banded" else {"markersize": 4}
+            axes.plot(x, y, marker="o", label=method, color=COLOURS[method], **hollow)  # banded begins where magnitude does
             for s, v in groups.items():
                 if ":" in s:
                     n, m = map(int, s.split(":"))

@@ -201,6 +201,35 @@ def moments_of(
     return found
 
 
+@torch.no_grad()
+def in_order(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[list[Layer]]:
+    """Give the layers in the order in which the model first calls them; those of the same input (q, k and v) together.
+
+    Layers that the batch does not call come last, each alone. All processes get the first one's order.
+    """
+    inputs: dict[str, Tensor] = {}  # holds them, so that no other tensor gets the identity of one
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            inputs.setdefault(name, _first(args, kwargs))
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for layer in layers:
+            stack.enter_context(_hooked(layer.module, keep(layer.name)))
+        called(model, on_device(batch, layers[0].weight.device))
+    together: dict[int, list[str]] = {}
+    for name, x in inputs.items():
+        together.setdefault(id(x), []).append(name)
+    names = [*together.values(), *([x.name] for x in layers if x.name not in inputs)]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(names, 0)
+    known = {x.name: x for x in layers}
+    return [[known[name] for name in group] for group in names]
+
+
 def _first(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 

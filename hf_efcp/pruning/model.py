@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..options import OptionError, build
 from .banded import Banded
-from .layers import Layer, Moments, layers_of, moments_of
+from .layers import Layer, Moments, in_order, layers_of, moments_of
 from .masks import Masks
 from .options import PruningOptions
 from .patterns import Pattern
@@ -107,7 +107,8 @@ def prune(
     Each iteration runs the present model on the calibration batches, makes every layer's problem from its inputs, takes a
     Newton (or gradient) step towards the dense weights, which may refill zeros, chooses the weights to keep, and solves for
     them exactly (Iterative Optimal Brain Surgeon, arXiv 2408.17163). The first iteration alone is one-shot OBS. Sums over
-    batches and all that is solved are in fp64.
+    batches and all that is solved are in fp64. With target="dense" the layers are pruned one after the other, each with the
+    inputs that it gets from those before it; whole Newton steps then need one iteration, and no more is made.
 
     Under torch.distributed every process calls this, with its share of the batches; all of them get the first one's result.
 
@@ -170,21 +171,26 @@ def _by_iterations(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], pattern: Pattern, sparsity: float, support: str, o: Any
 ) -> Masks:
     dense = {x.name: x.matrix for x in layers}
-    beside = copy.deepcopy(model) if o.target == "dense" and o.iterations > 1 else None
+    beside = copy.deepcopy(model) if o.target == "dense" else None
+    # To make up for the errors before it, a layer has to see the inputs that it will have, so that all before it are done.
+    groups = in_order(model, layers, batches[0]) if beside else [layers]
+    # Then the first layer's problem is the same in each iteration, hence its weights, hence the next layer's problem.
+    settled = beside is not None and o.refinement == "newton" and o.step == 1
     keep: dict[str, Tensor] = {}
     errors: dict[str, list[float]] = {x.name: [] for x in layers}
-    for iteration in range(o.iterations):
-        moments = moments_of(model, layers, batches, beside if iteration else None)  # at first the model is the dense one
-        for x in layers:
-            problem = Problem(dense[x.name], moments.pop(x.name), o.damping)
-            z = problem.refined(x.matrix, o)
-            mask = SUPPORTS[support](z, problem.hessian, problem.inverse, pattern, sparsity)
-            w = problem.projected(z, mask)
-            errors[x.name].append(problem.error(w))
-            keep[x.parameter] = x.weight_of(mask)
-            x.put(w)
+    for iteration in range(1 if settled else o.iterations):
+        for group in groups:
+            moments = moments_of(model, group, batches, beside)
+            for x in group:
+                problem = Problem(dense[x.name], moments.pop(x.name), o.damping)
+                z = problem.refined(x.matrix, o)
+                mask = SUPPORTS[support](z, problem.hessian, problem.inverse, pattern, sparsity)
+                w = problem.projected(z, mask)
+                errors[x.name].append(problem.error(w))
+                keep[x.parameter] = x.weight_of(mask)
+                x.put(w)
         mean = sum(e[-1] for e in errors.values()) / len(errors)
-        logger.info("iteration %d of %d: mean layer error %.4g", iteration + 1, o.iterations, mean)
+        logger.info("iteration %d: mean layer error %.4g", iteration + 1, mean)
     masks = Masks(model, keep)
     masks.layer_errors = errors
     return masks

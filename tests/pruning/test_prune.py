@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_efcp import OptionError
 from hf_efcp.pruning import Masks, prune
-from hf_efcp.pruning.layers import layers_of, moments_of
+from hf_efcp.pruning.layers import in_order, layers_of, moments_of
 from hf_efcp.pruning.model import Problem
 from hf_efcp.pruning.options import PruningOptions
 from hf_efcp.pruning.patterns import Pattern
@@ -179,6 +179,52 @@ def test_obs_is_better_than_magnitude_and_iterations_against_the_dense_outputs_b
         assert masks.sparsity() == pytest.approx(0.7, abs=0.01)
         found[name] = distance(model, mixed(), batches)
     assert found["iterated"] < found["one-shot"] < found["magnitude"]
+
+
+def test_against_the_dense_outputs_a_layer_sees_the_inputs_that_it_will_have():
+    """The layers one after the other, by dense solves: X of the model that is pruned up to the layer, T of the dense one."""
+    model, dense, batches = mixed(), mixed(), images()
+    masks = prune(model, batches, 0.6, target="dense", damping=1e-3)
+    with torch.no_grad():
+        x, x_dense = (torch.cat([torch.relu(m.conv(b)).flatten(1) for b in batches]) for m in (model, dense))
+        for layer, other, turned in ((model.turned, dense.turned, True), (model.last, dense.last, False)):
+            w_dense, w = (a.weight.mT if turned else a.weight for a in (other, layer))
+            keep = masks.keep["turned.weight"].mT if turned else masks.keep["last.weight"]
+            ridge = 1e-3 * (x.square().sum(0).mean() / len(x)) * torch.eye(x.shape[1], dtype=x.dtype)
+            hessian, b = x.mT @ x / len(x) + ridge, w_dense @ (x_dense.mT @ x / len(x) + ridge)
+            for row in range(len(w)):
+                q = keep[row]
+                assert (w[row, q] - torch.linalg.solve(hessian[q][:, q], b[row, q])).abs().max() < 1e-9
+            if turned:
+                x, x_dense = torch.tanh(model.turned(x)), torch.tanh(dense.turned(x_dense))
+
+
+def test_against_the_dense_outputs_whole_newton_steps_need_one_iteration():
+    once, often = mixed(), mixed()
+    masks = prune(often, images(), 0.6, target="dense", iterations=4)
+    assert {len(e) for e in masks.layer_errors.values()} == {1}
+    prune(once, images(), 0.6, target="dense", iterations=1)
+    assert all(torch.equal(a, b) for a, b in zip(once.parameters(), often.parameters(), strict=True))
+    masks = prune(often, images(), 0.6, target="dense", iterations=2, step=0.5)
+    assert {len(e) for e in masks.layer_errors.values()} == {2}
+
+
+def test_the_order_is_that_of_the_calls_and_layers_of_one_input_are_together():
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 9}
+    model = BertModel(BertConfig(**sizes), add_pooling_layer=False)
+    layers = layers_of(model, None)
+    batch = {"input_ids": torch.ones(2, 4, dtype=torch.long)}
+    found = [[x.name.partition("layer.")[2] for x in group] for group in in_order(model, layers[::-1], batch)]
+    assert [sorted(group) for group in found[:3]] == [
+        ["0.attention.self.key", "0.attention.self.query", "0.attention.self.value"],
+        ["0.attention.output.dense"],
+        ["0.intermediate.dense"],
+    ]
+    assert sum(map(len, found)) == len(layers)
+    never = [x for x in layers_of(mixed(), None) if x.name == "last"]
+    assert in_order(mixed().conv, never, images()[0]) == [never]  # not called: last, alone
 
 
 def test_a_whole_newton_step_forgets_where_it_started_and_gradient_steps_come_close():
