@@ -10,7 +10,7 @@ venv=${HF_EFCP_VENV:-.venv}
 constraints=${CONSTRAINTS:-constraints.txt}
 stamp="$venv/installed-$(cat setup.cfg "$constraints" | cksum | cut -d' ' -f1)"
 if [ ! -e "$stamp" ]; then
-    echo "Setting up $venv (once; about a minute, more where pip's torch comes with CUDA)"
+    echo "Setting up $venv (once; one to seven minutes, more where pip's torch comes with CUDA)"
     "${PYTHON:-python3}" -c 'import sys; sys.exit("error: Python 3.10 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
     [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
     export PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -1,4 +1,4 @@
-"""MatryoshkaLoRA (arXiv 2605.07850) for PEFT: one LoRA adapter that is trained once and works at every rank.
+"""MatryoshkaLoRA (arXiv 2605.07850) for PEFT: one LoRA adapter that is trained once and can be cut at every rank.
 
 Importing this package tells PEFT how to build and to read adapters of a `MatryoshkaConfig`.
 """
