@@ -149,7 +149,7 @@ class Moments:
 
 
 def moments_of(
-    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any], dense: nn.Module | None = None
+    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any], dense: nn.Module | None = None, stop: bool = False
 ) -> dict[str, Moments]:
     """Run the model on all batches and give the moments of each layer's inputs, by its name.
 
@@ -159,6 +159,7 @@ def moments_of(
         batches: mappings, tuples or tensors, as the model takes them; with an `attention_mask` (batch, tokens), the tokens that
             it leaves out do not count.
         dense: another model of the same kind, whose inputs are wanted beside.
+        stop: end each run of a model where all these layers have had an input: the model calls each of them once.
 
     Raises:
         OptionError: a layer has seen no input, or inputs that are not finite.
@@ -168,13 +169,25 @@ def moments_of(
     seen: dict[str, deque[Tensor]] = {x.name: deque() for x in layers}
     mask: Tensor | None = None
 
+    waiting: set[str] = set()
+
+    def had(layer: Layer) -> None:
+        waiting.discard(layer.name)
+        if stop and not waiting:
+            raise _Enough
+
     def keep(layer: Layer) -> Any:
-        return lambda module, args, kwargs: seen[layer.name].append(layer.inputs(_first(args, kwargs), mask))
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen[layer.name].append(layer.inputs(_first(args, kwargs), mask))
+            had(layer)
+
+        return hook
 
     def add(layer: Layer) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = layer.inputs(_first(args, kwargs), mask)
             found[layer.name].add(x, seen[layer.name].popleft() if dense is not None else None)
+            had(layer)
 
         return hook
 
@@ -189,9 +202,10 @@ def moments_of(
         for batch in batches:
             batch = on_device(batch, device)
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            if dense is not None:
-                called(dense, batch)
-            called(model, batch)
+            for runs in (model,) if dense is None else (dense, model):
+                waiting.update(found)
+                with contextlib.suppress(_Enough):
+                    called(runs, batch)
     for name, moments in found.items():
         moments.finish()
         if not moments.count:
@@ -202,15 +216,19 @@ def moments_of(
 
 
 @torch.no_grad()
-def in_order(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[list[Layer]]:
+def in_order(model: nn.Module, layers: Sequence[Layer], batch: Any) -> tuple[list[list[Layer]], bool]:
     """Give the layers in the order in which the model first calls them; those of the same input (q, k and v) together.
 
-    Layers that the batch does not call come last, each alone. All processes get the first one's order.
+    Layers that the batch does not call come last, each alone. Also tell whether each layer is called only once. All processes
+    get the first one's answer.
     """
     inputs: dict[str, Tensor] = {}  # holds them, so that no other tensor gets the identity of one
+    calls = 0
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal calls
+            calls += 1
             inputs.setdefault(name, _first(args, kwargs))
 
         return hook
@@ -224,10 +242,15 @@ def in_order(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[list
     for name, x in inputs.items():
         together.setdefault(id(x), []).append(name)
     names = [*together.values(), *([x.name] for x in layers if x.name not in inputs)]
+    answer: list[Any] = [names, calls == len(inputs)]
     if dist.is_available() and dist.is_initialized():
-        dist.broadcast_object_list(names, 0)
+        dist.broadcast_object_list(answer, 0)
     known = {x.name: x for x in layers}
-    return [[known[name] for name in group] for group in names]
+    return [[known[name] for name in group] for group in answer[0]], answer[1]
+
+
+class _Enough(Exception):
+    """What follows in the model is not needed."""
 
 
 def _first(args: Any, kwargs: Mapping[str, Any]) -> Tensor:

@@ -216,7 +216,9 @@ def test_the_order_is_that_of_the_calls_and_layers_of_one_input_are_together():
     model = BertModel(BertConfig(**sizes), add_pooling_layer=False)
     layers = layers_of(model, None)
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long)}
-    found = [[x.name.partition("layer.")[2] for x in group] for group in in_order(model, layers[::-1], batch)]
+    groups, once = in_order(model, layers[::-1], batch)
+    assert once
+    found = [[x.name.partition("layer.")[2] for x in group] for group in groups]
     assert [sorted(group) for group in found[:3]] == [
         ["0.attention.self.key", "0.attention.self.query", "0.attention.self.value"],
         ["0.attention.output.dense"],
@@ -224,7 +226,25 @@ def test_the_order_is_that_of_the_calls_and_layers_of_one_input_are_together():
     ]
     assert sum(map(len, found)) == len(layers)
     never = [x for x in layers_of(mixed(), None) if x.name == "last"]
-    assert in_order(mixed().conv, never, images()[0]) == [never]  # not called: last, alone
+    assert in_order(mixed().conv, never, images()[0]) == ([never], True)  # not called: last, alone
+
+
+def test_a_layer_that_is_called_twice_counts_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.shared(torch.tanh(self.shared(x)))))
+
+    torch.manual_seed(0)
+    model, x = Twice().double(), torch.randn(50, 6, dtype=torch.float64)
+    layers = layers_of(model, None)
+    groups, once = in_order(model, layers, x)
+    assert groups == [[layers[0]], [layers[1]]] and not once
+    assert float(moments_of(model, groups[0], [x], copy.deepcopy(model), stop=once)["shared"].count) == 100
+    assert prune(model, [x], 0.5, target="dense").are_zero()
 
 
 def test_a_whole_newton_step_forgets_where_it_started_and_gradient_steps_come_close():
