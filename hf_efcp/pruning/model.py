@@ -173,9 +173,10 @@ def _by_iterations(
     dense = {x.name: x.matrix for x in layers}
     beside = copy.deepcopy(model) if o.target == "dense" else None
     # To make up for the errors before it, a layer has to see the inputs that it will have, so that all before it are done.
-    groups, once = in_order(model, layers, batches[0]) if beside else ([layers], False)
-    # Then the first layer's problem is the same in each iteration, hence its weights, hence the next layer's problem.
-    settled = beside is not None and o.refinement == "newton" and o.step == 1
+    groups, once = in_order(model, layers, batches[0]) if beside is not None else ([layers], False)
+    # Then the first layer's problem is the same in each iteration, hence its weights, hence the next layer's problem; a layer
+    # that is called again sees its own errors.
+    settled = once and o.refinement == "newton" and o.step == 1
     keep: dict[str, Tensor] = {}
     errors: dict[str, list[float]] = {x.name: [] for x in layers}
     for iteration in range(1 if settled else o.iterations):
