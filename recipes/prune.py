@@ -35,9 +35,9 @@ from hf_efcp.pruning.patterns import Pattern
 # Name -> the options of `prune`.
 METHODS = {
     "magnitude": {"method": "magnitude"},
-    "one_shot": {"iterations": 1},
-    "iobs": {"iterations": 3},
-    "iobs_dense": {"target": "dense"},
+    "one_shot": {"target": "layer", "iterations": 1},
+    "iobs": {"target": "layer", "iterations": 3},
+    "iobs_dense": {"target": "dense"},  # the default of `prune`
     "mfac": {"method": "mfac"},
     "banded": {"training": "banded"},
 }

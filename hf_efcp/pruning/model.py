@@ -104,11 +104,14 @@ def prune(
 ) -> Masks | Banded:
     """Set weights of a model to zero, and change the others so that its layers compute almost what they did.
 
-    Each iteration runs the present model on the calibration batches, makes every layer's problem from its inputs, takes a
-    Newton (or gradient) step towards the dense weights, which may refill zeros, chooses the weights to keep, and solves for
-    them exactly (Iterative Optimal Brain Surgeon, arXiv 2408.17163). The first iteration alone is one-shot OBS. Sums over
-    batches and all that is solved are in fp64. With target="dense" the layers are pruned one after the other, each with the
-    inputs that it gets from those before it; whole Newton steps then need one iteration, and no more is made.
+    A layer's problem is made from its inputs in the present model and from the outputs that it should give. It takes a Newton
+    (or gradient) step towards its solution, which may refill zeros, chooses the weights to keep, and solves for them exactly
+    (Iterative Optimal Brain Surgeon, arXiv 2408.17163). Sums over batches and all that is solved are in fp64.
+
+    With target="dense" a layer should give the outputs of the dense model. The layers are pruned one after the other, so that
+    each has the inputs that it will have. Whole Newton steps then need one iteration, and no more is made. With
+    target="layer", the paper's, it should give what its dense weights make of its present inputs, and all layers of an
+    iteration are pruned together. The first of these iterations alone is one-shot OBS.
 
     Under torch.distributed every process calls this, with its share of the batches; all of them get the first one's result.
 
@@ -167,11 +170,18 @@ def _by_magnitude(layers: Sequence[Layer], pattern: Pattern, sparsity: float) ->
     return {x.parameter: x.weight_of(by_magnitude(x.matrix, eye, eye, pattern, sparsity)) for x in layers}
 
 
+def _dense(model: nn.Module, layers: Sequence[Layer]) -> nn.Module:
+    """A copy of the model in which only the weights to prune are copied."""
+    pruned = {id(x.weight) for x in layers}
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers()) if id(x) not in pruned}
+    return copy.deepcopy(model, shared)
+
+
 def _by_iterations(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], pattern: Pattern, sparsity: float, support: str, o: Any
 ) -> Masks:
-    dense = {x.name: x.matrix for x in layers}
-    beside = copy.deepcopy(model) if o.target == "dense" else None
+    dense = _dense(model, layers)
+    beside = dense if o.target == "dense" else None
     # To make up for the errors before it, a layer has to see the inputs that it will have, so that all before it are done.
     groups, once = in_order(model, layers, batches[0]) if beside is not None else ([layers], False)
     # Then the first layer's problem is the same in each iteration, hence its weights, hence the next layer's problem; a layer
@@ -183,7 +193,7 @@ def _by_iterations(
         for group in groups:
             moments = moments_of(model, group, batches, beside, stop=once)
             for x in group:
-                problem = Problem(dense[x.name], moments.pop(x.name), o.damping)
+                problem = Problem(Layer(x.name, dense.get_submodule(x.name)).matrix, moments.pop(x.name), o.damping)
                 z = problem.refined(x.matrix, o)
                 mask = SUPPORTS[support](z, problem.hessian, problem.inverse, pattern, sparsity)
                 w = problem.projected(z, mask)

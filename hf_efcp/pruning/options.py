@@ -14,7 +14,10 @@ class PruningOptions:
 
     method: str = option("iobs", "iobs, magnitude, or mfac: scores of the whole model", choices=("iobs", "magnitude", "mfac"))
     iterations: int = option(
-        3, "how often the layer problems are made and solved; 1: one-shot OBS", allowed=">= 1", check=positive
+        3,
+        "how often the layer problems are made and solved, where once is not enough; target=layer with 1: one-shot OBS",
+        allowed=">= 1",
+        check=positive,
     )
     support: str | None = option(
         None, "how the weights to keep are found; none: sweep, and cost for blocks", choices=tuple(SUPPORTS)
@@ -26,9 +29,9 @@ class PruningOptions:
     step: float = option(1.0, "share of such a step", allowed="> 0 and <= 1", check=lambda x: 0 < x <= 1)
     damping: float = option(0.01, "added to the diagonal of H, times its mean", allowed="a finite number > 0", check=positive)
     target: str = option(
-        "layer",
-        "what a layer has to reproduce: its dense weights on its present inputs, or the dense model's outputs",
-        choices=("layer", "dense"),
+        "dense",
+        "what a layer should give: the dense model's outputs (layer after layer), or what its dense weights make of its inputs",
+        choices=("dense", "layer"),
     )
     window_size: int = option(32, "m of the window that method=mfac fills", allowed=">= 1", check=positive)
     training: str = option("masked", "zeros that are chosen once, or by training", choices=("masked", "banded"))

@@ -81,7 +81,7 @@ def test_a_layer_gets_the_restricted_least_squares_of_its_problem(support):
     """One iteration: per row, min |X w - X w_dense|^2 / n + damping |w - w_dense|^2 over its support, by a dense solve."""
     model, batches = mixed(), images()
     dense = copy.deepcopy(model)
-    masks = prune(model, batches, 0.6, iterations=1, support=support, damping=1e-3)
+    masks = prune(model, batches, 0.6, target="layer", iterations=1, support=support, damping=1e-3)
     x = torch.cat([nn.functional.unfold(b, 3, padding=1, stride=2).mT.flatten(0, 1) for b in batches])
     hessian = x.mT @ x / len(x)
     hessian += 1e-3 * hessian.diagonal().mean() * torch.eye(9, dtype=torch.float64)
@@ -167,24 +167,24 @@ def test_a_block_costs_what_removing_it_costs():
         assert torch.equal(keep, expected.repeat_interleave(2, 0).repeat_interleave(3, 1))
 
 
-def test_obs_is_better_than_magnitude_and_iterations_against_the_dense_outputs_better_still():
+def test_obs_is_better_than_magnitude_and_layers_in_order_against_the_dense_outputs_better_still():
     batches, found = images(), {}
     for name, options in {
         "magnitude": {"method": "magnitude"},
-        "one-shot": {"iterations": 1},
-        "iterated": {"iterations": 4, "target": "dense"},
+        "one-shot": {"target": "layer", "iterations": 1},
+        "in order": {},
     }.items():
         model = mixed()
         masks = prune(model, batches, 0.7, **options)
         assert masks.sparsity() == pytest.approx(0.7, abs=0.01)
         found[name] = distance(model, mixed(), batches)
-    assert found["iterated"] < found["one-shot"] < found["magnitude"]
+    assert found["in order"] < found["one-shot"] < found["magnitude"]
 
 
 def test_against_the_dense_outputs_a_layer_sees_the_inputs_that_it_will_have():
     """The layers one after the other, by dense solves: X of the model that is pruned up to the layer, T of the dense one."""
     model, dense, batches = mixed(), mixed(), images()
-    masks = prune(model, batches, 0.6, target="dense", damping=1e-3)
+    masks = prune(model, batches, 0.6, damping=1e-3)
     with torch.no_grad():
         x, x_dense = (torch.cat([torch.relu(m.conv(b)).flatten(1) for b in batches]) for m in (model, dense))
         for layer, other, turned in ((model.turned, dense.turned, True), (model.last, dense.last, False)):
@@ -201,11 +201,11 @@ def test_against_the_dense_outputs_a_layer_sees_the_inputs_that_it_will_have():
 
 def test_against_the_dense_outputs_whole_newton_steps_need_one_iteration():
     once, often = mixed(), mixed()
-    masks = prune(often, images(), 0.6, target="dense", iterations=4)
+    masks = prune(often, images(), 0.6, iterations=4)
     assert {len(e) for e in masks.layer_errors.values()} == {1}
-    prune(once, images(), 0.6, target="dense", iterations=1)
+    prune(once, images(), 0.6, iterations=1)
     assert all(torch.equal(a, b) for a, b in zip(once.parameters(), often.parameters(), strict=True))
-    masks = prune(often, images(), 0.6, target="dense", iterations=2, step=0.5)
+    masks = prune(often, images(), 0.6, iterations=2, step=0.5)
     assert {len(e) for e in masks.layer_errors.values()} == {2}
 
 
@@ -244,7 +244,7 @@ def test_a_layer_that_is_called_twice_counts_twice():
     groups, once = in_order(model, layers, x)
     assert groups == [[layers[0]], [layers[1]]] and not once
     assert float(moments_of(model, groups[0], [x], copy.deepcopy(model), stop=once)["shared"].count) == 100
-    masks = prune(model, [x], 0.5, target="dense")  # such a layer sees its own errors: further iterations change something
+    masks = prune(model, [x], 0.5)  # such a layer sees its own errors: further iterations change something
     assert masks.are_zero() and {len(e) for e in masks.layer_errors.values()} == {3}
 
 
