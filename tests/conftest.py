@@ -14,8 +14,8 @@ if not torch.cuda.is_available():  # Triton reads this when it is first imported
 logging.getLogger("hf_efcp.compiling").setLevel(logging.ERROR)  # which test compiles first is chance
 
 
-# Tests with more variants run these, and about a sixth of the others, which chance chose once for ever; the rest is `slow`.
-VARIANTS = 3
+# Tests with more variants run these, and about an eighth of the others, which chance chose once for ever; the rest is `slow`.
+VARIANTS = 2
 OF_EVERY_PAGE = ("test_commands.py", "test_docs.py", "test_cli_page.py", "test_contributing.py")  # a page takes a moment
 
 
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
             continue
         test = item.nodeid.partition("[")[0]
         counts[test] = counts.get(test, 0) + 1
-        if counts[test] > VARIANTS and zlib.crc32(item.nodeid.encode()) % 6:
+        if counts[test] > VARIANTS and zlib.crc32(item.nodeid.encode()) % 8:
             item.add_marker(pytest.mark.slow)
 
 

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hf_efcp
 
-STEPS, BATCH, M, RANK = 40, 24, 6, 2
+STEPS, BATCH, M, RANK = 20, 24, 6, 2
 
 
 class Net(nn.Module):
