@@ -12,7 +12,13 @@ from tests.recipes.helpers import RECIPES, write_csv
 
 SHORT = ["--max_steps=2", "--logging_steps=1", "--save_strategy=no", "--disable_tqdm=true", "--output_dir=out"]
 FEW = ["--max_train_samples=16", "--max_eval_samples=4"]
-SENTENCES = ["A cat sat on the mat.", "It ate a red apple.", "The dog ran to the barn.", "A pear fell from its tree."]
+SENTENCES = [
+    "A cat sat on the mat.",
+    "It ate a red apple.",
+    "The dog ran to the barn.",
+    "A pear fell from its tree.",
+    "It rains.",
+]
 NEEDS_BBC = {"trl_sft", "trl_dpo", "summarization"}  # these read articles where no data set of the hub is given
 FLAGS = {
     "text_classification": ["--max_seq_length=16"],
@@ -21,7 +27,7 @@ FLAGS = {
     "image_classification": [*SHORT, *FEW, "--per_device_train_batch_size=4"],
     "causal_lm": [*SHORT, "--hidden_size=64", "--num_hidden_layers=1", "--vocab_size=270", "--block_size=8"],
     "trl_sft": [*SHORT, *FEW, "--max_length=32"],
-    "trl_dpo": [*SHORT, *FEW, "--max_length=32"],
+    "trl_dpo": [*SHORT, *FEW, "--max_length=32", "--read_steps=2"],
     "summarization": [*SHORT, *FEW, "--max_source_length=16", "--max_target_length=6"],
 }
 FLAGS["text_classification"] += SHORT
