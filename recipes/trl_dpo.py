@@ -40,8 +40,8 @@ class DataArguments:
 
     dataset_name: str | None = HfArg(default=None, help="Data set on the hub, as TRL takes it. Default: BBC News, offline.")
     dataset_config_name: str | None = HfArg(default=None, help="Its configuration on the hub.")
-    max_train_samples: int | None = HfArg(default=1000, help="Train on this many pairs.")
-    max_eval_samples: int | None = HfArg(default=400, help="Evaluate on this many pairs.")
+    max_train_samples: int | None = HfArg(default=2000, help="Train on this many pairs.")
+    max_eval_samples: int | None = HfArg(default=500, help="Evaluate on this many pairs.")
     read_steps: int = HfArg(default=400, help="A new model: steps of 8 texts in which it learns to write, before the pairs.")
     read_learning_rate: float = HfArg(default=3e-3, help="A new model: the highest learning rate of these steps.")
 
