@@ -30,6 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -230,7 +231,7 @@ def train(run: str, seed: int, arguments: argparse.Namespace, texts: tuple, fold
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "cpu_seconds": seconds,
     }
-    (folder / f"{accelerator.process_index}.json").write_text(json.dumps(result))
+    written(folder / f"{accelerator.process_index}.json", json.dumps(result))
     accelerator.free_memory()
 
 
@@ -271,53 +272,68 @@ def worker(rank: int, arguments: argparse.Namespace, wanted: list[tuple[str, int
         os._exit(0)  # a group with a dead worker cannot be left in order
 
 
+def written(file: Path, text: str) -> None:
+    """Write a file that is never there in part."""
+    part = file.with_suffix(".part")
+    part.write_text(text)
+    part.replace(file)
+
+
 # All of them -----------------------------------------------------------------------------------------------------------------
 
 
-def make_runs(wanted: list[tuple[str, int]], arguments: argparse.Namespace) -> list[dict]:
-    """Start the workers, and give the results of the runs that they finish."""
+def make_runs(wanted: list[tuple[str, int]], arguments: argparse.Namespace) -> Iterator[dict]:
+    """Start the workers, and give the result of each run when all of them have finished it."""
     with tempfile.TemporaryDirectory() as folder:
+        started = []
         if arguments.num_processes == 1:
             worker(0, arguments, wanted, folder)
         elif wanted:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end takes the workers along
             context = mp.get_context("spawn")
-            started = [
-                context.Process(target=worker, args=(rank, arguments, wanted, folder)) for rank in range(arguments.num_processes)
-            ]
-            for process in started:
-                process.start()
-            for process in started:
-                process.join()
-        return collected(Path(folder), wanted, arguments)
+            for rank in range(arguments.num_processes):
+                started.append(context.Process(target=worker, args=(rank, arguments, wanted, folder), daemon=True))
+                started[-1].start()
+        for number, (run, seed) in enumerate(wanted):
+            if (result := awaited(Path(folder, str(number)), run, seed, arguments, started)) is None:
+                print(f"error: {run}, seed {seed}: a worker did not finish, see above", file=sys.stderr)
+                break
+            yield result
+        for process in started:
+            process.join()
 
 
-def collected(folder: Path, wanted: list[tuple[str, int]], arguments: argparse.Namespace) -> list[dict]:
-    """Put together what the workers have written of each run, as far as they have finished."""
-    found = []
-    for number, (run, seed) in enumerate(wanted):
-        files = sorted((folder / str(number)).glob("*.json"))
-        parts = [json.loads(file.read_text()) for file in files]
-        if not parts or {int(file.stem) for file in files} < set(parts[0]["members"]):
-            print(f"error: {run}, seed {seed}: a worker did not finish, see above", file=sys.stderr)
-            break
-        samples = sum(part["samples"] for part in parts)
-        found.append(
-            {
-                "run": run,
-                "seed": seed,
-                "settings": settings(arguments),
-                "accuracy": sum(part["right"] for part in parts) / samples,
-                "eval_loss": sum(part["loss"] for part in parts) / samples,
-                "eval_samples": samples,
-                "losses": [round(statistics.mean(step), 5) for step in zip(*(part["losses"] for part in parts), strict=True)],
-                "bytes": [max(step) for step in zip(*(part["bytes"] for part in parts), strict=True)],
-                "rounds": parts[0]["rounds"],
-                "workers_left": len(parts[0]["members"]),
-                "trained": parts[0]["trained"],
-                "cpu_seconds": sum(part["cpu_seconds"] for part in parts),
-            }
-        )
-    return found
+def awaited(folder: Path, run: str, seed: int, arguments: argparse.Namespace, workers: list) -> dict | None:
+    """Give the result of a run as soon as it is there; None: all workers have ended without it."""
+    while True:
+        alive = any(process.is_alive() for process in workers)  # asked first: who ends meanwhile has written
+        result = collected(folder, run, seed, arguments)
+        if result is not None or not alive:
+            return result
+        time.sleep(0.5)
+
+
+def collected(folder: Path, run: str, seed: int, arguments: argparse.Namespace) -> dict | None:
+    """Put together what the workers have written of a run; None: not all have."""
+    files = sorted(folder.glob("*.json"))
+    parts = [json.loads(file.read_text()) for file in files]
+    if not parts or {int(file.stem) for file in files} < set(parts[0]["members"]):
+        return None
+    samples = sum(part["samples"] for part in parts)
+    return {
+        "run": run,
+        "seed": seed,
+        "settings": settings(arguments),
+        "accuracy": sum(part["right"] for part in parts) / samples,
+        "eval_loss": sum(part["loss"] for part in parts) / samples,
+        "eval_samples": samples,
+        "losses": [round(statistics.mean(step), 5) for step in zip(*(part["losses"] for part in parts), strict=True)],
+        "bytes": [max(step) for step in zip(*(part["bytes"] for part in parts), strict=True)],
+        "rounds": parts[0]["rounds"],
+        "workers_left": len(parts[0]["members"]),
+        "trained": parts[0]["trained"],
+        "cpu_seconds": sum(part["cpu_seconds"] for part in parts),
+    }
 
 
 def settings(arguments: argparse.Namespace) -> dict:
@@ -406,7 +422,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for result in make_runs([w for w in wanted if w not in known], arguments):
         known[result["run"], result["seed"]] = result
         there.append(result)
-    file.write_text("[\n" + ",\n".join(json.dumps(r) for r in there) + "\n]\n")
+        written(file, "[\n" + ",\n".join(json.dumps(r) for r in there) + "\n]\n")
     if len(done := [w for w in wanted if w in known]) < len(wanted):
         sys.exit(1)
     results = [known[w] for w in done]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -63,3 +64,22 @@ def test_three_workers_of_which_one_dies(recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     (result,) = json.loads((tmp_path / "out/local.json").read_text())
     assert (result["workers_left"], result["rounds"], len(result["losses"])) == (2, 3, 6)
+
+
+@pytest.mark.slow
+def test_finished_runs_survive_the_end_of_the_program_and_its_workers_do_not(recipe, tmp_path):
+    _, flags = recipe
+    command = [sys.executable, str(RECIPES / "local_updates.py"), "--runs", "ddp", "lordo:sync_every=2,rank=4", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*command, "--seeds", *map(str, range(99))], env=environment, start_new_session=True) as process:
+        file, end = tmp_path / "out/local.json", time.monotonic() + 300
+        while not file.exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.2)
+        process.terminate()
+        assert process.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        for _ in range(60):
+            os.killpg(process.pid, 0)
+            time.sleep(0.5)
+    there = json.loads(file.read_text())
+    assert [r["run"] for r in there][:1] == ["ddp"] and len(there) < 9
