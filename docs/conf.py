@@ -25,3 +25,5 @@ autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
 autoclass_content = "both"
 copybutton_exclude = ".linenos, .gp, .go"
+html_static_path = ["_static"]
+html_js_files = ["accessible.js"]
