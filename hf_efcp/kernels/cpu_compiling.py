@@ -1,11 +1,26 @@
-"""Logs once that a step waits for the compiler, which takes up to a minute. With the code on disk there is nothing to log."""
+"""Compiled functions on disk, and a log entry for who waits for the compiler.
+
+numba's own cache has an index that processes overwrite: two processes that compile one function for two dtypes at the same time
+can leave an index that gives the code of one dtype for the other, in every later run, with wrong results. The index also misses
+that another file has changed whose functions are compiled in. Here each variant of a function has a file of its own, whose name
+says which variant it is, and in which state the folder of kernels was.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import glob
+import hashlib
 import logging
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numba
 from numba.core import event
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 _log = logging.getLogger("hf_efcp.compiling")
 
@@ -39,3 +54,61 @@ class Announcement(event.Listener):
 
 ANNOUNCEMENT = Announcement()
 event.register("numba:compile", ANNOUNCEMENT)
+
+
+def _hash(x: object) -> str:
+    return hashlib.sha256(repr(x).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _state() -> str:
+    """Give a hash of the state of this folder's files, any of which may be compiled into a function of another."""
+    files = sorted((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in Path(__file__).parent.glob("*.py"))
+    return _hash((files, numba.__version__))
+
+
+class Files(IndexDataCacheFile):
+    """A file for each variant of a function, without an index. A file appears as a whole, or not at all."""
+
+    def load(self, key: Any) -> Any:
+        """Give what was saved under a key; None if nothing was, or if it cannot be read."""
+        try:
+            found, data = self._load_data(self._name(key))
+        except Exception:  # no file, or whatever unpickling a damaged file raises
+            return None
+        return data if found == key else None
+
+    def save(self, key: Any, data: Any) -> None:
+        """Save a variant, and remove variants that were compiled in another state of the folder. A full disk keeps nothing."""
+        with contextlib.suppress(OSError):
+            self._save_data(self._name(key), (key, data))
+            self._remove(self._start + self._source_stamp)
+
+    def flush(self) -> None:
+        """Remove all variants."""
+        self._remove()
+
+    @property
+    def _start(self) -> str:
+        return self._index_name.removesuffix("nbi")
+
+    def _name(self, key: Any) -> str:
+        return f"{self._start}{self._source_stamp}.{_hash(key)}.nbc"
+
+    def _remove(self, but: str | None = None) -> None:
+        """Remove the function's files; not those whose names start with `but`."""
+        for file in Path(self._cache_path).glob(f"{glob.escape(self._start)}*"):
+            if but is None or not file.name.startswith(but):
+                file.unlink(missing_ok=True)
+
+
+class KernelCache(FunctionCache):
+    """The compiled variants of a function of this folder, on disk.
+
+    Raises:
+        RuntimeError: no folder can keep them.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__(function)
+        self._cache_file = Files(self._cache_path, self._impl.filename_base, _state())

@@ -2,8 +2,6 @@
 
 A table has a row for each matrix. The names of its columns are below. An address is in bytes; a place in a room counts numbers. A
 matrix is a view of the memory at its address, and the kernels for n matrices of one shape handle it with n = 1.
-
-numba does not notice a change in another file whose functions are compiled in here: see cpu_tools.py.
 """
 
 from __future__ import annotations

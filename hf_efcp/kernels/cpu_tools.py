@@ -1,8 +1,4 @@
-"""What the compiled CPU functions share: the compiler's settings, matrices by address, and the formats of the error.
-
-numba keeps a function's compiled code until the function's own file changes. Other files compile in what is here and in
-constants.py: after a change in one of these two, delete `__pycache__`.
-"""
+"""What the compiled CPU functions share: the compiler's settings, matrices by address, and the formats of the error."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from torch import Tensor
 
 from . import Blocks, Error, Matrices, Scale
 from .constants import BF16_SHIFT, BLOCK, HALF_BF16, INT4_BITS, INT4_MASK, INT4_ZERO, LARGEST_INT4, LARGEST_INT8
-from .cpu_compiling import ANNOUNCEMENT
+from .cpu_compiling import ANNOUNCEMENT, KernelCache
 
 # LLVM may sum in any order, so that loops are vectorized. NaN and infinity stay as they are.
 REORDERED = {"reassoc", "contract", "nsz"}
@@ -42,11 +38,12 @@ def compiled(function: Callable[..., Any] | None = None, *, relaxed: set[str] | 
         return functools.partial(compiled, relaxed=relaxed)
     # A division by zero gives infinity or NaN, as in torch. A check at each division would keep loops from being vectorized.
     options = {"nogil": True, "fastmath": relaxed or False, "error_model": "numpy"}
+    dispatcher = numba.njit(**options)(function)
     try:
-        return numba.njit(cache=True, **options)(function)
+        dispatcher._cache = KernelCache(function)
     except RuntimeError:  # nowhere to keep compiled code: compile in every process
         ANNOUNCEMENT.kept = False
-        return numba.njit(**options)(function)
+    return dispatcher
 
 
 def real(x):

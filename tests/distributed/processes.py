@@ -1,5 +1,6 @@
 """Run a function on several gloo processes of this machine and collect what they return."""
 
+import faulthandler
 import logging
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ def run(processes, function, *args):
 def _process(rank, processes, folder, environment, function, args):
     os.environ.clear()
     os.environ.update(environment)
+    faulthandler.enable()  # what a process does that dies of a signal
     torch.set_num_threads(1)
     logging.getLogger("hf_efcp.compiling").setLevel(logging.ERROR)  # who compiles first is chance
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -1,9 +1,11 @@
-"""Who waits for the compiler is told, once."""
+"""Who waits for the compiler is told, once; compiled code is kept on disk, each variant for itself."""
 
 import logging
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,10 @@ import pytest
 pytest.importorskip("numba")
 from numba.core.event import Event, EventStatus
 
+from hf_efcp.kernels import cpu_compiling
 from hf_efcp.kernels.cpu_compiling import Announcement
+
+ROOT = Path(__file__).parents[2]
 
 
 def event(module):
@@ -47,3 +52,99 @@ def test_the_second_process_is_silent(tmp_path):
     command = [sys.executable, "-c", program]
     said = [subprocess.run(command, env=env, capture_output=True, text=True, check=True).stderr for _ in range(2)]
     assert [text.count("compiling CPU kernels") for text in said] == [1, 0]
+
+
+KERNEL = """
+from hf_efcp.kernels.cpu_tools import compiled
+
+@compiled
+def total(x):
+    s = x[0] - x[0]
+    for i in range(x.size):
+        s += x[i]
+    return s
+"""
+# Waits before the writes of numba's cache, so that two processes overtake each other as they rarely do by themselves.
+CALL = """
+import sys, time
+import numpy as np
+from numba.core.caching import IndexDataCacheFile
+from kernel import total
+
+def late(write, wait):
+    return lambda *args: (time.sleep(wait), write(*args))[1]
+
+dtype, start, index, data = sys.argv[1], *map(float, sys.argv[2:])
+for name, wait in (("_save_index", index), ("_save_data", data)):
+    setattr(IndexDataCacheFile, name, late(getattr(IndexDataCacheFile, name), wait))
+x = np.full(10, 1.5, dtype)
+time.sleep(max(0, start - time.time()))
+print(total(x))
+"""
+
+
+@pytest.fixture
+def call(tmp_path):
+    """Start a process that calls a compiled function for numbers of a dtype."""
+    (tmp_path / "kernel.py").write_text(KERNEL)
+    (tmp_path / "call.py").write_text(CALL)
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "kept"), "NUMBA_DEBUG_CACHE": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
+
+    def start(dtype, *times):
+        command = [sys.executable, "call.py", dtype, *map(str, times or (0, 0, 0))]
+        return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+
+    return start
+
+
+def lines(process):
+    said = process.communicate()[0].splitlines()
+    assert process.returncode == 0
+    return said
+
+
+def test_two_processes_compile_one_function_for_two_dtypes_at_once(call):
+    start = time.time() + 6
+    both = call("float64", start, 2, 0), call("int64", start, 1, 3)  # one writes its index last, the other its data
+    assert [lines(process)[-1] for process in both] == ["15.0", "10"]
+    for dtype, expected in (("float64", "15.0"), ("int64", "10")):
+        said = lines(call(dtype))
+        assert said[-1] == expected
+        assert "data loaded" in said[0] and not any("data saved" in line for line in said)
+
+
+def test_a_damaged_file_is_compiled_anew(call, tmp_path):
+    assert lines(call("float64"))[-1] == "15.0"
+    (file,) = (tmp_path / "kept").rglob("*.nbc")
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-100]):
+        file.write_bytes(damaged)
+        assert lines(call("float64"))[-1] == "15.0"
+        assert len(file.read_bytes()) > len(whole) - 100
+
+
+def test_files_of_another_state_of_the_folder_are_removed(tmp_path, monkeypatch):
+    def files(state):
+        return cpu_compiling.Files(str(tmp_path), "cpu_x.f-[1].py311", state)
+
+    other = tmp_path / "cpu_x.f-[1].py3110.nbc"
+    other.touch()
+    old = files("before")
+    old.save("fp32", 1)
+    old.save("fp64", 2)
+    assert (old.load("fp32"), old.load("fp64"), old.load("bf16"), files("after").load("fp32")) == (1, 2, None, None)
+    new = files("after")
+    new.save("fp32", 3)
+    assert (old.load("fp32"), old.load("fp64"), new.load("fp32"), new.load("fp64")) == (None, None, 3, None)
+    monkeypatch.setattr(cpu_compiling, "_hash", lambda key: "same")  # two keys, one name
+    new.save("fp32", 4)
+    assert (new.load("fp32"), new.load("fp64")) == (4, None)
+    new.flush()
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_a_full_disk_keeps_nothing(tmp_path):
+    files = cpu_compiling.Files(str(tmp_path / "missing"), "cpu_x.f-1.py311", "state")
+    files.save("fp32", 1)
+    assert files.load("fp32") is None
