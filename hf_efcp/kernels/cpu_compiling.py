@@ -64,7 +64,7 @@ def _hash(x: object) -> str:
 def _state() -> str:
     """Give a hash of the state of this folder's files, any of which may be compiled into a function of another."""
     files = sorted((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in Path(__file__).parent.glob("*.py"))
-    return _hash((files, numba.__version__))
+    return _hash(files)
 
 
 class Files(IndexDataCacheFile):
@@ -111,4 +111,5 @@ class KernelCache(FunctionCache):
 
     def __init__(self, function: Callable[..., Any]):
         super().__init__(function)
-        self._cache_file = Files(self._cache_path, self._impl.filename_base, _state())
+        # Environments with different versions of numba may share an editable install.
+        self._cache_file = Files(self._cache_path, f"{self._impl.filename_base}.numba{numba.__version__}", _state())
