@@ -77,6 +77,9 @@ def contenders(spec: Spec) -> list[str]:
         "effect: the update is the mean gradient, scaled by the metric ([words](../quickstart.md#words))."
     )
     lines = [*wrapped(first), ""]
+    if any(c.optimizer == "torch.optim.Muon" for family in spec.families.values() for c in family):
+        note = "On a processor without instructions for bf16, Muon's products are formed in fp32 and rounded to bf16."
+        lines += [*wrapped(note), ""]
     for family in spec.families.values():
         for contender in family:
             lines += wrapped(f"- {_described(contender)}", subsequent_indent="  ")

@@ -14,7 +14,7 @@ from tests.recipes.helpers import RECIPES  # puts the recipes on the path
 
 pytest.importorskip("sklearn")
 from reproduce import run, training
-from reproduce.contenders import Contender, Together, Unavailable
+from reproduce.contenders import Contender, ProductsInFp32, Together, Unavailable
 from reproduce.spec import Run, SpecError, read_results, read_spec, write_result
 from reproduce.tasks import TASKS, get_task
 
@@ -155,6 +155,39 @@ def test_matrices_and_the_rest_go_to_two_optimizers_that_step_as_one():
     moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
     optimizer.zero_grad()
     assert all(moved) and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_products_of_bf16_by_way_of_fp32_are_as_near_as_torchs_own(shape):
+    a, b = (torch.randn(*shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2))
+    halves = a.bfloat16(), b.mT.bfloat16()
+    true = [x.double() for x in halves]
+    square = torch.randn(shape[0], shape[0], dtype=torch.bfloat16)
+    expected = [true[0] @ true[1], torch.addmm(square.double(), *true, beta=-4.775, alpha=2.0315)]
+    with ProductsInFp32():
+        found = [halves[0] @ halves[1], torch.addmm(square, *halves, beta=-4.775, alpha=2.0315)]
+    for product, exact in zip(found, expected, strict=True):
+        assert product.dtype == torch.bfloat16
+        assert (product.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+    assert torch.equal(found[0], (halves[0].float() @ halves[1].float()).bfloat16())
+
+
+def test_muon_multiplies_in_fp32_on_a_processor_without_bf16(monkeypatch):
+    seen = []
+
+    class Seen(ProductsInFp32):
+        def __enter__(self):
+            seen.append(True)
+            return super().__enter__()
+
+    monkeypatch.setattr("reproduce.contenders.ProductsInFp32", Seen)
+    for instructions in (False, True):
+        monkeypatch.setattr("reproduce.contenders.multiplies_bf16", lambda device, has=instructions: has)
+        model = torch.nn.Linear(4, 3)
+        optimizer = Contender("muon", "torch.optim.Muon", rest="torch.optim.AdamW").build(model, 1e-3)
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        assert seen == [True]
 
 
 def test_ours_is_built_with_the_optim_defaults_under_the_given_options():
