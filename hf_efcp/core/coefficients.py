@@ -115,9 +115,14 @@ def _solve(factor: Tensor, x: Tensor) -> Tensor:
 def _centered_mfac(
     gram: Tensor, w: Tensor, shift: Tensor, divisor: Tensor | float, entry_dtype: torch.dtype, filled: Tensor
 ) -> Tensor:
-    """Compute `mfac` with M K, which is not symmetric, by LU. The part of c in dependent entries' null space is cut away."""
+    """Compute `mfac` with M K, which is not symmetric, by LU."""
     matrix = subtract_mean(gram, filled) + torch.diag_embed(shift.expand_as(w))
     c = divisor * torch.linalg.solve_ex(matrix, w[..., None]).result.squeeze(-1)
+    return _without_null_space(gram, c, entry_dtype)
+
+
+def _without_null_space(gram: Tensor, c: Tensor, entry_dtype: torch.dtype) -> Tensor:
+    """Cut the part in dependent entries' null space out of the c that have a large one: it would be noise in G^T c."""
     bad = ~(cancellation(gram, c) <= _CANCELLATION[entry_dtype] / torch.finfo(entry_dtype).eps)
     if readable(c.device) and not bad.any():
         return c
@@ -131,7 +136,7 @@ def subtract_mean(x: Tensor, filled: Tensor) -> Tensor:
         x: (groups, m, ...) fp64, with zeros in slots that are not filled.
         filled: (m,) bool.
     """
-    mean = x.sum(1, keepdim=True) / filled.sum()
+    mean = x.sum(1, keepdim=True) / filled.sum().clamp_min(1)  # none: the first step was refused
     return x - mean * filled.view(1, -1, *[1] * (x.ndim - 2))
 
 
@@ -171,7 +176,8 @@ def ggt(
         kept = s > _CENTERED_NULL_SPACE * s[..., -1:]
         s = torch.where(kept, s, 1.0)
         psi = torch.where(kept, (1 / (s.sqrt() + eps) - 1 / eps) / s, 0.0)
-        return w / eps + _apply(v, psi * _apply(v.mT, subtract_mean(_apply(gram, w), centered)))
+        c = w / eps + _apply(v, psi * _apply(v.mT, subtract_mean(_apply(gram, w), centered)))
+        return _without_null_space(gram, c, entry_dtype)
     known = decay >= _FORGOTTEN
     decay = torch.where(known, decay, 0.0)
     inner_w = torch.where(known, w / decay, 0.0)

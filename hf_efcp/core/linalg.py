@@ -104,6 +104,13 @@ def ieee_matmul(device: torch.device) -> Iterator[None]:
         _PRECISION.give_back()
 
 
+@contextlib.contextmanager
+def cpu_by_default() -> Iterator[None]:
+    """Make tensors without a device on the CPU inside, whatever torch.set_default_device says. Decorates functions too."""
+    with contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        yield
+
+
 def _has_new_name(backend: object) -> bool:
     try:
         return hasattr(backend, "fp32_precision")

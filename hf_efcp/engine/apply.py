@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import kernels
 from ..core.linalg import add_scaled_, chunk_bytes, chunks, room_bytes
 from ..core.random import stochastic_round
+from ..kernels.devices import is_plain
 from .stacks import Number, Numbers, Stack
 
 # Added to a parameter's salt: the parameter and its error feedback are rounded by different random numbers.
@@ -78,7 +79,7 @@ def move_at_once(
     """Update all pieces by `add_to`, see `Unformed`, if they have the same rate and decay; tell whether it was done."""
     params = [piece.data for piece in stack.pieces]
     rounded = stochastic and params[0].dtype == torch.bfloat16
-    if stack.turn.absent or rounded or not all(p.is_contiguous() for p in params):
+    if stack.turn.absent or rounded or not all(map(is_plain, params)):
         return False
     if not isinstance(lr, float) or not isinstance(weight_decay, float):
         return False
@@ -99,7 +100,7 @@ def _add_at_once(
 ) -> bool:
     """Update some rows of all pieces by one kernel; tell whether it was done."""
     params = [piece.data for piece in stack.pieces]
-    if not all(p.is_contiguous() for p in params):
+    if not all(map(is_plain, params)):
         return False
     matrices = [p.view(stack.shape)[part] for p in params]
     (row, col), counted = stack.pieces[0].origin, None

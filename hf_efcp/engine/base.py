@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core.linalg import ieee_matmul
+from ..core.linalg import cpu_by_default, ieee_matmul
 from ..distributed.fsdp2 import FSDP2Mesh, is_sharded
 from ..distributed.placement import Alone
 from ..distributed.zero import ZeroPieces
@@ -95,12 +95,20 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: an earlier step raised half-way (out of memory, Ctrl-C). `load_state_dict` mends that.
+            RuntimeError: an earlier step raised half-way (out of memory, Ctrl-C), which `load_state_dict` mends; or the step is
+                inside torch.inference_mode().
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with cpu_by_default():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{self.builder.name}: step() does not work inside torch.inference_mode(): call it outside")
         check_numbers(self.param_groups, self.builder.name)
         setup = self.builder.prepare(self.param_groups, self.state, stepping=True)
         if setup.params and setup.has_work():
@@ -111,8 +119,8 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
             setup.warn_of_skips(self.builder.name)
         elif not setup.has_gradients():
             setup.warn_of_idleness(self.builder.name)
-        return loss
 
+    @cpu_by_default()
     def setup(self) -> Setup:
         """Give what is built for the present parameters: stacks, specs, placement. Before the first step, it is built now."""
         return self.builder.prepare(self.param_groups, self.state)
@@ -159,6 +167,7 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
 
         # No annotations: torch compares them with its types, and here they would be text.
         @torch.no_grad()
+        @cpu_by_default()
         def hook(_, bucket):
             return sync.reduce(bucket, self.setup(), self.param_groups, self.options)
 
@@ -166,6 +175,7 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
 
     # State ----------------------------------------------------------------------------------------------------------------
 
+    @cpu_by_default()
     def state_dict(self) -> dict[str, Any]:
         """Give the state in torch's form, with the optimizer's options under "efcp"; without the window if `save_window` is off.
 
@@ -183,6 +193,7 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
         return saved
 
     @torch.no_grad()
+    @cpu_by_default()
     def load_state_dict(self, state_dict: Any) -> None:
         """Restore a state. Everything is checked before anything is changed.
 
@@ -213,11 +224,17 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
         self.builder.takes_tensors, self.builder.copied = True, (*copied, None)[:3]
 
     @torch.no_grad()
+    @cpu_by_default()
     def to(self, device: torch.device | str) -> EngineOptimizer:
-        """Move the state to a device, free its old memory, and give the optimizer. The next step brings the state back."""
+        """Move the state to a device, free its old memory, and give the optimizer. The next step brings the state back.
+
+        Raises:
+            OptionError: the device is meta.
+        """
         self.builder.move(self.state, torch.device(device))
         return self
 
+    @cpu_by_default()
     def save_shards(self, folder: str | Path) -> None:
         """Write this process's part of a divided state to a folder. Call it on every process.
 
@@ -229,6 +246,7 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
             self.builder.settle(self.state)
             saving.save_folder(Path(folder), getattr(self.options, "save_window", True))
 
+    @cpu_by_default()
     def choose_as(self, saved: Mapping[str, Any] | str | Path) -> None:
         """Take the options of a saved run that are not given here. Call it on every process, before loading.
 

@@ -56,6 +56,7 @@ class Builder:
         copied: of a copied optimizer, the owners of the state, the number of processes, and the names of its entries (None: the
             names are unknown).
         thawed: frozen parameters that have state in a checkpoint that is being loaded.
+        newcomers: parameters that had no state yet when this checkpoint was saved.
         torn: whether a step has ended half-way.
     """
 
@@ -78,6 +79,7 @@ class Builder:
         """Forget what is built: the next `prepare` builds it from the state."""
         self.setup: Setup | None = None
         self.thawed: set[Tensor] = set()
+        self.newcomers: set[Tensor] = set()
         self.copied: Copied = {}, 1, {}
 
     @torch.no_grad()
@@ -122,6 +124,8 @@ class Builder:
         """See EngineOptimizer.to."""
         if self.setup is None:
             return
+        if device.type == "meta":
+            raise OptionError(f"{self.name}: the state cannot move to the meta device, which keeps no numbers")
         here = all(p.device == device for p in self.setup.params)
         self._take(self.setup, state) if here else move(state, self.setup, device)
 
@@ -178,6 +182,8 @@ class Builder:
         known = self.copied[0] if self.setup is None else self.setup.owners  # perhaps without entries on this process
 
         def counts(p: Tensor) -> bool:
+            if p in self.newcomers:
+                return False
             if p.requires_grad or p.grad is not None:
                 return True
             return p in state and (p in known or p in self.thawed or bool(own(state[p], self.ours(p))))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from ..core.linalg import cpu_by_default
 from .builder import Builder
 from .costs import Count
 from .footprint import measured, plan_of
@@ -35,6 +36,7 @@ class Figures(_Base):
         setup = there if there is not None and there.released else self.setup()
         return measured([self.state.get(p, {}) for p in setup.params], [setup.specs[p] for p in setup.params])
 
+    @cpu_by_default()
     def estimate_footprint(self, processes: int = 1, fsdp: bool = False) -> dict[str, int]:
         """Predict from the parameters' shapes what `memory_footprint` of a fresh optimizer will measure. Nothing is allocated.
 
@@ -58,6 +60,7 @@ class Figures(_Base):
         self._probed = True
 
     @torch.no_grad()
+    @cpu_by_default()
     def diagnostics(self) -> dict[str, float]:
         """Give figures of the last accepted step, by name (docs/diagnostics.md); nothing before the first step.
 

@@ -51,15 +51,17 @@ def load(
             changed.
     """
     check_container(state_dict)
-    before = builder.options, builder.asked.chosen, builder.setup, builder.copied, builder.thawed, builder.sync.places
+    before = builder.options, builder.asked.chosen, builder.setup, builder.copied, builder.sync.places
     held = {key: dict(entry) if isinstance(entry, Mapping) else entry for key, entry in state.items()}
     try:
         return _load(state_dict, builder, groups, state, folder, own_stub)
     except BaseException:  # Ctrl-C too
-        builder.options, builder.asked.chosen, builder.setup, builder.copied, builder.thawed, builder.sync.places = before
+        builder.options, builder.asked.chosen, builder.setup, builder.copied, builder.sync.places = before
         state.clear()
         state.update(held)
         raise
+    finally:
+        builder.thawed, builder.newcomers = set(), set()
 
 
 def take(
@@ -137,6 +139,7 @@ def _load(
         with_window = section["options"].get("save_window", True)
     else:  # torch.distributed.checkpoint keeps state and groups only
         with_window = any("step" in entry for entry in entries.values() if isinstance(entry, Mapping))
+    builder.newcomers = {positions[i] for i in (section or {}).get("newcomers", ()) if i in positions}
     target = _Target(builder, groups, state, dict(zip(params, labels(groups), strict=True)), with_window)
     loaded = None
     if stub is None and entries:
@@ -176,7 +179,7 @@ def _replace(builder: Builder, state: State, setup: Setup, loaded: State) -> Non
     """Let a setup and its state take the place of the present ones."""
     if builder.setup is not None:
         builder.setup.watch = None  # its entries go, and nothing has to follow from that
-    builder.setup, builder.thawed = setup, set()
+    builder.setup = setup
     state.clear()
     state.update(loaded)
 

@@ -26,7 +26,7 @@ _BINS = 2 * _FINE * _OCTAVES
 # The number of coordinates that make the quantiles. In a larger model, every k-th coordinate counts.
 _SAMPLE = 2**18
 _QUANTILES = (25, 50, 75)
-_TOTALS = ("g2", "ug", "p2", "moved2", "zero_g", "zero_u", "operand2", "entering2", "lost2", "error2")
+_TOTALS = ("accepted", "g2", "ug", "p2", "moved2", "zero_g", "zero_u", "operand2", "entering2", "lost2", "error2")
 
 
 class Probe:
@@ -38,7 +38,7 @@ class Probe:
         options: of the optimizer.
 
     Attributes:
-        done: whether the step was accepted, and all processes have added up their sums.
+        done: whether all processes have added up their sums. A step that the host knows to be refused has none.
     """
 
     def __init__(self, setup: Setup, groups: Sequence[Group], options: Any):
@@ -138,8 +138,9 @@ class Probe:
         self._add("zero_u", u.numel() - torch.count_nonzero(u))
         self._count(u, g, s.pieces[0].origin, rows, s.shape[1])
 
-    def finish(self) -> None:
-        """Add up all sums over the processes, in one message."""
+    def finish(self, ok: bool | Tensor) -> None:
+        """Add up all sums over the processes, in one message. `ok`: whether the step was accepted, on a GPU a flag."""
+        self._add("accepted", ok + 0.0)
         mine = torch.cat([torch.stack(list(self.sums.values())), self.bins])
         ends = self.setup.placement.sum(mine)
         self.sums = dict(zip(self.sums, ends.unbind(), strict=False))
@@ -212,6 +213,8 @@ class Probe:
     def figures(self) -> dict[str, float]:
         """Give the figures, by name (docs/diagnostics.md). Here the host waits for the device."""
         sums = {name: float(value) for name, value in self.sums.items()}
+        if not sums["accepted"]:
+            return {}
         g, u = math.sqrt(sums["g2"]), math.sqrt(sums["u2 all"])
         cosine = min(1.0, max(-1.0, _ratio(sums["ug"], g * u)))
         found = {"gradient_norm": g}
@@ -266,7 +269,7 @@ def _row_parts(a: Accumulated) -> list[slice]:
 
 def _stride(least: int, cols: Collection[int]) -> int:
     """Give the first number >= `least` without a common divisor with any number of columns, so that all columns take turns."""
-    while least > 1 and any(math.gcd(least, number) > 1 for number in cols):
+    while least > 1 and any(math.gcd(least, number) > 1 for number in cols if number):
         least += 1
     return max(1, least)
 

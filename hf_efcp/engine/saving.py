@@ -238,6 +238,8 @@ def complete(saved: dict[str, Any], builder: Builder, groups: Sequence[Group], s
     """
     saved["efcp"] = section(builder.name, builder.options) | {"numbered": take_order_out(saved["param_groups"])}
     with_window, saving = getattr(builder.options, "save_window", True), Saving.of(builder, state)
+    if saving is not None and (newcomers := _newcomers(builder, groups, state)):
+        saved["efcp"]["newcomers"] = newcomers
     keys = dict(zip(saved["state"], state, strict=True))
     if saving is None:
         specs = builder.specs(groups, state, builder.options)
@@ -260,6 +262,13 @@ def complete(saved: dict[str, Any], builder: Builder, groups: Sequence[Group], s
     }
     if any(strangers.values()):
         saved["efcp"]["not_ours"] = {i: names for i, names in strangers.items() if names}
+
+
+def _newcomers(builder: Builder, groups: Sequence[Group], state: OptimizerState) -> list[int]:
+    """Give the positions of the parameters that were added or unfrozen after the last step: the next step makes their state."""
+    assert builder.setup is not None
+    new = {p for _, params in builder.trained(groups, state) for p in params} - builder.setup.specs.keys()
+    return [i for i, p in enumerate(p for g in groups for p in g["params"]) if p in new]
 
 
 def copies(entry: Any, specs: Specs, with_window: bool) -> Any:

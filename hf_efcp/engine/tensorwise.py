@@ -303,7 +303,7 @@ class Tensorwise:
             exchange.finish(groups, counters.step, ok)
         counters.count(ok)
         if setup.probe is not None:
-            setup.probe.finish()
+            setup.probe.finish(ok)
         setup.finish()
 
     def diagnostics(self, setup: Setup) -> dict[str, float]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.cells import Cell, Turn
 from ..core.compressors import DEAD
 from ..core.metric import Factored
-from ..kernels.devices import kind
+from ..kernels.devices import is_plain, kind
 from .formats import LowRankFormat, SparseFormat
 from .method import Group
 from .setup import Setup, decoupled_of, rate_of
@@ -90,7 +90,7 @@ class Together:
         for number, piece in zip(self._stack_of, self._pieces, strict=True):
             p = piece.param
             g = p.grad
-            if g is None or g.layout != torch.strided or g.dtype != p.dtype or not (g.is_contiguous() and p.is_contiguous()):
+            if g is None or g.layout != torch.strided or g.dtype != p.dtype or not (g.is_contiguous() and is_plain(p)):
                 out.add(number)
                 addresses.append((0, 0))
                 continue

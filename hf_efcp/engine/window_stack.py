@@ -12,7 +12,7 @@ from .. import kernels
 from ..core.accumulated import Accumulated
 from ..core.compressors import Identity
 from ..core.deferred import masked
-from ..kernels.devices import kind
+from ..kernels.devices import is_plain, kind
 from .apply import Rest, apply
 from .formats import EntryFormat
 from .method import Group
@@ -159,9 +159,8 @@ class WindowStack(Stack):
         params = [piece.data for piece in pieces] if plain else []
         if not plain or any(p.dtype != dtype for p in params):
             return False
-        # A parameter that is not contiguous is copied.
         matrices = kernels.Held(p if p.shape == self.shape else p.reshape(self.shape) for p in params)
-        matrices[:] = [matrix.contiguous() for matrix in matrices]
+        matrices[:] = [matrix.resolve_neg().contiguous() for matrix in matrices]
         decay: Number = 1 - lr * weight_decay if weight_decay else 1.0
         if weight_decay and isinstance(self.turn.ok, Tensor):  # a refused step has c = 0, and must not shrink p
             kept = decay if isinstance(decay, Tensor) else torch.full((), decay, dtype=dtype, device=self.device)
@@ -171,7 +170,7 @@ class WindowStack(Stack):
         if self.residual is not None:
             self.residual.add_to(matrices, -lr * outside, factors)
         for p, matrix in zip(params, matrices, strict=True):
-            if not p.is_contiguous():  # then the matrix is a copy
+            if not is_plain(p):  # then the matrix is a copy
                 p.copy_(matrix.view(p.shape))
         # Autograd does not see a kernel's writes. The new version makes it refuse a graph from before.
         torch.autograd.graph.increment_version([piece.param for piece in pieces])

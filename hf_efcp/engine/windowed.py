@@ -126,7 +126,7 @@ class Windowed:
                 s.apply(_coefficients_of(c, s, o.scope), _coefficients_of(rest.weight, s, o.scope), groups, o)
         if setup.probe is not None:
             setup.probe.read_committed(j, lambda s: (_coefficients_of(c, s, o.scope), _coefficients_of(rest.weight, s, o.scope)))
-            setup.probe.finish()
+            setup.probe.finish(ok)
         setup.finish(c, ok, size, (rest.weight.square() * rest.square).sum())
     # fmt: on
 

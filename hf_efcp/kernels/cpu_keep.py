@@ -46,6 +46,7 @@ from .cpu_tools import (
     reads,
     real,
 )
+from .devices import is_plain
 
 
 @compiled
@@ -339,7 +340,7 @@ def add_kept(params: Matrices, error: Error, weights: Tensor, scale: Scale) -> b
     Returns:
         Whether it was done.
     """
-    if error is None or not reads(error) or not all(p.is_contiguous() for p in params):
+    if error is None or not reads(error) or not all(map(is_plain, params)):
         return False
     p = Addresses(params)
     n, rows, cols = p.shape

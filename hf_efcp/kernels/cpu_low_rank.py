@@ -28,6 +28,7 @@ from .cpu_tools import (
     read_row,
     real,
 )
+from .devices import is_plain
 
 # Most numbers of the new entry's factor b. It is converted to fp64 whole, and then read from the cache for each row of a.
 _LONG = 2**20
@@ -227,7 +228,7 @@ def add(
     """
     if isinstance(scale, Tensor) or isinstance(decay, Tensor) or sizes is not None or kept is not None:
         return False
-    if update.dtype != torch.bfloat16 or any(p.dtype != torch.float32 or not p.is_contiguous() for p in params):
+    if update.dtype != torch.bfloat16 or any(p.dtype != torch.float32 or not is_plain(p) for p in params):
         return False
     p = Addresses(params)
     n, rows, cols = p.shape

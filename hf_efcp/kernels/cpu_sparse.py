@@ -11,6 +11,7 @@ from .constants import EXPONENT_SHIFT, LOWER_16_BITS, VALUE_BITS, VALUE_MASK, VA
 from .cpu_threads import PARTS, divide_work
 from .cpu_tools import Addresses, array, compiled, factors, kept_places, matrix_row, real
 from .cpu_top_k import flagged
+from .devices import is_plain
 
 # Up to this many new numbers in a row, each is compared with the row's whole window; more are marked in a row of flags.
 _FEW = 16
@@ -217,7 +218,7 @@ def apply(
     Returns:
         Whether it was done: the matrices have to be contiguous, and `scale` and `decay` numbers.
     """
-    if isinstance(scale, Tensor) or isinstance(decay, Tensor) or not all(p.is_contiguous() for p in params):
+    if isinstance(scale, Tensor) or isinstance(decay, Tensor) or not all(map(is_plain, params)):
         return False
     _updated(stored, c, blocks, 0, params, scale, decay, sizes)
     return True

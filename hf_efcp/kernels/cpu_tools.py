@@ -16,6 +16,7 @@ from torch import Tensor
 from . import Blocks, Error, Matrices, Scale
 from .constants import BF16_SHIFT, BLOCK, HALF_BF16, INT4_BITS, INT4_MASK, INT4_ZERO, LARGEST_INT4, LARGEST_INT8
 from .cpu_compiling import ANNOUNCEMENT, KernelCache
+from .devices import is_plain
 
 # LLVM may sum in any order, so that loops are vectorized. NaN and infinity stay as they are.
 REORDERED = {"reassoc", "contract", "nsz"}
@@ -203,7 +204,7 @@ def example(dtype: torch.dtype) -> np.ndarray:
 def writes(params: Matrices, dtype: torch.dtype) -> bool:
     """Tell whether parameters can be updated in place by numbers of `dtype`: contiguous, in this dtype, or bf16 for fp32."""
     known = params[0].dtype == dtype or (params[0].dtype, dtype) == (torch.bfloat16, torch.float32)
-    return known and all(p.is_contiguous() for p in params)
+    return known and all(map(is_plain, params))
 
 
 class Addresses:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -40,6 +41,11 @@ def constant(function: Function) -> Function:
 def kind(device: torch.device) -> str:
     """Give the device's type, "cpu" or "cuda", or the one that `pretending` names."""
     return _PRETENDED.get() or device.type
+
+
+def is_plain(x: Tensor) -> bool:
+    """Tell whether a kernel can write to x itself, rather than to a copy: contiguous, and not a lazy negative."""
+    return x.is_contiguous() and not x.is_neg()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Error, Kept, Matrices, Rounding, Scale
+from .devices import is_plain
 from .gpu_tools import (
     Addresses,
     Errors,
@@ -121,7 +122,7 @@ def add_kept(params: Matrices, error: Error, weights: Tensor, scale: Scale) -> b
     Returns:
         Whether it was done.
     """
-    if error is None or not reads(error) or not _in_place(params):
+    if error is None or not reads(error) or not all(map(is_plain, params)):
         return False
     if weights.dtype not in _DTYPES or weights.dtype != params[0].dtype:
         return False
@@ -166,7 +167,7 @@ def add(
     double = torch.float64 in dtypes
     known = all(x in (*_DTYPES, *_HALVES) for x in dtypes) and not (double and dtypes[0] in _HALVES)
     error, weights = (None, None) if kept is None else kept
-    if not known or not _in_place(params) or not reads(error):
+    if not known or not all(map(is_plain, params)) or not reads(error):
         return False
     p = Addresses(params)
     (_, rows, cols), device = p.shape, p.like.device
@@ -193,8 +194,3 @@ def _number(x: float | Tensor, double: bool, device: torch.device) -> float | Te
     if isinstance(x, Tensor):
         return x.to(device)
     return torch.full((), x, dtype=torch.float64, device=device) if double else float(x)
-
-
-def _in_place(params: Matrices) -> bool:
-    """Tell whether the kernels write to p itself, rather than to a copy."""
-    return all(p.is_contiguous() and not p.is_neg() for p in params)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..core.linalg import cpu_by_default
 from ..options import OptionError, build, unknown_name
 from .asked import LocalOptions, periods, refuse_divided, refuse_newcomers, unwrapped
 from .lordo import LoRDO
@@ -104,6 +105,7 @@ class LocalUpdates:
         """Steps since the last synchronisation."""
         return self._steps
 
+    @cpu_by_default()
     def _before_step(self, *_: Any) -> None:
         """Make LoRDO's first projections of the workers' mean gradient: as large a message as one of DDP."""
         lordo = self._lordo
@@ -129,6 +131,7 @@ class LocalUpdates:
             self.synchronize()
 
     @torch.no_grad()
+    @cpu_by_default()
     def synchronize(self) -> None:
         """Bring the next synchronisation forward to now; after one, without a step since, there is nothing to do.
 
@@ -223,6 +226,7 @@ class LocalUpdates:
         """Give those of the trained parameters that have a Q which changes."""
         return [] if self._lordo is None else [p for p in self._lordo.projected() if p in self._master]
 
+    @cpu_by_default()
     def save(self, folder: str | Path) -> None:
         """Synchronize, and write what the model's and the first worker's files lack; to be called on every worker.
 
@@ -240,6 +244,7 @@ class LocalUpdates:
         }
         save_worker(Path(folder), self.workers.position, self.optimizer, common)
 
+    @cpu_by_default()
     def load(self, folder: str | Path) -> None:
         """Go on from what `save` wrote, once model and optimizer have been loaded; to be called on every worker.
 

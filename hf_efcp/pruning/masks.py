@@ -134,9 +134,9 @@ def _packed(mask: Tensor) -> Tensor:
     """Give 8 entries a byte, the first in the lowest bit."""
     flat = mask.detach().cpu().flatten().to(torch.uint8)
     flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1).to(torch.uint8)
 
 
 def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
-    flat = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    flat = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
     return flat.flatten()[: shape.numel()].bool().view(shape)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_efcp.core.coefficients import cancellation, mfac, quadratic, weights
+from hf_efcp.core.coefficients import cancellation, ggt, mfac, quadratic, weights
 
 
 def gram_of(rows):
@@ -45,3 +45,24 @@ def test_norm_of_the_update_is_free():
     g = torch.randn(6, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     c = torch.randn(1, 6, dtype=torch.float64)
     torch.testing.assert_close(quadratic(gram_of(g), c).sqrt()[0], (g.T @ c[0]).norm())
+
+
+@pytest.mark.parametrize("eps", [1e-2, 1e-5, 1e-8])
+@pytest.mark.parametrize("m, d", [(16, 4), (32, 20)])
+def test_centered_ggt_of_dependent_entries_has_no_null_space_part(m, d, eps):
+    """More entries than coordinates: they depend on each other."""
+    g = torch.randn(m, d, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    w, decay, filled = torch.eye(m, dtype=torch.float64)[:1], torch.ones(m, dtype=torch.float64), torch.ones(m).bool()
+    c = ggt(gram_of(g), w, decay, eps, torch.float32, filled)
+    s, v = torch.linalg.eigh((g - g.mean(0)).T @ (g - g.mean(0)))
+    expected = v @ (v.T @ g[0] / (s.clamp_min(0).sqrt() + eps))
+    assert cancellation(gram_of(g), c) < 10
+    torch.testing.assert_close((c[0].float() @ g.float()).double(), expected, rtol=0, atol=1e-5 * float(expected.norm()))
+
+
+def test_centered_coefficients_of_an_empty_window_are_zero():
+    """On a GPU a refused first step goes on with masks."""
+    gram, w, decay = (torch.zeros(shape, dtype=torch.float64) for shape in ((1, 4, 4), (1, 4), (4,)))
+    empty = torch.zeros(4).bool()
+    assert not ggt(gram, w, decay, 0.0, torch.float32, empty).any()
+    assert not mfac(gram, w, 1e-3, 1, torch.float32, empty).any()

@@ -8,6 +8,7 @@ import torch
 
 import hf_efcp
 from hf_efcp.engine import probe, together
+from hf_efcp.kernels.devices import pretending
 from tests.optim.helpers import differences, snapshot, step_quietly
 from tests.reference import NAMES, compressed_names, each, info, make, names, parameters, set_gradients
 
@@ -146,3 +147,28 @@ def test_a_gradient_that_is_zero_has_no_angle():
     d = optimizer.diagnostics()
     assert d["gradient_norm"] == 0 and d["zero_gradients"] == 1
     assert not any(name.startswith(("cosine_update_gradient", "angle", "scale")) for name in d)
+
+
+@pytest.mark.parametrize("cols", [set(), {0}, {1}, {0, 7}, {6, 35}])
+def test_the_stride_over_coordinates_shares_no_divisor_with_columns(cols):
+    """An empty tensor has 0 columns, and every number divides 0."""
+    stride = probe._stride(7, cols)
+    assert 7 <= stride <= 11 and all(math.gcd(stride, number) == 1 for number in cols if number)
+
+
+@pytest.mark.parametrize("name", each())
+def test_a_refused_step_has_no_figures(name, monkeypatch):
+    """On a GPU too, where the host does not know that the step was refused."""
+    monkeypatch.setenv("HF_EFCP_KERNELS", "0")
+    params = parameters(dtype=torch.float32)
+    optimizer = make(name, params, lr=LR, window_size=M)
+    with pretending("cuda"):
+        for t in range(3):
+            set_gradients(params, torch.Generator().manual_seed(t))
+            optimizer.step()
+        params[0].grad[0] = math.nan
+        optimizer.probe_next_step()
+        step_quietly(optimizer)
+        found = optimizer.diagnostics()
+    assert found["step"] == 3 and all(map(math.isfinite, found.values()))
+    assert not found.keys() & {"gradient_norm", "update_norm_all", "relative_step", "compression_error", "zero_updates"}

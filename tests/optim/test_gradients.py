@@ -283,13 +283,15 @@ def test_a_sparse_gradient_that_is_not_finite(name):
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @EVERY
 def test_memory_layout_does_not_matter(name, momentum):
-    """Transposed and channels-last parameters, expanded and strided gradients: bit for bit the contiguous run."""
+    """Transposed, channels-last and lazily negated parameters, expanded and strided gradients: bit for bit the contiguous run."""
     runs = []
     for odd in (False, True):
-        params = parameters([(12, 30), (8, 3, 3, 3), (9,)], torch.float32)
+        params = parameters([(12, 30), (8, 3, 3, 3), (9,), (5, 7)], torch.float32)
         if odd:
             params[0] = Parameter(params[0].detach().T.contiguous().T)
             params[1] = Parameter(params[1].detach().contiguous(memory_format=torch.channels_last))
+            params[3] = Parameter(torch._neg_view(-params[3].detach()))
+            assert params[3].is_contiguous() and params[3].is_neg()
             assert not params[0].is_contiguous() and not params[1].is_contiguous()
         optimizer = make(name, params, lr=0.1, window_size=M, momentum=momentum, weight_decay=0.1)
         for t in range(M + 2):

@@ -89,6 +89,37 @@ def test_resume_with_parameters_frozen_from_the_start(name):
     assert differences(snapshot(optimizer, params), snapshot(other, others)) == []
 
 
+@pytest.mark.parametrize("unfrozen", [0, 3, None], ids=["first unfrozen", "third unfrozen", "added"])
+@EVERY
+def test_resume_from_before_the_first_step_of_a_newcomer(name, unfrozen):
+    params, new = parameters(dtype=torch.float32), []
+    if unfrozen is not None:
+        params[unfrozen].requires_grad_(False)
+    optimizer = fresh(name, params)
+    train(optimizer, [p for p in params if p.requires_grad], 0, M + 1)
+    if unfrozen is None:
+        new = parameters([(12, 30), (9,)], torch.float32, seed=7)
+        optimizer.add_param_group({"params": new, "lr": 0.5})
+    else:
+        params[unfrozen].requires_grad_(True)
+    saved, n = through_a_file(optimizer.state_dict()), len(params)
+    runs = [(optimizer, [*params, *new])]
+    for steps in (0, 2):  # into a new optimizer, and into one that has trained the newcomer
+        others = clones([*params, *new])
+        other = fresh(name, [{"params": part} for part in (others[:n], others[n:]) if part])
+        was = clones(others)
+        train(other, others, 0, steps)
+        with torch.no_grad():
+            for p, q in zip(others, was, strict=True):
+                p.copy_(q)
+        other.load_state_dict(saved)
+        runs.append((other, others))
+    for run in runs:
+        train(*run, 10, 10 + M + 1)
+    expected, *found = [snapshot(*run) for run in runs]
+    assert [differences(expected, run) for run in found] == [[], []]
+
+
 @pytest.mark.parametrize("name", ["efcp_lowrank_mfac", "efcp_dense_ggt"])
 def test_resume_with_a_parameter_frozen_mid_run(name):
     """The uninterrupted run keeps that parameter's rows, and K counts them: so must the resumed one."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_efcp.kernels.calls import FAILED
 from tests.optim.helpers import (
     EVERY,
     SCOPES,
@@ -32,6 +33,26 @@ from tests.reference import (
     update_of,
     window,
 )
+
+
+@pytest.mark.parametrize("preset", ["paper", "measured"])
+@EVERY
+def test_torchs_default_device_changes_nothing(name, preset):
+    """The device meta stands for a GPU beside which a small model trains on the CPU."""
+    failed, runs = set(FAILED), []
+    for device in ("cpu", "meta"):
+        params = parameters(dtype=torch.float32)
+        with torch.device(device):
+            optimizer = make(name, params, lr=0.01, window_size=M, preset=preset)
+            for t in range(4):
+                with torch.device("cpu"):
+                    gradients_at(t, params)
+                optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.probe_next_step()
+                optimizer.step()
+            assert optimizer.diagnostics() and optimizer.memory_footprint() and optimizer.estimate_footprint()
+        runs.append(snapshot(optimizer, params))
+    assert differences(*runs) == [] and failed == FAILED
 
 
 @EVERY
