@@ -1,4 +1,4 @@
-"""The former place of `hf_efcp.optimizer_cls_and_kwargs`, and of `_restore` in files pickled at that time. Kept until 0.2."""
+"""The former place of `hf_efcp.optimizer_cls_and_kwargs`, and of `_restore` in files pickled by version 0.1, which load."""
 
 from .patches import _restore as _restore
 from .trainer_options import optimizer_cls_and_kwargs as optimizer_cls_and_kwargs

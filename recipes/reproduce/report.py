@@ -5,6 +5,7 @@ python recipes/reproduce/report.py recipes/reproduce/specs/quality.yaml
 
 import argparse
 import math
+import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -198,7 +199,7 @@ class Report:
             row = [f"`{family}`"]
             for label in self.spec.tasks:
                 cell = cells.get((label, family))
-                text = "" if cell is None else cell.text().partition(" ±")[0]
+                text = "" if cell is None else re.sub(r" ± \S+", "", cell.text())
                 if cell is not None and cell.done and family != self.reference:
                     text += "<br>" + paired_text(cell, cells[label, self.reference])
                 row.append(text)
