@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .engine.parameters import ORDER, canonical_name
-from .options import OptionError
+from .options import GroupOptions, OptionError, build
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,11 @@ def parameter_groups(
         transformers, group 0 decays and group 1 does not, where the model has both; `efcp_order` is their order in the model.
 
     Raises:
-        OptionError: a target that matches no module with a matrix.
+        OptionError: no module, a bad weight_decay, or a target that matches no module with a matrix.
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"parameter_groups takes a module, got {type(model).__name__}: pass the model, not its parameters")
+    weight_decay = build(GroupOptions, {"weight_decay": weight_decay}, "parameter_groups").weight_decay
     decaying = None if decay_names is None else set(decay_names)
     targets, frozen = (None, []) if target_modules is None else _targets(model, parse_targets(target_modules))
     groups: dict[tuple, dict[str, Any]] = {}
@@ -131,9 +134,9 @@ def _tell_of_whole_rows(groups: Iterable[dict[str, Any]]) -> None:
         sizes[group["compress"]] += sum(p.numel() for _, p in group["params"])
     if sizes[False]:
         logger.warning(
-            "optim_target_modules: %.1fM of %.1fM parameters are compressed; the other %.1fM enter the window whole, "
+            "optim_target_modules: %s of %s parameters are compressed; the other %s enter the window whole, "
             "window_size numbers for each (a method without a window trains them by AdamW)",
-            *(n / 1e6 for n in (sizes[True], sum(sizes.values()), sizes[False])),
+            *(f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n:,}" for n in (sizes[True], sum(sizes.values()), sizes[False])),
         )
 
 

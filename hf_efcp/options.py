@@ -31,6 +31,16 @@ _DTYPES = {
 
 # What options are called elsewhere.
 OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay"}
+_OTHER_OPTIONS = {**OTHER_NAMES, "betas": "window_momentum"}
+# Arguments of torch's optimizers that ours do not have, and what to do instead.
+_NOT_OURS = {
+    "foreach": "leave it out: there is one implementation, which chooses kernels by device",
+    "fused": "leave it out: there is one implementation, which chooses kernels by device",
+    "capturable": "leave it out: steps on one GPU are a CUDA graph without it, if the model is small",
+    "differentiable": "a window that is written in place cannot be differentiated through",
+    "maximize": "negate the loss instead",
+    "amsgrad": "it has no meaning without Adam's second moment",
+}
 
 
 class OptionError(ValueError):
@@ -190,8 +200,9 @@ def unknown_name(kind: str, name: str, valid: Iterable[str], owner: str = "") ->
     """The message for an unknown name: what was given, the nearest valid name, all valid names."""
     valid = list(valid)
     near = difflib.get_close_matches(str(name).lower(), valid, n=1, cutoff=0.6)
-    near = [OTHER_NAMES[str(name)]] if str(name) in OTHER_NAMES else near
+    near = [_OTHER_OPTIONS[str(name)]] if _OTHER_OPTIONS.get(str(name)) in valid else near
     hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = f"{_NOT_OURS[name]}; " if kind == "option" and name in _NOT_OURS else hint
     where = f" for {owner}" if owner else ""
     return f"unknown {kind} {name!r}{where}: {hint}valid: {', '.join(valid)}"
 
@@ -213,11 +224,17 @@ def build(options_type: type, given: Mapping[str, Any], owner: str) -> Any:
     for name, value in given.items():
         if name not in hints:
             raise OptionError(unknown_name("option", name, hints, owner))
-        parse = fields[name].metadata["parse"]
-        values[name] = typed(name, parse(name, value) if parse else value, hints[name])
+        parse, allowed = (fields[name].metadata[key] for key in ("parse", "allowed"))
+        value = parse(name, value) if parse else value
+        try:
+            values[name] = typed(name, value, hints[name])
+        except OptionError as error:
+            raise OptionError(f"{error} ({allowed})" if allowed else str(error)) from None
     result = options_type(**values)
     for field in dataclasses.fields(options_type):
         value, check = getattr(result, field.name), field.metadata["check"]
         if check is not None and value is not None and not check(value):
-            raise OptionError(f"{field.name}={value!r}: must be {field.metadata['allowed']}")
+            allowed = field.metadata["allowed"]
+            near = difflib.get_close_matches(value, allowed.split(" or "), n=1) if isinstance(value, str) else []
+            raise OptionError(f"{field.name}={value!r}: must be {allowed}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return result

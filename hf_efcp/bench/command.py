@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.launches:
         return _run_launches(args)
     device, dtype = _device(args.device), dtype_of(args.dtype)
-    memory = size_of(args.memory) if args.memory else _free(device)
+    memory = size_of(args.memory, "memory") if args.memory else _free(device)
     check_plot(args.plot)
     if args.cpu_time and (device.type != "cpu" or args.threads not in (None, 1)):
         raise OptionError(f"cpu_time: it is that of one CPU thread; got --device {device.type} --threads {args.threads}")

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,17 +139,19 @@ def build(name: str, options: dict[str, Any], model: nn.Module, targets: str | N
     return get_optimizer_info(name).cls(groups, **own)
 
 
-def size_of(text: str) -> int:
-    """Bytes of "24GiB", "80GB", or of a GPU by name; raises OptionError."""
+def size_of(text: str, name: str = "gpu") -> int:
+    """Bytes of "24GiB", "80GB", or of a GPU by name; raises OptionError that names the option `name`."""
     plain = text.strip().lower().replace(" ", "")
     if plain in GPUS:
         return GPUS[plain] * 2**30
+    if re.fullmatch(r"\d+(\.\d*)?", plain) and float(plain) < 2**20:  # more is a number of bytes
+        raise OptionError(f"{name}={text!r}: a unit is missing, such as {text}GiB")
     try:
         if plain != "none":
-            return parse_bytes("gpu", text)
+            return parse_bytes(name, text)
     except OptionError:
         pass
-    raise OptionError(f"{unknown_name('gpu', text, GPUS)}, or a size such as 24GiB")
+    raise OptionError(f"{unknown_name(name, text, GPUS)}, or a size such as 24GiB")
 
 
 def gibibytes(size: float) -> str:

@@ -48,11 +48,14 @@ def _plot(args: argparse.Namespace) -> int:
     from ..report.read import read
 
     runs, folder = read(args.folders), Path(args.output or Path(args.folders[0], "plots"))
+    panels = [*figures.of_metrics(runs), *figures.of_diagnostics(runs)]
+    if not panels:
+        raise OptionError(f"{args.folders[0]}: no curve has two points; train with a lower --logging_steps")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OptionError(f"{folder}: cannot be made: {error.strerror}") from None
-    for panel in (*figures.of_metrics(runs), *figures.of_diagnostics(runs)):
+    for panel in panels:
         name = f"{panel.title} {panel.x.split(' ')[0]}" if panel.large else panel.title
         file = folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.png"
         figures.save(figures.figure(panel, *figures.ON_WHITE, titled=True), file)

@@ -8,6 +8,8 @@ are checked first. In all other cases nothing is added.
 
 from __future__ import annotations
 
+import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ..options import OptionError
 OPTIONS_FILE = "efcp_options.pt"
 # The name in accelerate.utils.constants.
 _OPTIMIZER_NAME = "optimizer"
+_log = logging.getLogger("hf_efcp")
 
 
 def unwrapped(optimizer: Any) -> EngineOptimizer | None:
@@ -50,6 +53,7 @@ def load_beside(original: Any) -> Any:
     def _load_optimizer_and_scheduler(self, checkpoint, *args, **kwargs):
         if checkpoint is not None:
             _find([self.optimizer], checkpoint)
+            _warn_of_no_state(self, Path(checkpoint))
         try:
             return original(self, checkpoint, *args, **kwargs)
         finally:
@@ -129,6 +133,18 @@ def _find(optimizers: list, folder: str | Path) -> None:
         if (ours := unwrapped(optimizer)) is not None:
             ours.shard_folder = _numbered(folder, SHARD_FOLDER, number)
             _refuse_programs(Path(folder, f"{_OPTIMIZER_NAME}_{number}"))
+            for name in (f"{_OPTIMIZER_NAME}.pt", f"{_OPTIMIZER_NAME}.bin"):
+                file = _numbered(folder, name, number)
+                if file.is_file() and not zipfile.is_zipfile(file):  # torch.save writes zip files, whose end has the index
+                    raise OptionError(f"{file} is damaged or cut short: resume from another checkpoint")
+
+
+def _warn_of_no_state(trainer: Any, checkpoint: Path) -> None:
+    """Warn where Trainer finds no optimizer in a checkpoint, and goes on without a word (`save_only_model`)."""
+    ours = None if getattr(trainer, "is_deepspeed_enabled", False) else unwrapped(trainer.optimizer)
+    there = ours is None or not checkpoint.is_dir() or any(checkpoint.glob(f"{_OPTIMIZER_NAME}*"))
+    if not there and trainer.is_world_process_zero():
+        _log.warning("%s has no optimizer.pt: the optimizer starts anew, with an empty window", checkpoint)
 
 
 def _refuse_programs(folder: Path) -> None:

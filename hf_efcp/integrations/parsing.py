@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import functools
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 from ..options import OptionError, unknown_name
@@ -23,8 +22,7 @@ def named(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def parse(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            with _one_line_for_optim(self):
-                return original(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
         except ValueError as error:
             fields = {field.name for kind in self.dataclass_types for field in dataclasses.fields(kind)}
             given = next((value for value in (*args, *kwargs.values()) if value is not None), sys.argv)
@@ -36,14 +34,16 @@ def named(original: Callable[..., Any]) -> Callable[..., Any]:
     return parse
 
 
-@contextlib.contextmanager
-def _one_line_for_optim(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Let an unknown name for --optim end the program with one line that has the nearest name, not with 126 lines of usage."""
+def one_line_for_optim(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `error` of a parser: an unknown name for --optim ends the program with one line that has the nearest name.
 
-    def error(message: str) -> Any:
+    argparse's own answer has 126 lines of usage.
+    """
+
+    def error(parser: argparse.ArgumentParser, message: str) -> Any:
         unknown = re.match(r"argument --optim: invalid choice: '([^']*)'", message)
         if unknown is None:
-            return type(parser).error(parser, message)
+            return original(parser, message)
         choices = next((action.choices for action in parser._actions if action.dest == "optim"), None) or ()
         valid = [str(getattr(choice, "value", choice)) for choice in choices]
         near = difflib.get_close_matches(unknown[1], valid, n=1)
@@ -51,11 +51,7 @@ def _one_line_for_optim(parser: argparse.ArgumentParser) -> Iterator[None]:
         meant = f"did you mean {near[0]}? " if near else ""
         parser.exit(2, f"error: --optim {unknown[1]}: no such name: {meant}hf_efcp has {ours}; transformers' own: --help\n")
 
-    parser.error = error  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del parser.error
+    return error
 
 
 def refuse_unknown(names: Collection[str], fields: Collection[str]) -> None:

@@ -29,7 +29,7 @@ from . import deepspeed
 from .card import with_optimizer
 from .checkpoints import hook_states, load_beside, load_fsdp, save_beside
 from .ddp_hook import hook_model, hook_optimizer
-from .parsing import named
+from .parsing import named, one_line_for_optim
 from .trainer_options import check_name, check_no_fields, is_ours, optimizer_cls_and_kwargs
 from .wrapped import answering
 
@@ -180,6 +180,9 @@ _PATCHES = (
     _Patch("transformers.training_args", "TrainingArguments.__post_init__", _checked),
     _Patch("transformers.hf_argparser", "HfArgumentParser.parse_args_into_dataclasses", named, optional=True),
     _Patch("transformers.hf_argparser", "HfArgumentParser.parse_dict", named, optional=True),
+    _Patch("transformers.hf_argparser", "HfArgumentParser.error", one_line_for_optim, optional=True),
+    _Patch("trl.scripts._hf_argparser", "HfArgumentParser.parse_args_into_dataclasses", named, optional=True),
+    _Patch("trl.scripts._hf_argparser", "HfArgumentParser.error", one_line_for_optim, optional=True),
     _Patch("transformers.trainer", "Trainer.get_optimizer_cls_and_kwargs", _answered, static=True),
     _Patch("transformers.trainer", "Trainer.__init__", _with_callbacks),
     _Patch("transformers.trainer", "Trainer._save_optimizer_and_scheduler", save_beside),
@@ -211,7 +214,9 @@ def _apply(module: ModuleType) -> None:
 def _replace(module: ModuleType, patch: _Patch) -> None:
     """Put the wrapped original in its place. A wrapper of ours that is already there is replaced, not wrapped again."""
     *parents, name = patch.path.split(".")
-    owner: Any = functools.reduce(getattr, parents, module)
+    owner: Any = module
+    for parent in parents:
+        owner = getattr(owner, parent, None)
     if patch.optional and not hasattr(owner, name):
         return
     current = getattr(owner, name)

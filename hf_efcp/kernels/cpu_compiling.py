@@ -13,7 +13,9 @@ import functools
 import glob
 import hashlib
 import logging
+import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ from numba.core import event
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 _log = logging.getLogger("hf_efcp.compiling")
+
+
+# Seconds without the compiler, after which a user is told again: another optimizer, dtype or format compiles more functions.
+_PAUSE = 5.0
 
 
 class Announcement(event.Listener):
@@ -35,21 +41,22 @@ class Announcement(event.Listener):
     kept = True
 
     def __init__(self) -> None:
-        self._said = False
+        self._last = -math.inf  # when the compiler was last at work
 
     def on_start(self, event: event.Event) -> None:
-        """Log at the first function of this package, on one process of a machine."""
+        """Log at the first function of this package, and at the first one after a pause, on one process of a machine."""
         ours = event.data["dispatcher"].py_func.__module__.startswith(f"{__package__}.")
-        if not ours or self._said:
+        if not ours:
             return
-        self._said = True
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        last, self._last = self._last, time.monotonic()
+        if self._last - last > _PAUSE and os.environ.get("LOCAL_RANK", "0") == "0":
             where = "they are kept on disk for later runs" if self.kept else "set NUMBA_CACHE_DIR to a folder that can keep them"
             # At the level of warnings: it is shown where nobody has set a level.
             _log.warning("compiling CPU kernels, which takes up to a minute: %s", where)
 
     def on_end(self, event: event.Event) -> None:
-        """Do nothing."""
+        """Note when it was."""
+        self._last = time.monotonic()
 
 
 ANNOUNCEMENT = Announcement()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -19,10 +20,11 @@ from ..cli.estimate import adamw_bytes
 from ..distributed.fsdp2 import local
 from ..integrations.checkpoints import unwrapped
 from ..integrations.trainer_options import name_of
-from ..options import as_text
+from ..options import OptionError, as_text
 from .read import RECORD, VERSION
 
 PAGE = "report.html"
+logger = logging.getLogger("hf_efcp")
 # What a reader wants to know of the training arguments.
 _ARGUMENTS = ["learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs"]
 _ARGUMENTS += ["max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16", "fp16"]
@@ -100,15 +102,21 @@ class RunRecord(TrainerCallback):
             "max_steps": state.max_steps,
             "finished": self._finished,
         }
-        file = Path(args.output_dir or ".", RECORD)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(".tmp")
-        new.write_text(json.dumps(record, default=float) + "\n")
-        new.replace(file)
-        if self._finished:
-            from .page import write
+        try:
+            _put(record, Path(args.output_dir or ".", RECORD), page=self._finished)
+        except (OptionError, OSError) as error:  # a run does not end for its report
+            logger.warning("the training goes on, but its report was not written: %s", error)
 
-            write([file.parent], file.with_name(PAGE))
+
+def _put(record: dict[str, Any], file: Path, page: bool) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(".tmp")
+    new.write_text(json.dumps(record, default=float) + "\n")
+    new.replace(file)
+    if page:
+        from .page import write
+
+        write([file.parent], file.with_name(PAGE))
 
 
 def _there(folder: str | None) -> dict[str, Any] | None:

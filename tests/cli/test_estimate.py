@@ -216,8 +216,8 @@ def test_what_fits(tmp_path, capsys):
 
 def test_sizes():
     assert common.size_of("24GiB") == common.size_of("L4") == 24 * 2**30
-    assert (common.size_of("1.5 GB"), common.size_of("100"), common.size_of("2KiB")) == (1500000000, 100, 2048)
-    for bad in ("", "GiB", "0", "-1GB", "nan", "inf", "none", "2k"):
+    assert (common.size_of("1.5 GB"), common.size_of("2000000"), common.size_of("2KiB")) == (1500000000, 2000000, 2048)
+    for bad in ("", "GiB", "0", "100", "-1GB", "nan", "inf", "none", "2k"):
         with pytest.raises(OptionError):
             common.size_of(bad)
 
@@ -232,6 +232,7 @@ BAD = {
     ("minilm", "--optim_args", "rank=0"): "rank=0: must be",
     ("minilm", "--dtype", "int8"): "unknown dtype 'int8'",
     ("minilm", "--gpu", "24 parsecs"): "unknown gpu",
+    ("minilm", "--gpu", "24"): "gpu='24': a unit is missing, such as 24GiB",
     ("minilm", "--num_processes", "0"): "num_processes=0",
     ("minilm", "--optim_target_modules", "nosuch"): "matches no module",
     ("minilm", "--json", "no/such/folder/x.json"): "cannot be written",

@@ -25,6 +25,19 @@ def tiny(kind, **options):
     return AutoModelForCausalLM.from_config(config)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda model: (model.parameters(),), "takes a module, got generator: pass the model, not its parameters"),
+        (lambda model: (model, -1), r"weight_decay=-1\.0: must be a finite number >= 0"),
+        (lambda model: (model, "a"), "weight_decay='a': expected a number"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(OptionError, match=message):
+        parameter_groups(*arguments(nn.Linear(3, 4)))
+
+
 def names(groups, **wanted):
     """Names of the parameters in the groups that have the wanted entries."""
     return {n for g in groups if wanted.items() <= g.items() for n, _ in g["params"]}

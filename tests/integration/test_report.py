@@ -48,6 +48,20 @@ def test_optim_args_ask_for_it_with_any_optimizer(name, tmp_path, make_args, tin
         assert found["optimizer"]["memory"] == found["optimizer"]["adamw"]
 
 
+@pytest.mark.parametrize("trouble", ["no loss was logged", "report.html: cannot be written", "efcp_run.json"])
+def test_a_run_does_not_end_for_its_report(trouble, tmp_path, make_args, tiny_bert, token_data, caplog):
+    pytest.importorskip("matplotlib")
+    folder, few = tmp_path / "out", dict(FEW)
+    if trouble == "no loss was logged":
+        few["logging_steps"] = 500
+    else:  # a folder is in the file's place
+        (folder / trouble.partition(":")[0] / "x").mkdir(parents=True)
+    args = make_args(optim=NAMES[0], optim_args="report=true", save_strategy="no", **few)
+    assert Trainer(tiny_bert, args, train_dataset=token_data).train().global_step == 4
+    (line,) = [record.getMessage() for record in caplog.records if "its report was not written" in record.getMessage()]
+    assert trouble in line
+
+
 def test_nothing_is_written_unasked(tmp_path, make_args, tiny_bert, token_data):
     Trainer(tiny_bert, make_args(optim=NAMES[0], save_strategy="no", **FEW), train_dataset=token_data).train()
     assert not (tmp_path / "out" / "efcp_run.json").exists()

@@ -57,6 +57,23 @@ def checkpoint(tmp_path):
     return str(tmp_path / f"out/checkpoint-{SAVED}")
 
 
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
+def test_an_optimizer_file_that_is_cut_short_is_named(kept, make_trainer, checkpoint):
+    make_trainer("out", NAMES[0], max_steps=SAVED).train()
+    file = f"{checkpoint}/optimizer.pt"
+    with open(file, "r+b") as f:
+        f.truncate(int(kept * f.seek(0, 2)))
+    with pytest.raises(hf_efcp.OptionError, match=r"checkpoint-11/optimizer\.pt is damaged or cut short"):
+        make_trainer("out", NAMES[0]).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_checkpoint_without_an_optimizer_is_warned_of(make_trainer, checkpoint, caplog):
+    """transformers goes on without a word."""
+    make_trainer("out", NAMES[0], max_steps=SAVED, save_only_model=True).train()
+    make_trainer("out", NAMES[0], max_steps=SAVED + 1).train(resume_from_checkpoint=checkpoint)
+    assert "checkpoint-11 has no optimizer.pt: the optimizer starts anew" in caplog.text
+
+
 def optimizer_of(trainer):
     return trainer.optimizer.optimizer  # inside accelerate's
 

@@ -1,5 +1,6 @@
 """Misspelt names in every way of giving options; nothing to train; other parameters under Trainer."""
 
+import importlib.util
 import json
 
 import pytest
@@ -163,6 +164,12 @@ def test_an_unknown_optimizer_ends_a_script_in_one_line(given, meant, tmp_path, 
     assert ended.value.code == 2 and said.count("\n") == 1
     assert said.startswith(f"error: --optim {given}: no such name: ") and all(name in said for name in NAMES)
     assert (f"did you mean {meant}?" in said) if meant else ("did you mean" not in said)
+    if given == f"{FIRST}x" and importlib.util.find_spec("trl"):  # it has a parser of its own
+        from trl.scripts.utils import TrlParser
+
+        with pytest.raises(SystemExit):
+            TrlParser(TrainingArguments).parse_args_and_config(["--output_dir", str(tmp_path), "--optim", given])
+        assert capsys.readouterr().err == said
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--lr_scheduler_type", "nix"])
     assert "invalid choice: 'nix'" in capsys.readouterr().err

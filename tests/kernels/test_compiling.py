@@ -25,7 +25,7 @@ def event(module):
 
 
 @pytest.mark.parametrize("kept, end", [(True, "they are kept on disk for later runs"), (False, "set NUMBA_CACHE_DIR")])
-def test_it_is_said_once_and_for_our_functions(kept, end, caplog, monkeypatch):
+def test_it_is_said_once_for_a_row_of_our_functions(kept, end, caplog, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     caplog.set_level(logging.WARNING, "hf_efcp.compiling")
     announcement = Announcement()
@@ -34,6 +34,12 @@ def test_it_is_said_once_and_for_our_functions(kept, end, caplog, monkeypatch):
         announcement.notify(event(module))
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and record.name == "hf_efcp.compiling" and end in record.message
+    later = time.monotonic() + 60
+    monkeypatch.setattr(cpu_compiling.time, "monotonic", lambda: later)  # another optimizer
+    announcement.notify(event("umap.layouts"))
+    assert len(caplog.records) == 1
+    announcement.notify(event("hf_efcp.kernels.cpu_min_max"))
+    assert len(caplog.records) == 2
 
 
 def test_other_processes_of_a_machine_are_silent(caplog, monkeypatch):

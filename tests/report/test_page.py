@@ -117,6 +117,9 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys):
     folder = record(tmp_path / "run", logs())
     assert main(["report", str(folder), "--output", str(tmp_path / "no" / "x.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+    short = record(tmp_path / "short", [entry for entry in logs() if entry["step"] == logs()[0]["step"]])
+    assert main(["plot", str(short)]) == 2 and not (short / "plots").exists()
+    assert re.fullmatch(r"error: .*no curve has two points; .*--logging_steps\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("command", ["estimate", "bench"])
