@@ -124,8 +124,6 @@ class Builder:
         """See EngineOptimizer.to."""
         if self.setup is None:
             return
-        if device.type == "meta":
-            raise OptionError(f"{self.name}: the state cannot move to the meta device, which keeps no numbers")
         here = all(p.device == device for p in self.setup.params)
         self._take(self.setup, state) if here else move(state, self.setup, device)
 
@@ -182,10 +180,8 @@ class Builder:
         known = self.copied[0] if self.setup is None else self.setup.owners  # perhaps without entries on this process
 
         def counts(p: Tensor) -> bool:
-            if p in self.newcomers:
-                return False
-            if p.requires_grad or p.grad is not None:
-                return True
+            if p in self.newcomers or p.requires_grad or p.grad is not None:
+                return p not in self.newcomers
             return p in state and (p in known or p in self.thawed or bool(own(state[p], self.ours(p))))
 
         return [(i, [p for p in groups[i]["params"] if counts(p)]) for i in counted(groups)]

@@ -45,7 +45,7 @@ def kind(device: torch.device) -> str:
 
 def is_plain(x: Tensor) -> bool:
     """Tell whether a kernel can write to x itself, rather than to a copy: contiguous, and not a lazy negative."""
-    return x.is_contiguous() and not x.is_neg()
+    return x.is_contiguous() and (torch.compiler.is_compiling() or not x.is_neg())  # dynamo knows no is_neg
 
 
 @contextlib.contextmanager

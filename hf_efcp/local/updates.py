@@ -226,7 +226,6 @@ class LocalUpdates:
         """Give those of the trained parameters that have a Q which changes."""
         return [] if self._lordo is None else [p for p in self._lordo.projected() if p in self._master]
 
-    @cpu_by_default()
     def save(self, folder: str | Path) -> None:
         """Synchronize, and write what the model's and the first worker's files lack; to be called on every worker.
 
@@ -244,7 +243,6 @@ class LocalUpdates:
         }
         save_worker(Path(folder), self.workers.position, self.optimizer, common)
 
-    @cpu_by_default()
     def load(self, folder: str | Path) -> None:
         """Go on from what `save` wrote, once model and optimizer have been loaded; to be called on every worker.
 
