@@ -226,11 +226,7 @@ class EngineOptimizer(Figures, torch.optim.Optimizer):
     @torch.no_grad()
     @cpu_by_default()
     def to(self, device: torch.device | str) -> EngineOptimizer:
-        """Move the state to a device, free its old memory, and give the optimizer. The next step brings the state back.
-
-        Raises:
-            OptionError: the device is meta.
-        """
+        """Move the state to a device, free its old memory, and give the optimizer. The next step brings the state back."""
         self.builder.move(self.state, torch.device(device))
         return self
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_efcp import OptionError
-from tests.optim.helpers import assert_unchanged, snapshot, started, train
+from tests.optim.helpers import assert_unchanged, snapshot, started
 from tests.reference import NAMES, make
 
 BY_NAME = pytest.mark.parametrize("name", NAMES)
@@ -53,14 +53,6 @@ def test_some_on_meta(name):
     optimizer = make(name, [nn.Parameter(torch.ones(3, 4, device=device)) for device in ("cpu", "meta")], window_size=2)
     with pytest.raises(OptionError, match=MESSAGE):
         optimizer.step()
-
-
-@BY_NAME
-def test_a_state_does_not_move_there(name):
-    optimizer, params = started(name)
-    with pytest.raises(OptionError, match="cannot move to the meta device"):
-        optimizer.to("meta")
-    train(optimizer, params, 10, 11)
 
 
 @BY_NAME
