@@ -76,7 +76,7 @@ def test_what_a_script_starts_finds_the_folder_first(child, run, monkeypatch, ca
 @pytest.mark.skipif(transformers.__version__ < "5", reason="there the parser's import ends after ours: its own message stays")
 def test_the_parser_is_changed_though_it_was_imported_before(inside):
     code = f"""
-from {PARSER} import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser
 import sys
 assert "torch" not in sys.modules and "hf_efcp" not in sys.modules
 from transformers.training_args import TrainingArguments
