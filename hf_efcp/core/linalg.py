@@ -107,7 +107,8 @@ def ieee_matmul(device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def cpu_by_default() -> Iterator[None]:
     """Make tensors without a device on the CPU inside, whatever torch.set_default_device says. Decorates functions too."""
-    with contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+    usual = torch.empty(0).device.type == "cpu"  # before torch 2.8, get_default_device sees no `with torch.device`
+    with contextlib.nullcontext() if usual else torch.device("cpu"):
         yield
 
 

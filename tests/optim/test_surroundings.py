@@ -192,7 +192,8 @@ assert settings() == before
 
 def test_importing_and_stepping_change_no_global_setting_and_print_nothing():
     run = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=300)
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    said = [line for line in run.stderr.splitlines() if not line.startswith("compiling CPU kernels")]  # in a first run
+    assert (run.returncode, run.stdout, said) == (0, "", [])
 
 
 # Figures ------------------------------------------------------------------------------------------------------------------
