@@ -28,7 +28,7 @@ _log = logging.getLogger("hf_efcp.compiling")
 
 
 # Seconds without the compiler, after which a user is told again: another optimizer, dtype or format compiles more functions.
-_PAUSE = 5.0
+_PAUSE = 15.0
 
 
 class Announcement(event.Listener):

@@ -78,7 +78,10 @@ def contenders(spec: Spec) -> list[str]:
     )
     lines = [*wrapped(first), ""]
     if any(c.optimizer == "torch.optim.Muon" for family in spec.families.values() for c in family):
-        note = "On a processor without instructions for bf16, Muon's products are formed in fp32 and rounded to bf16."
+        note = (
+            "Muon multiplies in bf16. From commit 9be3648 on, a processor without instructions for bf16 forms these products in "
+            "fp32 and rounds them once. Earlier runs have torch's own products."
+        )
         lines += [*wrapped(note), ""]
     for family in spec.families.values():
         for contender in family:
