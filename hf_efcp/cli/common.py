@@ -29,6 +29,23 @@ GPU_HELP = "a size such as 24GiB, or a GPU such as l4 (24 GiB), a100-40gb, a100 
 _OPTIMIZERS = "the optimizers to compare, as `hf-efcp list` names them (default: all)"
 
 
+class Parser(argparse.ArgumentParser):
+    """Names the nearest command or option where one is not known. Parsers of commands are made of this class too."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; end with status 2 at an option that is not known."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown and unknown[0].startswith("--"):
+            options = [name for name in self._option_string_actions if name.startswith("--")]
+            self.error(unknown_name("option", unknown[0].partition("=")[0], options, self.prog))
+        return parsed, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            self.error(unknown_name("command", value, action.choices))
+        super()._check_value(action, value)
+
+
 def add_command(
     commands: Any,
     name: str,

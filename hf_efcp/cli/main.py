@@ -19,6 +19,7 @@ from ..bench import command as bench
 from ..options import GroupOptions, OptionError, as_text, described, field_types
 from ..registry import OptimizerInfo, get_optimizer_info, list_optimizers, optim_defaults
 from . import advise, capacity, completion, enable, estimate, report
+from .common import Parser
 
 _ABOUT = """\
 Trains Hugging Face models with optimizers that use how the gradients of all weights vary together. Your script uses one of
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-efcp",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # the version stays one line
         description=_ABOUT,

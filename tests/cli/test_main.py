@@ -26,3 +26,20 @@ def test_a_pipe_that_closes_early_is_no_error():
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["estimat", "minilm"], "unknown command 'estimat': did you mean 'estimate'? valid: run, enable, "),
+        (["zzz"], "unknown command 'zzz': valid: run, enable, "),
+        (["advise", "minilm", "--gup", "24GiB"], "unknown option '--gup' for hf-efcp advise: did you mean '--gpu'? valid: --"),
+        (["list", "--optons=x"], "unknown option '--optons' for hf-efcp list: did you mean '--options'? valid: --"),
+        (["list", "a", "b"], "unrecognized arguments: b"),
+    ],
+)
+def test_a_misspelt_word_has_the_nearest_one(argv, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    assert f"error: {said}" in capsys.readouterr().err
