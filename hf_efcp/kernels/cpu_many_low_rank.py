@@ -69,7 +69,9 @@ def _orthonormal(a):
             for k in range(t, length):
                 size += v[t, k] * v[t, k]
             _reflect(v[t], size, t, q[s])
-    a[:] = q
+    for s in range(rank):  # numba compiles the assignment of a slice for seconds, which is mostly the text of its error
+        for k in range(length):
+            a[s, k] = q[s, k]
 
 
 @compiled
