@@ -11,6 +11,5 @@ case $mode in --fast | --style) shift ;; esac
 [ "$constraints" != constraints.txt ] || [ "$mode" = --fast ] || "$venv/bin/mypy"
 [ "$mode" != --style ] || exit 0
 [ "$mode" != --fast ] || set -- $(grep -v '^#' tests/fast.txt) "$@"
-# One thread a worker, and figures that do not depend on the machine's threads. Three workers on two cores: a worker waits for
-# the processes that it starts, and two leave a third of the cores' time unused.
-HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false exec "$venv/bin/python" -m pytest -q -n 3 --dist worksteal -m "not slow and not gpu" "$@"
+# One thread a worker: two cores and two workers, and figures that do not depend on the machine's threads.
+HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false exec "$venv/bin/python" -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu" "$@"
