@@ -52,11 +52,16 @@ def _muon(model: nn.Module, m: int) -> torch.optim.Optimizer:
     return importlib.import_module("pytorch_optimizer").Muon([g for g in groups if g["params"]], lr=LR)
 
 
-def _sparse_mfac(model: nn.Module, m: int) -> torch.optim.Optimizer:
-    if not next(model.parameters()).is_cuda:
-        raise RuntimeError("needs a GPU")
-    cls = importlib.import_module("ista_daslab_optimizers").SparseMFAC
-    return cls(list(model.parameters()), lr=LR, damp=1e-6, m=m, k_init=0.01, weight_decay=0.0, use_bf16=False)
+def _daslab(name: str, windowed: bool = False, **options: Any) -> Callable:
+    """The research code; `windowed`: its window is as long as ours."""
+
+    def make(model: nn.Module, m: int) -> torch.optim.Optimizer:
+        if not next(model.parameters()).is_cuda:
+            raise RuntimeError("needs a GPU")
+        cls = getattr(importlib.import_module("ista_daslab_optimizers"), name)
+        return cls(list(model.parameters()), lr=LR, **({"m": m} if windowed else {}), **options)
+
+    return make
 
 
 def _torch_muon(model: nn.Module, m: int) -> torch.optim.Optimizer:
@@ -93,7 +98,16 @@ PEERS: dict[str, tuple[str, Callable[[nn.Module, int], torch.optim.Optimizer]]] 
     ),
     "pytorch-optimizer SOAP": ("pytorch_optimizer", _plain("pytorch_optimizer", "SOAP")),
     "pytorch-optimizer Muon": ("pytorch_optimizer", _muon),
-    "ista-daslab SparseMFAC": ("ista-daslab-optimizers", _sparse_mfac),
+    # Its window size must be a multiple of 32: 1024 in the paper.
+    "ista-daslab SparseMFAC": (
+        "ista-daslab-optimizers",
+        _daslab("SparseMFAC", True, damp=1e-6, k_init=0.01, weight_decay=0.0, use_bf16=False),
+    ),
+    "ista-daslab MicroAdam": ("ista-daslab-optimizers", _daslab("MicroAdam", m=10, quant_block_size=100_000, k_init=0.01)),
+    "ista-daslab DCTAdamW": (
+        "ista-daslab-optimizers",
+        _daslab("DCTAdamW", weight_decay=0.0, rank=_RANK, proj="dct", use_ef=True, q_ef=True),
+    ),
 }
 # AdamW in plain fp32: their roofline is known too.
 ADAMW = ("torch AdamW foreach", "torch AdamW fused")

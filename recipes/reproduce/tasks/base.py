@@ -46,9 +46,15 @@ class Problem(NamedTuple):
     score: Callable[[nn.Module, Batch], Outcome]
 
     def to(self, device: str) -> "Problem":
-        """The same on a device."""
+        """The same on a device. On a GPU the model computes in bf16 (autocast), as with Trainer's `bf16`."""
         splits = {name: {key: value.to(device) for key, value in split.items()} for name, split in self.splits.items()}
-        return Problem(self.model.to(device), splits, self.score)
+        kind = torch.device(device).type
+
+        def mixed(model: nn.Module, batch: Batch) -> Outcome:
+            with torch.autocast(kind, torch.bfloat16):
+                return self.score(model, batch)
+
+        return Problem(self.model.to(device), splits, self.score if kind == "cpu" else mixed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,6 +84,12 @@ def llama(task: Task, seed: int) -> Problem:
     return Problem(_llama(seed), blocks("all"), score)
 
 
+def larger_llama(task: Task, seed: int) -> Problem:
+    """The same with eight layers of width 512."""
+    torch.manual_seed(seed)
+    return Problem(small_llama(tokenizer(), hidden_size=512, num_hidden_layers=8), blocks("all"), score)
+
+
 def lora(task: Task, seed: int) -> Problem:
     """Adapters of rank 8 on every linear layer of a LLaMA that has read the other topics; the rest is frozen."""
     model = _llama(0)
