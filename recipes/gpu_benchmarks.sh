@@ -62,7 +62,7 @@ checks() {
   tests steps 300 tests/optim/test_cuda.py
   tests trainer 200 tests/integration/test_gpu_trainer.py
   tests graph_and_hook 200 tests/bench/test_measuring.py tests/engine/test_graph.py tests/distributed/test_factors_waits.py
-  tests kernels 300 tests/kernels/test_on_gpu.py
+  tests kernels 420 tests/kernels/test_on_gpu.py
   if [ -n "${DRY_RUN:-}" ] || command -v compute-sanitizer > /dev/null; then
     # Without torch's cache of memory, so that what lies beside a tensor belongs to nobody.
     beside part memcheck 240 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \

@@ -88,7 +88,7 @@ def main():
             times = times[WARM_UP:]
             ratio = statistics.median(b / a for a, b in times)
             without, with_ = (statistics.median(column) for column in zip(*times, strict=True))
-            print(f"| {name} | {window_size} | {without:.0f} | {with_:.0f} | {ratio:.3f} |", flush=True)
+            print(f"| {name} | {window_size} | {without:.1f} | {with_:.1f} | {ratio:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

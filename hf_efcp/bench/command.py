@@ -67,7 +67,8 @@ def add_parser(commands: Any) -> None:
         nargs="?",
         const="all",
         help="measure optimizers of torch and of other installed packages too: all that there are, or those that have one of "
-        "these words in their names, such as soap,muon. Some take half a minute for a step on a CPU",
+        "these words in their names, such as soap,muon. Some take half a minute for a step on a CPU. SparseMFAC of "
+        "ista-daslab-optimizers runs only if it is named, because it can end the command",
     )
     parser.add_argument(
         "--steps", type=int, default=10, help="number of timed steps of each optimizer (default 10). The optimizers take turns"

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reproduce.plots import Curve, draw
 from reproduce.spec import Run, Spec, SpecError, loss, read_results, read_spec
-from reproduce.words import contenders, introduction, one_rate, wrapped
+from reproduce.words import contenders, introduction, one_rate, times, wrapped
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_RUN = "not run"
@@ -282,15 +282,15 @@ class Report:
         values = {name: sorted({str(r[name]) for r in self.results.values() if name in r}) for name in names}
         if not self.results:
             return [NOT_RUN, ""]
-        seconds = "Times on a CPU are CPU time of the run's one thread, so that other work does not count; on a GPU wall time."
-        return [seconds, "", *(f"- {name}: {', '.join(values[name])}" for name in names if values[name]), ""]
+        return [*wrapped(times(self.spec)), "", *(f"- {name}: {', '.join(values[name])}" for name in names if values[name]), ""]
 
     def draw(self, folder: Path, image: str) -> None:
         """Write the plots of the tasks that have something to draw."""
         for label, task in self.spec.tasks.items():
             curves = self._curves(label)
             if curves:
-                draw(curves, f"{label}: {task.title}", folder / image.format(label))
+                seconds = {} if self.spec.device == "cpu" else {"seconds": "seconds, several runs on one GPU"}
+                draw(curves, f"{label}: {task.title}", folder / image.format(label), **seconds)
 
 
 def main(argv: list[str] | None = None) -> int:

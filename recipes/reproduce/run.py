@@ -40,7 +40,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", help="only these contenders of the spec")
     parser.add_argument("--stage", choices=STAGES, help="only the grid, or only the runs of the table; default: both")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; a page should have results of one kind only (default: cpu)")
     parser.add_argument("--results", type=Path, help="folder of the results; default: reproduce/results/NAME_OF_SPEC")
     parser.add_argument("--again", action="store_true", help="repeat runs that have a result; the later one counts")
     parser.add_argument("--list", action="store_true", help="only list the runs that have no result")
@@ -142,7 +141,7 @@ def execute(spec: Spec, folder: Path, options: argparse.Namespace) -> list[Run]:
 
     def start() -> Connection:
         ours, theirs = context.Pipe()
-        context.Process(target=work, args=(theirs, folder, options.device), daemon=True).start()
+        context.Process(target=work, args=(theirs, folder, spec.device), daemon=True).start()
         theirs.close()  # so that the end of a worker is seen
         return ours
 
@@ -179,6 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         spec = read_spec(options.spec)
         check_names(spec, options)
+        if spec.device == "cuda" and not options.list and not torch.cuda.is_available():
+            raise SpecError(f"{options.spec}: device: cuda, but torch {torch.__version__} finds no GPU here")
         spec = usable(spec)
     except SpecError as error:
         print(f"error: {error}", file=sys.stderr)

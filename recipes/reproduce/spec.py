@@ -1,6 +1,7 @@
 """A spec (which tasks, contenders, learning rates and seeds), and the runs that it wants, given the results so far.
 
 title: Quality                # of the page
+device: cpu                   # cpu or cuda; a page has runs on one kind of device only
 tasks:                        # a name of tasks/, or a name of your own with other settings
   llama:
   llama_long: {task: llama, steps: 3000}
@@ -30,8 +31,9 @@ from .contenders import Contender
 from .tasks import get_task
 from .tasks.base import Task
 
+DEVICES = ("cpu", "cuda")
 WIDER = 3  # factor between the last rate of the grid and one that is added
-_KEYS = {"title", "tasks", "rates", "widen", "seeds", "final_seeds", "contenders", "compare", "plot"}
+_KEYS = {"title", "device", "tasks", "rates", "widen", "seeds", "final_seeds", "contenders", "compare", "plot"}
 _CONTENDER_KEYS = {"optimizer", "options", "matrix_options", "rest", "variant_of", "tasks"}
 
 
@@ -95,6 +97,7 @@ class Spec:
     compare: list[list[str]]
     plot: list[str]
     title: str
+    device: str
 
     def families_of(self, label: str) -> list[str]:
         """The families that take part in a task."""
@@ -178,11 +181,13 @@ def read_spec(path: Path) -> Spec:
         families, limits = _families(given["contenders"], tasks, str(path))
         seeds = tuple(map(int, given["seeds"])), tuple(map(int, given.get("final_seeds", ())))
         named = given.get("compare", []), given.get("plot", [])
-        title = given.get("title", "Quality")
+        title, device = given.get("title", "Quality"), given.get("device", "cpu")
+        if device not in DEVICES:
+            raise SpecError(f"{path}: device: {device!r} is none of {', '.join(DEVICES)}")
         unknown = {name for names in [*named[0], named[1]] for name in names} - set(families)
         if unknown:
             raise SpecError(f"{path}: compare, plot: no contender {', '.join(sorted(unknown))}, or it is a variant")
-        return Spec(path.stem, tasks, rates, int(given.get("widen", 0)), *seeds, families, limits, *named, title)
+        return Spec(path.stem, tasks, rates, int(given.get("widen", 0)), *seeds, families, limits, *named, title, device)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise error if isinstance(error, SpecError) else SpecError(f"{path}: {error!r}") from None
 

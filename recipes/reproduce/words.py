@@ -32,6 +32,16 @@ def introduction(spec: Spec, results: Results, reference: str, spec_path: str) -
     return [line for text in paragraphs for line in (*wrapped(text), "")]
 
 
+def times(spec: Spec) -> str:
+    """Say what a page's times are."""
+    if spec.device == "cpu":
+        return "Times are CPU time of the run's one thread, so that other work does not count."
+    return (
+        "The model computes in bf16 (autocast). Several runs shared the GPU. So the times, which are wall time, say little: "
+        "[figures of a GPU of one's own](gpu.md#measured)."
+    )
+
+
 def one_rate(spec: Spec) -> bool:
     """Tell whether all runs have the usual learning rate."""
     return [float(rate) for rate in spec.rates] == [1.0]

@@ -64,6 +64,18 @@ def test_models_that_are_small_for_the_gpu_have_graphs(asked, memory, level, mon
     assert said == ([level] if level else [])
 
 
+def test_without_the_cache_of_memory_no_graph_is_tried(monkeypatch, caplog):
+    """As compute-sanitizer's runs are started: torch would ask CUDA for memory while the graph is made, which fails."""
+    monkeypatch.setenv("HF_EFCP_CUDA_GRAPH", "1")
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    monkeypatch.setattr(graph, "kind", lambda device: "cuda")
+    params = parameters()
+    optimizer = make("efcp_lowrank_mfac", params, window_size=3)
+    set_gradients(params, torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert "PYTORCH_NO_CUDA_MEMORY_CACHING" in caplog.text and not optimizer.builder.graph._rates
+
+
 def test_another_value_of_the_variable_is_refused(monkeypatch):
     monkeypatch.setenv("HF_EFCP_CUDA_GRAPH", "false")
     params = parameters()
