@@ -44,7 +44,7 @@ def drawn(params, step):
 
 
 def now(device):
-    """Seconds."""
+    """Seconds of CPU time, or of wall time once the GPU is idle."""
     if device == "cpu":
         return time.thread_time()
     torch.cuda.synchronize()

@@ -56,10 +56,9 @@ def _daslab(name: str, windowed: bool = False, **options: Any) -> Callable:
     """The research code; `windowed`: its window is as long as ours."""
 
     def make(model: nn.Module, m: int) -> torch.optim.Optimizer:
-        p = next(model.parameters())
-        if not p.is_cuda:
+        if not next(model.parameters()).is_cuda:
             raise RuntimeError("needs a GPU")
-        if name == "MicroAdam" and p.dtype != torch.bfloat16:  # its kernel would end the process
+        if name == "MicroAdam" and any(p.dtype != torch.bfloat16 for p in model.parameters()):  # its kernel would end the process
             raise RuntimeError("needs parameters in bfloat16")
         cls = getattr(importlib.import_module("ista_daslab_optimizers"), name)
         return cls(list(model.parameters()), lr=LR, **({"m": m} if windowed else {}), **options)
@@ -114,23 +113,30 @@ PEERS: dict[str, tuple[str, Callable[[nn.Module, int], torch.optim.Optimizer]]] 
 }
 # AdamW in plain fp32: their roofline is known too.
 ADAMW = ("torch AdamW foreach", "torch AdamW fused")
-# "all" leaves them out. At m = 1024 on an H100 (CUDA 13, BERT-base) a kernel of SparseMFAC made an illegal access of memory. This
-# ends the whole command.
+# Names that are taken only for a word of the optimizer's own name. At m = 1024 on an H100 (CUDA 13, BERT-base) a kernel of
+# SparseMFAC made an illegal memory access, which ends the whole command.
 ONLY_BY_NAME = ("ista-daslab SparseMFAC",)
+
+
+def _fits(word: str, name: str) -> bool:
+    """Tell whether a word takes a peer."""
+    if name in ONLY_BY_NAME:
+        return word in name.lower().split()[-1]
+    return word == "all" or word in name.lower()
 
 
 def named(words: str) -> list[str]:
     """Give the peers that have one of the words in their names, in upper or lower case.
 
     Args:
-        words: such as "soap,muon", or "all", which leaves out `ONLY_BY_NAME`.
+        words: such as "soap,muon", or "all". `ONLY_BY_NAME` are taken only for words such as "sparsemfac".
 
     Raises:
         OptionError: for a word that is in no name.
     """
     found: set[str] = set()
     for word in [w.strip() for w in words.split(",") if w.strip()]:
-        fitting = [name for name in PEERS if (name not in ONLY_BY_NAME if word == "all" else word.lower() in name.lower())]
+        fitting = [name for name in PEERS if _fits(word.lower(), name)]
         if not fitting:
             near = difflib.get_close_matches(word.lower(), {w.lower() for name in PEERS for w in name.split()}, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""

@@ -248,8 +248,9 @@ def _unfit(method: Method, setup: Setup) -> str | None:
         return "the parameters are not all on one GPU"
     if type(setup.placement) is not Alone or setup.factors:
         return "several processes share the state"
-    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):  # as under compute-sanitizer: every allocation is one of CUDA's
-        return "PYTORCH_NO_CUDA_MEMORY_CACHING is set, and CUDA allocates no memory while a graph is made"
+    for name in ("PYTORCH_NO_CUDA_MEMORY_CACHING", "PYTORCH_NO_HIP_MEMORY_CACHING"):  # torch looks only whether they are there
+        if name in os.environ:
+            return f"{name} is set: every allocation is a cudaMalloc, which is not allowed while a graph is captured"
     if any(p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_neg()) for p in setup.params):
         return "a gradient is sparse, or stands for its negative"
     return None

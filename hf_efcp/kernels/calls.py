@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .devices import WRITTEN, kind
+from .gpu_compiling import ANNOUNCEMENT
 from .tables import TABLES
 
 _log = logging.getLogger("hf_efcp")
@@ -87,8 +89,12 @@ def attempt(name: str, example: Tensor, *args: Any) -> Any:
         module = MODULES[name][type]
         if module not in _loaded:
             _loaded[module] = importlib.import_module(f".{module}", __package__)
+        begin = time.perf_counter()
         result = getattr(_loaded[module], name)(*args)
-        _WORKED.add((type, name))
+        if (type, name) not in _WORKED:
+            _WORKED.add((type, name))
+            if example.is_cuda:
+                ANNOUNCEMENT.first_launch(time.perf_counter() - begin)
         return result
     except (torch.OutOfMemoryError, MemoryError):
         raise

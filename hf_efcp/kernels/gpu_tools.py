@@ -17,10 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Error, Held, Matrices, Scale, constants
-from .gpu_compiling import announce
 from .tables import TABLES
-
-announce()  # once a process: every module of Triton kernels imports this one
 
 _MULTIPLIER = tl.constexpr(constants.HASH_MULTIPLIER)
 _COUNTER = tl.constexpr(constants.COUNTER_MASK)

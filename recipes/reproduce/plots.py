@@ -22,8 +22,8 @@ class Curve(NamedTuple):
     seconds: list[float]
 
 
-def draw(curves: list[Curve], title: str, path: Path, seconds: str = "seconds of one CPU thread") -> None:
-    """Write both plots, side by side, as one image; `seconds` names the second one's axis.
+def draw(curves: list[Curve], title: str, path: Path, clock: str) -> None:
+    """Write both plots, side by side, as one image; `clock` names the axis of the second one.
 
     Raises:
         SystemExit: matplotlib is not installed.
@@ -33,7 +33,7 @@ def draw(curves: list[Curve], title: str, path: Path, seconds: str = "seconds of
         left.plot(curve.steps, curve.losses, label=curve.name, linewidth=1.4)
         right.plot(curve.seconds, curve.losses, label=curve.name, linewidth=1.4)
     left.set(xlabel="step", ylabel="training loss")
-    right.set(xlabel=seconds)
+    right.set(xlabel=clock)
     left.legend(frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.25)

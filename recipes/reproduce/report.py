@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reproduce.plots import Curve, draw
-from reproduce.spec import Run, Spec, SpecError, loss, read_results, read_spec
+from reproduce.spec import Run, Spec, SpecError, check_device, loss, read_results, read_spec
 from reproduce.words import contenders, introduction, one_rate, times, wrapped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -289,8 +289,8 @@ class Report:
         for label, task in self.spec.tasks.items():
             curves = self._curves(label)
             if curves:
-                seconds = {} if self.spec.device == "cpu" else {"seconds": "seconds, several runs on one GPU"}
-                draw(curves, f"{label}: {task.title}", folder / image.format(label), **seconds)
+                clock = "seconds of one CPU thread" if self.spec.device == "cpu" else "seconds of wall time"
+                draw(curves, f"{label}: {task.title}", folder / image.format(label), clock)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -303,10 +303,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         spec = read_spec(options.spec)
+        results = read_results(options.results or Path(__file__).resolve().parent / "results" / spec.name)
+        check_device(spec, results)
     except SpecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    results = read_results(options.results or Path(__file__).resolve().parent / "results" / spec.name)
     path = options.spec.resolve()
     report = Report(spec, results, str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else options.spec))
     image = f"{spec.name}_{{}}.png"

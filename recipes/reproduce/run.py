@@ -26,7 +26,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from reproduce.contenders import Unavailable  # noqa: E402
-from reproduce.spec import Run, Spec, SpecError, read_results, read_spec, write_result  # noqa: E402
+from reproduce.spec import Run, Spec, SpecError, check_device, read_results, read_spec, write_result  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STAGES = ("grid", "final")
@@ -158,11 +158,12 @@ def execute(spec: Spec, folder: Path, options: argparse.Namespace) -> list[Run]:
         for worker in wait(list(running)):
             run = running.pop(worker)
             answer = worker.recv()  # EOFError: the worker was killed
-            idle.append(worker)
             if isinstance(answer, str):
+                worker.close()  # which ends it: after an error of CUDA nothing more can run in it
                 failed.append(run)
                 print(f"{run} failed:\n{answer}", file=sys.stderr, flush=True)
                 continue
+            idle.append(worker)
             results[run.key()] = answer
             fresh.add(run.key())
             left = [r for r in left if r.key() != run.key()]
@@ -181,12 +182,13 @@ def main(argv: list[str] | None = None) -> int:
         if spec.device == "cuda" and not options.list and not torch.cuda.is_available():
             raise SpecError(f"{options.spec}: device: cuda, but torch {torch.__version__} finds no GPU here")
         spec = usable(spec)
+        folder = options.results or RESULTS / spec.name
+        results = read_results(folder)
+        check_device(spec, results)
     except SpecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    folder = options.results or RESULTS / spec.name
     if options.list:
-        results = read_results(folder)
         print("\n".join(str(run) for run in selected(spec, results, options) if run.key() not in results))
         return 0
     try:

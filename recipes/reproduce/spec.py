@@ -156,6 +156,15 @@ class Spec:
         return list({run.key(): run for run in reversed(runs)}.values())[::-1]
 
 
+def check_device(spec: Spec, results: Results) -> None:
+    """Raise SpecError for results of another kind of device than the spec's: a run is not told apart by it."""
+    other = sum(("gpu" in result) != (spec.device == "cuda") for result in results.values())
+    if other:
+        raise SpecError(
+            f"{spec.name}: device: {spec.device}, but {other} of {len(results)} results are of another kind of device"
+        )
+
+
 def loss(result: Mapping[str, Any], split: str) -> float:
     """Mean loss on a split; infinite after a divergence."""
     return math.inf if result[split] is None else result[split]["loss"]

@@ -37,8 +37,8 @@ def times(spec: Spec) -> str:
     if spec.device == "cpu":
         return "Times are CPU time of the run's one thread, so that other work does not count."
     return (
-        "The model computes in bf16 (autocast). Several runs shared the GPU. So the times, which are wall time, say little: "
-        "[figures of a GPU of one's own](gpu.md#measured)."
+        "The model computes in bf16 (autocast). Times are wall time, and runs may have shared the GPU. [Times of an optimizer "
+        "that has a GPU of its own](gpu.md#measured)."
     )
 
 
@@ -87,7 +87,7 @@ def contenders(spec: Spec) -> list[str]:
         "effect: the update is the mean gradient, scaled by the metric ([words](../quickstart.md#words))."
     )
     lines = [*wrapped(first), ""]
-    if any(c.optimizer == "torch.optim.Muon" for family in spec.families.values() for c in family):
+    if spec.device == "cpu" and any(c.optimizer == "torch.optim.Muon" for family in spec.families.values() for c in family):
         note = (
             "Muon multiplies in bf16. From commit 9be3648 on, a processor without instructions for bf16 forms these products in "
             "fp32 and rounds them once. Earlier runs have torch's own products."

@@ -3,57 +3,60 @@
 import pytest
 import torch
 
-from hf_efcp.kernels import gpu_compiling
+from hf_efcp.kernels import calls, gpu_compiling
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Triton's cache, on a machine with a GPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("TRITON_INTERPRET", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path / "cache"
+def launch(monkeypatch, caplog):
+    """Launch a kernel of another name each time, on a GPU that is none; return what has been said so far."""
+    clock = [100.0]
+    monkeypatch.setattr(calls.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(calls, "_WORKED", set())
+
+    class Kernels:
+        seconds = 0.0
+
+        def __getattr__(self, name):
+            def kernel(x):
+                clock[0] += self.seconds
+                return x
+
+            return kernel
+
+    kernels = Kernels()
+    monkeypatch.setattr(calls, "_loaded", dict.fromkeys(("gpu_keep", "gpu_update", "gpu_windows"), kernels))
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda")
+        is_cuda = True
+
+    def launched(name, seconds):
+        kernels.seconds = seconds
+        with caplog.at_level("WARNING", "hf_efcp.compiling"):
+            assert calls.attempt(name, torch.ones(3).as_subclass(OnGpu), "done") == "done"
+        return [r.message for r in caplog.records]
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(calls, "ANNOUNCEMENT", gpu_compiling.Announcement())
+    return launched
 
 
-def announced(caplog):
-    with caplog.at_level("WARNING", "hf_efcp.compiling"):
-        gpu_compiling.announce()
-    return [r.message for r in caplog.records]
-
-
-@pytest.mark.parametrize("others", [False, True])
-def test_a_cache_without_our_kernels_is_announced(folder, others, caplog):
-    if others:
-        (folder / "ABC").mkdir(parents=True)
-        (folder / "ABC" / "triton_poi_fused_add_0.json").touch()
-    (said,) = announced(caplog)
+def test_a_launch_that_compiles_is_announced_once(launch):
+    assert launch("keep", 0.05) == []
+    (said,) = launch("add", 0.9)
     assert said.startswith("compiling GPU kernels")
+    assert launch("store", 0.9) == [said]
 
 
-def test_a_cache_with_our_kernels_is_not(folder, caplog):
-    (folder / "XYZ").mkdir(parents=True)
-    (folder / "XYZ" / "_keep.json").touch()
-    assert announced(caplog) == []
+def test_kernels_from_the_disk_are_not_announced(launch):
+    assert launch("keep", 0.05) == launch("add", 0.05) == []
 
 
-@pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", "1"), ("TRITON_INTERPRET", "1")])
-def test_other_processes_and_the_interpreter_are_silent(name, value, folder, monkeypatch, caplog):
-    monkeypatch.setenv(name, value)
-    assert announced(caplog) == []
+def test_a_later_launch_that_takes_long_is_not_announced(launch):
+    assert launch("keep", 0.05) == launch("keep", 3.0) == []
 
 
-def test_without_a_gpu_nothing_is_said(folder, monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert announced(caplog) == []
-
-
-def test_the_folder_is_where_triton_keeps_kernels(monkeypatch, tmp_path):
-    """Triton's own answer, for each way of setting it."""
-    knobs = pytest.importorskip("triton.knobs")
-    for variables in ({"TRITON_CACHE_DIR": str(tmp_path / "a")}, {"TRITON_HOME": str(tmp_path)}, {}):
-        for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        assert str(gpu_compiling.cache_folder()) == knobs.cache.dir
+def test_other_processes_of_a_machine_are_silent(launch, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(calls, "ANNOUNCEMENT", gpu_compiling.Announcement())
+    assert launch("keep", 3.0) == []

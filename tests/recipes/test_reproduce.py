@@ -13,7 +13,7 @@ import hf_efcp
 from tests.recipes.helpers import RECIPES  # puts the recipes on the path
 
 pytest.importorskip("sklearn")
-from reproduce import run, training
+from reproduce import report, run, training
 from reproduce.contenders import Contender, ProductsInFp32, Together, Unavailable
 from reproduce.spec import Run, SpecError, read_results, read_spec, write_result
 from reproduce.tasks import TASKS, get_task
@@ -269,6 +269,28 @@ def test_a_spec_for_gpus_says_that_there_is_none(spec_file, tmp_path, capsys):
     assert "device: cuda, but torch" in capsys.readouterr().err
     assert run.main([path, "--results", str(tmp_path), "--list"]) == 0
     assert "adamw" in capsys.readouterr().out
+
+
+def test_results_of_another_kind_of_device_are_refused(spec_file, tmp_path, capsys):
+    folder, path = tmp_path / "results", spec_file()
+    (wanted,) = read_spec(path).wanted({})
+    write_result(folder, "small", {"key": wanted.key(), "label": "small", "gpu": "some GPU"})
+    for command in (run.main, report.main):
+        assert command([str(path), "--results", str(folder)]) == 2
+        assert "1 of 1 results are of another kind of device" in capsys.readouterr().err
+
+
+def test_a_worker_whose_run_failed_makes_no_other(spec_file, tmp_path, monkeypatch, capfd):
+    """After an error of CUDA nothing more can run in its process. Here the pipe's end tells how many workers there were."""
+    started = []
+    context = run.multiprocessing.get_context("spawn")
+    pipe = context.Pipe
+    monkeypatch.setattr(type(context), "Pipe", lambda self: started.append(1) or pipe())
+    broken = {"optimizer": "torch.optim.AdamW", "options": {"betas": [2.0, 0.9]}}
+    path = str(spec_file(contenders={"a_broken": broken, "adamw": ADAMW}))
+    assert run.main([path, "--results", str(tmp_path / "results"), "--processes", "1"]) == 1
+    assert len(started) == 2 and "Invalid beta" in capfd.readouterr().err
+    assert len(read_results(tmp_path / "results")) == 1
 
 
 def test_a_command_makes_what_is_missing_and_repeats_nothing(spec_file, tmp_path, capfd):

@@ -27,9 +27,10 @@ SPEC = {
 def page(tmp_path):
     """(make results with a test loss for each run, or None after a divergence; the page's lines)."""
 
-    def make(test_loss):
+    def make(test_loss, **changes):
         path, folder = tmp_path / "spec.yaml", tmp_path / "results"
-        path.write_text(yaml.safe_dump(SPEC))
+        path.write_text(yaml.safe_dump(SPEC | changes))
+        gpu = {"gpu": "a GPU"} if changes.get("device") == "cuda" else {}
         spec = read_spec(path)
         results = {}
         while left := [r for r in spec.wanted(results) if r.key() not in results and test_loss(r) != "missing"]:
@@ -38,7 +39,7 @@ def page(tmp_path):
                 score = None if loss is None else {"loss": loss, "accuracy": 0.5}
                 cost = {"steps": [10, 20], "losses": [2.0, 1.0], "seconds": [0.5, 1.0], "train_seconds": 1.0}
                 cost |= {"optimizer_seconds": 0.1, "bytes_per_parameter": 8.0, "diverged_at": 7 if loss is None else None}
-                write_result(folder, r.label, {"key": r.key(), "validation": score, "test": score, **cost, **FACTS})
+                write_result(folder, r.label, {"key": r.key(), "validation": score, "test": score, **cost, **FACTS, **gpu})
             results = read_results(folder)
         assert report.main([str(path), "--results", str(folder), "--output", str(tmp_path / "docs")]) == 0
         return (tmp_path / "docs/spec.md").read_text().splitlines()
@@ -50,7 +51,7 @@ def page(tmp_path):
 def no_plot(monkeypatch):
     """matplotlib is no dependency of the tests."""
     drawn = []
-    monkeypatch.setattr(report, "draw", lambda curves, title, path: drawn.append((curves, path.name)))
+    monkeypatch.setattr(report, "draw", lambda curves, title, path, clock: drawn.append((curves, path.name, clock)))
     return drawn
 
 
@@ -66,6 +67,14 @@ def test_a_paired_difference_has_mean_and_standard_errors(page):
     assert any(line.startswith("| `new` | 0.9000<br>-0.2000 (-3.5 s.e.)") for line in lines)
     row = next(line for line in lines if line.startswith("| `adamw` | 0.001 (best) |"))
     assert "| 1.1000 ± 0.0577 | 50.00% |" in row and "| 8.00 | 50, 5.0 |" in row
+
+
+@pytest.mark.parametrize(("device", "says", "clock"), [("cpu", "CPU time", "CPU"), ("cuda", "wall time", "wall time")])
+def test_a_page_says_what_its_times_are(device, says, clock, page, no_plot):
+    lines = page(losses((-0.3, -0.1, -0.2)), device=device)
+    assert says in next(line for line in lines if "Times are" in line)
+    assert ("- gpu: a GPU" in lines) == ("bf16 (autocast)" in " ".join(lines)) == (device == "cuda")
+    assert all(clock in axis for _, _, axis in no_plot) and no_plot
 
 
 def test_a_win_of_adamw_is_bold(page):
@@ -91,7 +100,7 @@ def test_the_best_rate_of_the_grid_is_marked_and_the_finals_run_there(page, no_p
     assert "| `adamw` | 2.0000 | _1.0000_ |" in lines
     assert any(line.startswith("| `adamw` | 0.003 (best) | 1.0000") for line in lines)
     assert any(line.startswith("| `adamw` | 0.001 (usual) | 2.0000") for line in lines)
-    ((curves, name),) = no_plot
+    ((curves, name, _),) = no_plot
     assert [curve.name for curve in curves] == ["adamw", "new"] and name == "spec_digits_vit.png"
     assert curves[0].steps == [10, 20] and curves[0].losses == [2.0, 1.0] and curves[0].seconds == [0.5, 1.0]
     assert "![training loss of digits_vit](spec_digits_vit.png)" in lines

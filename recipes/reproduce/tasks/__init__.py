@@ -5,14 +5,14 @@ from typing import Any
 
 from .base import Task
 
-BBC = "BBC sentences"
+BBC, LARGER = "BBC sentences", "BBC News, LLaMA of 24M parameters"
 TASKS = {
     task.name: task
     for task in (
         Task("digits_vit", "digits, small vision transformer from scratch", "digits.vision_transformer", 1e-3, 300, 64),
         Task("digits_resnet", "digits, small ResNet from scratch", "digits.resnet", 1e-3, 300, 64),
         Task("llama", "BBC News, LLaMA of 1M parameters from scratch", "language.llama", 1e-3, 500, 8, 0.1, 200, True),
-        Task("larger_llama", "BBC News, LLaMA of 24M parameters", "language.larger_llama", 1e-3, 600, 32, perplexity=True),
+        Task("larger_llama", f"{LARGER} from scratch", "language.larger_llama", 1e-3, 600, 32, perplexity=True),
         Task("lora", "BBC News, LoRA of rank 8 on that LLaMA, a new topic", "language.lora", 1e-3, 200, 8, 0.1, 200, True),
         Task("two_layer_frozen", f"{BBC}, MiniLM's first two layers, frozen embeddings", "sentences.two_frozen", 3e-4, 200, 16),
         Task("two_layer", f"{BBC}, MiniLM's first two layers", "sentences.two", 3e-4, 200, 16),

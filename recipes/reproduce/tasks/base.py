@@ -46,15 +46,10 @@ class Problem(NamedTuple):
     score: Callable[[nn.Module, Batch], Outcome]
 
     def to(self, device: str) -> "Problem":
-        """The same on a device. On a GPU the model computes in bf16 (autocast), as with Trainer's `bf16`."""
+        """The same on a device. On a GPU the model computes in bf16, because models are trained so there (Trainer's `bf16`)."""
         splits = {name: {key: value.to(device) for key, value in split.items()} for name, split in self.splits.items()}
         kind = torch.device(device).type
-
-        def mixed(model: nn.Module, batch: Batch) -> Outcome:
-            with torch.autocast(kind, torch.bfloat16):
-                return self.score(model, batch)
-
-        return Problem(self.model.to(device), splits, self.score if kind == "cpu" else mixed)
+        return Problem(self.model.to(device), splits, self.score if kind == "cpu" else in_bf16(self.score, kind))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +87,16 @@ class Task:
     def settings(self) -> dict[str, int | float]:
         """What a spec may set, and what tells two versions of a task apart."""
         return {name: getattr(self, name) for name in ("steps", "batch_size", "warmup", "examples")}
+
+
+def in_bf16(score: Callable[[nn.Module, Batch], Outcome], kind: str) -> Callable[[nn.Module, Batch], Outcome]:
+    """The same score by autocast on this kind of device; the parameters stay as they are."""
+
+    def mixed(model: nn.Module, batch: Batch) -> Outcome:
+        with torch.autocast(kind, torch.bfloat16):
+            return score(model, batch)
+
+    return mixed
 
 
 def classify(model: nn.Module, batch: Batch) -> Outcome:

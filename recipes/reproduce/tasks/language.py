@@ -85,7 +85,7 @@ def llama(task: Task, seed: int) -> Problem:
 
 
 def larger_llama(task: Task, seed: int) -> Problem:
-    """The same with eight layers of width 512."""
+    """A LLaMA of 24M parameters: eight layers of width 512."""
     torch.manual_seed(seed)
     return Problem(small_llama(tokenizer(), hidden_size=512, num_hidden_layers=8), blocks("all"), score)
 
