@@ -24,6 +24,8 @@ import numba
 from numba.core import event
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
+from .cpu_turns import Turn
+
 _log = logging.getLogger("hf_efcp.compiling")
 
 
@@ -45,9 +47,11 @@ class Announcement(event.Listener):
 
     def on_start(self, event: event.Event) -> None:
         """Log at the first function of this package, and at the first one after a pause, on one process of a machine."""
-        ours = event.data["dispatcher"].py_func.__module__.startswith(f"{__package__}.")
-        if not ours:
-            return
+        if event.data["dispatcher"].py_func.__module__.startswith(f"{__package__}."):
+            self.announce()
+
+    def announce(self) -> None:
+        """Log that functions are compiled, here or by a process for which this one waits."""
         last, self._last = self._last, time.monotonic()
         if self._last - last > _PAUSE and os.environ.get("LOCAL_RANK", "0") == "0":
             where = "they are kept on disk for later runs" if self.kept else "set NUMBA_CACHE_DIR to a folder that can keep them"
@@ -55,8 +59,11 @@ class Announcement(event.Listener):
             _log.warning("compiling CPU kernels, which takes up to a minute: %s", where)
 
     def on_end(self, event: event.Event) -> None:
-        """Note when it was."""
+        """Note when it was. Where it failed, nothing is saved, and other processes may try."""
         self._last = time.monotonic()
+        failed = getattr(event, "_exc_details", None) is not None  # `is_failed` is the contrary in numba 0.68
+        if failed and isinstance(cache := getattr(event.data["dispatcher"], "_cache", None), KernelCache):
+            cache.end_turns()
 
 
 ANNOUNCEMENT = Announcement()
@@ -80,7 +87,7 @@ class Files(IndexDataCacheFile):
     def load(self, key: Any) -> Any:
         """Give what was saved under a key; None if nothing was, or if it cannot be read."""
         try:
-            found, data = self._load_data(self._name(key))
+            found, data = self._load_data(self.name(key))
         except Exception:  # no file, or whatever unpickling a damaged file raises
             return None
         return data if found == key else None
@@ -88,7 +95,7 @@ class Files(IndexDataCacheFile):
     def save(self, key: Any, data: Any) -> None:
         """Save a variant, and remove variants that were compiled in another state of the folder. A full disk keeps nothing."""
         with contextlib.suppress(OSError):
-            self._save_data(self._name(key), (key, data))
+            self._save_data(self.name(key), (key, data))
             self._remove(self._start + self._source_stamp)
 
     def flush(self) -> None:
@@ -99,7 +106,8 @@ class Files(IndexDataCacheFile):
     def _start(self) -> str:
         return self._index_name.removesuffix("nbi")
 
-    def _name(self, key: Any) -> str:
+    def name(self, key: Any) -> str:
+        """Give the name of a variant's file."""
         return f"{self._start}{self._source_stamp}.{_hash(key)}.nbc"
 
     def _remove(self, but: str | None = None) -> None:
@@ -120,3 +128,31 @@ class KernelCache(FunctionCache):
         super().__init__(function)
         # Environments with different versions of numba may share an editable install.
         self._cache_file = Files(self._cache_path, f"{self._impl.filename_base}.numba{numba.__version__}", _state())
+        self._turns: dict[Any, Turn] = {}  # by signature
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Give the variant from the disk. None: this process is the one to compile it."""
+        found = super().load_overload(sig, target_context)
+        if found is not None or not self._enabled:
+            return found
+        self.end_turns(sig)
+        name = self._cache_file.name(self._index_key(sig, target_context.codegen()))
+        self._turns[sig] = turn = Turn(Path(self._cache_path, f"{name}.lock"))
+        if turn.take(ANNOUNCEMENT.announce):
+            found = super().load_overload(sig, target_context)
+        if found is not None:
+            self.end_turns(sig)
+        return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Save a variant, for the processes that wait for it too."""
+        try:
+            super().save_overload(sig, data)
+        finally:
+            self.end_turns(sig)
+
+    def end_turns(self, *signatures: Any) -> None:
+        """Let other processes compile the variants of these signatures; of all, where none is given."""
+        for sig in signatures or tuple(self._turns):
+            if turn := self._turns.pop(sig, None):
+                turn.end()

@@ -1,9 +1,11 @@
 """Who waits for the compiler is told, once; compiled code is kept on disk, each variant for itself."""
 
+import errno
 import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +13,12 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("numba")
+import numba
 from numba.core.event import Event, EventStatus
 
-from hf_efcp.kernels import cpu_compiling
-from hf_efcp.kernels.cpu_compiling import Announcement
+from hf_efcp.kernels import cpu_compiling, cpu_turns
+from hf_efcp.kernels.cpu_compiling import Announcement, KernelCache
+from hf_efcp.kernels.cpu_turns import Turn
 
 ROOT = Path(__file__).parents[2]
 
@@ -154,3 +158,90 @@ def test_a_full_disk_keeps_nothing(tmp_path):
     files = cpu_compiling.Files(str(tmp_path / "missing"), "cpu_x.f-1.py311", "state")
     files.save("fp32", 1)
     assert files.load("fp32") is None
+
+
+# One process compiles -----------------------------------------------------------------------------------------------------
+
+
+def test_of_two_processes_one_compiles_and_the_other_loads(call):
+    start = time.time() + 6
+    said = [lines(process) for process in [call("float64", start, 0, 2) for _ in range(2)]]  # who saves takes two seconds for it
+    assert [text[-1] for text in said] == ["15.0", "15.0"]
+    counts = [[sum(f"data {what}" in line for line in text) for what in ("saved", "loaded")] for text in said]
+    assert sorted(counts) == [[0, 1], [1, 0]]
+
+
+def test_a_process_that_dies_is_waited_for_no_longer(call, tmp_path):
+    first = call("float64", 0, 0, 600)
+    while not list(tmp_path.rglob("*.lock")):
+        assert first.poll() is None
+        time.sleep(0.05)
+    second = call("float64")
+    time.sleep(3)
+    assert second.poll() is None  # it waits
+    first.kill()
+    first.wait()
+    assert lines(second)[-1] == "15.0"
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+@pytest.fixture
+def turns(tmp_path):
+    """Two that want the same lock, and how often they said that they wait."""
+    waits = []
+    return Turn(tmp_path / "x.lock"), Turn(tmp_path / "x.lock"), waits
+
+
+def test_a_turn_is_waited_for(turns, tmp_path):
+    first, second, waits = turns
+    assert first.take(lambda: waits.append(1)) is False and waits == []
+    thread = threading.Thread(target=lambda: waits.append(second.take(lambda: waits.append("waits"))))
+    thread.start()
+    time.sleep(0.2)
+    assert waits == ["waits"]
+    first.end()
+    thread.join(10)
+    assert waits == ["waits", True]
+    second.end()
+    assert not (tmp_path / "x.lock").exists()
+
+
+def test_a_turn_is_not_waited_for_without_end(turns, monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu_turns, "LONGEST", 0.1)
+    first, second, waits = turns
+    first.take(lambda: None)
+    assert second.take(lambda: waits.append(1)) is True and waits == [1]
+    second.end()  # it never had it
+    assert (tmp_path / "x.lock").exists()
+
+
+@pytest.mark.parametrize("why", ["no fcntl", "no folder", "no locks"])
+def test_where_nothing_can_be_locked_nobody_waits(why, turns, monkeypatch, tmp_path):
+    first, second, waits = turns
+    if why == "no fcntl":
+        monkeypatch.setattr(cpu_turns, "fcntl", None)
+    elif why == "no folder":
+        (tmp_path / "file").touch()
+        first, second = Turn(tmp_path / "file/x.lock"), Turn(tmp_path / "file/x.lock")
+    else:
+
+        def refuse(*args):
+            raise OSError(errno.ENOTSUP, "not supported")
+
+        monkeypatch.setattr(cpu_turns.fcntl, "flock", refuse)
+    assert first.take(lambda: waits.append(1)) is False and second.take(lambda: waits.append(1)) is False
+    first.end(), second.end()
+    assert waits == []
+
+
+def test_a_function_that_cannot_be_compiled_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+
+    def wrong(x):
+        return x.no_such_attribute
+
+    function = numba.njit(wrong)
+    function._cache = KernelCache(wrong)
+    with pytest.raises(numba.TypingError):
+        function(1.5)
+    assert not function._cache._turns and not list(tmp_path.rglob("*.lock"))
