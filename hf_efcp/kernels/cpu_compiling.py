@@ -24,7 +24,7 @@ import numba
 from numba.core import event
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
-from .cpu_turns import Turn
+from .cpu_turns import LONGEST, Turn
 
 _log = logging.getLogger("hf_efcp.compiling")
 
@@ -47,7 +47,7 @@ class Announcement(event.Listener):
 
     def on_start(self, event: event.Event) -> None:
         """Log at the first function of this package, and at the first one after a pause, on one process of a machine."""
-        if event.data["dispatcher"].py_func.__module__.startswith(f"{__package__}."):
+        if _is_ours(event):
             self.announce()
 
     def announce(self) -> None:
@@ -60,10 +60,21 @@ class Announcement(event.Listener):
 
     def on_end(self, event: event.Event) -> None:
         """Note when it was. Where it failed, nothing is saved, and other processes may try."""
-        self._last = time.monotonic()
-        failed = getattr(event, "_exc_details", None) is not None  # `is_failed` is the contrary in numba 0.68
+        if _is_ours(event):
+            self.begin_pause()
+        # numba's `is_failed` tells the contrary. Without the attribute, other processes may try after each function.
+        failed = getattr(event, "_exc_details", True) is not None
         if failed and isinstance(cache := getattr(event.data["dispatcher"], "_cache", None), KernelCache):
             cache.end_turns()
+
+    def begin_pause(self) -> None:
+        """Note that the compiler has just been at work, here or in a process for which this one waited."""
+        self._last = time.monotonic()
+
+
+def _is_ours(event: event.Event) -> bool:
+    """Tell whether a function of this package is compiled."""
+    return (event.data["dispatcher"].py_func.__module__ or "").startswith(f"{__package__}.")
 
 
 ANNOUNCEMENT = Announcement()
@@ -120,9 +131,15 @@ class Files(IndexDataCacheFile):
 class KernelCache(FunctionCache):
     """The compiled variants of a function of this folder, on disk.
 
+    Attributes:
+        waits: whether this process waits for others that compile. It does not any more after it waited for nothing: the other
+            one hangs, has failed, or cannot save.
+
     Raises:
         RuntimeError: no folder can keep them.
     """
+
+    waits = True
 
     def __init__(self, function: Callable[..., Any]):
         super().__init__(function)
@@ -138,8 +155,14 @@ class KernelCache(FunctionCache):
         self.end_turns(sig)
         name = self._cache_file.name(self._index_key(sig, target_context.codegen()))
         self._turns[sig] = turn = Turn(Path(self._cache_path, f"{name}.lock"))
-        if turn.take(ANNOUNCEMENT.announce):
-            found = super().load_overload(sig, target_context)
+        try:
+            if turn.take(ANNOUNCEMENT.announce, LONGEST if KernelCache.waits else 0.0):
+                ANNOUNCEMENT.begin_pause()
+                found = super().load_overload(sig, target_context)
+                KernelCache.waits = found is not None
+        except BaseException:
+            self.end_turns(sig)
+            raise
         if found is not None:
             self.end_turns(sig)
         return found

@@ -23,9 +23,9 @@ from hf_efcp.kernels.cpu_turns import Turn
 ROOT = Path(__file__).parents[2]
 
 
-def event(module):
+def event(module, status=EventStatus.START):
     function = SimpleNamespace(__module__=module)
-    return Event("numba:compile", EventStatus.START, data={"dispatcher": SimpleNamespace(py_func=function)})
+    return Event("numba:compile", status, data={"dispatcher": SimpleNamespace(py_func=function)}, exc_details=(None, None, None))
 
 
 @pytest.mark.parametrize("kept, end", [(True, "they are kept on disk for later runs"), (False, "set NUMBA_CACHE_DIR")])
@@ -44,6 +44,20 @@ def test_it_is_said_once_for_a_row_of_our_functions(kept, end, caplog, monkeypat
     assert len(caplog.records) == 1
     announcement.notify(event("hf_efcp.kernels.cpu_min_max"))
     assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("module", ["umap.layouts", None])  # None: made by exec
+def test_functions_of_others_do_not_silence_it(module, caplog, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    caplog.set_level(logging.WARNING, "hf_efcp.compiling")
+    announcement = Announcement()
+    for status in (EventStatus.START, EventStatus.END):
+        announcement.notify(event(module, status))
+    assert not caplog.records
+    announcement.notify(event("hf_efcp.kernels.cpu_keep"))
+    announcement.notify(event("hf_efcp.kernels.cpu_keep", EventStatus.END))
+    announcement.notify(event("hf_efcp.kernels.cpu_sparse"))
+    assert len(caplog.records) == 1
 
 
 def test_other_processes_of_a_machine_are_silent(caplog, monkeypatch):
@@ -88,6 +102,7 @@ dtype, start, index, data = sys.argv[1], *map(float, sys.argv[2:])
 for name, wait in (("_save_index", index), ("_save_data", data)):
     setattr(IndexDataCacheFile, name, late(getattr(IndexDataCacheFile, name), wait))
 x = np.full(10, 1.5, dtype)
+print("ready", flush=True)
 time.sleep(max(0, start - time.time()))
 print(total(x))
 """
@@ -121,7 +136,7 @@ def test_two_processes_compile_one_function_for_two_dtypes_at_once(call):
     for dtype, expected in (("float64", "15.0"), ("int64", "10")):
         said = lines(call(dtype))
         assert said[-1] == expected
-        assert "data loaded" in said[0] and not any("data saved" in line for line in said)
+        assert any("data loaded" in line for line in said) and not any("data saved" in line for line in said)
 
 
 def test_a_damaged_file_is_compiled_anew(call, tmp_path):
@@ -171,14 +186,20 @@ def test_of_two_processes_one_compiles_and_the_other_loads(call):
     assert sorted(counts) == [[0, 1], [1, 0]]
 
 
+def waits(process, seconds=3):
+    """Whether a process is still at its call some seconds after it has begun it."""
+    assert "ready\n" in iter(process.stdout.readline, "")
+    time.sleep(seconds)
+    return process.poll() is None
+
+
 def test_a_process_that_dies_is_waited_for_no_longer(call, tmp_path):
     first = call("float64", 0, 0, 600)
     while not list(tmp_path.rglob("*.lock")):
         assert first.poll() is None
         time.sleep(0.05)
     second = call("float64")
-    time.sleep(3)
-    assert second.poll() is None  # it waits
+    assert waits(second)
     first.kill()
     first.wait()
     assert lines(second)[-1] == "15.0"
@@ -187,37 +208,58 @@ def test_a_process_that_dies_is_waited_for_no_longer(call, tmp_path):
 
 @pytest.fixture
 def turns(tmp_path):
-    """Two that want the same lock, and how often they said that they wait."""
-    waits = []
-    return Turn(tmp_path / "x.lock"), Turn(tmp_path / "x.lock"), waits
+    """Two that want the same lock, and what they said."""
+    return Turn(tmp_path / "x.lock"), Turn(tmp_path / "x.lock"), []
 
 
 def test_a_turn_is_waited_for(turns, tmp_path):
-    first, second, waits = turns
-    assert first.take(lambda: waits.append(1)) is False and waits == []
-    thread = threading.Thread(target=lambda: waits.append(second.take(lambda: waits.append("waits"))))
+    first, second, said = turns
+    assert first.take(lambda: said.append("waits"), 10) is False and said == []
+    thread = threading.Thread(target=lambda: said.append(second.take(lambda: said.append("waits"), 10)))
     thread.start()
     time.sleep(0.2)
-    assert waits == ["waits"]
+    assert said == ["waits"]
     first.end()
     thread.join(10)
-    assert waits == ["waits", True]
+    assert said == ["waits", True]
     second.end()
     assert not (tmp_path / "x.lock").exists()
 
 
-def test_a_turn_is_not_waited_for_without_end(turns, monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu_turns, "LONGEST", 0.1)
-    first, second, waits = turns
-    first.take(lambda: None)
-    assert second.take(lambda: waits.append(1)) is True and waits == [1]
+@pytest.mark.parametrize(("longest", "waited"), [(0.1, True), (0.0, False)])
+def test_a_turn_is_not_waited_for_without_end(longest, waited, turns, tmp_path):
+    first, second, said = turns
+    first.take(lambda: None, 10)
+    assert second.take(lambda: said.append("waits"), longest) is waited and len(said) == waited
     second.end()  # it never had it
     assert (tmp_path / "x.lock").exists()
 
 
+def test_many_that_want_a_turn_have_it_one_after_the_other(tmp_path):
+    inside, overlaps, done = [], [], []
+
+    def work():
+        for _ in range(15):
+            turn = Turn(tmp_path / "x.lock")
+            turn.take(lambda: None, 60)
+            inside.append(1)
+            overlaps.append(len(inside) > 1)
+            time.sleep(0.001)
+            inside.pop()
+            turn.end()
+            done.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(done) == 60 and not any(overlaps) and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("why", ["no fcntl", "no folder", "no locks"])
 def test_where_nothing_can_be_locked_nobody_waits(why, turns, monkeypatch, tmp_path):
-    first, second, waits = turns
+    first, second, said = turns
     if why == "no fcntl":
         monkeypatch.setattr(cpu_turns, "fcntl", None)
     elif why == "no folder":
@@ -229,19 +271,61 @@ def test_where_nothing_can_be_locked_nobody_waits(why, turns, monkeypatch, tmp_p
             raise OSError(errno.ENOTSUP, "not supported")
 
         monkeypatch.setattr(cpu_turns.fcntl, "flock", refuse)
-    assert first.take(lambda: waits.append(1)) is False and second.take(lambda: waits.append(1)) is False
+    assert [turn.take(lambda: said.append("waits"), 10) for turn in (first, second)] == [False, False]
     first.end(), second.end()
-    assert waits == []
+    assert said == [] and not (tmp_path / "x.lock").exists()
 
 
-def test_a_function_that_cannot_be_compiled_is_given_up(tmp_path, monkeypatch):
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """A function to compile -> its compiled form, whose variants are kept in a folder of the test."""
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(KernelCache, "waits", True)
 
+    def compiled(function):
+        dispatcher = numba.njit(function)
+        dispatcher._cache = KernelCache(function)
+        assert Path(dispatcher._cache.cache_path).is_relative_to(tmp_path)
+        return dispatcher
+
+    yield compiled
+    monkeypatch.undo()
+    numba.core.config.reload_config()
+
+
+def test_a_function_that_cannot_be_compiled_is_given_up(kept, tmp_path):
     def wrong(x):
         return x.no_such_attribute
 
-    function = numba.njit(wrong)
-    function._cache = KernelCache(wrong)
+    function = kept(wrong)
     with pytest.raises(numba.TypingError):
         function(1.5)
     assert not function._cache._turns and not list(tmp_path.rglob("*.lock"))
+
+
+def test_an_interrupted_wait_leaves_nothing(kept, tmp_path, monkeypatch):
+    def twice(x):
+        return 2 * x
+
+    function = kept(twice)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Turn, "take", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        function(1.5)
+    assert not function._cache._turns
+
+
+def test_who_waited_for_nothing_waits_no_more(kept, tmp_path, monkeypatch):
+    """As for a process that hangs, or that has no room to save."""
+
+    def twice(x):
+        return 2 * x
+
+    function, given = kept(twice), []
+    monkeypatch.setattr(Turn, "take", lambda self, waiting, longest: given.append(longest) or True)
+    assert function(1.5) == 3.0 and function(2) == 4
+    assert given == [cpu_turns.LONGEST, 0.0]
