@@ -81,9 +81,8 @@ def _dots(
             stored = new * m + slot[:, None] * per_row + begin + within[None, :]
             index = tl.load(indices + stored, mask=mask, other=-1)
             if CODED:
-                scale = tl.load(
-                    scales + ((t * rows + row).to(tl.int64) * m + slot[:, None]) * blocks + number, mask=mask, other=0
-                )
+                place = ((t * rows + row).to(tl.int64) * m + slot[:, None]) * blocks + number
+                scale = tl.load(scales + place, mask=(slot[:, None] < m) & (here > 0), other=0)  # a scale for all of a block
                 index, value = unpacked(index, scale, new_values)
                 index = tl.where(mask, index, -1)
             else:
