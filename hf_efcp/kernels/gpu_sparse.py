@@ -82,7 +82,7 @@ def _dots(
             index = tl.load(indices + stored, mask=mask, other=-1)
             if CODED:
                 place = ((t * rows + row).to(tl.int64) * m + slot[:, None]) * blocks + number
-                scale = tl.load(scales + place, mask=(slot[:, None] < m) & (here > 0), other=0)  # a scale for all of a block
+                scale = tl.load(scales + place, mask=slot[:, None] < tl.where(here > 0, m, 0), other=0)  # one for all of a block
                 index, value = unpacked(index, scale, new_values)
                 index = tl.where(mask, index, -1)
             else:
